@@ -1,0 +1,147 @@
+"""`FlowMatching` against diffusers' scheduler, and its timestep laws against their formulas."""
+
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from video_trl.diffusion import FlowMatching
+
+
+SHAPE = (5, 2, 3, 4, 4)
+FLOW = FlowMatching()
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_add_noise_is_the_scale_noise_of_the_scheduler(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    timesteps = scheduler.timesteps[[0, 7, 20, 33, 49]]
+    latents, noise = draw(*SHAPE), draw(*SHAPE, seed=1)
+    expected = scheduler.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(FLOW.add_noise(latents, noise, timesteps), expected, rtol=0, atol=2e-6)
+
+
+def test_velocity_takes_a_scheduler_step_from_the_noisy_to_the_clean_latents():
+    """One Euler step over the whole noise level along the target recovers the video: it is the field to regress."""
+    latents, noise = draw(1, 2, 3, 4, 4), draw(1, 2, 3, 4, 4, seed=1)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    for level in (1.0, 0.7, 0.1):
+        scheduler.set_timesteps(sigmas=[level])
+        timesteps = scheduler.timesteps
+        noisy = FLOW.add_noise(latents, noise, timesteps)
+        clean = scheduler.step(FLOW.velocity(latents, noise, timesteps), timesteps[0], noisy).prev_sample
+        torch.testing.assert_close(clean, latents, rtol=0, atol=1e-6)
+
+
+def test_add_noise_and_velocity_are_their_formulas_at_each_sample_s_own_timestep():
+    latents, noise = draw(*SHAPE), draw(*SHAPE, seed=1)
+    timesteps = torch.tensor([0.0, 1.0, 250.5, 999.0, 1000.0])
+    noisy = FLOW.add_noise(latents, noise, timesteps)
+    for row, timestep in enumerate(timesteps.tolist()):
+        sigma = timestep / 1000
+        torch.testing.assert_close(noisy[row], (1 - sigma) * latents[row] + sigma * noise[row])
+    assert torch.equal(noisy[0], latents[0]) and torch.equal(noisy[4], noise[4])
+    assert torch.equal(FLOW.velocity(latents, noise, timesteps), noise - latents)
+    torch.testing.assert_close(FlowMatching(500).add_noise(latents, noise, timesteps / 2), noisy)
+
+
+def test_half_precision_latents_are_noised_in_float32():
+    """A timestep of 0.5 in 1000 still adds noise, and 999.5 still leaves signal; both vanish in bfloat16."""
+    latents, noise = draw(*SHAPE, dtype=torch.bfloat16), draw(*SHAPE, seed=1, dtype=torch.bfloat16)
+    timesteps = torch.tensor([0.5, 999.5, 100.0, 200.0, 300.0])
+    noisy, target = FLOW.add_noise(latents, noise, timesteps), FLOW.velocity(latents, noise, timesteps)
+    assert noisy.dtype == target.dtype == torch.float32
+    assert torch.equal(noisy, FLOW.add_noise(latents.float(), noise.float(), timesteps))
+    assert torch.equal(target, noise.float() - latents.float())
+    assert (noisy[1] != noise[1].float()).any()
+    assert FLOW.add_noise(latents.double(), noise.double(), timesteps).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("noise", "timesteps"),
+    [((5, 1, 3, 4, 4), (5,)), ((1, 2, 3, 4, 4), (5,)), (SHAPE, (1,)), (SHAPE, ()), (SHAPE, (5, 1))],
+)
+def test_shapes_that_would_broadcast_are_rejected(noise, timesteps):
+    for method in (FLOW.add_noise, FLOW.velocity):
+        with pytest.raises(ValueError, match="`timesteps` shape"):
+            method(torch.zeros(SHAPE), torch.zeros(noise), torch.zeros(timesteps))
+
+
+# --- sample_timesteps -----------------------------------------------------------------------------------------------
+
+
+def grid(size: int) -> Tensor:
+    """Midpoints of `size` equal parts of [0, 1]: what a uniform law looks like without chance."""
+    return (torch.arange(size, dtype=torch.float64) + 0.5) / size
+
+
+def test_uniform_timesteps_are_u_on_the_scale_of_the_model():
+    u = torch.tensor([0.0, 0.25, 0.9, 1.0])
+    assert FLOW.sample_timesteps(u).tolist() == pytest.approx([0, 250, 900, 1000])
+    assert FlowMatching(500).sample_timesteps(u).tolist() == pytest.approx([0, 125, 450, 500])
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0])
+def test_shifted_timesteps_are_those_that_the_scheduler_samples_with(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = torch.linspace(1, 0.001, 40, dtype=torch.float64)
+    scheduler.set_timesteps(sigmas=sigmas.tolist())
+    timesteps = FLOW.sample_timesteps(sigmas, scheme="shifted", shift=shift)
+    torch.testing.assert_close(timesteps, scheduler.timesteps, rtol=1e-5, atol=1e-4)
+    assert shift == 1 or not torch.allclose(timesteps, FLOW.sample_timesteps(sigmas), rtol=1e-2)
+
+
+def test_shifted_timesteps_follow_the_sampler_that_wan_ships():
+    """UniPC rounds its timesteps down to integers."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(40)
+    levels = scheduler.sigmas[:-1].double()
+    u = levels / (3.0 - 2.0 * levels)  # the uniform numbers behind the shifted levels
+    timesteps = FLOW.sample_timesteps(u, scheme="shifted", shift=3.0)
+    assert ((timesteps - scheduler.timesteps).abs() <= 1).all()
+    assert u.diff().std() < 1e-4  # evenly spaced: the levels are indeed shifted by 3
+
+
+def test_logit_normal_timesteps_are_the_quantiles_of_the_law():
+    u = grid(200)
+    timesteps = FLOW.sample_timesteps(u, scheme="logit_normal", logit_mean=0.5, logit_std=1.5)
+    law = NormalDist(0.5, 1.5)
+    expected = [1000 / (1 + math.exp(-law.inv_cdf(value))) for value in u.tolist()]
+    assert timesteps.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "logit_normal", "shifted"])
+def test_timesteps_are_a_pure_increasing_float32_function_onto_the_whole_scale(scheme):
+    u = torch.cat([torch.zeros(1), grid(1000).float(), torch.ones(1)])
+    state = torch.get_rng_state()
+    timesteps = FLOW.sample_timesteps(u, scheme=scheme, shift=3.0)
+    assert torch.equal(timesteps, FLOW.sample_timesteps(u, scheme=scheme, shift=3.0))
+    assert torch.equal(state, torch.get_rng_state())
+    assert timesteps.dtype == torch.float32 and timesteps.shape == u.shape
+    assert (timesteps.diff() > 0).all()
+    assert timesteps[0] == 0 and timesteps[-1] == 1000
+
+
+def test_an_unknown_scheme_is_an_error_and_not_uniform():
+    with pytest.raises(ValueError, match="'uniform', 'logit_normal', 'shifted', got 'mode'"):
+        FLOW.sample_timesteps(torch.rand(2), scheme="mode")
+
+
+@pytest.mark.parametrize("u", [[-0.1], [1.1], [float("nan")], [[0.5]]])
+def test_numbers_that_are_not_uniform_are_rejected(u):
+    with pytest.raises(ValueError, match=r"values in \[0, 1\]"):
+        FLOW.sample_timesteps(torch.tensor(u))
+
+
+@pytest.mark.parametrize("arguments", [{"shift": 0.0}, {"shift": -1.0}, {"logit_std": 0.0}, {"shift": float("nan")}])
+def test_parameters_of_the_laws_must_be_positive(arguments):
+    with pytest.raises(ValueError, match="must be positive"):
+        FLOW.sample_timesteps(torch.rand(2), **arguments)

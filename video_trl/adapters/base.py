@@ -1,0 +1,130 @@
+"""What a model family must answer for itself, and nothing more."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from ..diffusion import FlowMatching
+
+
+class VideoAdapter(Protocol):
+    """
+    Differences between model families, as a small frozen object without weights.
+
+    Found by [`adapter_for`] from the class of the transformer. Methods that run a transformer take it as prepared for
+    training too (inside `DistributedDataParallel`, compiled).
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name of the family, as in `"wan"`."""
+
+    @property
+    def pipeline_classes(self) -> tuple[str, ...]:
+        """Names of the diffusers pipelines whose transformer this adapter trains."""
+
+    @property
+    def noise_process(self) -> FlowMatching:
+        """How latents get noisy and which velocity is regressed."""
+
+    @property
+    def lora_target_modules(self) -> list[str]:
+        """Query, key, value and output projections of every self-attention, as suffixes of module names."""
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """Velocity `(B, C, F, H, W)`, in the dtype of the transformer, of noisy latents at timesteps `(B,)`."""
+
+    def encode_video(self, vae: ModelMixin, video: Tensor) -> Tensor:
+        """Normalised latents `(B, C, F, H, W)`, float32, of videos `(B, 3, T, H, W)` in [-1, 1]. No gradient."""
+
+    def decode_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """Videos `(B, 3, T, H, W)` in [-1, 1], float32, of normalised latents. No gradient."""
+
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
+        """Embeddings `(L_i, D)` of prompts, cut to their true number of tokens. No gradient."""
+
+    def pad_prompt_embeds(self, embeds: list[Tensor], max_sequence_length: int) -> Tensor:
+        """Embeddings `(B, max_sequence_length, D)`, padded as the pipeline pads them."""
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """Transformer blocks, in order."""
+
+    def token_grid(self, transformer: nn.Module, latents_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens `(F', H', W')` into which latents of shape `(..., C, F, H, W)` are cut; `N = F' * H' * W'`."""
+
+    def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
+        """Raise a `ValueError` unless the transformer takes latents of shape `(..., C, F, H, W)`."""
+
+    def check_video(self, vae: ModelMixin, shape: Sequence[int]) -> None:
+        """Raise a `ValueError` unless the VAE encodes every frame and pixel of videos of shape `(T, H, W)`."""
+
+
+@dataclass
+class BlockTap:
+    """Output of one transformer block."""
+
+    tokens: Tensor | None = None
+    """Hidden states `(B, N, D)` of the last forward, part of its graph; `None` before the first one."""
+
+
+@contextmanager
+def tap_block(adapter: VideoAdapter, transformer: nn.Module, index: int) -> Iterator[BlockTap]:
+    """
+    Read the hidden states behind a transformer block while the transformer runs as usual.
+
+    ```python
+    with tap_block(adapter, transformer, 17) as tap:
+        prediction = adapter.predict(transformer, noisy_latents, timesteps, conditions)
+    hidden_states = tap.tokens  # (B, N, D)
+    ```
+
+    Leave the context before the backward pass: activation checkpointing runs blocks a second time there, and would
+    replace the tokens by recomputed ones. Checkpointing must be non-reentrant (the default of diffusers), or the
+    tokens carry no gradient.
+
+    Args:
+        adapter ([`VideoAdapter`]):
+            Adapter of the transformer.
+        transformer (`torch.nn.Module`):
+            Transformer, wrapped for distributed training or not.
+        index (`int`):
+            Block, counted from 0.
+
+    Yields:
+        [`BlockTap`]: Its `tokens` hold `(B, N, D)` hidden states after a forward; `N` is the product of `token_grid`.
+
+    Raises:
+        ValueError: If there is no block `index`.
+    """
+    blocks = adapter.blocks(transformer)
+    if not 0 <= index < len(blocks):
+        raise ValueError(f"`index` must be in [0, {len(blocks) - 1}] for {len(blocks)} blocks, got {index}.")
+    tap = BlockTap()
+
+    def store(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Overwrites: a hook fires again whenever a checkpointed block is recomputed, so appending would count twice.
+        tap.tokens = output[0] if isinstance(output, tuple) else output
+
+    handle = blocks[index].register_forward_hook(store)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def unwrap(transformer: nn.Module) -> ModelMixin:
+    """Transformer inside the wrappers of distributed training and `torch.compile`."""
+    return extract_model_from_parallel(transformer, keep_torch_compile=False)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Device of the weights of a module."""
+    return next(module.parameters()).device
