@@ -127,7 +127,8 @@ def templates(motion: str, split: Split) -> tuple[str, ...]:
 
 def describe(spec: PromptSpec, template: str) -> str:
     """The sentence for `spec` in the words of `template`."""
-    return template.format(a=spec.colours[0], b=spec.colours[-1], d=spec.direction)
+    sentence = template.format(a=spec.colours[0], b=spec.colours[-1], d=spec.direction)
+    return re.sub(r"\b([Aa]) (?=orange\b)", r"\1n ", sentence)
 
 
 def all_prompts(split: Split, motions: tuple[str, ...] = MOTIONS) -> list[str]:

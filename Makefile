@@ -1,0 +1,65 @@
+# `make demo` and `make test` work on a fresh clone with nothing but Python 3.11: the first one makes .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+
+# One process; spelled out so that `accelerate launch` has nothing to guess and nothing to warn about.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Two workers of one thread each: the suite is many tiny models, where threads only get in each other's way.
+TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+.PHONY: help install demo test test-slow quality format bench docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with the pinned environment
+
+# torch goes first, so that no other package's resolution can pick another build of it. TORCH_ARGS can name an index with
+# another build, such as the CPU one: pip takes 2.13.0+cpu for the pinned 2.13.0.
+TORCH_ARGS ?=
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_ARGS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
+demo: $(INSTALLED)  ## train a physics adapter on the sandbox and write demo/report.html (minutes on 2 CPU cores)
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py
+
+test: $(INSTALLED)  ## fast tests, on CPU, without network
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)  ## all tests, also those that take minutes
+	$(PYTEST)
+
+quality: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## apply ruff's fixes and its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## the sandbox comparison over three seeds, for docs/benchmarks/
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
+		--seeds 0 1 2 --output_dir outputs/bench
+
+docs: $(INSTALLED_DOCS)  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove what the commands above left behind, except .venv
+	rm -rf demo outputs site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,20 @@
+"""
+Environment of every test: no network, CPU, one thread, caches of its own. Set here because torch and the Hugging Face
+libraries read it when they are imported.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A cache outside the user's home: a test can neither read a stale entry nor leave one behind.
+_cache = tempfile.mkdtemp(prefix="video-trl-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["HF_HOME"] = _cache

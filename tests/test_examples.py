@@ -1,0 +1,141 @@
+"""The example scripts, run as a person runs them: arguments in, files out."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from trl import TrlParser
+
+from tests.tiny import tiny_group_dataset, tiny_wan_pipeline
+from video_trl import VideoGroupDPOConfig, VideoSFTConfig
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def _load(name):
+    """An example as a module: scripts are no package, and their dataclasses need a module to be looked up in."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parse(config, *overrides):
+    script, config_class = (
+        ("train_sft", VideoSFTConfig) if "sft" in config.stem else ("train_gdpo", VideoGroupDPOConfig)
+    )
+    parser = TrlParser((_load(script).ScriptArguments, config_class))
+    return parser.parse_args_and_config(args=["--config", str(config), "--use_cpu", *overrides])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_is_understood_to_the_last_key(config):
+    """The parser raises at a key that no dataclass has; what it has read must be what the file says."""
+    script_args, training_args = _parse(config)
+    values = {**vars(script_args), **vars(training_args)}
+    for key, value in yaml.safe_load(config.read_text()).items():
+        expected = [value] if key == "report_to" and isinstance(values[key], list) else value
+        assert values[key] == ([] if expected == ["none"] else expected), key
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    _, training_args = _parse(EXAMPLES / "configs" / "sandbox-gdpo.yaml", "--max_steps", "3", "--beta", "50")
+    assert (training_args.max_steps, training_args.beta) == (3, 50)
+
+
+def test_a_misspelt_key_is_refused(tmp_path):
+    config = tmp_path / "typo-gdpo.yaml"
+    config.write_text("output_dir: x\nlearning_rte: 1.0e-5\n")
+    with pytest.raises(ValueError, match="learning_rte"):
+        _parse(config)
+
+
+def test_the_14b_configuration_holds_the_numbers_of_the_paper():
+    _, args = _parse(EXAMPLES / "configs" / "wan2.1-14b-gdpo.yaml")
+    assert (args.height, args.width, args.max_steps) == (480, 832, 10_000)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.999, 0.01)
+    assert (args.learning_rate, args.lr_scheduler_kwargs["min_lr"]) == (1e-5, 1e-6)
+    assert (args.lora_rank, args.lora_alpha) == (48, 48)
+    assert (args.alpha_min, args.lam, args.kappa_gamma, args.b_gamma) == (0.5, 0.6, 2.0, 0.4)
+    assert (args.kappa_alpha, args.b_alpha) == (5.0, 0.5)
+    assert args.bf16 and args.activation_checkpointing
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_script_starts_with_its_requirements_and_says_how_to_run_it(script):
+    text = script.read_text()
+    assert text.startswith("# /// script\n")
+    assert f"accelerate launch examples/{script.name}" in text
+
+
+@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+def test_a_model_without_a_dataset_is_refused_before_anything_is_loaded(script, tmp_path):
+    arguments = ["--model_name_or_path", "no/such-model", "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match="needs --dataset_name"):
+        _load(script).main(arguments)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """The tiny pipeline as a folder in diffusers layout, as a repository would be."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+def _two_steps(tiny_model, dataset, output_dir):
+    return [
+        *("--model_name_or_path", str(tiny_model), "--dataset_name", str(dataset), "--output_dir", str(output_dir)),
+        *("--max_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--lora_rank", "4"),
+        *("--cache_dir", str(output_dir / "cache"), "--use_cpu", "--report_to", "none"),
+    ]
+
+
+@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(script, tiny_model, tmp_path):
+    groups = tiny_group_dataset(n=4, m=2)
+    if script == "train_sft":
+        groups = groups.select_columns(["prompt", "chosen"]).rename_column("chosen", "video")
+    groups.save_to_disk(tmp_path / "data")
+    _load(script).main(_two_steps(tiny_model, tmp_path / "data", tmp_path / "out"))
+
+    assert (tmp_path / "out" / "README.md").is_file()
+    pipeline = tiny_wan_pipeline()
+    call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    before = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
+    pipeline.load_lora_weights(tmp_path / "out")
+    after = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
+    assert np.isfinite(after).all() and not np.array_equal(before, after)
+
+
+def test_sandbox_experiment_end_to_end(tmp_path, capsys):
+    """Few clips and two steps: not to learn anything, but to leave every file that the full run leaves."""
+    script = _load("train_gdpo")
+    arguments = [
+        *("--num_groups", "4", "--num_rejected", "2", "--eval_prompts", "4", "--max_steps", "2", "--seeds", "0", "1"),
+        *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"),
+    ]
+    script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])
+
+    for method in ("phygdpo", "sft"):
+        for seed in (0, 1):
+            folder = tmp_path / f"{method}-seed{seed}"
+            assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
+    assert (tmp_path / "report.html").read_text().count("<video") == 4 * 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == [
+        ("PhyGDPO", 0), ("PhyGDPO", 1), ("SFT", 0), ("SFT", 1),
+    ]  # fmt: skip
+    assert len(results["base"]) == 4
+    printed = capsys.readouterr().out
+    assert "PhyGDPO vs base" in printed and "PhyGDPO vs SFT" in printed and "better" not in printed

@@ -1,0 +1,122 @@
+"""
+The sandbox's group dataset: the chosen video is a simulated real one, the rejected ones are what the base model makes
+of the same sentence, judged. It is the data recipe of PhyGDPO at a size that takes a minute or two.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from ..data.columns import group_features
+from ..data.video_io import write_video
+from ..judges import VideoJudge
+from .benchmark import generate
+from .pipeline import Sandbox
+from .world import FPS, Clip, simulate
+
+
+logger = logging.getLogger(__name__)
+
+DATASET_VERSION = 1
+_FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
+
+
+def build_group_dataset(
+    sandbox: Sandbox,
+    output_dir: str | Path,
+    *,
+    num_groups: int = 128,
+    num_rejected: int = 3,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> datasets.Dataset:
+    """
+    Builds (or loads, when `output_dir` holds the same request) a group dataset of real mp4 files.
+
+    Args:
+        sandbox: pipeline and judge.
+        output_dir: receives `videos/*.mp4` and the table; written whole or not at all.
+        num_groups: rows. Sentences come from the training paraphrases, motions in turn by the seed.
+        num_rejected: generated videos a row (the m of PhyGDPO).
+        seed: another one gives other scenes and other noise.
+        batch_size: videos generated together.
+
+    Returns:
+        Row type "group": prompt, chosen, rejected, rejected_scores, category, seeds, generator, provenance.
+
+    Raises:
+        ValueError: `num_groups` or `num_rejected` below 1.
+    """
+    if num_groups < 1 or num_rejected < 1:
+        raise ValueError(f"Expected num_groups >= 1 and num_rejected >= 1, got {num_groups} and {num_rejected}.")
+    folder = Path(output_dir).absolute()
+    request = {
+        "version": DATASET_VERSION,
+        "generator": str(sandbox.pipeline.config._name_or_path).rsplit("/", 1)[-1],
+        "num_groups": num_groups,
+        "num_rejected": num_rejected,
+        "seed": seed,
+        "call_kwargs": dict(sandbox.call_kwargs),
+    }
+    stamp = folder / "request.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == request:
+        return datasets.load_from_disk(str(folder / "table"))
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "videos").mkdir(parents=True)
+
+    clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
+    noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
+    rejected, scores = _rejected_videos(sandbox.pipeline, sandbox.judge, clips, noise_seeds, sandbox, batch_size)
+    rows = []
+    for index in tqdm(range(num_groups), desc="Writing videos", unit="group"):
+        clip, paths = clips[index], []
+        for loser, video in enumerate(rejected[index]):
+            paths.append(str(write_video(folder / "videos" / f"{index:05d}_rejected_{loser}.mp4", video, FPS)))
+        chosen = write_video(folder / "videos" / f"{index:05d}_chosen.mp4", clip.video, FPS)
+        rows.append(
+            {
+                "prompt": clip.prompt,
+                "chosen": str(chosen),
+                "rejected": paths,
+                "rejected_scores": scores[index],
+                "category": clip.action,
+                "seeds": noise_seeds[index],
+                "generator": request["generator"],
+                "provenance": f"sandbox simulation, seed {_FIRST_SEED + 1_000_000 * seed + index}",
+            }
+        )
+    table = datasets.Dataset.from_list(rows, features=group_features("category", "seeds", "generator", "provenance"))
+    table.save_to_disk(str(folder / "table"))
+    stamp.write_text(json.dumps(request))
+    return table
+
+
+def _rejected_videos(
+    pipeline: DiffusionPipeline,
+    judge: VideoJudge,
+    clips: list[Clip],
+    noise_seeds: list[list[int]],
+    sandbox: Sandbox,
+    batch_size: int,
+) -> tuple[np.ndarray, list[list[dict[str, float]]]]:
+    """Videos `(N, m, T, H, W, 3)` and their scores, one list of m for each clip."""
+    num_rejected = len(noise_seeds[0])
+    prompts = [clip.prompt for clip in clips for _ in range(num_rejected)]
+    videos = generate(
+        pipeline,
+        prompts,
+        [seed for row in noise_seeds for seed in row],
+        dict(sandbox.call_kwargs),
+        batch_size=batch_size,
+        description="Generating rejected videos",
+    )
+    judged = judge.score(list(videos), prompts)
+    scores = [{"sa": float(score["sa"]), "pc": float(score["pc"])} for score in judged]
+    grouped = [scores[start : start + num_rejected] for start in range(0, len(scores), num_rejected)]
+    return videos.reshape(len(clips), num_rejected, *videos.shape[1:]), grouped
