@@ -1,0 +1,111 @@
+"""Collators: encoded rows in, stacked tensors out. Noise and timesteps are drawn in the training step, never here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters.base import VideoAdapter
+from .columns import as_scores, as_tensor
+
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoCollator:
+    """
+    Stack rows of the video type.
+
+    Args:
+        adapter (`VideoAdapter`): Pads prompt embeddings the way the pipeline does.
+        max_sequence_length (`int`): Number of tokens `L` to pad prompt embeddings to.
+
+    Returns, from `__call__(rows)`:
+        `dict`: `latents` float32 `(B, C, F, H, W)`, `prompt_embeds` `(B, L, D)` in the dtype they are stored in,
+        `index` int64 `(B,)`, the rows' `"index"`.
+
+    Raises:
+        ValueError: The rows have latents of different shapes, or a prompt has more than `max_sequence_length` tokens.
+    """
+
+    adapter: VideoAdapter
+    max_sequence_length: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        return {"latents": _stack(rows, "latents"), **_prompts_and_index(self.adapter, self.max_sequence_length, rows)}
+
+
+@dataclass(frozen=True)
+class GroupCollator:
+    """
+    Stack rows of the group type, or of the preference type (m = 1).
+
+    Args:
+        adapter (`VideoAdapter`): Pads prompt embeddings the way the pipeline does.
+        max_sequence_length (`int`): Number of tokens `L` to pad prompt embeddings to.
+
+    Returns, from `__call__(rows)`:
+        `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
+        `prompt_embeds` `(B, L, D)` in the dtype they are stored in, `sa` and `pc` float32 `(B, m)` when the rows carry
+        `rejected_scores`, `index` int64 `(B,)`, the rows' `"index"`.
+
+    Raises:
+        ValueError: The rows differ in the shape of their latents or in their number of rejected videos, only some of
+            them have scores, or a prompt has more than `max_sequence_length` tokens.
+    """
+
+    adapter: VideoAdapter
+    max_sequence_length: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        batch = {
+            "chosen_latents": _stack(rows, "chosen_latents"),
+            "rejected_latents": _stack(rows, "rejected_latents"),
+        }
+        if batch["chosen_latents"].shape[1:] != batch["rejected_latents"].shape[2:]:
+            raise ValueError(
+                f"Rows {_indices(rows)}: chosen latents of shape {tuple(batch['chosen_latents'].shape[1:])}, rejected "
+                f"latents of shape {tuple(batch['rejected_latents'].shape[2:])}; expected the same. Encode them "
+                "at one size."
+            )
+        scored = [row.get("rejected_scores") is not None for row in rows]
+        if any(scored) != all(scored):
+            unscored = [index for index, has in zip(_indices(rows), scored, strict=True) if not has]
+            raise ValueError(
+                f"Rows {unscored} lack 'rejected_scores' while others in the batch have them. Score all rows."
+            )
+        if all(scored):
+            scores = torch.stack([torch.from_numpy(as_scores(row["rejected_scores"])) for row in rows])  # (B, m, 2)
+            batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
+        return {**batch, **_prompts_and_index(self.adapter, self.max_sequence_length, rows)}
+
+
+def _indices(rows: Sequence[Row]) -> list[int]:
+    return [int(row["index"]) for row in rows]
+
+
+def _stack(rows: Sequence[Row], column: str) -> torch.Tensor:
+    tensors = [as_tensor(row[column]).float() for row in rows]
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        shapes = {index: tuple(tensor.shape) for index, tensor in zip(_indices(rows), tensors, strict=True)}
+        raise ValueError(
+            f"'{column}' must have one shape in a batch, got (by row) {shapes}. Encode all videos with the same "
+            "`num_frames`, `height`, `width` and number of rejected videos, or train with a batch size of 1."
+        )
+    return torch.stack(tensors)
+
+
+def _prompts_and_index(
+    adapter: VideoAdapter, max_sequence_length: int, rows: Sequence[Row]
+) -> dict[str, torch.Tensor]:
+    embeds = [as_tensor(row["prompt_embeds"]) for row in rows]
+    for index, embed in zip(_indices(rows), embeds, strict=True):
+        if embed.shape[0] > max_sequence_length:
+            raise ValueError(
+                f"Row {index}: prompt embeddings of {embed.shape[0]} tokens, expected at most {max_sequence_length} "
+                "(`max_sequence_length`). Raise it or encode the prompts again."
+            )
+    padded = adapter.pad_prompt_embeds(embeds, max_sequence_length)
+    return {"prompt_embeds": padded, "index": torch.tensor(_indices(rows), dtype=torch.int64)}

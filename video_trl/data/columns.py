@@ -1,0 +1,258 @@
+"""The row types of a dataset: which columns a trainer needs, and the checks that run before anything expensive."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+
+
+#: Columns that a raw dataset of each row type must have.
+ROW_TYPES: dict[str, tuple[str, ...]] = {
+    "video": ("prompt", "video"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "group": ("prompt", "chosen", "rejected"),
+}
+#: Columns that the same dataset has once its videos and prompts are encoded.
+ENCODED_COLUMNS: dict[str, tuple[str, ...]] = {
+    "video": ("latents", "prompt_embeds"),
+    "preference": ("chosen_latents", "rejected_latents", "prompt_embeds"),
+    "group": ("chosen_latents", "rejected_latents", "prompt_embeds"),
+}
+OPTIONAL_GROUP_FEATURES: dict[str, Any] = {
+    "category": datasets.Value("string"),
+    "seeds": datasets.List(datasets.Value("int64")),
+    "generator": datasets.Value("string"),
+    "provenance": datasets.Value("string"),
+}
+
+
+class MapDataset(Protocol):
+    """What the trainers read: a `datasets.Dataset`, an `EncodedDataset`, or a list of dicts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+def column_names(dataset: MapDataset) -> list[str]:
+    """Columns of a dataset; for anything but a `datasets.Dataset`, the keys of its first row."""
+    if isinstance(dataset, datasets.Dataset):
+        return list(dataset.column_names)
+    return list(dataset[0]) if len(dataset) else []
+
+
+def is_encoded(dataset: MapDataset, row_type: str) -> bool:
+    """Whether the dataset carries latents and prompt embeddings instead of videos and prompts."""
+    return set(ENCODED_COLUMNS[_known(row_type)]) <= set(column_names(dataset))
+
+
+def group_features(*optional: str) -> datasets.Features:
+    """
+    Features of a raw group dataset: `prompt`, `chosen`, `rejected`, `rejected_scores`, plus the optional columns named
+    (any of `"category"`, `"seeds"`, `"generator"`, `"provenance"`).
+
+    Videos stay undecoded (`Video(decode=False)`), so that a row is read without a video decoder.
+    """
+    unknown = sorted(set(optional) - set(OPTIONAL_GROUP_FEATURES))
+    if unknown:
+        raise ValueError(f"Unknown optional columns {unknown}; expected some of {sorted(OPTIONAL_GROUP_FEATURES)}.")
+    scores = {"sa": datasets.Value("float32"), "pc": datasets.Value("float32")}
+    return datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "chosen": datasets.Video(decode=False),
+            "rejected": datasets.List(datasets.Video(decode=False)),
+            "rejected_scores": datasets.List(scores),
+            **{name: OPTIONAL_GROUP_FEATURES[name] for name in optional},
+        }
+    )
+
+
+def undecoded(dataset: MapDataset) -> MapDataset:
+    """The same rows with videos as `{"path", "bytes"}`: decoding is up to `read_video`, and formats are dropped."""
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset
+    plain = dataset.with_format(None)
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Video) and feature.decode:
+            plain = plain.cast_column(column, datasets.Video(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Video):
+            if feature.feature.decode:
+                plain = plain.cast_column(column, datasets.List(datasets.Video(decode=False)))
+    return plain
+
+
+def as_videos(cell: Any) -> list[Any]:
+    """The videos of a `rejected` cell as a list: m of them, or the single one of a preference row."""
+    if isinstance(cell, np.ndarray):
+        return list(cell) if cell.ndim == 5 else [cell]
+    if not isinstance(cell, (list, tuple)):
+        return [cell]
+    if cell and isinstance(cell[0], (list, tuple)):  # frames as nested lists, from an array column
+        frames = np.asarray(cell, dtype=np.uint8)
+        return list(frames) if frames.ndim == 5 else [frames]
+    return list(cell)
+
+
+def as_scores(cell: Any) -> np.ndarray:
+    """
+    A `rejected_scores` cell as float32 of shape `(m, 2)`, columns `sa` and `pc`.
+
+    Accepts a list of `{"sa", "pc"}`, one such dict (m = 1), or numbers of shape `(m, 2)`. A missing value becomes NaN.
+    """
+    if isinstance(cell, Mapping):
+        cell = [cell]
+    if isinstance(cell, (list, tuple)) and any(isinstance(score, Mapping) or score is None for score in cell):
+        cell = [[(score or {}).get("sa"), (score or {}).get("pc")] for score in cell]
+        cell = [[math.nan if value is None else value for value in pair] for pair in cell]
+    scores = np.asarray(cell, dtype=np.float32)
+    return scores.reshape(-1, 2) if scores.size == 0 or scores.ndim == 2 and scores.shape[1] == 2 else scores
+
+
+def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool = False) -> None:
+    """
+    Check that a dataset, raw or encoded, can feed a trainer. Reads no pixels.
+
+    Args:
+        dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts): What to check.
+        row_type (`str`): `"video"`, `"preference"` or `"group"`.
+        physics_rewarding (`bool`, defaults to `False`): Whether `rejected_scores` must be there.
+
+    Raises:
+        ValueError: Zero rows, a missing column or cell, an empty `rejected` list, rows with different numbers of
+            rejected videos, scores missing, outside [0, 1] or of another number than the rejected videos. Names the
+            row, what was expected, what was found and the way out.
+    """
+    _known(row_type)
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
+            "encoded once, before training, and a run can then be resumed exactly."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"Expected a {row_type} dataset with at least one row, got zero rows. Check path and split.")
+    columns, encoded = column_names(dataset), is_encoded(dataset, row_type)
+    missing = [] if encoded else [name for name in ROW_TYPES[row_type] if name not in columns]
+    if missing:
+        raise ValueError(
+            f"A {row_type} dataset needs the columns {list(ROW_TYPES[row_type])} (or, encoded, "
+            f"{list(ENCODED_COLUMNS[row_type])}), got {columns}; missing: {missing}. Rename yours with "
+            "`dataset.rename_column(old, new)`."
+        )
+    if not encoded:
+        _check_present(dataset, "prompt")
+        _check_prompts(dataset)
+        _check_present(dataset, "video" if row_type == "video" else "chosen")
+    if row_type == "video":
+        return
+    counts = _rejected_counts(dataset, "rejected_latents" if encoded else "rejected")
+    _check_counts(counts)
+    _check_scores(dataset, counts, columns, required=physics_rewarding)
+
+
+def _known(row_type: str) -> str:
+    if row_type not in ROW_TYPES:
+        raise ValueError(f"Unknown row type {row_type!r}; expected one of {sorted(ROW_TYPES)}.")
+    return row_type
+
+
+def _cells(dataset: MapDataset, column: str) -> Iterator[Any]:
+    if isinstance(dataset, datasets.Dataset):
+        yield from dataset.select_columns(column)[column]
+    else:
+        for row in range(len(dataset)):
+            yield dataset[row].get(column)
+
+
+def _arrow_cells(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
+    """A column as Arrow arrays: nothing is decoded, and video bytes stay on the disk."""
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=1000):
+        yield table[column].combine_chunks()
+
+
+def _check_present(dataset: MapDataset, column: str) -> None:
+    if isinstance(dataset, datasets.Dataset):
+        nulls: Iterator[bool] = (
+            null for chunk in _arrow_cells(dataset, column) for null in chunk.is_null().to_pylist()
+        )
+    else:
+        nulls = (cell is None for cell in _cells(dataset, column))
+    for row, null in enumerate(nulls):
+        if null:
+            raise ValueError(
+                f"Row {row}: expected a value in column '{column}', got none. Fill it in or drop the row with "
+                f"`dataset.filter`."
+            )
+
+
+def _check_prompts(dataset: MapDataset) -> None:
+    for row, prompt in enumerate(_cells(dataset, "prompt")):
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise ValueError(f"Row {row}: expected a string in column 'prompt', got {kind}. Keep only the text.")
+
+
+def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
+    """Number of rejected videos of each row."""
+    if isinstance(dataset, datasets.Dataset) and column == "rejected":
+        if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
+            return [1] * len(dataset)
+        chunks = _arrow_cells(dataset, column)
+        return [length or 0 for chunk in chunks for length in chunk.value_lengths().to_pylist()]
+    if column == "rejected":
+        return [0 if cell is None else len(as_videos(cell)) for cell in _cells(dataset, column)]
+    return [0 if cell is None else len(cell) for cell in _cells(dataset, column)]
+
+
+def _check_counts(counts: Sequence[int]) -> None:
+    for row, count in enumerate(counts):
+        if count == 0:
+            raise ValueError(
+                f"Row {row}: expected at least one rejected video, got an empty list. Drop the row with "
+                "`dataset.filter(lambda row: len(row['rejected']) > 0)`."
+            )
+        if count != counts[0]:
+            raise ValueError(
+                f"Row {row}: expected {counts[0]} rejected videos as in row 0, got {count}. Keep the same number in "
+                f"every row, e.g. the first {min(count, counts[0])}."
+            )
+
+
+def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[str], *, required: bool) -> None:
+    advice = "Judge the rejected videos first, or set `physics_rewarding=False`."
+    if "rejected_scores" not in columns:
+        if required:
+            raise ValueError(
+                "`physics_rewarding` needs the column 'rejected_scores' (per rejected video 'sa' and 'pc' in [0, 1]), "
+                f"got {list(columns)}. {advice}"
+            )
+        return
+    for row, cell in enumerate(_cells(dataset, "rejected_scores")):
+        if cell is None:
+            if required:
+                raise ValueError(f"Row {row}: expected scores of {counts[row]} rejected videos, got none. {advice}")
+            continue
+        try:
+            scores = as_scores(cell)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Row {row}: 'rejected_scores' must be numbers, got {cell!r}. {advice}") from error
+        if scores.shape != (counts[row], 2):
+            raise ValueError(
+                f"Row {row}: expected (sa, pc) of each of the {counts[row]} rejected videos, got scores of shape "
+                f"{scores.shape}. {advice}"
+            )
+        if not ((scores >= 0) & (scores <= 1)).all():  # false for NaN as well
+            index, column = np.argwhere(~((scores >= 0) & (scores <= 1)))[0]
+            raise ValueError(
+                f"Row {row}: '{('sa', 'pc')[column]}' of rejected[{index}] is {scores[index, column]:g}, expected a "
+                f"number in [0, 1]. Rescale what the judge returned (1..5 -> (score - 1) / 4). {advice}"
+            )
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    """A cell with latents or embeddings as a tensor; numbers without a floating dtype become float32."""
+    tensor = torch.as_tensor(value)
+    return tensor if tensor.is_floating_point() and isinstance(value, (torch.Tensor, np.ndarray)) else tensor.float()
