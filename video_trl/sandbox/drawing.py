@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import laws
+from .geometry import FLOOR, PIVOT, WATER, ramp_axes, ramp_top
 from .prompts import STILL_SCENES, PromptSpec
 
 
@@ -105,8 +106,6 @@ def _pixel_grid(height: int, width: int) -> Image:
 
 
 def _scenery(appearance: Appearance, params: dict[str, float], motion: str, grid: Image) -> Image:
-    from .world import FLOOR, WATER, ramp_axes, ramp_top
-
     height = grid.shape[0]
     brightness = 1 + appearance.slope * (grid[..., 1:] - 0.5)
     image = np.array(appearance.wall) * brightness
@@ -142,7 +141,7 @@ def _paint_body(
     _paint(image, distance, colour * light, height)
 
 
-def _paint(image: Image, distance: Image, colour, height: int) -> None:
+def _paint(image: Image, distance: Image, colour: ArrayLike, height: int) -> None:
     """Blends `colour` in place where `distance` (frame heights) is negative, over one pixel at the edge."""
     cover = (0.5 - distance * height).clip(0, 1)[..., None]
     image += cover * (np.asarray(colour) - image)
@@ -164,6 +163,4 @@ def _segment(grid: Image, start: laws.Array, end: laws.Array) -> Image:
 
 
 def _pivot(params: dict[str, float]) -> laws.Array:
-    from .world import PIVOT
-
     return np.array([params["pivot_x"], PIVOT])

@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 
 from . import laws
 from .drawing import Appearance, draw
+from .geometry import FLOOR, PIVOT, WATER, ramp_axes, ramp_top
 from .prompts import ACTIONS, DIRECTIONS, MOTIONS, STILL_SCENES, PromptSpec, Split, body_colours, describe, templates
 
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 13, 64, 64, 8.0  # what the shipped pipeline was trained on
-
-FLOOR = 0.12  # height of the floor line
-PIVOT = 0.92  # height of a pendulum's pivot
-WATER = 0.62  # height of the water surface
 
 VIOLATIONS = (
     "no_gravity",
@@ -45,6 +42,11 @@ VIOLATIONS_OF: dict[str, tuple[str, ...]] = {
 }
 # A violation that hardly moves anything is no violation: mean displacement against the lawful clip, in frame heights.
 MIN_DISPLACEMENT = 0.06
+
+
+Rng = np.random.Generator
+Radii = tuple[float, ...]
+Params = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _sign(direction: str) -> float:
     return 1.0 if direction in ("right", "up") else -1.0
 
 
-def _free_fall(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _free_fall(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     return {
         "x": rng.uniform(0.2, 0.8) * aspect,
         "height": rng.uniform(0.4, 0.68),
@@ -194,7 +196,7 @@ def _free_fall(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _projectile(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _projectile(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     sign, start = _sign(direction), rng.uniform(0.12, 0.2) * aspect
     return {
         "x": start if sign > 0 else aspect - start,
@@ -206,14 +208,14 @@ def _projectile(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _rolling(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _rolling(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     sign, start = _sign(direction), rng.uniform(0.12, 0.2) * aspect
     travel, stop = rng.uniform(0.45, 0.68) * aspect, rng.uniform(0.75, 1.3) * duration
     speed = 2 * travel / stop  # comes to rest after `travel` at time `stop`
     return {"x": start if sign > 0 else aspect - start, "vx": sign * speed, "deceleration": speed / stop}
 
 
-def _incline(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _incline(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     angle = math.radians(rng.uniform(20, 35))
     # The friction is chosen so that the block covers `length` of the ramp: steep ramps are rough ones.
     length = rng.uniform(0.45, 0.65) * aspect / math.cos(angle)
@@ -227,7 +229,7 @@ def _incline(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _collision(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _collision(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     sign, start = _sign(direction), rng.uniform(0.12, 0.18) * aspect
     target = rng.uniform(0.45, 0.55) * aspect
     contact = math.sqrt((radii[0] + radii[1]) ** 2 - (radii[0] - radii[1]) ** 2)  # both stand on one floor
@@ -243,7 +245,7 @@ def _collision(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _pendulum(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _pendulum(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     length = rng.uniform(0.42, 0.6)
     reach = math.asin(min(0.45 * aspect / length, 0.9))
     return {
@@ -256,7 +258,7 @@ def _pendulum(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _buoyancy(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _buoyancy(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     rises = direction == "up"
     return {
         "x": rng.uniform(0.2, 0.8) * aspect,
@@ -267,7 +269,7 @@ def _buoyancy(rng, direction, radii, aspect, duration) -> dict[str, float]:
     }
 
 
-def _still(rng, direction, radii, aspect, duration) -> dict[str, float]:
+def _still(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
     return {"x": rng.uniform(0.25, 0.75) * aspect, "aspect": aspect}
 
 
@@ -297,7 +299,7 @@ def _break_law(rng: np.random.Generator, scene: Scene, violation: str, times: la
     return replace(scene, violation=violation, params={**scene.params, **changes})
 
 
-def _no_gravity(rng, params, motion, duration) -> dict[str, float]:
+def _no_gravity(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     if motion == "free_fall":
         return {"gravity": 0.0, "vy": -rng.uniform(0.1, 0.2)}
     if motion == "incline":  # hardly creeps
@@ -307,7 +309,7 @@ def _no_gravity(rng, params, motion, duration) -> dict[str, float]:
     return {"gravity": 0.0}
 
 
-def _inverted_gravity(rng, params, motion, duration) -> dict[str, float]:
+def _inverted_gravity(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     if motion == "incline":  # released further down, slides up
         return {"acceleration": -params["acceleration"], "x": params["x"] + 0.5 * params["aspect"]}
     if motion == "buoyancy":
@@ -315,7 +317,7 @@ def _inverted_gravity(rng, params, motion, duration) -> dict[str, float]:
     return {"gravity": -laws.GRAVITY * rng.uniform(0.4, 0.8)}
 
 
-def _energy_gain(rng, params, motion, duration) -> dict[str, float]:
+def _energy_gain(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     if motion == "rolling":
         slow = 0.25 * params["vx"]
         return {"vx": slow, "deceleration": -abs(params["vx"]) / duration * rng.uniform(0.8, 1.2)}
@@ -327,11 +329,11 @@ def _energy_gain(rng, params, motion, duration) -> dict[str, float]:
     return {"restitution": rng.uniform(1.25, 1.5)}
 
 
-def _through_floor(rng, params, motion, duration) -> dict[str, float]:
+def _through_floor(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     return {"restitution": math.inf}
 
 
-def _momentum(rng, params, motion, duration) -> dict[str, float]:
+def _momentum(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     speed = params["vx"]
     options = (
         (speed, 0.0),  # passes through
@@ -411,18 +413,6 @@ def _along_ramp(p: dict[str, float], distance: laws.Array, size: float) -> laws.
     """Centre of a block of half side `size` that slid `distance` from the upper end of the ramp."""
     along, normal = ramp_axes(p["angle"], p["sign"])
     return ramp_top(p) + distance[:, None] * along + size * normal
-
-
-def ramp_top(p: dict[str, float]) -> laws.Array:
-    """Upper end of the ramp, which falls across the whole picture and ends on the floor."""
-    x = 0.0 if p["sign"] > 0 else p["aspect"]
-    return np.array([x, FLOOR + p["aspect"] * math.tan(p["angle"])])
-
-
-def ramp_axes(angle: float, sign: float) -> tuple[laws.Array, laws.Array]:
-    """Unit vectors down the ramp and away from it."""
-    along = np.array([sign * math.cos(angle), -math.sin(angle)])
-    return along, np.array([sign * math.sin(angle), math.cos(angle)])
 
 
 def _pendulum_bob(p: dict[str, float], angle: laws.Array) -> laws.Array:
