@@ -113,6 +113,15 @@ def test_lawful_bodies_stay_in_the_picture_and_above_the_floor(motion):
         assert clip.visible.all()
 
 
+@pytest.mark.parametrize("size", [(48, 80), (45, 80), (64, 64)])
+def test_blocks_start_inside_the_picture_at_any_aspect(size):
+    height, width = size
+    for seed in range(40):
+        clip = simulate(seed, motion="incline", height=height, width=width)
+        assert (clip.positions[..., 1] + clip.scene.appearance.radii[0] < 1.05).all()
+        assert ((clip.positions[..., 0] > 0) & (clip.positions[..., 0] < width / height)).all()
+
+
 def test_drawn_bodies_are_where_the_simulation_puts_them():
     clip = simulate(11, spec=PromptSpec("projectile", ("red",), "right"), height=128, width=128)
     for frame, (x, y) in zip(clip.video.astype(float), clip.positions[:, 0], strict=True):
@@ -172,8 +181,13 @@ def test_prompts_read_back_as_what_they_describe(motion):
     number = 2 if motion == "collision" else 1
     for template in PARAPHRASES[motion]:
         for direction in DIRECTIONS[motion]:
-            spec = PromptSpec(motion, ("purple", "green")[:number], direction)
+            spec = PromptSpec(motion, ("purple", "orange")[:number], direction)
             assert parse_prompt(describe(spec, template)) == spec
+
+
+def test_sentences_use_the_right_article():
+    for sentence in all_prompts("train") + all_prompts("heldout"):
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", sentence), sentence
 
 
 @pytest.mark.parametrize("motion", STILL_SCENES)

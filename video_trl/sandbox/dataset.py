@@ -10,12 +10,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..data.columns import group_features
 from ..data.video_io import write_video
-from ..judges import VideoJudge
 from .benchmark import generate
 from .pipeline import Sandbox
 from .world import FPS, Clip, simulate
@@ -24,6 +22,7 @@ from .world import FPS, Clip, simulate
 logger = logging.getLogger(__name__)
 
 DATASET_VERSION = 1
+REQUEST_NAME = "request.json"
 _FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
 
 
@@ -51,7 +50,7 @@ def build_group_dataset(
         Row type "group": prompt, chosen, rejected, rejected_scores, category, seeds, generator, provenance.
 
     Raises:
-        ValueError: `num_groups` or `num_rejected` below 1.
+        ValueError: `num_groups` or `num_rejected` below 1, or `output_dir` holds something else.
     """
     if num_groups < 1 or num_rejected < 1:
         raise ValueError(f"Expected num_groups >= 1 and num_rejected >= 1, got {num_groups} and {num_rejected}.")
@@ -64,26 +63,34 @@ def build_group_dataset(
         "seed": seed,
         "call_kwargs": dict(sandbox.call_kwargs),
     }
-    stamp = folder / "request.json"
+    stamp = folder / REQUEST_NAME
     if stamp.is_file() and json.loads(stamp.read_text()) == request:
         return datasets.load_from_disk(str(folder / "table"))
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "videos").mkdir(parents=True)
+    if folder.exists() and not stamp.is_file() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files that are not a sandbox dataset (no {REQUEST_NAME}). Pass an empty or a new folder: "
+            f"building replaces what is in it."
+        )
 
     clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
-    rejected, scores = _rejected_videos(sandbox.pipeline, sandbox.judge, clips, noise_seeds, sandbox, batch_size)
+    rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, batch_size)
+    # Complete under another name first: a killed run never leaves a folder that looks whole.
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "videos").mkdir(parents=True)
     rows = []
-    for index in tqdm(range(num_groups), desc="Writing videos", unit="group"):
-        clip, paths = clips[index], []
-        for loser, video in enumerate(rejected[index]):
-            paths.append(str(write_video(folder / "videos" / f"{index:05d}_rejected_{loser}.mp4", video, FPS)))
-        chosen = write_video(folder / "videos" / f"{index:05d}_chosen.mp4", clip.video, FPS)
+    for index, clip in enumerate(tqdm(clips, desc="Writing videos", unit="group")):
+        names = [f"videos/{index:05d}_rejected_{loser}.mp4" for loser in range(num_rejected)]
+        for name, video in zip(names, rejected[index], strict=True):
+            write_video(partial / name, video, FPS)
+        chosen = f"videos/{index:05d}_chosen.mp4"
+        write_video(partial / chosen, clip.video, FPS)
         rows.append(
             {
                 "prompt": clip.prompt,
-                "chosen": str(chosen),
-                "rejected": paths,
+                "chosen": str(folder / chosen),
+                "rejected": [str(folder / name) for name in names],
                 "rejected_scores": scores[index],
                 "category": clip.action,
                 "seeds": noise_seeds[index],
@@ -92,31 +99,28 @@ def build_group_dataset(
             }
         )
     table = datasets.Dataset.from_list(rows, features=group_features("category", "seeds", "generator", "provenance"))
-    table.save_to_disk(str(folder / "table"))
-    stamp.write_text(json.dumps(request))
-    return table
+    table.save_to_disk(str(partial / "table"))
+    (partial / REQUEST_NAME).write_text(json.dumps(request))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return datasets.load_from_disk(str(folder / "table"))
 
 
 def _rejected_videos(
-    pipeline: DiffusionPipeline,
-    judge: VideoJudge,
-    clips: list[Clip],
-    noise_seeds: list[list[int]],
-    sandbox: Sandbox,
-    batch_size: int,
+    sandbox: Sandbox, clips: list[Clip], noise_seeds: list[list[int]], batch_size: int
 ) -> tuple[np.ndarray, list[list[dict[str, float]]]]:
     """Videos `(N, m, T, H, W, 3)` and their scores, one list of m for each clip."""
     num_rejected = len(noise_seeds[0])
     prompts = [clip.prompt for clip in clips for _ in range(num_rejected)]
     videos = generate(
-        pipeline,
+        sandbox.pipeline,
         prompts,
         [seed for row in noise_seeds for seed in row],
         dict(sandbox.call_kwargs),
         batch_size=batch_size,
         description="Generating rejected videos",
     )
-    judged = judge.score(list(videos), prompts)
+    judged = sandbox.judge.score(list(videos), prompts)
     scores = [{"sa": float(score["sa"]), "pc": float(score["pc"])} for score in judged]
     grouped = [scores[start : start + num_rejected] for start in range(0, len(scores), num_rejected)]
     return videos.reshape(len(clips), num_rejected, *videos.shape[1:]), grouped

@@ -71,7 +71,7 @@ def load_sandbox(path: str | Path = PIPELINE_PATH) -> Sandbox:
             f"Expected a diffusers pipeline in {path}, found no model_index.json. The package ships one; "
             f"to make your own run `python -m video_trl.sandbox.train_base --output DIR` and pass DIR."
         )
-    pipeline = WanPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return Sandbox(pipeline, SandboxJudge(fps=FPS), all_prompts("train"), all_prompts("heldout"))
 

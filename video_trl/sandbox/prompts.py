@@ -154,7 +154,7 @@ _KEYWORDS = (
     ("buoyancy", r"\bwater\b|\bfloats?\b|\bsinks?\b"),
     ("pendulum", r"\bpendulum\b|\bswings?\b|\brod\b"),
     ("incline", r"\bramp\b|\bincline\b|\bslid(e|es|ing)\b"),
-    ("collision", r"\bcollid(e|es|ing)\b|\bis hit by\b|\bhits a\b"),
+    ("collision", r"\bcollid(e|es|ing)\b|\bis hit by\b|\bhits an?\b"),
     ("rolling", r"\broll(s|ing)?\b"),
     ("projectile", r"\bthrown\b|\bfl(y|ies|ying)\b|\barc\b|\bthrow(s)?\b"),
     ("free_fall", r"\bfall(s|ing)?\b|\bdrop(s|ped|ping)?\b|\bbounc(e|es|ing)\b"),

@@ -216,7 +216,8 @@ def _rolling(rng: Rng, direction: str, radii: Radii, aspect: float, duration: fl
 
 
 def _incline(rng: Rng, direction: str, radii: Radii, aspect: float, duration: float) -> Params:
-    angle = math.radians(rng.uniform(20, 35))
+    # The ramp crosses the whole picture: the wider it is, the flatter, so that the block starts inside.
+    angle = rng.uniform(0.57, 1.0) * min(math.radians(35), math.atan(0.7 / aspect))
     # The friction is chosen so that the block covers `length` of the ramp: steep ramps are rough ones.
     length = rng.uniform(0.45, 0.65) * aspect / math.cos(angle)
     acceleration = min(2 * length / duration**2, laws.incline_acceleration(angle, 0.0))

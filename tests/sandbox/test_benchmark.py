@@ -1,0 +1,100 @@
+"""The sandbox's group dataset and benchmark, on the shipped pipeline with few steps."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from video_trl.data import check_columns, read_video
+from video_trl.sandbox import build_group_dataset, evaluate, load_sandbox
+from video_trl.sandbox.benchmark import as_columns, balanced_prompts, generate
+from video_trl.sandbox.dataset import REQUEST_NAME
+from video_trl.sandbox.prompts import MOTIONS, all_prompts, parse_prompt
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    loaded = load_sandbox()
+    return replace(loaded, call_kwargs={**loaded.call_kwargs, "num_inference_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def groups(sandbox, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("groups") / "dataset"
+    return folder, build_group_dataset(sandbox, folder, num_groups=3, num_rejected=2, seed=5)
+
+
+def test_groups_are_real_clips_against_judged_generated_ones(sandbox, groups):
+    _, dataset = groups
+    check_columns(dataset, "group", physics_rewarding=True)
+    for row in dataset:
+        chosen = read_video(row["chosen"])
+        assert chosen.shape == (13, 64, 64, 3)
+        assert sandbox.judge.score([chosen], [row["prompt"]])[0]["pc"] > 0.8
+        assert row["prompt"] in all_prompts("train")
+        assert len(row["rejected"]) == len(row["rejected_scores"]) == len(set(row["seeds"])) == 2
+        for video, score in zip(row["rejected"], row["rejected_scores"], strict=True):
+            judged = sandbox.judge.score([read_video(video)], [row["prompt"]])[0]
+            assert judged["pc"] == pytest.approx(score["pc"], abs=0.15)  # the mp4 is lossy
+
+
+def test_rejected_videos_come_back_from_their_recorded_seeds(sandbox, groups):
+    row = groups[1][1]
+    videos = generate(sandbox.pipeline, [row["prompt"]] * 2, row["seeds"], dict(sandbox.call_kwargs))
+    for video, cell in zip(videos, row["rejected"], strict=True):
+        assert np.abs(video.astype(int) - read_video(cell)).mean() < 3
+
+
+def test_the_same_request_is_loaded_and_another_one_built_again(sandbox, groups):
+    folder, dataset = groups
+    stamp = (folder / REQUEST_NAME).stat().st_mtime_ns
+    again = build_group_dataset(sandbox, folder, num_groups=3, num_rejected=2, seed=5)
+    assert (folder / REQUEST_NAME).stat().st_mtime_ns == stamp
+    assert again[0]["prompt"] == dataset[0]["prompt"]
+    other = build_group_dataset(sandbox, folder.with_name("other"), num_groups=3, num_rejected=2, seed=6)
+    assert other["prompt"] != dataset["prompt"]
+
+
+def test_a_folder_with_other_files_is_left_alone(sandbox, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all I have")
+    with pytest.raises(ValueError, match="holds files that are not a sandbox dataset"):
+        build_group_dataset(sandbox, tmp_path, num_groups=1)
+    assert (tmp_path / "thesis.txt").read_text() == "all I have"
+
+
+@pytest.mark.parametrize("arguments", [{"num_groups": 0}, {"num_rejected": 0}])
+def test_empty_datasets_are_refused(sandbox, tmp_path, arguments):
+    with pytest.raises(ValueError, match=re.escape("Expected num_groups >= 1 and num_rejected >= 1")):
+        build_group_dataset(sandbox, tmp_path, **arguments)
+
+
+def test_prompts_are_balanced_distinct_and_reproducible():
+    prompts = balanced_prompts("heldout", 21)
+    assert len(set(prompts)) == 21 and set(prompts) <= set(all_prompts("heldout"))
+    motions = [parse_prompt(prompt).motion for prompt in prompts]
+    assert {motion: motions.count(motion) for motion in MOTIONS} == dict.fromkeys(MOTIONS, 3)
+    assert prompts == balanced_prompts("heldout", 21) != balanced_prompts("heldout", 21, seed=1)
+    with pytest.raises(ValueError, match="Expected between 1 and"):
+        balanced_prompts("heldout", 10_000)
+
+
+def test_generation_does_not_depend_on_the_batch_size(sandbox):
+    prompts = balanced_prompts("train", 3)
+    one, many = (
+        generate(sandbox.pipeline, prompts, [1, 2, 3], dict(sandbox.call_kwargs), batch_size=size) for size in (1, 3)
+    )
+    assert np.abs(one.astype(int) - many).max() <= 1
+
+
+def test_records_of_two_models_pair_up(sandbox, tmp_path):
+    prompts = balanced_prompts("heldout", 2)
+    arguments = (sandbox.pipeline, sandbox.judge, prompts, [0, 1], dict(sandbox.call_kwargs))
+    first, second = evaluate(*arguments, tmp_path / "a"), evaluate(*arguments, tmp_path / "b")
+    assert [(r.prompt, r.seed) for r in first] == [(p, s) for p in prompts for s in (0, 1)]
+    assert [r.pc for r in first] == [r.pc for r in second]
+    videos = [read_video(record.video) for record in first]
+    assert not np.array_equal(videos[0], videos[1])  # another seed, another video
+    columns = as_columns(first)
+    assert len(columns["pc"]) == 4 and all(0 <= value <= 1 for value in columns["pc"] + columns["sa"])
+    assert all(r.joint == float(r.sa >= 0.5 and r.pc >= 0.5) for r in first)
