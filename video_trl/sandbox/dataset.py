@@ -89,8 +89,8 @@ def build_group_dataset(
         rows.append(
             {
                 "prompt": clip.prompt,
-                "chosen": str(folder / chosen),
-                "rejected": [str(folder / name) for name in names],
+                "chosen": str(partial / chosen),
+                "rejected": [str(partial / name) for name in names],
                 "rejected_scores": scores[index],
                 "category": clip.action,
                 "seeds": noise_seeds[index],
@@ -99,7 +99,7 @@ def build_group_dataset(
             }
         )
     table = datasets.Dataset.from_list(rows, features=group_features("category", "seeds", "generator", "provenance"))
-    table.save_to_disk(str(partial / "table"))
+    table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
     (partial / REQUEST_NAME).write_text(json.dumps(request))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

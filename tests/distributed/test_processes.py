@@ -1,0 +1,121 @@
+"""Two processes with gloo compute what one computes: gradients, metrics, checkpoints, and when to stop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from tests.tiny import tiny_encoded_group
+from tests.trainer.runs import (
+    RecordGradients,
+    assert_close_weights,
+    assert_equal_weights,
+    config,
+    losses,
+    trained_weights,
+    trainer,
+)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """Folder with what two processes have written; `alone` in it is a checkpoint of one process to resume from."""
+    directory = tmp_path_factory.mktemp("two")
+    alone(directory / "alone", save_strategy="steps", save_steps=3)
+    repository = Path(__file__).parents[2]
+    # `accelerate launch --cpu --num_processes 2` starts a single process; `--standalone` picks a free port.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("worker.py")), str(directory)],
+        env=environment,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return directory
+
+
+def alone(directory: Path, resume: Path | None = None, **settings: Any):
+    """The same run in this process, with batches of four; with the gradients of its steps."""
+    recorder = RecordGradients()
+    evaluation = {"eval_dataset": settings.pop("eval_dataset")} if "eval_dataset" in settings else {}
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "max_grad_norm": 0.0}
+    made = trainer(config(directory, **(defaults | settings)), rows=8, callbacks=[recorder], **evaluation)
+    made.train(resume_from_checkpoint=resume and str(resume))
+    return made, recorder.steps
+
+
+def weights_of(directory: Path, name: str, kind: str = "weights"):
+    return safetensors.torch.load_file(directory / f"{name}-{kind}.safetensors")
+
+
+def report_of(directory: Path, name: str) -> dict[str, Any]:
+    return json.loads((directory / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["split", "accumulated"])
+def test_two_processes_compute_the_step_of_one(two_processes, tmp_path, name):
+    made, gradients = alone(tmp_path, max_steps=3)
+    report = report_of(two_processes, name)
+    assert report["losses"][0] == pytest.approx(losses(made)[0], rel=1e-5)
+    assert_close_weights(weights_of(two_processes, name, "gradients"), gradients[0], 1e-5)
+    assert report["losses"] == pytest.approx(losses(made), rel=1e-3)
+    for metric, value in made.state.log_history[0].items():
+        if "/" in metric or metric in ("alpha", "gamma", "win_gap", "lose_gap"):
+            assert report["log"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+
+
+def test_all_weights_are_trained_alike(two_processes, tmp_path):
+    made, gradients = alone(tmp_path, max_steps=2, use_peft=False, learning_rate=1e-3)
+    assert_close_weights(weights_of(two_processes, "full", "gradients"), gradients[0], 1e-5)
+    assert report_of(two_processes, "full")["losses"] == pytest.approx(losses(made), rel=1e-3)
+
+
+def test_evaluation_counts_every_sample_once(two_processes, tmp_path):
+    """Three samples on two processes: one is evaluated twice, to fill up, and must not count twice."""
+    dataset = tiny_encoded_group(3, seed=9)
+    made, _ = alone(tmp_path, eval_strategy="steps", eval_steps=3, eval_dataset=dataset)
+    expected = [entry for entry in made.state.log_history if "eval_loss" in entry][0]
+    actual = report_of(two_processes, "watched")["evaluations"][0]
+    for metric in ("eval_loss", "eval_alpha", "eval_gamma", "eval_rewards/accuracies"):
+        assert actual[metric] == pytest.approx(expected[metric], rel=1e-3), metric
+    for metric in ("eval_rewards/margins", "eval_rewards/chosen", "eval_win_gap"):
+        assert actual[metric] == pytest.approx(expected[metric], rel=2e-2, abs=1e-3), metric
+
+
+def test_resuming_on_as_many_processes_is_bit_exact(two_processes):
+    assert_equal_weights(weights_of(two_processes, "resumed"), weights_of(two_processes, "watched"))
+    assert report_of(two_processes, "resumed")["losses"] == report_of(two_processes, "watched")["losses"]
+
+
+def test_resuming_on_another_number_of_processes_agrees_to_rounding(two_processes, tmp_path):
+    straight, _ = alone(tmp_path / "straight")
+    shrunk, _ = alone(tmp_path / "shrunk", two_processes / "watched" / "checkpoint-3")
+    assert_close_weights(trained_weights(shrunk), trained_weights(straight), 1e-4)
+    assert_close_weights(weights_of(two_processes, "grown"), trained_weights(straight), 1e-4)
+    assert_close_weights(weights_of(two_processes, "watched"), trained_weights(straight), 1e-4)
+
+
+def test_checkpoints_and_videos_are_written_once_and_whole(two_processes):
+    run = two_processes / "watched"
+    assert {path.name for path in run.iterdir()} == {"checkpoint-3", "checkpoint-6", "samples"}
+    names = {path.name for path in (run / "checkpoint-6").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "pytorch_lora_weights.safetensors"} <= names
+    assert {path.name for path in (run / "samples").iterdir()} == {"step_0", "step_3", "step_6"}
+
+
+def test_a_bad_sample_of_one_process_stops_both(two_processes):
+    stopped = sorted(path.name for path in two_processes.glob("stopped-*"))
+    step = stopped[0].rsplit("-", 1)[1]
+    assert stopped == [f"stopped-0-{step}", f"stopped-1-{step}"]
+    reports = [json.loads(path.read_text()) for path in sorted((two_processes / "bad").glob("non_finite_*.json"))]
+    assert [report["process"] for report in reports] == [0, 1]
+    assert 5 in [sample["index"] for report in reports for sample in report["samples"]]

@@ -1,0 +1,192 @@
+"""Arguments shared by every trainer of the package."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ..diffusion import TimestepSampling
+
+
+# Options of `TrainingArguments` that would be ignored, or would break an exactness promise, with a video transformer:
+# field -> (the only accepted value, why).
+_UNSUPPORTED = {
+    "remove_unused_columns": (False, "the collators read every column by name"),
+    "neftune_noise_alpha": (None, "a video transformer has no token embedding to perturb"),
+    "label_smoothing_factor": (0.0, "the losses take no class labels"),
+    "bf16_full_eval": (False, "it would cast the float32 adapter, which is being trained, to bfloat16"),
+    "fp16_full_eval": (False, "it would cast the float32 adapter, which is being trained, to float16"),
+    "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
+    "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
+}
+
+
+# A bare `--bf16` on the command line means true, also where "not given" is told apart from false.
+_FLAG: dict[str, Any] = {"nargs": "?", "const": True}
+
+
+@dataclass
+class _BaseVideoConfig(TrainingArguments):
+    """
+    Arguments that all video trainers share; everything else is inherited from [`~transformers.TrainingArguments`].
+
+    Defaults that differ from `TrainingArguments`: `logging_steps=10`, batch sizes of 1 per
+    device, `bf16` and `activation_checkpointing` on when a
+    GPU that supports them is used, `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
+    `logging_nan_inf_filter=False` (a non-finite loss stops the run instead of being averaged away), and
+    `data_seed=seed` (the order of the samples does not depend on the state of a global generator).
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Defaults of TrainingArguments that are replaced
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Rows (videos, pairs, groups) per device and micro-batch in training."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Rows (videos, pairs, groups) per device in evaluation."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many steps; a fraction in [0, 1) is a share of all steps."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16. Unset: on when a GPU that supports it is used, off on CPU.",
+            **_FLAG,
+        },
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass: a quarter more time for a tenth of the memory, same "
+            "numbers. Unset: on when a GPU is used, off on CPU.",
+            **_FLAG,
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide non-finite losses from the log. Off: training stops at the first one."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay off: the collators read every column by name."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Passed to DistributedDataParallel. Every trained parameter takes part in every step."},
+    )
+
+    data_seed: int | None = field(default=None, metadata={"help": "Seed of the order of samples. Unset: `seed`."})
+    dataloader_pin_memory: bool = field(
+        default=True, metadata={"help": "Pin the memory of batches; has an effect only where there is a GPU."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of `DiffusionPipeline.from_pretrained` (revision, variant, token, ...), used "
+            "when the model is given as a repository id or path."
+        },
+    )
+    use_peft: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a LoRA adapter, the frozen weights underneath being the reference. Off: all weights."
+        },
+    )
+    lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
+    lora_alpha: int = field(
+        default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
+    )
+
+    # Parameters that control the noise
+    timestep_sampling: TimestepSampling = field(
+        default="uniform",
+        metadata={
+            "help": "Law of the noise level. 'uniform' on [0, 1]; 'logit_normal': sigmoid of a normal draw; "
+            "'shifted': uniform, then bent towards more noise as the sampler bends it."
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None,
+        metadata={"help": "Shift of 'shifted' timestep sampling. Unset: the flow shift of the pipeline's scheduler."},
+    )
+    timestep_logit_mean: float = field(
+        default=0.0, metadata={"help": "Mean of the normal draw of 'logit_normal' timestep sampling."}
+    )
+    timestep_logit_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of the normal draw of 'logit_normal' timestep sampling."}
+    )
+
+    # Parameters that control the data
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Frames per video after decoding. Unset: as many as the file has."}
+    )
+    fps: float | None = field(default=None, metadata={"help": "Frames per second after decoding. Unset: the file's."})
+    height: int | None = field(default=None, metadata={"help": "Height in pixels after decoding. Unset: the file's."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels after decoding. Unset: the file's."})
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Prompt length in tokens. Unset: the tokenizer's maximum, but no more than 512."},
+    )
+    encode_batch_size: int = field(
+        default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the encoded data, found again by fingerprint. Unset: `$HF_HOME/video_trl/encoded`."
+        },
+    )
+    on_bad_video: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={
+            "help": "What to do with a video that cannot be decoded: 'raise' stops and names it, 'skip' drops its row "
+            "and names it in a warning."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        uses_gpu = not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.bf16 is None:
+            self.bf16 = uses_gpu and not self.fp16
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = uses_gpu
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self._check_base_values()
+        super().__post_init__()
+        # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
+        for name, (accepted, reason) in _UNSUPPORTED.items():
+            value = self.__dict__[name]
+            if value != accepted:
+                raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it at {accepted!r}.")
+        if isinstance(self.activation_checkpointing_kwargs, dict) and self.activation_checkpointing_kwargs:
+            raise ValueError(
+                f"`activation_checkpointing_kwargs={self.activation_checkpointing_kwargs!r}` is not supported: blocks "
+                "are checkpointed one by one, non-reentrantly, by diffusers. Leave it unset."
+            )
+
+    def _check_base_values(self) -> None:
+        for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std"):
+            _check_positive(self, name)
+        for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
+            if self.__dict__[name] is not None:
+                _check_positive(self, name)
+        _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        _check_choice(self, "on_bad_video", ("raise", "skip"))
+
+
+def _check_positive(config: _BaseVideoConfig, name: str) -> None:
+    value = config.__dict__[name]
+    if not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+def _check_choice(config: _BaseVideoConfig, name: str, choices: tuple[str, ...]) -> None:
+    value = config.__dict__[name]
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

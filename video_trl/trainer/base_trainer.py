@@ -1,0 +1,475 @@
+"""What `transformers.Trainer` cannot do for a video transformer. No loss, no method, no model family in here."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+
+from ..adapters import adapter_for
+from ..data import check_columns
+from ..data.columns import MapDataset
+from .base_config import _BaseVideoConfig
+from .callbacks import LogVideosCallback
+from .card import CARD_NAME, adapter_card, base_model_name, copy_published_files
+from .checkpointing import (
+    check_description,
+    describe_run,
+    load_weights,
+    partial_directory,
+    publish,
+    remove_leftovers,
+    save_weights,
+    write_description,
+)
+from .finite import FiniteLossGuard
+from .generation import generation
+from .loading import load_model
+from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
+from .metrics import MetricStore
+from .noise import EVALUATION_STEP, NoiseDraw, draw_noise
+from .reference import Reference, check_ref_model, make_reference
+from .rows import (
+    IndexedDataset,
+    datasets_in,
+    generation_kwargs,
+    prepare_rows,
+    resolve_max_sequence_length,
+    resolve_timestep_shift,
+)
+from .shims import adapt_for_trainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator(Protocol):
+    """Measure a pipeline, usually by generating videos and judging them."""
+
+    def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> Mapping[str, float]:
+        """Return metrics by name; they are logged as `eval_<name>` and can select the best checkpoint."""
+
+
+class _BaseVideoTrainer(Trainer):
+    """
+    Plumbing of all video trainers: model and data preparation, noise streams, the reference, metrics, checkpoints.
+
+    A subclass names its configuration, row type and collator, and writes out a complete `compute_loss`, whose outputs
+    include the `losses` `(B,)` of the samples.
+
+    Args:
+        model (`str`, `DiffusionPipeline` or `ModelMixin`):
+            `"sandbox"`, a repository id or path of a pipeline in diffusers layout, a pipeline, or a bare transformer
+            (then the datasets must be encoded already). Its transformer is trained in place: `trainer.model` is
+            `pipeline.transformer`.
+        args (`_BaseVideoConfig`, *optional*):
+            Arguments; the trainer's own config class with its defaults.
+        train_dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts, *optional*):
+            Rows, raw or encoded. Raw ones are encoded here, once, and cached.
+        eval_dataset (like `train_dataset`, or a dict of such, *optional*):
+            Rows to evaluate on.
+        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*):
+            Reference, for the trainers that have one; see `make_reference` for what stands in for it.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Adapter to train instead of the default one.
+        data_collator (`Callable`, *optional*):
+            Replaces the trainer's collator; must hand on `"index"`.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks, as for `transformers.Trainer`.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler, as for `transformers.Trainer`.
+        evaluator ([`Evaluator`], *optional*):
+            Called in every evaluation, on the main process, with the pipeline.
+
+    Raises:
+        ValueError: If an argument does not fit; always before anything is encoded or trained.
+    """
+
+    _name: ClassVar[str]
+    _tag: ClassVar[str]
+    _method: ClassVar[str]
+    _citation: ClassVar[str | None] = None
+    config_class: ClassVar[type[_BaseVideoConfig]]
+    row_type: ClassVar[str]
+    collator_class: ClassVar[type]
+    uses_reference: ClassVar[bool]
+
+    loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | DiffusionPipeline | ModelMixin,
+        args: _BaseVideoConfig | None = None,
+        train_dataset: MapDataset | None = None,
+        eval_dataset: MapDataset | dict[str, MapDataset] | None = None,
+        *,
+        ref_model: ModelMixin | DiffusionPipeline | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        args = self._check_arguments(model, args, train_dataset, eval_dataset, ref_model, peft_config)
+        self.args = args
+        for dataset in datasets_in(train_dataset, eval_dataset):
+            self.check_dataset(dataset)
+
+        # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
+        self.pipeline, transformer = load_model(model, args)
+        self.adapter = adapter_for(transformer)
+        self.base_model = base_model_name(model, transformer)
+        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline)
+        self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
+        self.evaluator = evaluator
+        if evaluator is not None and self.pipeline is None:
+            raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
+        check_adapters(transformer, args, peft_config)
+        check_ref_model(transformer, ref_model)
+
+        prepare = partial(self.prepare_dataset, transformer=transformer)
+        prepared_train = None if train_dataset is None else prepare(train_dataset)
+        prepared_eval: Any
+        if isinstance(eval_dataset, dict):
+            prepared_eval = {name: prepare(rows) for name, rows in eval_dataset.items()}
+        else:
+            prepared_eval = None if eval_dataset is None else prepare(eval_dataset)
+
+        adapt_for_trainer(transformer)
+        self._prepare_weights(transformer, ref_model, peft_config)
+        self._description = describe_run(transformer, self.adapter_name, args.seed)
+        self._metrics = {"train": MetricStore(), "eval": MetricStore()}
+        super().__init__(
+            model=transformer,
+            args=args,
+            data_collator=data_collator or self.collator_class(self.adapter, self.max_sequence_length),
+            train_dataset=prepared_train,
+            eval_dataset=prepared_eval,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.reference is not None:
+            self.reference.prepare(self.accelerator)
+        self._guard = FiniteLossGuard(self.accelerator, self._describe_sample)
+        self.add_callback(self._guard)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LogVideosCallback):
+                callback.set_trainer(self)
+
+    # ---- Preparation ----
+
+    def _check_arguments(
+        self,
+        model: Any,
+        args: _BaseVideoConfig | None,
+        train_dataset: MapDataset | None,
+        eval_dataset: MapDataset | dict[str, MapDataset] | None,
+        ref_model: Any,
+        peft_config: PeftConfig | None,
+    ) -> _BaseVideoConfig:
+        if args is None:
+            name = Path(model).name if isinstance(model, str | os.PathLike) else type(model).__name__
+            args = self.config_class(output_dir=f"{name}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise ValueError(f"`args` must be a `{self.config_class.__name__}`, got a `{type(args).__name__}`.")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("Expected a `train_dataset` (or, to evaluate only, an `eval_dataset`), got neither.")
+        if ref_model is not None and not self.uses_reference:
+            raise ValueError(f"{type(self).__name__} has no reference; leave `ref_model` out.")
+        if peft_config is not None and not args.use_peft:
+            raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")
+        if args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None:
+            raise ValueError(
+                "DeepSpeed and FSDP shard the weights, which checkpoints of this version do not gather. Use plain "
+                "data parallelism (`accelerate launch --multi_gpu`)."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs. Launch one process for each, with `accelerate launch` or "
+                "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
+            )
+        return args
+
+    def _prepare_weights(
+        self,
+        transformer: ModelMixin,
+        ref_model: ModelMixin | DiffusionPipeline | None,
+        peft_config: PeftConfig | None,
+    ) -> None:
+        """Decide what is trained and what the reference is."""
+        set_seed(self.args.seed)  # the weights of a new adapter are random
+        continues_adapter = bool(adapter_configs(transformer))
+        self.adapter_name: str | None = None
+        if self.args.use_peft:
+            self.adapter_name = attach_lora(transformer, self.args, peft_config, self.adapter)
+        else:
+            train_all_weights(transformer)
+        disable_dropout(transformer)
+        self.reference: Reference | None = None
+        if self.uses_reference:
+            self.reference = make_reference(
+                transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
+            )
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
+        check_columns(dataset, self.row_type)
+
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
+        return prepare_rows(
+            dataset,
+            self.row_type,
+            self.args,
+            pipeline=self.pipeline,
+            transformer=transformer,
+            adapter=self.adapter,
+            max_sequence_length=self.max_sequence_length,
+        )
+
+    # ---- Building blocks of compute_loss ----
+
+    def draw(
+        self, indices: Tensor, latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
+    ) -> NoiseDraw:
+        """
+        Random numbers of a batch, a function of (seed, step, sample index) only.
+
+        Args:
+            indices (`torch.Tensor` of shape `(B,)`): The samples' positions in their dataset.
+            latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
+            num_noises (`int`, defaults to `1`): Independent noises per sample.
+            num_choices (`int`, defaults to `1`): Number of options that `choice` selects from.
+
+        Returns:
+            [`NoiseDraw`]: On the device of `indices`.
+        """
+        step = self.state.global_step if self.model.training else EVALUATION_STEP
+        drawn = draw_noise(
+            self.args.seed, step, indices.tolist(), latents_shape, num_noises=num_noises, num_choices=num_choices
+        )
+        return NoiseDraw(*(tensor.to(indices.device) for tensor in (drawn.u, drawn.choice, drawn.noise)))
+
+    def sample_timesteps(self, u: Tensor) -> Tensor:
+        """Timesteps `(B,)` float32 on the model's scale, by the configured law, from uniform numbers `(B,)`."""
+        return self.adapter.noise_process.sample_timesteps(
+            u,
+            scheme=self.args.timestep_sampling,
+            shift=self.timestep_shift,
+            logit_mean=self.args.timestep_logit_mean,
+            logit_std=self.args.timestep_logit_std,
+        )
+
+    def reference_policy(self) -> AbstractContextManager[nn.Module]:
+        """Context in which the module it yields predicts as the reference does; enter it under `torch.no_grad()`."""
+        assert self.reference is not None, "only trainers with `uses_reference` have one"
+        return self.reference()
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Add per-sample values, of any shape with the batch first, to the metric `name` of the next log."""
+        if not self.model.training:
+            # The last batch of an evaluation is padded with repeated samples on some processes; leave them out.
+            values = self.accelerator.gather_for_metrics(values.detach().float())
+        self._metrics["train" if self.model.training else "eval"].record(name, values)
+
+    # ---- Training and evaluation ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.watch(loss, inputs["index"])
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss of a batch, with the noise that evaluation always uses. There are no predictions to return."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        # Trainer's own mean is over batches, which are padded with repeated samples when there are several processes.
+        self.record("loss", outputs["losses"])
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        metrics = self._metrics["eval"].pop(self.accelerator)
+        if self.evaluator is not None:
+            metrics.update(self._run_evaluator(self.evaluator))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def evaluate(
+        self,
+        eval_dataset: MapDataset | dict[str, MapDataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics on a dataset, raw or encoded; on the trainer's own `eval_dataset` if none is given."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict | IndexedDataset):
+            self.check_dataset(eval_dataset)
+            eval_dataset = self.prepare_dataset(eval_dataset, self.model)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _run_evaluator(self, evaluator: Evaluator) -> dict[str, float]:
+        assert self.pipeline is not None
+        result: list[dict[str, float]] = [{}]
+        if self.is_world_process_zero():
+            with generation(self.pipeline, self.args.device) as pipeline:
+                result = [dict(evaluator(pipeline, output_dir=self.args.output_dir, step=self.state.global_step))]
+        return broadcast_object_list(result)[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
+        if "loss" in logs:
+            logs = {**logs, **self._metrics["train"].pop(self.accelerator)}
+        super().log(logs, start_time)
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        super().add_callback(callback)
+        if isinstance(callback, LogVideosCallback):
+            callback.set_trainer(self)
+
+    def _describe_sample(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.train_dataset[index].get("prompt")}
+
+    # ---- Saving and resuming ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, directory, self.adapter_name, self.base_model)
+        write_description(directory, self._description)
+        (directory / "training_args.json").write_text(self.args.to_json_string())
+        self._write_card(directory)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `transformers.Trainer`, but under a temporary name until the checkpoint is complete."""
+        self.store_flos()
+        run_directory = Path(self._get_output_dir(trial=trial))
+        final = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = partial_directory(final)
+        if self.args.should_save:
+            remove_leftovers(run_directory)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.save_model(str(partial), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(partial))
+                self._save_scaler(str(partial))
+                self._save_rng_state(str(partial))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._save_trainer_state(partial, final)
+                publish(partial, final)
+        except Exception as error:
+            error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
+            if self.args.should_save:  # half a checkpoint is of no use, and the disk may be full
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_directory),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save_trainer_state(self, partial: Path, final: Path) -> None:
+        if self.state.best_global_step:
+            best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                stored = self.state.stateful_callbacks[type(callback).__name__]
+                if isinstance(stored, list):
+                    stored.append(callback.state())
+                else:
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        check_description(directory, self._description)
+        load_weights(self.model if model is None else model, directory, self.adapter_name)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
+        load_weights(self.model, Path(self.state.best_model_checkpoint), self.adapter_name)
+
+    # ---- Sharing ----
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, license: str | None = None
+    ) -> None:
+        """
+        Write the model card into `output_dir`. [`~transformers.Trainer.push_to_hub`] hands its keyword arguments here.
+
+        Args:
+            model_name (`str`, *optional*): Title of the card while the repository is not known.
+            dataset_name (`str`, *optional*): What the adapter was trained on, such as a repository id.
+            license (`str`, *optional*): Licence identifier of the adapter, such as `"apache-2.0"`.
+        """
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name=dataset_name, license=license)
+
+    def generation_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the data."""
+        rows = datasets_in(self.train_dataset, self.eval_dataset)[0]
+        return generation_kwargs(rows, self.row_type, self.pipeline, self.max_sequence_length)
+
+    def _write_card(self, directory: Path, model_name: str | None = None, **details: str | None) -> None:
+        if self.adapter_name is None:  # the card describes how to load an adapter
+            return
+        rows = datasets_in(self.train_dataset, self.eval_dataset)[0]
+        card = adapter_card(
+            self.args,
+            repo_id=self.hub_model_id or self.args.hub_model_id or model_name or self.args.output_dir,
+            base_model=self.base_model,
+            method=(self._tag, self._method, self._citation),
+            prompt=rows[0].get("prompt"),
+            pipeline_class=self.adapter.pipeline_classes[0],
+            call_kwargs=self.generation_kwargs(),
+            progress={"optimizer steps": self.state.global_step, "processes": self.args.world_size},
+            **details,
+        )
+        (directory / CARD_NAME).write_text(card)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files of transformers' models only, and would upload nothing of ours.
+        if self.is_world_process_zero():
+            copy_published_files(Path(checkpoint_folder), Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)

@@ -1,0 +1,161 @@
+"""Callbacks that users add to a trainer."""
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..data import write_video
+from .generation import generation
+
+
+if TYPE_CHECKING:
+    from .base_trainer import _BaseVideoTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class LogVideosCallback(TrainerCallback):
+    """
+    Generate the same videos, from fixed prompts and seeds, again and again during training.
+
+    They are written to `<output_dir>/samples/step_<N>/<i>.mp4` and sent to TensorBoard (as GIF), Weights & Biases and
+    Trackio when `report_to` names them. The first set, `step_0`, shows the model before training. Videos are made on
+    the main process while the others wait; the random state of training is left untouched.
+
+    ```python
+    trainer = VideoGroupDPOTrainer(model, args, dataset, callbacks=[LogVideosCallback(["A red ball falls."])])
+    ```
+
+    Args:
+        prompts (`Sequence[str]`):
+            Prompts, one video each.
+        seeds (`Sequence[int]`, *optional*):
+            Seed of each video; `0, 1, 2, ...` by default.
+        every_steps (`int`, *optional*):
+            Optimizer steps from one set to the next. By default a set is made at each evaluation.
+        fps (`float`, *optional*, defaults to `16`):
+            Frames per second of the files.
+        call_kwargs (`Mapping[str, Any]`, *optional*):
+            Further arguments of the pipeline's call, such as `num_inference_steps`. `num_frames`, `height` and `width`
+            are by default those of the training data.
+
+    Raises:
+        ValueError: If there is no prompt, the number of seeds differs from that of prompts, or `every_steps` is not
+            positive; and, when given to a trainer, if that trainer has no pipeline.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        every_steps: int | None = None,
+        fps: float = 16,
+        call_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"`prompts` must be a list with at least one prompt, got {prompts!r}.")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"`seeds` must have one entry per prompt ({len(prompts)}), got {len(seeds)}.")
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"`every_steps` must be at least 1, got {every_steps}.")
+        self.prompts = list(prompts)
+        self.seeds = list(seeds) if seeds is not None else list(range(len(prompts)))
+        self.every_steps = every_steps
+        self.fps = fps
+        self.call_kwargs = dict(call_kwargs or {})
+        self._trainer: _BaseVideoTrainer | None = None
+
+    def set_trainer(self, trainer: "_BaseVideoTrainer") -> None:
+        """Called by the trainer that the callback is given to."""
+        if trainer.pipeline is None:
+            raise ValueError(
+                "`LogVideosCallback` generates with the trainer's pipeline, but the trainer was given a bare "
+                "transformer. Pass the pipeline as `model`."
+            )
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._log_videos(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every_steps is not None and state.global_step % self.every_steps == 0:
+            self._log_videos(state)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every_steps is None:
+            self._log_videos(state)
+
+    def _log_videos(self, state: TrainerState) -> None:
+        assert self._trainer is not None, "the trainer calls set_trainer"
+        if state.is_world_process_zero:
+            videos = self._generate(self._trainer)
+            folder = Path(self._trainer.args.output_dir) / "samples" / f"step_{state.global_step}"
+            paths = [folder / f"{number:02d}.mp4" for number in range(len(videos))]
+            for path, video in zip(paths, videos, strict=True):
+                write_video(path, video, self.fps)
+            self._send_to_trackers(self._trainer, videos, paths, state.global_step)
+        self._trainer.accelerator.wait_for_everyone()
+
+    def _generate(self, trainer: "_BaseVideoTrainer") -> list[np.ndarray]:
+        """Videos uint8 `(T, H, W, 3)`, one per prompt."""
+        videos = []
+        call_kwargs = {**trainer.generation_kwargs(), **self.call_kwargs}
+        with generation(trainer.pipeline, trainer.args.device) as pipeline:
+            for prompt, seed in zip(self.prompts, self.seeds, strict=True):
+                generator = torch.Generator("cpu").manual_seed(seed)
+                frames = pipeline(prompt=prompt, generator=generator, output_type="np", **call_kwargs).frames[0]
+                videos.append((frames * 255).round().astype(np.uint8))
+        return videos
+
+    def _send_to_trackers(
+        self, trainer: "_BaseVideoTrainer", videos: list[np.ndarray], paths: list[Path], step: int
+    ) -> None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for number, video in enumerate(videos):
+                    _add_gif(callback.tb_writer, f"samples/{number:02d}", video, self.fps, step)
+        for name in {"wandb", "trackio"} & set(trainer.args.report_to):
+            _log_files(name, self.prompts, paths)
+
+
+def _add_gif(writer: Any, tag: str, video: np.ndarray, fps: float, step: int) -> None:
+    # `SummaryWriter.add_video` does the same with a package that is not installed here (moviepy).
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    frames = [Image.fromarray(frame) for frame in video]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    image = Summary.Image(
+        height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=buffer.getvalue()
+    )
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.flush()
+
+
+def _log_files(tracker: str, prompts: Sequence[str], paths: Sequence[Path]) -> None:
+    # Both packages offer the same two names; which of them is installed is the user's choice.
+    import importlib
+
+    module = importlib.import_module(tracker)
+    module.log(
+        {
+            f"samples/{path.stem}": module.Video(str(path), caption=prompt, format="mp4")
+            for prompt, path in zip(prompts, paths, strict=True)
+        }
+    )

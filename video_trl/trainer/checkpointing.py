@@ -1,0 +1,199 @@
+"""
+Checkpoints that are whole or absent, and that refuse to be resumed with another model.
+
+A checkpoint folder is written under a name that nothing looks for, flushed to the disk, and then renamed: a full disk
+or a kill at any moment leaves the previous checkpoint untouched.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from diffusers import ModelMixin
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from ..hub import load_lora_state, save_lora
+from .lora import adapter_configs
+
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION_NAME = "video_trl_run.json"
+TRANSFORMER_FOLDER = "transformer"
+# The underscore keeps both from being taken for checkpoints, and from being uploaded to the Hub.
+_PARTIAL_PREFIX = "_partial-"
+_REPLACED_PREFIX = "_replaced-"
+_ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+
+
+def partial_directory(final: Path) -> Path:
+    """Folder in which the checkpoint `final` is written before it is published."""
+    return final.with_name(_PARTIAL_PREFIX + final.name)
+
+
+def remove_leftovers(run_directory: Path) -> None:
+    """Delete what an interrupted save left behind in the run's folder."""
+    for prefix in (_PARTIAL_PREFIX, _REPLACED_PREFIX):
+        for leftover in run_directory.glob(f"{prefix}*"):
+            logger.info("Removing %s, left behind by an interrupted save.", leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a completely written folder its name, replacing an older one of that name."""
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            _flush_to_disk(path)
+    replaced = final.with_name(_REPLACED_PREFIX + final.name)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _flush_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def describe_run(transformer: ModelMixin, adapter_name: str | None, seed: int) -> dict[str, Any]:
+    """
+    What a checkpoint must agree on with the trainer that resumes it.
+
+    Returns:
+        `dict`: `transformer` (class), `config`, `adapter` (rank, scale, targets; `None` when all weights are trained),
+        `frozen_weights` (a hash over a sample of every frozen tensor; `None` if there is none) and `seed`.
+    """
+    adapter = None
+    if adapter_name is not None:
+        config = adapter_configs(transformer)[adapter_name].to_dict()
+        adapter = {name: config[name] for name in _ADAPTER_FIELDS}
+        if not isinstance(adapter["target_modules"], str):
+            adapter["target_modules"] = sorted(adapter["target_modules"])
+    description = {
+        "transformer": type(transformer).__name__,
+        "config": {name: value for name, value in transformer.config.items() if not name.startswith("_")},
+        "adapter": adapter,
+        "frozen_weights": _frozen_fingerprint(transformer),
+        "seed": seed,
+    }
+    return json.loads(json.dumps(description))  # tuples become lists, as they do in the file
+
+
+def write_description(directory: Path, description: dict[str, Any]) -> None:
+    """Write what `describe_run` returned into a checkpoint."""
+    (directory / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2))
+
+
+def check_description(directory: Path, ours: dict[str, Any]) -> None:
+    """
+    Compare a checkpoint with the trainer that is about to load it.
+
+    Args:
+        directory (`Path`): Checkpoint folder.
+        ours (`dict`): What `describe_run` returned for the trainer.
+
+    Raises:
+        ValueError: If the folder is no checkpoint of this package, or of another model, base or adapter; names both.
+    """
+    path = directory / DESCRIPTION_NAME
+    if not path.is_file():
+        found = sorted(os.listdir(directory))[:10] if directory.is_dir() else "no such folder"
+        raise ValueError(
+            f"Expected a checkpoint with {DESCRIPTION_NAME} in {directory}, got {found}. Pass a `checkpoint-<step>` "
+            "folder that a trainer of this package wrote, or `True` for the last one in `output_dir`."
+        )
+    theirs = json.loads(path.read_text())
+    for key in ("transformer", "config", "adapter"):
+        if theirs[key] != ours[key]:
+            difference = _difference(theirs[key], ours[key])
+            raise ValueError(
+                f"{directory} cannot be resumed by this trainer, their {key} differs (checkpoint / trainer): "
+                f"{difference}. Build the trainer as it was built for that run, or start a new run."
+            )
+    if theirs["frozen_weights"] != ours["frozen_weights"]:
+        raise ValueError(
+            f"{directory} was trained on other frozen weights than this trainer's (hash {theirs['frozen_weights']} / "
+            f"{ours['frozen_weights']}): another base model, or the same one in another precision. Load the model of "
+            "that run, or start a new run."
+        )
+    if theirs["seed"] != ours["seed"]:
+        logger.warning(
+            "Resuming a run of seed %s with seed %s: samples and noise will not continue the same sequence.",
+            theirs["seed"],
+            ours["seed"],
+        )
+
+
+def save_weights(transformer: ModelMixin, directory: Path, adapter_name: str | None, base_model: str | None) -> None:
+    """
+    Write the trained weights into a folder.
+
+    An adapter becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(directory)`; all weights
+    become a `transformer` folder, for `from_pretrained(directory, subfolder="transformer")`.
+    """
+    if adapter_name is not None:
+        save_lora(transformer, directory, adapter_name=adapter_name, base_model=base_model)
+    else:
+        transformer.save_pretrained(directory / TRANSFORMER_FOLDER)
+
+
+def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | None) -> None:
+    """
+    Read what `save_weights` wrote, into a transformer of the same form.
+
+    Raises:
+        ValueError: If weights are missing, superfluous or of another shape.
+    """
+    if adapter_name is not None:
+        state, _ = load_lora_state(directory)
+        _check_names_and_shapes(state, get_peft_model_state_dict(transformer, adapter_name=adapter_name), directory)
+        set_peft_model_state_dict(transformer, state, adapter_name=adapter_name)
+    else:
+        state = {}
+        for path in sorted((directory / TRANSFORMER_FOLDER).glob("*.safetensors")):
+            state.update(safetensors.torch.load_file(path))
+        _check_names_and_shapes(state, transformer.state_dict(), directory)
+        transformer.load_state_dict(state)
+
+
+def _check_names_and_shapes(
+    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], directory: Path
+) -> None:
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if found_shapes != expected_shapes:
+        difference = _difference(found_shapes, expected_shapes)
+        raise ValueError(f"The weights in {directory} do not fit the model (checkpoint / model): {difference}.")
+
+
+def _frozen_fingerprint(transformer: nn.Module, sample: int = 16) -> str | None:
+    """Hash of some entries of every frozen tensor: cheap at any size, and no two base models agree on all of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    frozen = [(name, tensor) for name, tensor in transformer.named_parameters() if not tensor.requires_grad]
+    for name, tensor in frozen:
+        flat = tensor.detach().flatten()
+        values = flat[:: max(flat.numel() // sample, 1)][:sample].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest() if frozen else None
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    """The entries in which two dicts differ, or the two values themselves."""
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return f"{theirs} / {ours}"
+    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    shown = ", ".join(f"{name}: {theirs.get(name)} / {ours.get(name)}" for name in names[:5])
+    return shown + (f", and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Arguments of the groupwise preference trainer."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ..losses import AlphaMode, GammaMode, check_physics_weights
+from .base_config import _FLAG, _BaseVideoConfig, _check_choice
+
+
+LossType = Literal["sampled", "sum", "plackett_luce"]
+
+
+@dataclass
+class VideoGroupDPOConfig(_BaseVideoConfig):
+    """
+    Arguments of [`VideoGroupDPOTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    [`~transformers.TrainingArguments`].
+
+    The defaults are those of PhyGDPO (https://huggingface.co/papers/2512.24551): its Eq. 10 hyperparameters, one
+    sampled loser a step (Eq. 14), learning rate 1e-5 decaying to 1e-6 along a cosine, weight decay 0.01.
+    """
+
+    # Defaults of TrainingArguments that are replaced
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr", metadata={"help": "Learning rate schedule, one of transformers' names."}
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the schedule. Unset, with 'cosine_with_min_lr': down to a tenth of the initial rate."
+        },
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    # Parameters that control the loss
+    beta: float = field(
+        default=500.0,
+        metadata={
+            "help": "Strength of the pull towards the reference: reward = -(beta / 2) * (policy error - reference "
+            "error). Errors are averaged, not summed, over a video, hence its size next to the 0.1 of language models."
+        },
+    )
+    loss_type: LossType = field(
+        default="sampled",
+        metadata={
+            "help": "'sampled': upper bound of the group loss, one loser drawn a step (PhyGDPO Eq. 14; 2 videos a "
+            "step). 'sum': the same bound over all m losers (1 + m videos). 'plackett_luce': the exact group loss.",
+        },
+    )
+    shared_noise: bool = field(
+        default=True,
+        metadata={
+            "help": "Give all videos of a group the same noise, not only the same timestep. On, because the loss "
+            "depends on differences inside the group, where what is common partly cancels (a tenth less gradient "
+            "variance, measured on a small model), and one noise is cheaper to draw than 1 + m. The official PhyGDPO "
+            "code draws independent noise (off)."
+        },
+    )
+
+    # Parameters that control physics-guided rewarding (PhyGDPO Eq. 10)
+    physics_rewarding: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Weigh each loser by its judge scores: the worse its physics, the larger the weight. Needs "
+            "`rejected_scores` in the dataset. Unset: on, except with 'plackett_luce', which has no weights.",
+            **_FLAG,
+        },
+    )
+    alpha_min: float = field(
+        default=0.5, metadata={"help": "Smallest sharpness alpha of a comparison, in (0, 1]; alpha_min of Eq. 10."}
+    )
+    lam: float = field(
+        default=0.6, metadata={"help": "How far the weight gamma rises with the violation; lambda of Eq. 10."}
+    )
+    kappa_gamma: float = field(default=2.0, metadata={"help": "Steepness of gamma in the violation; Eq. 10."})
+    b_gamma: float = field(default=0.4, metadata={"help": "Violation at which gamma is half way up; Eq. 10."})
+    kappa_alpha: float = field(default=5.0, metadata={"help": "Steepness of alpha in the violation; Eq. 10."})
+    b_alpha: float = field(default=0.5, metadata={"help": "Violation at which alpha is half way up; Eq. 10."})
+    alpha_mode: AlphaMode = field(
+        default="sigmoid",
+        metadata={
+            "help": "Squashing function of alpha. 'sigmoid' keeps alpha in (alpha_min, 1). 'tanh' is Eq. 10 as first "
+            "printed: alpha falls to 0.007 with the default values, the bound fails for small violations, and with "
+            "alpha_min < 0.497 alpha turns negative, which reverses the preference (refused).",
+        },
+    )
+    gamma_mode: GammaMode = field(
+        default="paper",
+        metadata={
+            "help": "'paper': gamma = (1 + lam * sigmoid(...)) / alpha_min. 'official': divided by the loser's own "
+            "alpha instead, as the official code does.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(
+                f"`beta` must be positive, got {self.beta}. Zero would remove the preference, a negative value "
+                "would reverse it; published values are 500 to 5000."
+            )
+        _check_choice(self, "loss_type", get_args(LossType))
+        _check_choice(self, "alpha_mode", get_args(AlphaMode))
+        _check_choice(self, "gamma_mode", get_args(GammaMode))
+        if self.physics_rewarding is None:
+            self.physics_rewarding = self.loss_type != "plackett_luce"
+        if self.physics_rewarding and self.loss_type == "plackett_luce":
+            raise ValueError(
+                "`physics_rewarding=True` weighs the terms of the bound, which `loss_type='plackett_luce'` does not "
+                "have. Use `loss_type='sampled'` or `'sum'`, or `physics_rewarding=False`."
+            )
+        check_physics_weights(**self.physics_weight_arguments())
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        super().__post_init__()
+
+    def physics_weight_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of [`~video_trl.losses.physics_weights`] that this configuration holds."""
+        names = ("alpha_min", "lam", "kappa_gamma", "b_gamma", "kappa_alpha", "b_alpha", "alpha_mode", "gamma_mode")
+        return {name: self.__dict__[name] for name in names}

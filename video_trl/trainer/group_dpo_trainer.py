@@ -1,0 +1,114 @@
+"""Groupwise preference optimisation of a video transformer (PhyGDPO)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import GroupCollator, check_columns
+from ..data.columns import MapDataset
+from ..losses import (
+    group_dpo_bound,
+    group_dpo_loss,
+    group_dpo_sampled_bound,
+    implicit_reward,
+    physics_weights,
+    velocity_error,
+)
+from .base_trainer import _BaseVideoTrainer
+from .group_dpo_config import VideoGroupDPOConfig
+
+
+class VideoGroupDPOTrainer(_BaseVideoTrainer):
+    """
+    Train a video transformer to prefer one video, usually a real one, over m generated ones for the same prompt.
+
+    The objective is PhyGDPO's (https://huggingface.co/papers/2512.24551): a Plackett-Luce likelihood that the chosen
+    video ranks first in its group, or an upper bound of it whose terms are weighed by the physics scores of the
+    rejected videos. The reference is the same network with the adapter switched off.
+
+    ```python
+    from video_trl import VideoGroupDPOConfig, VideoGroupDPOTrainer
+
+    args = VideoGroupDPOConfig(output_dir="wan-phygdpo", max_steps=10_000)
+    trainer = VideoGroupDPOTrainer("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", args, dataset)
+    trainer.train()
+    trainer.save_model()  # pipeline.load_lora_weights("wan-phygdpo") takes it from there
+    ```
+
+    The dataset has group rows (`prompt`, `chosen`, `rejected`, `rejected_scores`) or preference rows (`prompt`,
+    `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    """
+
+    _name = "GroupDPO"
+    _tag = "group-dpo"
+    _method = "groupwise preference optimisation ([PhyGDPO](https://huggingface.co/papers/2512.24551))"
+    config_class = VideoGroupDPOConfig
+    row_type = "group"
+    collator_class = GroupCollator
+    uses_reference = True
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        check_columns(dataset, self.row_type, physics_rewarding=self.args.physics_rewarding)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        chosen, rejected = inputs["chosen_latents"], inputs["rejected_latents"]  # (B, C, F, H, W), (B, m, C, F, H, W)
+        batch_size, num_rejected = rejected.shape[:2]
+        num_compared = 1 if self.args.loss_type == "sampled" else num_rejected  # k
+
+        # The whole group shares one timestep and, by default, one noise: only the videos differ.
+        num_noises = 1 if self.args.shared_noise else 1 + num_compared
+        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        compared = torch.arange(num_rejected, device=rejected.device).expand(batch_size, -1)  # (B, m)
+        if self.args.loss_type == "sampled":
+            compared = draw.choice[:, None]
+        rows = torch.arange(batch_size, device=rejected.device)[:, None]
+        rejected = rejected[rows, compared]  # (B, k, C, F, H, W)
+
+        group_size = 1 + num_compared
+        latents = torch.cat([chosen[:, None], rejected], dim=1).flatten(0, 1)  # (B * (1 + k), C, F, H, W)
+        noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
+        timesteps = self.sample_timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
+        conditions = {"prompt_embeds": inputs["prompt_embeds"].repeat_interleave(group_size, dim=0)}
+        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
+        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+
+        with torch.no_grad(), self.reference_policy() as reference:
+            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
+        reference_error = velocity_error(prediction, target)
+        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
+        policy_error = velocity_error(prediction, target)
+
+        rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)
+        chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)
+        alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
+        if self.args.physics_rewarding:
+            sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
+            alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
+            self.record("alpha", alpha)
+            self.record("gamma", gamma)
+        if self.args.loss_type == "plackett_luce":
+            losses = group_dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
+        elif self.args.loss_type == "sum":
+            losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma)
+        else:
+            losses = group_dpo_sampled_bound(
+                chosen_rewards, rejected_rewards[:, 0], alpha[:, 0], gamma[:, 0], num_rejected=num_rejected
+            )
+        loss = losses.mean()
+
+        gap = (policy_error - reference_error).view(batch_size, group_size)
+        self.record("rewards/chosen", chosen_rewards)
+        self.record("rewards/rejected", rejected_rewards)
+        self.record("rewards/margins", chosen_rewards[:, None] - rejected_rewards)
+        self.record("rewards/accuracies", chosen_rewards[:, None] > rejected_rewards)
+        self.record("win_gap", gap[:, 0])
+        self.record("lose_gap", gap[:, 1:])
+        outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
+        return (loss, outputs) if return_outputs else loss

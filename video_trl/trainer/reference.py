@@ -1,0 +1,163 @@
+"""The frozen model that a preference loss measures the policy against, in its three forms."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from .lora import REFERENCE_ADAPTER, copy_adapter
+
+
+logger = logging.getLogger(__name__)
+
+
+class Reference(Protocol):
+    """A context manager factory: inside `with reference() as module`, `module` predicts as the reference does."""
+
+    def __call__(self) -> AbstractContextManager[nn.Module]: ...
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place the reference on the device of the policy, with the same mixed precision."""
+
+
+class AdapterReference:
+    """
+    The policy's own base weights, its adapter switched off or exchanged for a frozen one: no memory for a copy.
+
+    Policy and reference run through the same module and the same kernels, so that they agree to the last bit while
+    the adapter has not been trained.
+
+    Args:
+        transformer (`ModelMixin`): Transformer with the trained adapter, not wrapped for distributed training.
+        policy_adapter (`str`): Name of the trained adapter.
+        reference_adapter (`str`, *optional*): Name of the adapter that is the reference; none: the bare base.
+    """
+
+    def __init__(self, transformer: ModelMixin, policy_adapter: str, reference_adapter: str | None = None) -> None:
+        self._transformer = transformer
+        self._policy_adapter = policy_adapter
+        self._reference_adapter = reference_adapter
+
+    @contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        # PEFT's switches also flip `requires_grad`, which FSDP2 and the optimizer must not see: put it back at once.
+        flags = [(parameter, parameter.requires_grad) for parameter in self._transformer.parameters()]
+        try:
+            if self._reference_adapter is None:
+                self._transformer.disable_adapters()
+            else:
+                self._transformer.set_adapter(self._reference_adapter)
+            _restore(flags)
+            yield self._transformer
+        finally:
+            if self._reference_adapter is None:
+                self._transformer.enable_adapters()
+            else:
+                self._transformer.set_adapter(self._policy_adapter)
+            _restore(flags)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Nothing to do: the reference is part of the policy."""
+
+
+class ModuleReference:
+    """
+    A second transformer, frozen.
+
+    Args:
+        transformer (`ModelMixin`): The reference; set to evaluation mode, its gradients switched off.
+    """
+
+    def __init__(self, transformer: ModelMixin) -> None:
+        self._transformer = transformer.requires_grad_(False).eval()
+        self._accelerator: Accelerator | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        assert self._accelerator is not None, "the trainer calls prepare"
+        with self._accelerator.autocast():  # the policy's forward has it built in
+            yield self._transformer
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        # Not `accelerator.prepare_model`: the accelerator would then take the policy to be prepared already.
+        self._transformer.to(accelerator.device)
+        self._accelerator = accelerator
+
+
+def make_reference(
+    transformer: ModelMixin,
+    ref_model: ModelMixin | DiffusionPipeline | None,
+    *,
+    adapter_name: str | None,
+    continues_adapter: bool,
+) -> Reference:
+    """
+    Choose the reference of a policy.
+
+    Args:
+        transformer (`ModelMixin`): The policy, before its first update.
+        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*): A reference given by the user; comes first.
+        adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
+        continues_adapter (`bool`): Whether that adapter was there before training: then a frozen copy of it is the
+            reference, not the bare base.
+
+    Returns:
+        [`Reference`]: `ref_model`; else, for an adapter, the base without it or with its frozen copy; else a deep copy
+        of the transformer.
+    """
+    if ref_model is not None:
+        return ModuleReference(_transformer_of(ref_model))
+    if adapter_name is not None:
+        if not continues_adapter:
+            return AdapterReference(transformer, adapter_name)
+        copy_adapter(transformer, adapter_name)
+        return AdapterReference(transformer, adapter_name, REFERENCE_ADAPTER)
+    gib = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters()) / 2**30
+    logger.warning(
+        "No `ref_model` given while all weights are trained: the transformer is copied as the reference, which takes "
+        "%.2f GiB more. `use_peft=True` needs no copy.",
+        gib,
+    )
+    return ModuleReference(copy.deepcopy(transformer))
+
+
+def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | DiffusionPipeline | None) -> None:
+    """Raise a `ValueError` if a reference given by the user is the policy itself, or of another architecture."""
+    if ref_model is None:
+        return
+    reference = _transformer_of(ref_model)
+    if reference is transformer:
+        raise ValueError(
+            "`ref_model` is the very transformer that is trained, so it would change along. Load it a second time, or "
+            "leave `ref_model` out: the base without the adapter is then the reference, at no cost."
+        )
+    if type(reference) is not type(transformer):
+        raise ValueError(
+            f"`ref_model` must be of the class of the model, {type(transformer).__name__}, got "
+            f"{type(reference).__name__}."
+        )
+    different = {
+        name: (value, reference.config.get(name))
+        for name, value in transformer.config.items()
+        if not name.startswith("_") and reference.config.get(name) != value
+    }
+    if different:
+        listing = ", ".join(f"{name}: {ours} / {theirs}" for name, (ours, theirs) in sorted(different.items()))
+        raise ValueError(
+            f"`ref_model` must have the architecture of the model; they differ (model / ref) in {listing}."
+        )
+
+
+def _transformer_of(ref_model: ModelMixin | DiffusionPipeline) -> ModelMixin:
+    return ref_model.transformer if isinstance(ref_model, DiffusionPipeline) else ref_model
+
+
+def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in flags:
+        parameter.requires_grad_(requires_grad)
