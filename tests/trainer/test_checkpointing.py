@@ -328,4 +328,8 @@ def test_the_model_card_shows_how_to_make_such_videos(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "max_sequence_length=16, num_frames=5, height=32, width=32" in card and "fps=8" in card
     assert "on someone/groups" in card and "license: apache-2.0" in card
-    assert "| beta | 500 |" in card and "| optimizer steps | 1 |" in card
+    assert (
+        "| beta | 500 |" in card
+        and "| lr_scheduler_type | cosine_with_min_lr |" in card
+        and "| optimizer steps | 1 |" in card
+    )

@@ -228,3 +228,15 @@ def test_several_evaluation_datasets_keep_their_names(tmp_path):
     report = trainer(config(tmp_path), eval_dataset=datasets).evaluate()
     assert {"eval_easy_loss", "eval_hard_loss", "eval_easy_rewards/margins"} <= report.keys()
     assert report["eval_easy_gamma"] != report["eval_hard_gamma"]
+
+
+def test_evaluation_sees_the_same_noise_at_every_step_and_training_does_not(tmp_path):
+    made = trainer(config(tmp_path), eval_dataset=tiny_encoded_group(3, seed=9))
+    disturb_adapter(made)
+    evaluations, training = [], []
+    for step in (0, 5):
+        made.state.global_step = step
+        evaluations.append(made.evaluate()["eval_rewards/chosen"])
+        training.append(made.compute_loss(made.model, first_batch(made, 0, 1)).item())
+    assert evaluations[0] == evaluations[1]
+    assert training[0] != training[1]

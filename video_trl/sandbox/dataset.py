@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -33,6 +34,7 @@ def build_group_dataset(
     num_groups: int = 128,
     num_rejected: int = 3,
     seed: int = 0,
+    guidance_scale: float = 1.0,
     batch_size: int = 16,
 ) -> datasets.Dataset:
     """
@@ -44,6 +46,8 @@ def build_group_dataset(
         num_groups: rows. Sentences come from the training paraphrases, motions in turn by the seed.
         num_rejected: generated videos a row (the m of PhyGDPO).
         seed: another one gives other scenes and other noise.
+        guidance_scale: of the rejected videos. Without guidance (1) they are samples of the reference policy, as the
+            objective assumes; guided ones teach the model to undo guidance (docs/decisions.md).
         batch_size: videos generated together.
 
     Returns:
@@ -55,13 +59,13 @@ def build_group_dataset(
     if num_groups < 1 or num_rejected < 1:
         raise ValueError(f"Expected num_groups >= 1 and num_rejected >= 1, got {num_groups} and {num_rejected}.")
     folder = Path(output_dir).absolute()
-    request = {
+    request: dict[str, Any] = {
         "version": DATASET_VERSION,
         "generator": str(sandbox.pipeline.config._name_or_path).rsplit("/", 1)[-1],
         "num_groups": num_groups,
         "num_rejected": num_rejected,
         "seed": seed,
-        "call_kwargs": dict(sandbox.call_kwargs),
+        "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
     if stamp.is_file() and json.loads(stamp.read_text()) == request:
@@ -74,7 +78,7 @@ def build_group_dataset(
 
     clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
-    rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, batch_size)
+    rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
     # Complete under another name first: a killed run never leaves a folder that looks whole.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +111,11 @@ def build_group_dataset(
 
 
 def _rejected_videos(
-    sandbox: Sandbox, clips: list[Clip], noise_seeds: list[list[int]], batch_size: int
+    sandbox: Sandbox,
+    clips: list[Clip],
+    noise_seeds: list[list[int]],
+    call_kwargs: dict[str, Any],
+    batch_size: int,
 ) -> tuple[np.ndarray, list[list[dict[str, float]]]]:
     """Videos `(N, m, T, H, W, 3)` and their scores, one list of m for each clip."""
     num_rejected = len(noise_seeds[0])
@@ -116,7 +124,7 @@ def _rejected_videos(
         sandbox.pipeline,
         prompts,
         [seed for row in noise_seeds for seed in row],
-        dict(sandbox.call_kwargs),
+        call_kwargs,
         batch_size=batch_size,
         description="Generating rejected videos",
     )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,11 @@ def adapter_card(
         fps=args.fps or 16,
         pipeline_class=pipeline_class,
         call_kwargs=call_kwargs,
-        hyperparameters={name: value for name, value in settings.items() if value is not None},
+        hyperparameters={
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in settings.items()
+            if value is not None
+        },
         dataset=dataset_name,
         citation=citation,
         license=license,

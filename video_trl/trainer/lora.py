@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import torch
 from diffusers import ModelMixin
@@ -93,7 +94,10 @@ def attach_lora(
 
 def copy_adapter(transformer: ModelMixin, source: str) -> None:
     """Freeze a copy of the adapter `source` as it is now, under the name `"ref"`; `source` stays the active one."""
-    transformer.add_adapter(copy.deepcopy(adapter_configs(transformer)[source]), adapter_name=REFERENCE_ADAPTER)
+    config = copy.deepcopy(adapter_configs(transformer)[source])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second one is meant
+        transformer.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
     state = get_peft_model_state_dict(transformer, adapter_name=source)
     set_peft_model_state_dict(transformer, state, adapter_name=REFERENCE_ADAPTER)
     _cast_adapters_to_float32(transformer)
