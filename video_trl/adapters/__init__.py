@@ -7,7 +7,7 @@ from .base import BlockTap, VideoAdapter, tap_block
 from .wan import WanAdapter
 
 
-__all__ = ["BlockTap", "VideoAdapter", "WanAdapter", "adapter_for", "tap_block"]
+__all__ = ["BlockTap", "VideoAdapter", "WanAdapter", "adapter_for", "supported_pipelines", "tap_block"]
 
 _ADAPTERS: dict[type[nn.Module], VideoAdapter] = {WanTransformer3DModel: WanAdapter()}
 
@@ -31,3 +31,8 @@ def adapter_for(transformer: nn.Module) -> VideoAdapter:
             return adapter
     supported = ", ".join(transformer_class.__name__ for transformer_class in _ADAPTERS)
     raise ValueError(f"`transformer` must be one of {supported}, got {type(transformer).__name__}.")
+
+
+def supported_pipelines() -> list[str]:
+    """Class names of the diffusers pipelines whose transformer has an adapter."""
+    return [pipeline for adapter in _ADAPTERS.values() for pipeline in adapter.pipeline_classes]

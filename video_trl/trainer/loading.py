@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
-from ..adapters import _ADAPTERS
+from ..adapters import supported_pipelines
 from .base_config import _BaseVideoConfig
 
 
@@ -148,7 +148,7 @@ def _download_index(name: str, kwargs: dict[str, Any]) -> str:
 
 
 def _check_index(name: str, index: dict[str, Any], *, local: bool) -> None:
-    supported = [pipeline for adapter in _ADAPTERS.values() for pipeline in adapter.pipeline_classes]
+    supported = supported_pipelines()
     if index.get("_class_name") not in supported:
         raise ValueError(f"{name!r} holds a {index.get('_class_name')}; supported pipelines: {', '.join(supported)}.")
     components = [
