@@ -48,9 +48,12 @@ class ScriptArguments:
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    num_groups: int = field(default=128, metadata={"help": "Sandbox experiment: groups of the training set."})
+    num_groups: int = field(default=256, metadata={"help": "Sandbox experiment: groups of the training set."})
     num_rejected: int = field(default=3, metadata={"help": "Sandbox experiment: generated videos in each group."})
-    eval_prompts: int = field(default=42, metadata={"help": "Sandbox experiment: held-out prompts evaluated."})
+    eval_prompts: int = field(default=84, metadata={"help": "Sandbox experiment: held-out prompts evaluated."})
+    eval_seeds: int = field(
+        default=2, metadata={"help": "Sandbox experiment: videos of each held-out prompt, each from another noise."}
+    )
     sft_control: bool = field(
         default=True,
         metadata={"help": "Sandbox experiment: also train on the chosen videos alone, with the same budget."},
@@ -132,7 +135,11 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
         return
 
     prompts = balanced_prompts("heldout", script_args.eval_prompts)
-    common = {"prompts": prompts, "seeds": [0], "call_kwargs": dict(sandbox.call_kwargs)}
+    common = {
+        "prompts": prompts,
+        "seeds": list(range(script_args.eval_seeds)),
+        "call_kwargs": dict(sandbox.call_kwargs),
+    }
     base = evaluate(sandbox.pipeline, sandbox.judge, output_dir=folder / "videos" / "base", name="base", **common)
     runs = []
     for method, seed, directory, log_history in trained:
@@ -164,8 +171,7 @@ def train_method(
         shared = {field.name for field in fields(VideoSFTConfig) if field.init}
         values = {name: value for name, value in vars(args).items() if name in shared}
         values["learning_rate"] = script_args.sft_learning_rate or args.learning_rate
-        videos = groups.select_columns(["prompt", "chosen"]).rename_column("chosen", "video")
-        trainer = VideoSFTTrainer("sandbox", VideoSFTConfig(**values), videos)
+        trainer = VideoSFTTrainer("sandbox", VideoSFTConfig(**values), groups)
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history

@@ -122,7 +122,21 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
     """Few clips and two steps: not to learn anything, but to leave every file that the full run leaves."""
     script = _load("train_gdpo")
     arguments = [
-        *("--num_groups", "4", "--num_rejected", "2", "--eval_prompts", "4", "--max_steps", "2", "--seeds", "0", "1"),
+        *(
+            "--num_groups",
+            "4",
+            "--num_rejected",
+            "2",
+            "--eval_prompts",
+            "4",
+            "--eval_seeds",
+            "1",
+            "--max_steps",
+            "2",
+            "--seeds",
+            "0",
+            "1",
+        ),
         *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"),
     ]
     script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])
