@@ -85,16 +85,10 @@ def build_group_dataset(
     (partial / "videos").mkdir(parents=True)
     rows = []
     for index, clip in enumerate(tqdm(clips, desc="Writing videos", unit="group")):
-        names = [f"videos/{index:05d}_rejected_{loser}.mp4" for loser in range(num_rejected)]
-        for name, video in zip(names, rejected[index], strict=True):
-            write_video(partial / name, video, FPS)
-        chosen = f"videos/{index:05d}_chosen.mp4"
-        write_video(partial / chosen, clip.video, FPS)
         rows.append(
             {
                 "prompt": clip.prompt,
-                "chosen": str(partial / chosen),
-                "rejected": [str(partial / name) for name in names],
+                **_write_videos(partial / "videos", index, clip.video, rejected[index]),
                 "rejected_scores": scores[index],
                 "category": clip.action,
                 "seeds": noise_seeds[index],
@@ -132,3 +126,12 @@ def _rejected_videos(
     scores = [{"sa": float(score["sa"]), "pc": float(score["pc"])} for score in judged]
     grouped = [scores[start : start + num_rejected] for start in range(0, len(scores), num_rejected)]
     return videos.reshape(len(clips), num_rejected, *videos.shape[1:]), grouped
+
+
+def _write_videos(folder: Path, index: int, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+    """The video columns of row `index`, as paths of the files it writes."""
+    losers = [
+        str(write_video(folder / f"{index:05d}_rejected_{loser}.mp4", video, FPS))
+        for loser, video in enumerate(rejected)
+    ]
+    return {"chosen": str(write_video(folder / f"{index:05d}_chosen.mp4", chosen, FPS)), "rejected": losers}

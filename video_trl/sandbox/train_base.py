@@ -235,7 +235,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; unlike torch's optimizers it re-evaluates no `closure`."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
