@@ -91,7 +91,7 @@ def train(script_args: ScriptArguments, training_args: "VideoGroupDPOConfig") ->
 
     dataset = load_dataset(script_args.dataset_name, script_args.dataset_split)
     trainer = VideoGroupDPOTrainer(script_args.model_name_or_path, training_args, dataset)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -103,7 +103,21 @@ def load_dataset(name: str, split: str) -> "datasets.Dataset":
 
     if (Path(name) / "state.json").is_file():
         return datasets.load_from_disk(name)
-    return datasets.load_dataset(name, split=split)
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise ValueError(
+            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
+            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
+            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
+        ) from error
+
+
+def checkpoint_to_resume(training_args: "VideoGroupDPOConfig") -> str | bool | None:
+    """`--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`."""
+    value = training_args.resume_from_checkpoint
+    words = {"true": True, "false": None}
+    return words.get(str(value).lower(), value)
 
 
 def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGroupDPOConfig") -> None:
@@ -115,6 +129,7 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
     from video_trl.sandbox.report import Run, compare_runs, save_results, write_sandbox_report
 
     folder = Path(training_args.output_dir)
+    refuse_what_needs_one_run(training_args)
     sandbox = load_sandbox()
     with training_args.main_process_first():
         groups = build_group_dataset(
@@ -159,6 +174,21 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
     report = write_sandbox_report(folder / "report.html", base, runs, comparisons, notes=notes)
     print(summary_table(comparisons))
     print(f"\nVideos, curves and scores: {report}\nAdapters: {', '.join(directory for _, _, directory, _ in trained)}")
+
+
+def refuse_what_needs_one_run(training_args: "VideoGroupDPOConfig") -> None:
+    """The experiment trains several adapters: which one would be resumed or pushed is not ours to guess."""
+    given = {
+        "--push_to_hub": training_args.push_to_hub,
+        "--resume_from_checkpoint": checkpoint_to_resume(training_args),
+    }
+    refused = [option for option, value in given.items() if value]
+    if refused:
+        raise ValueError(
+            f"The sandbox experiment trains several adapters; expected none of the options of a single run, got "
+            f"{', '.join(refused)}. For one run on the same data add --dataset_name "
+            f"{Path(training_args.output_dir) / 'dataset' / 'table'} (built by the experiment)."
+        )
 
 
 def train_method(

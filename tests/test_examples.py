@@ -71,6 +71,13 @@ def test_the_14b_configuration_holds_the_numbers_of_the_paper():
     assert args.bf16 and args.activation_checkpointing
 
 
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
+    """81 frames are 5 s at 16 fps; without a common rate, real clips of 24 or 30 fps become slow motion."""
+    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-{size}-gdpo.yaml")
+    assert (args.num_frames, args.fps) == (81, 16)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_starts_with_its_requirements_and_says_how_to_run_it(script):
     text = script.read_text()
@@ -83,6 +90,29 @@ def test_a_model_without_a_dataset_is_refused_before_anything_is_loaded(script, 
     arguments = ["--model_name_or_path", "no/such-model", "--output_dir", str(tmp_path), "--use_cpu"]
     with pytest.raises(ValueError, match="needs --dataset_name"):
         _load(script).main(arguments)
+
+
+@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+@pytest.mark.parametrize("name", ["no-such/dataset", "no/such/folder"])
+def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
+    arguments = ["--dataset_name", name, "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match=rf"got '{name}', which cannot be loaded.*Check the spelling"):
+        _load(script).main(arguments)
+
+
+@pytest.mark.parametrize("script, config", [("train_gdpo", VideoGroupDPOConfig), ("train_sft", VideoSFTConfig)])
+def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
+    resume = _load(script).checkpoint_to_resume
+    for value, expected in ((None, None), ("True", True), ("true", True), ("False", None), ("out/c-5", "out/c-5")):
+        assert resume(config(str(tmp_path), use_cpu=True, resume_from_checkpoint=value)) == expected
+
+
+@pytest.mark.parametrize("option", ["--push_to_hub", "--resume_from_checkpoint"])
+def test_sandbox_experiment_refuses_the_options_of_a_single_run(option, tmp_path):
+    arguments = [option, "true", "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match=rf"got {option}\. .*--dataset_name .*table"):
+        _load("train_gdpo").main(arguments)
+    assert not (tmp_path / "dataset").exists()
 
 
 @pytest.fixture(scope="module")

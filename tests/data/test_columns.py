@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_video
-from video_trl.data import check_columns, group_features, is_encoded
+from video_trl.data import check_columns, column_names, group_features, is_encoded
 from video_trl.data.columns import as_scores, as_videos, undecoded
 
 
@@ -96,6 +96,24 @@ def test_empty_rejected(kind, empty):
         check_columns(kind(rows), "group")
 
 
+def test_missing_video_among_the_rejected(kind):
+    rows = raw_rows()
+    rows[2]["rejected"] = ["a.mp4", None]
+    with pytest.raises(ValueError, match=r"Row 2: expected a video in rejected\[1\], got none.*`dataset.filter"):
+        check_columns(kind(rows), "group")
+    check_columns(kind(rows[:2]), "group")
+
+
+def test_missing_rejected_video_is_counted_after_select():
+    rows = raw_rows()
+    rows[0]["rejected"] = [None, "a.mp4"]
+    with pytest.raises(ValueError, match=r"Row 1: expected a video in rejected\[0\]"):
+        check_columns(as_dataset(rows).select([2, 0]), "group")
+    single = [{"prompt": "a", "chosen": "a.mp4", "rejected": name} for name in ("b.mp4", None)]
+    with pytest.raises(ValueError, match=r"Row 1: expected a video in rejected\[0\]"):
+        check_columns(datasets.Dataset.from_list(single), "preference")
+
+
 def test_different_numbers_of_rejected_videos(kind):
     rows = raw_rows(m=3)
     rows[1]["rejected"] = rows[1]["rejected"][:2]
@@ -177,6 +195,16 @@ def test_streaming_dataset_and_unknown_row_type():
         check_columns(as_dataset(raw_rows()).to_iterable_dataset(), "group")
     with pytest.raises(ValueError, match="Unknown row type 'pairs'; expected one of"):
         check_columns(raw_rows(), "pairs")
+
+
+def test_splits_or_a_name_instead_of_a_dataset():
+    splits = datasets.DatasetDict(train=as_dataset(raw_rows()), test=as_dataset(raw_rows()))
+    with pytest.raises(ValueError, match=r"got a DatasetDict with the splits \['train', 'test'\].*dataset\['train'\]"):
+        check_columns(splits, "group")
+    with pytest.raises(ValueError, match=r"got the name 'my/groups'.*datasets\.load_dataset\('my/groups'"):
+        check_columns("my/groups", "group")
+    with pytest.raises(ValueError, match="got a DatasetDict"):  # trainers look at the columns before they check them
+        column_names(splits)
 
 
 def test_is_encoded_tells_raw_from_encoded():

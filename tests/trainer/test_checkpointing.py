@@ -265,9 +265,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_naming_both(tmp_path):
 
 def test_a_checkpoint_of_another_base_is_refused_naming_both(tmp_path):
     path = checkpoint(tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"other frozen weights.*hash [0-9a-f]{16} / [0-9a-f]{16}.*another base model"
-    ):
+    with pytest.raises(ValueError, match=r"other base weights.*hash [0-9a-f]{16} / [0-9a-f]{16}.*another base model"):
         trainer(config(tmp_path / "other"), model=tiny_wan_pipeline(seed=1)).train(resume_from_checkpoint=path)
 
 
@@ -333,3 +331,27 @@ def test_the_model_card_shows_how_to_make_such_videos(tmp_path):
         and "| lr_scheduler_type | cosine_with_min_lr |" in card
         and "| optimizer steps | 1 |" in card
     )
+
+
+def test_full_tuning_resumes_only_from_its_own_base(tmp_path):
+    straight = trainer(config(tmp_path, use_peft=False, **SAVING))
+    straight.train()
+    path = str(tmp_path / "checkpoint-3")
+    resumed = trainer(config(tmp_path / "same", use_peft=False))
+    resumed.train(resume_from_checkpoint=path)
+    assert_equal_weights(trained_weights(resumed), trained_weights(straight))
+    other = trainer(config(tmp_path / "other", use_peft=False), model=tiny_wan_pipeline(seed=1))
+    with pytest.raises(ValueError, match=r"other base weights.*hash [0-9a-f]{16} / [0-9a-f]{16}"):
+        other.train(resume_from_checkpoint=path)
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_separate_reference_must_be_the_same(tmp_path, use_peft):
+    settings = {"use_peft": use_peft, "max_steps": 2}
+    made = trainer(config(tmp_path, **settings, save_strategy="steps", save_steps=1), ref_model=tiny_transformer(1))
+    made.train()
+    path = str(tmp_path / "checkpoint-1")
+    trainer(config(tmp_path / "a", **settings), ref_model=tiny_transformer(1)).train(resume_from_checkpoint=path)
+    for arguments in ({"ref_model": tiny_transformer(2)}, {}):
+        with pytest.raises(ValueError, match="other reference weights.*another reference model"):
+            trainer(config(tmp_path / "b", **settings), **arguments).train(resume_from_checkpoint=path)

@@ -190,7 +190,9 @@ def test_a_bare_transformer_needs_encoded_data(tmp_path):
         (LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"]), "`modules_to_save` must be empty"),
         (LoraConfig(target_modules=["to_q"], bias="all"), "`bias` must be 'none'"),
         (LoKrConfig(target_modules=["to_q"]), "must be a `peft.LoraConfig`, got LoKrConfig"),
-        (LoraConfig(target_modules=["no_such_layer"]), "no_such_layer"),
+        (LoraConfig(target_modules=["to_q", "no_such_layer"]), r"got \['no_such_layer'\], which match none.*to_q"),
+        (LoraConfig(target_modules="no_such.*"), r"got \['no_such\.\*'\], which match none"),
+        (LoraConfig(), "got None, which match none"),
     ],
 )
 def test_unsupported_adapters_are_refused(tmp_path, peft_config, message):
@@ -278,8 +280,26 @@ def test_a_frame_count_that_the_vae_cannot_encode_is_refused(tmp_path):
 
 def test_mixed_shapes_in_a_batch_are_named(tmp_path):
     rows = tiny_encoded_group(1) + tiny_encoded_group(1, latents_shape=(4, 2, 6, 4))
-    with pytest.raises(ValueError, match="must have one shape in a batch, got .by row.*4, 2, 4, 4.*4, 2, 6, 4"):
-        trainer(config(tmp_path), train_dataset=rows).train()
+    named = r"batch of 2 rows.*got 2 shapes: \(4, 2, 4, 4\) in 1 row.* row 0 on; \(4, 2, 6, 4\) in 1 row.* row 1 on"
+    for arguments in ({"train_dataset": rows}, {"eval_dataset": rows}):
+        with pytest.raises(ValueError, match=named):
+            trainer(config(tmp_path), **arguments)
+    raw = [*tiny_group_dataset(1, 1), *tiny_group_dataset(1, 1, height=16)]
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        trainer(config(tmp_path, cache_dir=str(tmp_path)), train_dataset=raw)
+    with pytest.raises(ValueError, match="Row 1: .*must have 4 channels"):
+        trainer(config(tmp_path), train_dataset=rows[:1] + tiny_encoded_group(1, latents_shape=(5, 2, 4, 4)))
     singles = trainer(config(tmp_path, per_device_train_batch_size=1, max_steps=2), train_dataset=rows)
     singles.train()
     assert singles.state.global_step == 2
+
+
+def test_wrong_sizes_and_target_modules_are_refused_before_a_video_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("video_trl.data.encode._survey", lambda job: pytest.fail("read the videos"))
+    arguments = {"train_dataset": tiny_group_dataset(1, 1)}
+    with pytest.raises(ValueError, match="got 6.*Set `num_frames` to 5 or 9"):
+        trainer(config(tmp_path, num_frames=6), **arguments)
+    with pytest.raises(ValueError, match="must be divisible by 8.*got 36x32"):
+        trainer(config(tmp_path, height=36, width=32), **arguments)
+    with pytest.raises(ValueError, match="no_such_layer"):
+        trainer(config(tmp_path), peft_config=LoraConfig(target_modules=["no_such_layer"]), **arguments)

@@ -1,6 +1,7 @@
 """The row types of a dataset: which columns a trainer needs, and the checks that run before anything expensive."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ def column_names(dataset: MapDataset) -> list[str]:
     """Columns of a dataset; for anything but a `datasets.Dataset`, the keys of its first row."""
     if isinstance(dataset, datasets.Dataset):
         return list(dataset.column_names)
+    _check_kind(dataset)
     return list(dataset[0]) if len(dataset) else []
 
 
@@ -122,16 +124,13 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         physics_rewarding (`bool`, defaults to `False`): Whether `rejected_scores` must be there.
 
     Raises:
-        ValueError: Zero rows, a missing column or cell, an empty `rejected` list, rows with different numbers of
-            rejected videos, scores missing, outside [0, 1] or of another number than the rejected videos. Names the
-            row, what was expected, what was found and the way out.
+        ValueError: Not one dataset (a name, several splits, a stream), zero rows, a missing column or cell, an empty
+            `rejected` list or a None in it, rows with different numbers of rejected videos, scores missing, outside
+            [0, 1] or of another number than the rejected videos. Names the row, what was expected, what was found and
+            the way out.
     """
     _known(row_type)
-    if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(
-            "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
-            "encoded once, before training, and a run can then be resumed exactly."
-        )
+    _check_kind(dataset)
     if len(dataset) == 0:
         raise ValueError(f"Expected a {row_type} dataset with at least one row, got zero rows. Check path and split.")
     columns, encoded = column_names(dataset), is_encoded(dataset, row_type)
@@ -150,6 +149,8 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         return
     counts = _rejected_counts(dataset, "rejected_latents" if encoded else "rejected")
     _check_counts(counts)
+    if not encoded:
+        _check_rejected(dataset)
     _check_scores(dataset, counts, columns, required=physics_rewarding)
 
 
@@ -157,6 +158,28 @@ def _known(row_type: str) -> str:
     if row_type not in ROW_TYPES:
         raise ValueError(f"Unknown row type {row_type!r}; expected one of {sorted(ROW_TYPES)}.")
     return row_type
+
+
+def _check_kind(dataset: Any) -> None:
+    """One dataset with a length: no name of one, no dictionary of splits, no stream."""
+    if isinstance(dataset, (str, os.PathLike)):
+        name = os.fspath(dataset)
+        raise ValueError(
+            f"Expected a dataset, got the name {name!r}. Load it first: `datasets.load_dataset({name!r}, "
+            'split="train")`, or `datasets.load_from_disk` for a folder written by `save_to_disk`.'
+        )
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        splits = list(dataset)
+        example = splits[0] if splits else "train"
+        raise ValueError(
+            f"Expected one dataset, got a {type(dataset).__name__} with the splits {splits}. Pass one of them, e.g. "
+            f"`dataset[{example!r}]`, or name it when loading: `datasets.load_dataset(..., split={example!r})`."
+        )
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
+            "encoded once, before training, and a run can then be resumed exactly."
+        )
 
 
 def _cells(dataset: MapDataset, column: str) -> Iterator[Any]:
@@ -205,6 +228,31 @@ def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
     if column == "rejected":
         return [0 if cell is None else len(as_videos(cell)) for cell in _cells(dataset, column)]
     return [0 if cell is None else len(cell) for cell in _cells(dataset, column)]
+
+
+def _check_rejected(dataset: MapDataset) -> None:
+    for row, index in _missing_rejected(dataset):
+        raise ValueError(
+            f"Row {row}: expected a video in rejected[{index}], got none. Fill it in, or drop the row with "
+            "`dataset.filter(lambda row: None not in row['rejected'])`."
+        )
+
+
+def _missing_rejected(dataset: MapDataset) -> Iterator[tuple[int, int]]:
+    """Row and index of each rejected video that is None."""
+    if not isinstance(dataset, datasets.Dataset):
+        for row, cell in enumerate(_cells(dataset, "rejected")):
+            videos = cell if isinstance(cell, (list, tuple)) else [cell]
+            yield from ((row, index) for index, video in enumerate(videos) if video is None)
+        return
+    is_list = isinstance(dataset.features["rejected"], (datasets.List, datasets.LargeList))
+    first = 0
+    for chunk in _arrow_cells(dataset, "rejected"):
+        lengths = [length or 0 for length in chunk.value_lengths().to_pylist()] if is_list else [1] * len(chunk)
+        nulls = iter((chunk.flatten() if is_list else chunk).is_null().to_pylist())
+        for row, length in enumerate(lengths, start=first):
+            yield from ((row, index) for index in range(length) if next(nulls))
+        first += len(lengths)
 
 
 def _check_counts(counts: Sequence[int]) -> None:

@@ -143,6 +143,7 @@ def encode_dataset(
     for component in ("vae", "text_encoder", "tokenizer"):
         if pipeline.components.get(component) is None:
             raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
+    _check_sizes(pipeline, adapter, num_frames, height, width)
     check_columns(dataset, row_type)
     job = _Job(
         dataset=undecoded(dataset),
@@ -162,6 +163,16 @@ def encode_dataset(
     for module in (pipeline.vae, pipeline.text_encoder):
         module.eval().to("cpu")
     return encoded
+
+
+def _check_sizes(
+    pipeline: DiffusionPipeline, adapter: VideoAdapter, num_frames: int | None, height: int | None, width: int | None
+) -> None:
+    """Refuse what the VAE cannot encode before a video is read; sizes left to the files are checked after decoding."""
+    if (height is None) != (width is None):
+        raise ValueError(f"`height` and `width` must be given together, got {height} and {width}.")
+    side = pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
+    adapter.check_video(pipeline.vae, (1 if num_frames is None else num_frames, height or side, width or side))
 
 
 def _build(job: _Job, cache_dir: Path) -> str:

@@ -52,12 +52,14 @@ class VideoInfo:
     duration: float
 
 
-def source_name(source: VideoSource) -> str:
+def source_name(source: VideoSource | None) -> str:
     """How messages call a video: its path, or what is known when it has none."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, Mapping):
         return str(source.get("path") or "<video bytes without a path>")
+    if source is None:
+        return "<no video>"
     return "<video array>"
 
 

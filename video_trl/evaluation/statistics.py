@@ -2,8 +2,8 @@
 Arithmetic of comparisons: intervals, paired differences, votes and rank totals. NumPy in, plain numbers out.
 
 Three habits are built in, because a number without them misleads: a share comes with its count and an interval, a
-comparison is paired wherever the prompts are shared, and nothing is called better while its interval contains zero or
-fewer than three seeds were trained.
+comparison is paired wherever the prompts are shared, and nothing is called better while its interval, pooled over
+the training seeds, contains zero or fewer than three seeds were trained.
 """
 
 import math

@@ -51,7 +51,7 @@ CALL_KWARGS: dict[str, Any] = {
     "height": HEIGHT,
     "width": WIDTH,
     "num_inference_steps": 12,
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "max_sequence_length": MAX_PROMPT_TOKENS,
 }
 

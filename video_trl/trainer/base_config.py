@@ -1,5 +1,6 @@
 """Arguments shared by every trainer of the package."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -35,7 +36,7 @@ class _BaseVideoConfig(TrainingArguments):
     Defaults that differ from `TrainingArguments`: `logging_steps=10`, batch sizes of 1 per
     device, `bf16` and `activation_checkpointing` on when a
     GPU that supports them is used, `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
-    `logging_nan_inf_filter=False` (a non-finite loss stops the run instead of being averaged away), and
+    `logging_nan_inf_filter=False` (a non-finite loss always stops the run, whatever this says), and
     `data_seed=seed` (the order of the samples does not depend on the state of a global generator).
     """
 
@@ -67,7 +68,7 @@ class _BaseVideoConfig(TrainingArguments):
         },
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses from the log. Off: training stops at the first one."}
+        default=False, metadata={"help": "No effect here: training always stops at a non-finite loss, on or off."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay off: the collators read every column by name."}
@@ -176,14 +177,21 @@ class _BaseVideoConfig(TrainingArguments):
         for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
             if self.__dict__[name] is not None:
                 _check_positive(self, name)
+        if not math.isfinite(self.timestep_logit_mean):
+            raise ValueError(f"`timestep_logit_mean` must be finite, got {self.timestep_logit_mean}.")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(
+                f"`height` and `width` must be set together, got height={self.height} and width={self.width}. Set "
+                "both, or neither to keep the size of the files."
+            )
         _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         _check_choice(self, "on_bad_video", ("raise", "skip"))
 
 
 def _check_positive(config: _BaseVideoConfig, name: str) -> None:
     value = config.__dict__[name]
-    if not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
 def _check_choice(config: _BaseVideoConfig, name: str, choices: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ from .loading import load_model
 from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .metrics import MetricStore
 from .noise import EVALUATION_STEP, NoiseDraw, draw_noise
-from .reference import Reference, check_ref_model, make_reference
+from .reference import ModuleReference, Reference, check_ref_model, make_reference
 from .rows import (
     IndexedDataset,
     datasets_in,
@@ -142,16 +142,18 @@ class _BaseVideoTrainer(Trainer):
         check_ref_model(transformer, ref_model)
 
         prepare = partial(self.prepare_dataset, transformer=transformer)
-        prepared_train = None if train_dataset is None else prepare(train_dataset)
+        prepared_train = None if train_dataset is None else prepare(train_dataset, args.per_device_train_batch_size)
         prepared_eval: Any
+        eval_size = args.per_device_eval_batch_size
         if isinstance(eval_dataset, dict):
-            prepared_eval = {name: prepare(rows) for name, rows in eval_dataset.items()}
+            prepared_eval = {name: prepare(rows, eval_size) for name, rows in eval_dataset.items()}
         else:
-            prepared_eval = None if eval_dataset is None else prepare(eval_dataset)
+            prepared_eval = None if eval_dataset is None else prepare(eval_dataset, eval_size)
 
         adapt_for_trainer(transformer)
         self._prepare_weights(transformer, ref_model, peft_config)
-        self._description = describe_run(transformer, self.adapter_name, args.seed)
+        separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
+        self._description = describe_run(transformer, self.adapter_name, args.seed, separate)
         self._metrics = {"train": MetricStore(), "eval": MetricStore()}
         super().__init__(
             model=transformer,
@@ -229,7 +231,7 @@ class _BaseVideoTrainer(Trainer):
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
         check_columns(dataset, self.row_type)
 
-    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+    def prepare_dataset(self, dataset: MapDataset, batch_size: int, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
         return prepare_rows(
             dataset,
@@ -239,6 +241,7 @@ class _BaseVideoTrainer(Trainer):
             transformer=transformer,
             adapter=self.adapter,
             max_sequence_length=self.max_sequence_length,
+            batch_size=batch_size,
         )
 
     # ---- Building blocks of compute_loss ----
@@ -335,7 +338,7 @@ class _BaseVideoTrainer(Trainer):
         """Loss and metrics on a dataset, raw or encoded; on the trainer's own `eval_dataset` if none is given."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict | IndexedDataset):
             self.check_dataset(eval_dataset)
-            eval_dataset = self.prepare_dataset(eval_dataset, self.model)
+            eval_dataset = self.prepare_dataset(eval_dataset, self.args.per_device_eval_batch_size, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _run_evaluator(self, evaluator: Evaluator) -> dict[str, float]:

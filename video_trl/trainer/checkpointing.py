@@ -59,13 +59,22 @@ def publish(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def describe_run(transformer: ModelMixin, adapter_name: str | None, seed: int) -> dict[str, Any]:
+def describe_run(
+    transformer: ModelMixin, adapter_name: str | None, seed: int, reference: nn.Module | None = None
+) -> dict[str, Any]:
     """
-    What a checkpoint must agree on with the trainer that resumes it.
+    What a checkpoint must agree on with the trainer that resumes it. To be called before the first update.
+
+    Args:
+        transformer (`ModelMixin`): The policy, in the form in which it is trained.
+        adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
+        seed (`int`): Seed of the run.
+        reference (`torch.nn.Module`, *optional*): Reference that is a module of its own.
 
     Returns:
         `dict`: `transformer` (class), `config`, `adapter` (rank, scale, targets; `None` when all weights are trained),
-        `frozen_weights` (a hash over a sample of every frozen tensor; `None` if there is none) and `seed`.
+        `base_weights` (a hash over a sample of every tensor that training starts from: the frozen ones under an
+        adapter, else all), `reference_weights` (the same of `reference`; `None` if there is none) and `seed`.
     """
     adapter = None
     if adapter_name is not None:
@@ -77,7 +86,8 @@ def describe_run(transformer: ModelMixin, adapter_name: str | None, seed: int) -
         "transformer": type(transformer).__name__,
         "config": {name: value for name, value in transformer.config.items() if not name.startswith("_")},
         "adapter": adapter,
-        "frozen_weights": _frozen_fingerprint(transformer),
+        "base_weights": _fingerprint(transformer, only_frozen=adapter_name is not None),
+        "reference_weights": None if reference is None else _fingerprint(reference),
         "seed": seed,
     }
     return json.loads(json.dumps(description))  # tuples become lists, as they do in the file
@@ -114,12 +124,7 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
                 f"{directory} cannot be resumed by this trainer, their {key} differs (checkpoint / trainer): "
                 f"{difference}. Build the trainer as it was built for that run, or start a new run."
             )
-    if theirs["frozen_weights"] != ours["frozen_weights"]:
-        raise ValueError(
-            f"{directory} was trained on other frozen weights than this trainer's (hash {theirs['frozen_weights']} / "
-            f"{ours['frozen_weights']}): another base model, or the same one in another precision. Load the model of "
-            "that run, or start a new run."
-        )
+    _check_fingerprints(directory, theirs, ours)
     if theirs["seed"] != ours["seed"]:
         logger.warning(
             "Resuming a run of seed %s with seed %s: samples and noise will not continue the same sequence.",
@@ -170,16 +175,31 @@ def _check_names_and_shapes(
         raise ValueError(f"The weights in {directory} do not fit the model (checkpoint / model): {difference}.")
 
 
-def _frozen_fingerprint(transformer: nn.Module, sample: int = 16) -> str | None:
-    """Hash of some entries of every frozen tensor: cheap at any size, and no two base models agree on all of them."""
+def _check_fingerprints(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    former = {"base_weights": theirs.get("frozen_weights")}  # its name before full tuning was covered
+    for key, what in (("base_weights", "base"), ("reference_weights", "reference")):
+        found = theirs.get(key, former.get(key))
+        if found is None and key not in theirs:
+            logger.warning("%s does not say which %s weights it was trained with; not checked.", directory, what)
+        elif found != ours[key]:
+            raise ValueError(
+                f"{directory} was trained with other {what} weights than this trainer's (checkpoint / trainer: hash "
+                f"{found} / {ours[key]}): another {what} model, or the same one in another precision. Build the "
+                "trainer from the models of that run as they were before it, or start a new run."
+            )
+
+
+def _fingerprint(module: nn.Module, *, only_frozen: bool = False, sample: int = 16) -> str:
+    """Hash of some entries of every tensor: cheap at any size, and no two base models agree on all of them."""
     digest = hashlib.blake2b(digest_size=8)
-    frozen = [(name, tensor) for name, tensor in transformer.named_parameters() if not tensor.requires_grad]
-    for name, tensor in frozen:
+    for name, tensor in module.named_parameters():
+        if only_frozen and tensor.requires_grad:
+            continue
         flat = tensor.detach().flatten()
         values = flat[:: max(flat.numel() // sample, 1)][:sample].float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.numpy().tobytes())
-    return digest.hexdigest() if frozen else None
+    return digest.hexdigest()
 
 
 def _difference(theirs: Any, ours: Any) -> str:

@@ -1,5 +1,6 @@
 """Arguments of the groupwise preference trainer."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -94,10 +95,10 @@ class VideoGroupDPOConfig(_BaseVideoConfig):
     )
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(
-                f"`beta` must be positive, got {self.beta}. Zero would remove the preference, a negative value "
-                "would reverse it; published values are 500 to 5000."
+                f"`beta` must be positive and finite, got {self.beta}. Zero would remove the preference, a "
+                "negative value would reverse it; published values are 500 to 5000."
             )
         _check_choice(self, "loss_type", get_args(LossType))
         _check_choice(self, "alpha_mode", get_args(AlphaMode))

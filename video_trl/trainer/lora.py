@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import warnings
 
 import torch
@@ -35,7 +36,8 @@ def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config:
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
-            weights are to be trained; or if the adapter is of an unsupported kind.
+            weights are to be trained; or if the adapter is of an unsupported kind, or a target module of
+            `peft_config` does not exist.
     """
     existing = adapter_configs(transformer)
     fuse = "fuse it into the base first (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`)"
@@ -56,6 +58,8 @@ def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config:
         )
     for config in (*existing.values(), *([peft_config] if peft_config is not None else [])):
         check_lora_config(config)
+    if peft_config is not None:
+        _check_target_modules(transformer, peft_config)
 
 
 def attach_lora(
@@ -75,9 +79,6 @@ def attach_lora(
 
     Returns:
         `str`: Name of the adapter that is trained.
-
-    Raises:
-        ValueError: If the target modules of `peft_config` do not exist.
     """
     name = next(iter(adapter_configs(transformer)), None)
     if name is None:
@@ -125,6 +126,24 @@ def disable_dropout(transformer: nn.Module) -> None:
         logger.warning("Dropout is switched off in %d layers: noise comes from per-sample streams only.", len(active))
     for module in active:
         module.p = 0.0
+
+
+def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
+    targets = config.target_modules
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in transformer.named_modules() if name]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if missing or not targets:
+        linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+        known = sorted({re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name in linear})
+        raise ValueError(
+            f"`target_modules` of `peft_config` must name modules of {type(transformer).__name__}, got "
+            f"{missing or targets}, which match none. Its linear layers are named {known[:20]}."
+        )
 
 
 def _cast_adapters_to_float32(transformer: nn.Module) -> None:

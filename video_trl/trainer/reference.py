@@ -75,18 +75,18 @@ class ModuleReference:
     """
 
     def __init__(self, transformer: ModelMixin) -> None:
-        self._transformer = transformer.requires_grad_(False).eval()
+        self.transformer = transformer.requires_grad_(False).eval()
         self._accelerator: Accelerator | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
         assert self._accelerator is not None, "the trainer calls prepare"
         with self._accelerator.autocast():  # the policy's forward has it built in
-            yield self._transformer
+            yield self.transformer
 
     def prepare(self, accelerator: Accelerator) -> None:
         # Not `accelerator.prepare_model`: the accelerator would then take the policy to be prepared already.
-        self._transformer.to(accelerator.device)
+        self.transformer.to(accelerator.device)
         self._accelerator = accelerator
 
 

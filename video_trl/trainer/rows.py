@@ -1,15 +1,18 @@
 """From the datasets a user passes to rows that a collator takes, and the settings that depend on the pipeline."""
 
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
+from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from ..adapters import VideoAdapter
-from ..data import ENCODED_COLUMNS, encode_dataset, is_encoded
+from ..data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
 from ..data.columns import MapDataset
 from .base_config import _BaseVideoConfig
 
@@ -50,13 +53,15 @@ def prepare_rows(
     transformer: ModelMixin,
     adapter: VideoAdapter,
     max_sequence_length: int,
+    batch_size: int,
 ) -> IndexedDataset:
     """
     Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows.
 
     Raises:
-        ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of its first row do not
-            fit the transformer; and whatever `encode_dataset` raises.
+        ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
+            the transformer, or differ in shape where `batch_size` rows are to be stacked; and whatever
+            `encode_dataset` raises.
     """
     if not is_encoded(dataset, row_type):
         if pipeline is None:
@@ -79,11 +84,48 @@ def prepare_rows(
             on_bad_video=args.on_bad_video,
             device=args.device,
         )
-    first = dataset[0]
-    for column in ENCODED_COLUMNS[row_type]:
-        if column.endswith("latents"):
-            adapter.check_latents(transformer, torch.as_tensor(first[column]).shape[-4:])
+    _check_latents(dataset, row_type, transformer, adapter, batch_size)
     return IndexedDataset(dataset)
+
+
+def _check_latents(
+    dataset: MapDataset, row_type: str, transformer: ModelMixin, adapter: VideoAdapter, batch_size: int
+) -> None:
+    rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, shapes in enumerate(_latents_shapes(dataset, row_type)):
+        if len(set(shapes)) > 1:
+            raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
+        if shapes[0] not in rows_of:
+            try:
+                adapter.check_latents(transformer, shapes[0])
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+        rows_of[shapes[0]].append(number)
+    if batch_size > 1 and len(rows_of) > 1:
+        found = "; ".join(
+            f"{shape} in {len(rows)} row(s) from row {rows[0]} on" for shape, rows in list(rows_of.items())[:5]
+        )
+        raise ValueError(
+            f"A batch of {batch_size} rows needs latents of one shape (C, F, H, W), got {len(rows_of)} shapes: "
+            f"{found}. Set `num_frames`, `height` and `width` when encoding, or a batch size of 1 per device."
+        )
+
+
+def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes `(C, F, H, W)` in every row; of an `EncodedDataset` from the headers of its files."""
+    if not isinstance(dataset, EncodedDataset):
+        columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
+        for number in range(len(dataset)):
+            row = dataset[number]
+            yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
+        return
+    shape_of: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(set(dataset._shard_of.values())):
+        with safe_open(dataset.directory / shard, framework="pt") as file:
+            shape_of.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+    for row in dataset._rows:
+        keys = [row["video"]] if dataset.row_type == "video" else [row["chosen"], *row["rejected"]]
+        yield [shape_of[key] for key in keys]
 
 
 def generation_kwargs(

@@ -40,8 +40,8 @@ class VideoSFTTrainer(_BaseVideoTrainer):
     def check_dataset(self, dataset: MapDataset) -> None:
         super().check_dataset(_chosen_as_video(dataset))
 
-    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
-        return super().prepare_dataset(_chosen_as_video(dataset), transformer)
+    def prepare_dataset(self, dataset: MapDataset, batch_size: int, transformer: ModelMixin) -> IndexedDataset:
+        return super().prepare_dataset(_chosen_as_video(dataset), batch_size, transformer)
 
     def compute_loss(
         self,
