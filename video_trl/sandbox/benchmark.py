@@ -1,7 +1,6 @@
 """The sandbox benchmark: held-out sentences -> generated mp4s -> scores of the exact judge."""
 
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from ..judges import VideoJudge
 from .prompts import MOTIONS, Split, all_prompts, parse_prompt
 from .world import FPS
 
-
-logger = logging.getLogger(__name__)
 
 JOINT_THRESHOLD = 0.5  # a clip counts as right when both scores reach it, as VideoPhy binarises its scores
 

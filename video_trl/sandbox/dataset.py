@@ -4,7 +4,6 @@ of the same sentence, judged. It is the data recipe of PhyGDPO at a size that ta
 """
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from .benchmark import generate
 from .pipeline import Sandbox
 from .world import FPS, Clip, simulate
 
-
-logger = logging.getLogger(__name__)
 
 DATASET_VERSION = 1
 REQUEST_NAME = "request.json"

@@ -6,7 +6,6 @@ asks whether colours, number of bodies, kind of motion and direction are those o
 """
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from .prompts import COLOURS, STILL_SCENES, PromptSpec, parse_prompt
 from .scenery import Scenery, read_scenery
 from .tracking import COLOUR_HUES, Body, Observation, hue_distance, observe, presence
 
-
-logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
