@@ -34,6 +34,11 @@ class VideoAdapter(Protocol):
         """How latents get noisy and which velocity is regressed."""
 
     @property
+    def condition_columns(self) -> tuple[str, ...]:
+        """What `predict` reads from its `conditions`, and rows therefore carry: `"prompt_embeds"` and, with a first
+        frame, more."""
+
+    @property
     def lora_target_modules(self) -> list[str]:
         """Query, key, value and output projections of every self-attention, as suffixes of module names."""
 

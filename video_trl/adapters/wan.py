@@ -29,6 +29,7 @@ class WanAdapter:
     name: str = "wan"
     pipeline_classes: tuple[str, ...] = ("WanPipeline",)
     noise_process: FlowMatching = FlowMatching()
+    condition_columns: tuple[str, ...] = ("prompt_embeds",)
 
     @property
     def lora_target_modules(self) -> list[str]:

@@ -277,6 +277,10 @@ class _BaseVideoTrainer(Trainer):
             logit_std=self.args.timestep_logit_std,
         )
 
+    def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
+        """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
+        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.adapter.condition_columns}
+
     def reference_policy(self) -> AbstractContextManager[nn.Module]:
         """Context in which the module it yields predicts as the reference does; enter it under `torch.no_grad()`."""
         assert self.reference is not None, "only trainers with `uses_reference` have one"

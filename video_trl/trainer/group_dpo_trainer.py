@@ -75,7 +75,7 @@ class VideoGroupDPOTrainer(_BaseVideoTrainer):
         latents = torch.cat([chosen[:, None], rejected], dim=1).flatten(0, 1)  # (B * (1 + k), C, F, H, W)
         noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.sample_timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
-        conditions = {"prompt_embeds": inputs["prompt_embeds"].repeat_interleave(group_size, dim=0)}
+        conditions = self.conditions(inputs, repeats=group_size)
         noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
         target = self.adapter.noise_process.velocity(latents, noise, timesteps)
 

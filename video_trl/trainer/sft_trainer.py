@@ -51,13 +51,12 @@ class VideoSFTTrainer(_BaseVideoTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         latents = inputs["latents"]  # (B, C, F, H, W)
-        conditions = {"prompt_embeds": inputs["prompt_embeds"]}
         draw = self.draw(inputs["index"], latents.shape[1:])
         timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
         noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
         target = self.adapter.noise_process.velocity(latents, noise, timesteps)
 
-        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
+        prediction = self.adapter.predict(model, noisy_latents, timesteps, self.conditions(inputs))
         error = velocity_error(prediction, target)  # (B,)
         loss = error.mean()
         return (loss, {"losses": error}) if return_outputs else loss
