@@ -50,12 +50,18 @@ def test_the_learning_rate_warms_up_and_decays():
 def test_the_corpus_is_normalised_by_what_the_vae_config_says():
     torch.manual_seed(0)
     vae = build_vae().eval()
-    latents, prompts = encode_corpus(vae, 8, seed=0)
+    latents, prompts = encode_corpus(vae, 8, seed=0, measure=True)
     assert latents.shape == (8, LATENT_CHANNELS, 4, 8, 8) and len(prompts) == 8
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(LATENT_CHANNELS), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(LATENT_CHANNELS), atol=1e-4, rtol=0)
     assert len(vae.config.latents_mean) == len(vae.config.latents_std) == LATENT_CHANNELS
     assert all(deviation > 0 for deviation in vae.config.latents_std)
+
+    # Training that starts from finished weights keeps their scale: it divides by what the config holds already.
+    vae.register_to_config(latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[2.0] * LATENT_CHANNELS)
+    raw, _ = encode_corpus(vae, 8, seed=0, measure=False)
+    assert vae.config.latents_std == [2.0] * LATENT_CHANNELS
+    assert raw.std((0, 2, 3, 4)).max() != pytest.approx(1.0, abs=0.05)
 
 
 def test_the_transformer_learns_and_keeps_the_average_of_its_weights():
