@@ -1,18 +1,36 @@
-"""`FlowMatching` against diffusers' scheduler, and its timestep laws against their formulas."""
+"""`FlowMatching` and `VPrediction` against diffusers' schedulers, and the timestep laws against their formulas."""
 
 import math
 from statistics import NormalDist
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
-from video_trl.diffusion import FlowMatching
+from video_trl.diffusion import FlowMatching, NoiseProcess, VPrediction
 
 
 SHAPE = (5, 2, 3, 4, 4)
 FLOW = FlowMatching()
+PUBLISHED = {  # scheduler/scheduler_config.json of CogVideoX-2b; the 5B checkpoints have `snr_shift_scale` 1.0
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+}
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,3 +163,139 @@ def test_numbers_that_are_not_uniform_are_rejected(u):
 def test_parameters_of_the_laws_must_be_positive(arguments):
     with pytest.raises(ValueError, match="must be positive"):
         FLOW.sample_timesteps(torch.rand(2), **arguments)
+
+
+# --- VPrediction ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+@pytest.mark.parametrize("changes", [{}, {"snr_shift_scale": 1.0}, {"rescale_betas_zero_snr": False}])
+def test_v_prediction_is_the_add_noise_and_get_velocity_of_the_scheduler(scheduler_class, changes):
+    """In float64 to the last digits but two, at all 1000 timesteps; in float32 to rounding."""
+    scheduler = scheduler_class(**(PUBLISHED | changes))
+    process = VPrediction.from_config(scheduler.config)
+    timesteps = torch.arange(1000)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        latents, noise = draw(1000, 1, 1, 2, 2, dtype=dtype), draw(1000, 1, 1, 2, 2, seed=1, dtype=dtype)
+        for ours, theirs in ((process.add_noise, scheduler.add_noise), (process.velocity, scheduler.get_velocity)):
+            found, expected = ours(latents, noise, timesteps), theirs(latents, noise, timesteps)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_schedule_is_its_formula(scale):
+    """One number after another, by the definition: betas, their product, the shift, the rescaling."""
+    process = VPrediction(snr_shift_scale=scale)
+    steps = [math.sqrt(0.00085) + t * (math.sqrt(0.012) - math.sqrt(0.00085)) / 999 for t in range(1000)]
+    alphas_bar, product = [], 1.0
+    for step in steps:
+        product *= 1 - step**2
+        snr = product / (1 - product) / scale
+        alphas_bar.append(snr / (1 + snr))
+    roots = [math.sqrt(value) for value in alphas_bar]
+    signal = [(root - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for root in roots]
+    zero, one = torch.zeros(1000, 1, 1, 1, 1, dtype=torch.float64), torch.ones(1000, 1, 1, 1, 1, dtype=torch.float64)
+    found_signal, found_noise = (
+        process.add_noise(one, zero, torch.arange(1000)),
+        process.add_noise(zero, one, torch.arange(1000)),
+    )
+    assert found_signal.flatten().tolist() == pytest.approx(signal, abs=1e-12)
+    assert found_noise.flatten().tolist() == pytest.approx([math.sqrt(1 - value**2) for value in signal], abs=1e-12)
+
+
+def test_the_last_timestep_is_noise_alone_and_its_velocity_the_negative_video():
+    latents, noise = draw(1, 2, 3, 4, 4), draw(1, 2, 3, 4, 4, seed=1)
+    last = torch.tensor([999])
+    assert torch.equal(VPrediction().add_noise(latents, noise, last), noise)
+    assert torch.equal(VPrediction().velocity(latents, noise, last), -latents)
+    kept = VPrediction(rescale_betas_zero_snr=False)
+    assert not torch.equal(kept.add_noise(latents, noise, last), noise)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_velocity_error_is_the_weighted_video_error_that_cogvideox_trains_with(scale):
+    """Values and gradients, at all timesteps, the video recovered by the scheduler as CogVideoX does."""
+    scheduler = CogVideoXDDIMScheduler(**(PUBLISHED | {"snr_shift_scale": scale}))
+    process, timesteps = VPrediction.from_config(scheduler.config), torch.arange(1000)
+    latents, noise, guess = (draw(1000, 1, 1, 2, 2, seed=seed, dtype=torch.float64) for seed in range(3))
+    noisy, target = process.add_noise(latents, noise, timesteps), process.velocity(latents, noise, timesteps)
+    results = []
+    for of_video in (False, True):
+        prediction = guess.clone().requires_grad_()
+        error = (prediction - target).square()
+        if of_video:
+            recovered = scheduler.get_velocity(prediction, noisy, timesteps)
+            weight = 1 / (1 - scheduler.alphas_cumprod)
+            error = weight.view(-1, 1, 1, 1, 1) * (recovered - latents).square()
+        error.mean().backward()
+        results.append((error.detach(), prediction.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_scheduler_step_with_the_velocity_recovers_the_video():
+    scheduler = CogVideoXDDIMScheduler(**PUBLISHED)
+    scheduler.set_timesteps(50)
+    process = VPrediction.from_config(scheduler.config)
+    latents, noise = draw(1, 2, 3, 4, 4), draw(1, 2, 3, 4, 4, seed=1)
+    for timestep in scheduler.timesteps[[0, 10, 49]]:
+        noisy = process.add_noise(latents, noise, timestep[None])
+        velocity = process.velocity(latents, noise, timestep[None])
+        found = scheduler.step(velocity, int(timestep), noisy).pred_original_sample
+        torch.testing.assert_close(found, latents, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_latents_get_their_noise_at_every_timestep():
+    """In bfloat16 the schedule itself has timesteps without any: rounding makes alpha-bar 1."""
+    process, timesteps = VPrediction(), torch.arange(1000)
+    latents, noise = torch.zeros(1000, 1, 1, 1, 1).bfloat16(), torch.ones(1000, 1, 1, 1, 1).bfloat16()
+    noisy = process.add_noise(latents, noise, timesteps)
+    assert noisy.dtype == torch.float32 and (noisy > 0.02).all() and (noisy.diff(dim=0) > 0).all()
+    scheduler = CogVideoXDDIMScheduler(**(PUBLISHED | {"snr_shift_scale": 1.0}))
+    assert (scheduler.add_noise(latents, noise, timesteps) == 0).sum() == 2
+
+
+def test_timesteps_of_v_prediction_are_integers_that_u_falls_into():
+    process = VPrediction()
+    timesteps = process.sample_timesteps(torch.tensor([0.0, 0.0005, 0.001, 0.5, 0.9995, 1.0]))
+    assert timesteps.tolist() == [0, 0, 1, 500, 999, 999] and timesteps.dtype == torch.int64
+    counts = torch.bincount(process.sample_timesteps(grid(4000)), minlength=1000)
+    assert (counts - 4).abs().max() <= 1  # float32 rounds a few numbers over an edge
+    for scheme in ("logit_normal", "shifted"):
+        options = {"scheme": scheme, "shift": 3.0}
+        found = process.sample_timesteps(grid(200), **options)
+        assert torch.equal(found, FLOW.sample_timesteps(grid(200), **options).floor().long())
+
+
+def test_timesteps_that_are_no_integers_are_rejected():
+    latents = torch.zeros(SHAPE)
+    for method in (VPrediction().add_noise, VPrediction().velocity):
+        with pytest.raises(ValueError, match="must be integers"):
+            method(latents, latents, torch.full((5,), 500.0))
+        with pytest.raises(ValueError, match="`timesteps` shape"):
+            method(latents, latents, torch.tensor([500]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "'prediction_type': 'epsilon'"),
+        ({"beta_schedule": "linear"}, "'beta_schedule': 'linear'"),
+        ({"trained_betas": [0.1]}, "'trained_betas'"),
+        ({"snr_shift_scale": ...}, r"lacks \['snr_shift_scale'\]"),
+    ],
+)
+def test_schedulers_of_another_kind_are_refused(changes, message):
+    config = {name: value for name, value in (PUBLISHED | changes).items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        VPrediction.from_config(config)
+
+
+def test_both_processes_answer_alike():
+    """`NoiseProcess` is all that trainers know."""
+    processes: list[NoiseProcess] = [FlowMatching(), VPrediction()]
+    latents, noise = draw(*SHAPE), draw(*SHAPE, seed=1)
+    for process in processes:
+        timesteps = process.sample_timesteps(torch.rand(5, generator=torch.Generator().manual_seed(0)))
+        noisy, velocity = process.add_noise(latents, noise, timesteps), process.velocity(latents, noise, timesteps)
+        assert noisy.dtype == velocity.dtype == torch.float32 and noisy.shape == velocity.shape == SHAPE

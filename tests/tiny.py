@@ -9,9 +9,30 @@ import av
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, Video
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 WORDS = "a and ball blue bounces drops falls floor green hits left on red right rolls slides swings the to".split()
@@ -24,6 +45,9 @@ PROMPTS = (
 MAX_SEQUENCE_LENGTH = 16
 LATENTS_SHAPE = (4, 2, 4, 4)  # (C, F, H, W) of a tiny video of 5 frames of 32 x 32 pixels
 TEXT_DIM = 16
+FAMILIES = ("wan-t2v", "wan-i2v", "cogvideox-t2v", "cogvideox-i2v")
+COGVIDEOX_LATENTS_SHAPE = (4, 3, 4, 4)  # of 9 frames: CogVideoX wants 8k + 1
+IMAGE_TOKENS = 5  # of the tiny image encoder: a class token and 2 x 2 patches
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -95,6 +119,133 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     return pipeline
 
 
+def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
+    """The tiny pipeline of one of `FAMILIES`."""
+    makers = {
+        "wan-t2v": tiny_wan_pipeline,
+        "wan-i2v": tiny_wan_i2v_pipeline,
+        "cogvideox-t2v": tiny_cogvideox_pipeline,
+        "cogvideox-i2v": tiny_cogvideox_i2v_pipeline,
+    }
+    return makers[family](seed)
+
+
+def tiny_latents_shape(family: str) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of the shortest video that is none of an image alone."""
+    return LATENTS_SHAPE if family.startswith("wan") else COGVIDEOX_LATENTS_SHAPE
+
+
+def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImageToVideoPipeline:
+    """
+    Image-to-video pipeline laid out as Wan 2.1's 14B: 4 channels of noisy latents, 4 of the mask, 4 of the first
+    frame, and embeddings of the image; or, as the transformers of Wan 2.2's 14B, without the latter.
+    """
+    image = {"image_dim": TEXT_DIM, "added_kv_proj_dim": 24} if image_encoder else {}
+    torch.manual_seed(seed)
+    clip = CLIPVisionConfig(
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(seed),
+        vae=tiny_vae(seed),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        image_processor=CLIPImageProcessorPil(**size) if image_encoder else None,
+        image_encoder=CLIPVisionModel(clip).eval() if image_encoder else None,
+        transformer=tiny_transformer(seed, in_channels=12, **image),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_cogvideox_vae(seed: int = 0, **config: Any) -> AutoencoderKLCogVideoX:
+    """CogVideoX's VAE with 4 channels: 4 times in time, 8 times in height and width."""
+    torch.manual_seed(seed)
+    defaults = {
+        "block_out_channels": (8, 8, 8, 8),
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "sample_height": 32,
+        "sample_width": 32,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKLCogVideoX(**(defaults | config)).eval()
+
+
+def tiny_cogvideox_transformer(seed: int = 0, **config: Any) -> CogVideoXTransformer3DModel:
+    """CogVideoX-5B's transformer (rotary positions) with 2 layers of 2 heads of 16 channels, patch 2."""
+    torch.manual_seed(seed)
+    defaults = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 16,
+        "text_embed_dim": TEXT_DIM,
+        "num_layers": 2,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "max_text_seq_length": MAX_SEQUENCE_LENGTH,
+        "use_rotary_positional_embeddings": True,
+    }
+    return CogVideoXTransformer3DModel(**(defaults | config)).eval()
+
+
+def tiny_cogvideox_scheduler(**config: Any) -> CogVideoXDDIMScheduler:
+    """The scheduler of the 5B checkpoints; 2B's has `snr_shift_scale=3.0`."""
+    defaults = {
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 1.0,
+        "timestep_spacing": "trailing",
+    }
+    return CogVideoXDDIMScheduler(**(defaults | config))
+
+
+def tiny_t5_encoder(seed: int = 0) -> T5EncoderModel:
+    """T5 encoder of width 16."""
+    torch.manual_seed(seed)
+    return T5EncoderModel(
+        T5Config(vocab_size=len(WORDS) + 3, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).eval()
+
+
+def tiny_cogvideox_pipeline(seed: int = 0, **components: Any) -> CogVideoXPipeline:
+    """Text-to-video pipeline laid out as CogVideoX-5B's, scheduler included; `components` replace its own."""
+    pipeline_class = components.pop("pipeline_class", CogVideoXPipeline)
+    pipeline = pipeline_class(
+        **{
+            "tokenizer": tiny_tokenizer(),
+            "text_encoder": tiny_t5_encoder(seed),
+            "vae": tiny_cogvideox_vae(seed),
+            "transformer": tiny_cogvideox_transformer(seed),
+            "scheduler": tiny_cogvideox_scheduler(),
+        }
+        | components
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_cogvideox_i2v_pipeline(seed: int = 0, **components: Any) -> CogVideoXImageToVideoPipeline:
+    """Image-to-video pipeline laid out as CogVideoX-5B-I2V's: twice the channels, learned positions."""
+    transformer = tiny_cogvideox_transformer(seed, in_channels=8, use_learned_positional_embeddings=True)
+    return tiny_cogvideox_pipeline(
+        seed, pipeline_class=CogVideoXImageToVideoPipeline, **({"transformer": transformer} | components)
+    )
+
+
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
     """A falling square on a plain background, uint8 `(T, H, W, 3)`; its colours and column depend on the seed."""
     generator = np.random.default_rng(seed)
@@ -143,29 +294,45 @@ def tiny_group_dataset(n: int = 4, m: int = 3, seed: int = 0, **size: int) -> Da
 
 
 def tiny_encoded_group(
-    n: int = 4, m: int = 3, seed: int = 0, latents_shape: Sequence[int] = LATENTS_SHAPE
+    n: int = 4, m: int = 3, seed: int = 0, latents_shape: Sequence[int] | None = None, family: str = "wan-t2v"
 ) -> list[dict[str, Any]]:
-    """Encoded group rows of random numbers, the keys and shapes of `EncodedDataset`."""
+    """Encoded group rows of random numbers, the keys and shapes of `EncodedDataset`, for one of `FAMILIES`."""
     generator = torch.Generator().manual_seed(seed)
+    latents_shape = latents_shape or tiny_latents_shape(family)
     rows = []
     for row in range(n):
         prompt = PROMPTS[row % len(PROMPTS)]
+        length = len(prompt.split()) + 1 if family.startswith("wan") else MAX_SEQUENCE_LENGTH
         rows.append(
             {
                 "prompt": prompt,
                 "chosen_latents": torch.randn(*latents_shape, generator=generator),
                 "rejected_latents": torch.randn(m, *latents_shape, generator=generator),
-                "prompt_embeds": torch.randn(len(prompt.split()) + 1, TEXT_DIM, generator=generator),
+                "prompt_embeds": torch.randn(length, TEXT_DIM, generator=generator),
                 "rejected_scores": torch.rand(m, 2, generator=generator),
             }
+            | _tiny_image_conditions(family, latents_shape, generator)
         )
     return rows
 
 
+def _tiny_image_conditions(family: str, latents_shape: Sequence[int], generator: torch.Generator) -> dict[str, Any]:
+    channels, frames, height, width = latents_shape
+    if family == "wan-i2v":
+        return {
+            "first_frame_latents": torch.randn(*latents_shape, generator=generator),
+            "image_embeds": torch.randn(IMAGE_TOKENS, TEXT_DIM, generator=generator),
+        }
+    if family == "cogvideox-i2v":
+        return {"first_frame_latents": torch.randn(channels, 1, height, width, generator=generator)}
+    return {}
+
+
 def tiny_encoded_video(
-    n: int = 4, seed: int = 0, latents_shape: Sequence[int] = LATENTS_SHAPE
+    n: int = 4, seed: int = 0, latents_shape: Sequence[int] | None = None, family: str = "wan-t2v"
 ) -> list[dict[str, Any]]:
     """Encoded video rows: the chosen side of `tiny_encoded_group`."""
-    keys = {"prompt": "prompt", "latents": "chosen_latents", "prompt_embeds": "prompt_embeds"}
-    rows = tiny_encoded_group(n, 1, seed, latents_shape)
-    return [{name: row[source] for name, source in keys.items()} for row in rows]
+    names = {"chosen_latents": "latents"}
+    left_out = ("rejected_latents", "rejected_scores")
+    rows = tiny_encoded_group(n, 1, seed, latents_shape, family)
+    return [{names.get(key, key): value for key, value in row.items() if key not in left_out} for row in rows]

@@ -1,13 +1,40 @@
 """How latents get noisy and which velocity a transformer regresses. Schedule arithmetic is float32, never lower."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 
 TimestepSampling = Literal["uniform", "logit_normal", "shifted"]
+
+
+class NoiseProcess(Protocol):
+    """How latents get noisy and which velocity is regressed: [`FlowMatching`] or [`VPrediction`]."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Scale of the timesteps that the transformer takes."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents `(B, C, F, H, W)` at timesteps `(B,)`; float32, or float64 for float64 latents."""
+
+    def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Velocity `(B, C, F, H, W)` that the transformer regresses at timesteps `(B,)`, in the same dtype."""
+
+    def sample_timesteps(
+        self,
+        u: Tensor,
+        *,
+        scheme: TimestepSampling = "uniform",
+        shift: float = 1.0,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ) -> Tensor:
+        """Timesteps `(B,)`, as the transformer takes them, from uniform numbers `(B,)`; see [`noise_levels`]."""
 
 
 @dataclass(frozen=True)
@@ -73,45 +100,207 @@ class FlowMatching:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
     ) -> Tensor:
-        r"""
+        """
         Timesteps from uniform random numbers. A pure function: the same `u` gives the same timesteps.
 
-        Args:
-            u (`torch.Tensor` of shape `(B,)`):
-                Uniform random numbers in [0, 1].
-            scheme (`str`, *optional*, defaults to `"uniform"`):
-                Law of the noise level \\( \sigma \\): `"uniform"` takes `u` itself; `"logit_normal"` takes
-                `sigmoid(logit_mean + logit_std * z)` with `z` the normal quantile of `u` (Stable Diffusion 3);
-                `"shifted"` takes `shift * u / (1 + (shift - 1) * u)`, the law of a sampler with that flow shift.
-            shift (`float`, *optional*, defaults to `1.0`):
-                Flow shift, positive, read by `"shifted"` only. Above 1 it favours high noise; 1 is uniform.
-            logit_mean (`float`, *optional*, defaults to `0.0`):
-                Mean of the logit, read by `"logit_normal"` only.
-            logit_std (`float`, *optional*, defaults to `1.0`):
-                Standard deviation of the logit, positive, read by `"logit_normal"` only.
+        Takes what [`noise_levels`] takes, whose result is multiplied by `num_train_timesteps`.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Timesteps on [0, `num_train_timesteps`], float32.
 
         Raises:
-            ValueError: If `scheme` is unknown, `u` is no vector or outside [0, 1], or `shift` or `logit_std` is not
-                positive.
+            ValueError: As [`noise_levels`].
         """
-        if u.ndim != 1 or not bool(((u >= 0) & (u <= 1)).all()):
-            raise ValueError(f"`u` must have shape (B,) with values in [0, 1], got shape {tuple(u.shape)}: {u}.")
-        if scheme not in get_args(TimestepSampling):
-            schemes = ", ".join(map(repr, get_args(TimestepSampling)))
-            raise ValueError(f"`scheme` must be one of {schemes}, got {scheme!r}.")
-        if not shift > 0 or not logit_std > 0:
-            raise ValueError(f"`shift` and `logit_std` must be positive, got {shift} and {logit_std}.")
-        u = u.float()
-        if scheme == "uniform":
-            sigmas = u
-        elif scheme == "logit_normal":
-            sigmas = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
-        else:
-            sigmas = shift * u / (1 + (shift - 1) * u)
-        return sigmas * self.num_train_timesteps
+        levels = noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+        return levels * self.num_train_timesteps
+
+
+@dataclass(frozen=True)
+class VPrediction:
+    r"""
+    Diffusion on a discrete schedule with velocity prediction, as CogVideoX uses it.
+
+    $$x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
+    v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x$$
+
+    Plain mean squared error of \\( v \\) is CogVideoX's own loss, the error of the recovered video divided by
+    \\( 1 - \bar\alpha_t \\): \\( \hat x = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\, \hat v \\) makes
+    \\( \hat x - x = -\sqrt{1 - \bar\alpha_t}\, (\hat v - v) \\).
+
+    The schedule \\( \bar\alpha_t \\): betas whose square roots are evenly spaced; then a division of the
+    signal-to-noise ratio by `snr_shift_scale`; then, where asked for, a rescaling that leaves no signal at the last
+    timestep. The two square roots are rounded once, to float32: in bfloat16 some timesteps would get no noise at all.
+
+    Args:
+        num_train_timesteps (`int`, *optional*, defaults to `1000`): Number of timesteps, counted from 0.
+        beta_start (`float`, *optional*, defaults to `0.00085`): First beta.
+        beta_end (`float`, *optional*, defaults to `0.012`): Last beta.
+        snr_shift_scale (`float`, *optional*, defaults to `1.0`): Divisor of the signal-to-noise ratio; 3.0 in
+            CogVideoX-2B and 1.0 in the 5B checkpoints.
+        rescale_betas_zero_snr (`bool`, *optional*, defaults to `True`): Whether the last timestep is pure noise.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    snr_shift_scale: float = 1.0
+    rescale_betas_zero_snr: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "VPrediction":
+        """
+        The process behind a scheduler, from its configuration.
+
+        Args:
+            config (`Mapping[str, Any]`): `scheduler.config` of CogVideoX's DDIM or DPM scheduler.
+
+        Raises:
+            ValueError: If an entry is missing, or asks for another prediction or another kind of betas.
+        """
+        expected = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "trained_betas": None}
+        found = {name: config.get(name) for name in expected}
+        if found != expected:
+            raise ValueError(
+                f"Expected a scheduler with {expected}, got {found}. Use the scheduler of the checkpoint."
+            )
+        names = tuple(cls.__dataclass_fields__)
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise ValueError(
+                f"The scheduler's configuration lacks {missing}, on which CogVideoX checkpoints differ. Use the "
+                "scheduler of the checkpoint (CogVideoXDDIMScheduler or CogVideoXDPMScheduler)."
+            )
+        return cls(**{name: config[name] for name in names})
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """
+        Noisy latents at the given timesteps.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, F, H, W)`):
+                Normalised latents of clean videos, any floating dtype.
+            noise (`torch.Tensor` of shape `(B, C, F, H, W)`):
+                Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(B,)`):
+                Integers in [0, `num_train_timesteps`), as [`VPrediction.sample_timesteps`] gives them.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, F, H, W)`: Noisy latents; float32, or float64 for float64 latents.
+
+        Raises:
+            ValueError: If the shapes are not as above, or the timesteps no integers.
+        """
+        signal, noise_scale = self._scales(latents, noise, timesteps)
+        return signal * latents.to(signal.dtype) + noise_scale * noise.to(signal.dtype)
+
+    def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """
+        Velocity that the transformer regresses. Takes and raises what [`VPrediction.add_noise`] does.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, F, H, W)`: Target; float32, or float64 for float64 latents.
+        """
+        signal, noise_scale = self._scales(latents, noise, timesteps)
+        return signal * noise.to(signal.dtype) - noise_scale * latents.to(signal.dtype)
+
+    def sample_timesteps(
+        self,
+        u: Tensor,
+        *,
+        scheme: TimestepSampling = "uniform",
+        shift: float = 1.0,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ) -> Tensor:
+        """
+        Timesteps from uniform random numbers. A pure function: the same `u` gives the same timesteps.
+
+        Takes what [`noise_levels`] takes; its result, multiplied by `num_train_timesteps`, is rounded down. The
+        schemes are laws of the timestep here: the shift of the signal-to-noise ratio is in the schedule already.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: Timesteps in [0, `num_train_timesteps`), int64.
+
+        Raises:
+            ValueError: As [`noise_levels`].
+        """
+        levels = noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+        return (levels * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def _scales(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of signal and noise, `(B, 1, 1, 1, 1)`, in the dtype to compute in."""
+        _check_shapes(latents, noise, timesteps)
+        if timesteps.is_floating_point() or timesteps.is_complex():
+            raise ValueError(
+                f"`timesteps` must be integers in [0, {self.num_train_timesteps}) for this schedule, got "
+                f"{timesteps.dtype}. Let `sample_timesteps` make them from numbers in [0, 1]."
+            )
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        shape = (-1, *(1,) * (latents.ndim - 1))
+        signal, noise_scale = (scale.to(timesteps.device, dtype)[timesteps] for scale in _schedule(self))
+        return signal.view(shape), noise_scale.view(shape)
+
+
+@lru_cache(maxsize=8)
+def _schedule(process: VPrediction) -> tuple[Tensor, Tensor]:
+    """Square roots of alpha-bar and of 1 - alpha-bar at every timestep, float64."""
+    roots = torch.linspace(
+        process.beta_start**0.5, process.beta_end**0.5, process.num_train_timesteps, dtype=torch.float64
+    )
+    alphas_bar = torch.cumprod(1 - roots**2, dim=0)
+    alphas_bar = alphas_bar / (process.snr_shift_scale + (1 - process.snr_shift_scale) * alphas_bar)
+    if process.rescale_betas_zero_snr:
+        signal = alphas_bar.sqrt()
+        first, last = signal[0].clone(), signal[-1].clone()
+        alphas_bar = ((signal - last) * first / (first - last)) ** 2
+    return alphas_bar.sqrt(), (1 - alphas_bar).sqrt()
+
+
+def noise_levels(
+    u: Tensor,
+    *,
+    scheme: TimestepSampling = "uniform",
+    shift: float = 1.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> Tensor:
+    r"""
+    Timesteps as shares of their scale, from uniform random numbers.
+
+    Args:
+        u (`torch.Tensor` of shape `(B,)`):
+            Uniform random numbers in [0, 1].
+        scheme (`str`, *optional*, defaults to `"uniform"`):
+            Law of the noise level \\( \sigma \\): `"uniform"` takes `u` itself; `"logit_normal"` takes
+            `sigmoid(logit_mean + logit_std * z)` with `z` the normal quantile of `u` (Stable Diffusion 3);
+            `"shifted"` takes `shift * u / (1 + (shift - 1) * u)`, the law of a sampler with that flow shift.
+        shift (`float`, *optional*, defaults to `1.0`):
+            Flow shift, positive, read by `"shifted"` only. Above 1 it favours high noise; 1 is uniform.
+        logit_mean (`float`, *optional*, defaults to `0.0`):
+            Mean of the logit, read by `"logit_normal"` only.
+        logit_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the logit, positive, read by `"logit_normal"` only.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Levels in [0, 1], float32.
+
+    Raises:
+        ValueError: If `scheme` is unknown, `u` is no vector or outside [0, 1], or `shift` or `logit_std` is not
+            positive.
+    """
+    if u.ndim != 1 or not bool(((u >= 0) & (u <= 1)).all()):
+        raise ValueError(f"`u` must have shape (B,) with values in [0, 1], got shape {tuple(u.shape)}: {u}.")
+    if scheme not in get_args(TimestepSampling):
+        schemes = ", ".join(map(repr, get_args(TimestepSampling)))
+        raise ValueError(f"`scheme` must be one of {schemes}, got {scheme!r}.")
+    if not shift > 0 or not logit_std > 0:
+        raise ValueError(f"`shift` and `logit_std` must be positive, got {shift} and {logit_std}.")
+    u = u.float()
+    if scheme == "uniform":
+        return u
+    if scheme == "logit_normal":
+        return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def _check_shapes(latents: Tensor, noise: Tensor, timesteps: Tensor) -> None:

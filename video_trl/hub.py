@@ -185,12 +185,13 @@ def model_card(
         `str`: The README.
     """
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None and not Path(base_model).exists()
+    task = "image-to-video" if _takes_image(pipeline_class) else "text-to-video"
     front_matter = ModelCardData(
         base_model=base_model if on_hub else None,
         library_name="diffusers",
         license=license,
-        pipeline_tag="text-to-video",
-        tags=["video-trl", method, "text-to-video", "diffusers", "lora"],
+        pipeline_tag=task,
+        tags=["video-trl", method, task, "diffusers", "lora"],
     )
     template = resources.files("video_trl").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     packages = ("video-trl", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -264,6 +265,9 @@ def _snippet(
         imports = f"import torch\nfrom diffusers import {pipeline_class}"
         load = f"{pipeline_class}.from_pretrained({base_model!r}, dtype=torch.{dtype})"
     arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    if _takes_image(pipeline_class):
+        imports += "\nfrom diffusers.utils import load_image"
+        arguments = f"image=load_image('first_frame.png'), {arguments}"
     return "\n".join(
         [
             imports,
@@ -275,6 +279,10 @@ def _snippet(
             f"write_video('video.mp4', (frames * 255).round().astype('uint8'), fps={fps:g})",
         ]
     )
+
+
+def _takes_image(pipeline_class: str) -> bool:
+    return "ImageToVideo" in pipeline_class
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

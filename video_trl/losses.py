@@ -18,11 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .trd import repa_loss as repa_loss
+from .trd import trd_loss as trd_loss
+
 
 logger = logging.getLogger(__name__)
 
 AlphaMode = Literal["sigmoid", "tanh"]
 GammaMode = Literal["paper", "official"]
+SFTWeightMode = Literal["dgr", "fixed"]
 
 
 def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -212,6 +216,99 @@ def group_dpo_sampled_bound(
     if num_rejected < 1:
         raise ValueError(f"`num_rejected` must be at least 1, got {num_rejected}.")
     return -num_rejected * gamma * F.logsigmoid(alpha * (chosen_rewards - rejected_rewards))
+
+
+def dgr(s: Tensor, beta: float) -> Tensor:
+    r"""
+    DPO gradient ratio: what the DPO loss multiplies the gradient of each error by.
+
+    $$\mathrm{DGR} = \frac{\beta}{2} \left( 1 - \sigma \left( -\frac{\beta}{2} s \right) \right),
+    \qquad s = (\ell^w_\theta - \ell^w_{\mathrm{ref}}) - (\ell^l_\theta - \ell^l_{\mathrm{ref}})$$
+
+    Source: Reg-DPO (https://huggingface.co/papers/2511.01450), Eq. 4, whose beta is half of the one here and in the
+    Diffusion-DPO code: with its 500 the published curves start at 125.
+
+    Args:
+        s (`torch.Tensor` of any shape, usually `(B,)`):
+            Win gap minus lose gap, from errors averaged over a video; negative once the preference is learned.
+        beta (`float`):
+            As in [`implicit_reward`], positive.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`: Ratios in (0, beta / 2), beta / 4 at `s = 0`. Detached: the ratio is a
+        coefficient of gradients (Eq. 5), so no gradient flows through it.
+    """
+    return (beta / 2) * torch.sigmoid((beta / 2) * s.detach())
+
+
+def reg_dpo_loss(
+    chosen_error: Tensor,
+    chosen_reference_error: Tensor,
+    rejected_error: Tensor,
+    rejected_reference_error: Tensor,
+    *,
+    beta: float,
+    sft_weight: float | tuple[Literal["dgr"], float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""
+    DPO with the error of the chosen video as a regulariser.
+
+    $$\mathcal{L}_i = -\log \sigma \left( -\frac{\beta}{2} s_i \right) + r_i \, \ell^w_{\theta, i}$$
+
+    Its gradient is \\( (\mathrm{DGR} + r) \nabla \ell^w_\theta - \mathrm{DGR} \, \nabla \ell^l_\theta \\): DPO alone
+    is satisfied as well by raising both errors, the regulariser is not.
+
+    Source: Reg-DPO (https://huggingface.co/papers/2511.01450), Eqs. 5 and 6.
+
+    Args:
+        chosen_error (`torch.Tensor` of shape `(B,)`):
+            [`velocity_error`] of the policy on the chosen video.
+        chosen_reference_error (`torch.Tensor` of shape `(B,)`):
+            That of the reference, on the same noisy latents.
+        rejected_error (`torch.Tensor` of shape `(B,)`):
+            [`velocity_error`] of the policy on the rejected video.
+        rejected_reference_error (`torch.Tensor` of shape `(B,)`):
+            That of the reference.
+        beta (`float`):
+            As in [`implicit_reward`], positive.
+        sft_weight (`float` or `("dgr", c)`):
+            The weight r: fixed, or c times the [`dgr`] of each pair, detached. 0 is [`dpo_loss`].
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: Loss of each pair, `(B,)`, which is `log(2) + r * chosen_error`
+        when policy and reference agree; and per pair, detached, `(B,)`: `loss/dpo`, `loss/sft` (the chosen error,
+        without its weight), `win_gap`, `lose_gap`, `s_theta`, `dgr`, `sft_weight` (r), `chosen_weight` (DGR + r) and
+        TRL's `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`.
+
+    Raises:
+        ValueError: If the errors are not of one shape `(B,)` or in half precision, or the weight is negative, not
+            finite, or of another mode.
+    """
+    mode, coefficient = sft_weight if isinstance(sft_weight, tuple) else ("fixed", sft_weight)
+    _check_mode("sft_weight", mode, get_args(SFTWeightMode))
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"`sft_weight` must not be negative and must be finite, got {sft_weight}.")
+    chosen_rewards = implicit_reward(chosen_error, chosen_reference_error, beta)
+    rejected_rewards = implicit_reward(rejected_error, rejected_reference_error, beta)
+    dpo = dpo_loss(chosen_rewards, rejected_rewards)  # (B,); also checks the shapes
+    win_gap, lose_gap = chosen_error - chosen_reference_error, rejected_error - rejected_reference_error
+    ratio = dgr(win_gap - lose_gap, beta)
+    weight = coefficient * (ratio if mode == "dgr" else torch.ones_like(ratio))
+    metrics = {
+        "loss/dpo": dpo,
+        "loss/sft": chosen_error,
+        "win_gap": win_gap,
+        "lose_gap": lose_gap,
+        "s_theta": win_gap - lose_gap,
+        "dgr": ratio,
+        "sft_weight": weight,
+        "chosen_weight": ratio + weight,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(dpo.dtype),
+    }
+    return dpo + weight * chosen_error, {name: values.detach() for name, values in metrics.items()}
 
 
 def physics_weights(

@@ -2,6 +2,7 @@ from pathlib import Path
 
 from tests.tiny import tiny_video, tiny_wan_pipeline
 from video_trl.data import write_video
+from video_trl.data.buckets import AspectBucket
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "dataset_formats.md"
@@ -13,7 +14,8 @@ def test_examples_of_the_page_run_as_they_stand(tmp_path, monkeypatch):
         write_video(tmp_path / "videos" / f"{name}.mp4", tiny_video(seed), fps=8)
     namespace = {"pipeline": tiny_wan_pipeline()}
     blocks = [part.split("```")[0] for part in PAGE.read_text().split("```python\n")[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, namespace)
+    assert namespace["args"].buckets()[-1] == AspectBucket(720, 1280)
     assert namespace["encoded"][0]["rejected_latents"].shape == (3, 4, 2, 4, 4)

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import PIL.Image
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ..diffusion import FlowMatching
+from ..diffusion import NoiseProcess
 
 
 class VideoAdapter(Protocol):
@@ -23,20 +24,20 @@ class VideoAdapter(Protocol):
 
     @property
     def name(self) -> str:
-        """Short name of the family, as in `"wan"`."""
+        """Short name of the family and its form, as in `"wan"` and `"wan-i2v"`."""
 
     @property
     def pipeline_classes(self) -> tuple[str, ...]:
         """Names of the diffusers pipelines whose transformer this adapter trains."""
 
     @property
-    def noise_process(self) -> FlowMatching:
+    def noise_process(self) -> NoiseProcess:
         """How latents get noisy and which velocity is regressed."""
 
     @property
     def condition_columns(self) -> tuple[str, ...]:
-        """What `predict` reads from its `conditions`, and rows therefore carry: `"prompt_embeds"` and, with a first
-        frame, more."""
+        """What `predict` reads from its `conditions`, and rows therefore carry: `"prompt_embeds"`, and for
+        image-to-video `"first_frame_latents"` and, where the transformer takes them, `"image_embeds"`."""
 
     @property
     def lora_target_modules(self) -> list[str]:
@@ -54,10 +55,21 @@ class VideoAdapter(Protocol):
         """Videos `(B, 3, T, H, W)` in [-1, 1], float32, of normalised latents. No gradient."""
 
     def encode_prompt(self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
-        """Embeddings `(L_i, D)` of prompts, cut to their true number of tokens. No gradient."""
+        """Embeddings `(L_i, D)` of prompts, without what `pad_prompt_embeds` can add again. No gradient."""
 
     def pad_prompt_embeds(self, embeds: list[Tensor], max_sequence_length: int) -> Tensor:
         """Embeddings `(B, max_sequence_length, D)`, padded as the pipeline pads them."""
+
+    def prompt_length(self, transformer: nn.Module) -> int | None:
+        """Number of tokens that the transformer needs prompts padded to; `None` where any number will do."""
+
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """
+        Conditions `(B, ...)` of first frames, by the names in `condition_columns` (without `"prompt_embeds"`), for
+        videos of `num_frames` frames and the size of the images. Empty for text-to-video. No gradient.
+        """
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """Transformer blocks, in order."""

@@ -4,6 +4,7 @@ from .collators import GroupCollator, VideoCollator
 from .columns import ENCODED_COLUMNS, ROW_TYPES, check_columns, column_names, group_features, is_encoded
 from .encode import encode_dataset
 from .encoded import EncodedDataset, SkippedRow
+from .teacher_tokens import TeacherTokenDataset, dequantise_tokens, encode_teacher, quantise_tokens
 from .video_io import VideoDecodeError, VideoInfo, probe_video, read_video, video_hash, write_video
 
 
@@ -13,15 +14,19 @@ __all__ = [
     "EncodedDataset",
     "GroupCollator",
     "SkippedRow",
+    "TeacherTokenDataset",
     "VideoCollator",
     "VideoDecodeError",
     "VideoInfo",
     "check_columns",
     "column_names",
+    "dequantise_tokens",
     "encode_dataset",
+    "encode_teacher",
     "group_features",
     "is_encoded",
     "probe_video",
+    "quantise_tokens",
     "read_video",
     "video_hash",
     "write_video",

@@ -23,8 +23,8 @@ class VideoCollator:
         max_sequence_length (`int`): Number of tokens `L` to pad prompt embeddings to.
 
     Returns, from `__call__(rows)`:
-        `dict`: `latents` float32 `(B, C, F, H, W)`, `prompt_embeds` `(B, L, D)` in the dtype they are stored in,
-        `index` int64 `(B,)`, the rows' `"index"`.
+        `dict`: `latents` float32 `(B, C, F, H, W)`, `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the
+        adapter's further `condition_columns` float32, `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
         ValueError: The rows have latents of different shapes, or a prompt has more than `max_sequence_length` tokens.
@@ -34,7 +34,7 @@ class VideoCollator:
     max_sequence_length: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return {"latents": _stack(rows, "latents"), **_prompts_and_index(self.adapter, self.max_sequence_length, rows)}
+        return {"latents": _stack(rows, "latents"), **_conditions(self.adapter, self.max_sequence_length, rows)}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class GroupCollator:
 
     Returns, from `__call__(rows)`:
         `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
-        `prompt_embeds` `(B, L, D)` in the dtype they are stored in, `sa` and `pc` float32 `(B, m)` when the rows carry
-        `rejected_scores`, `index` int64 `(B,)`, the rows' `"index"`.
+        `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the adapter's further `condition_columns` float32,
+        `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `index` int64 `(B,)`, the rows'
+        `"index"`.
 
     Raises:
         ValueError: The rows differ in the shape of their latents or in their number of rejected videos, only some of
@@ -79,7 +80,7 @@ class GroupCollator:
         if all(scored):
             scores = torch.stack([torch.from_numpy(as_scores(row["rejected_scores"])) for row in rows])  # (B, m, 2)
             batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
-        return {**batch, **_prompts_and_index(self.adapter, self.max_sequence_length, rows)}
+        return {**batch, **_conditions(self.adapter, self.max_sequence_length, rows)}
 
 
 def _indices(rows: Sequence[Row]) -> list[int]:
@@ -97,9 +98,8 @@ def _stack(rows: Sequence[Row], column: str) -> torch.Tensor:
     return torch.stack(tensors)
 
 
-def _prompts_and_index(
-    adapter: VideoAdapter, max_sequence_length: int, rows: Sequence[Row]
-) -> dict[str, torch.Tensor]:
+def _conditions(adapter: VideoAdapter, max_sequence_length: int, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """What the transformer is conditioned on, the prompts padded, and the numbers of the rows."""
     embeds = [as_tensor(row["prompt_embeds"]) for row in rows]
     for index, embed in zip(_indices(rows), embeds, strict=True):
         if embed.shape[0] > max_sequence_length:
@@ -107,5 +107,6 @@ def _prompts_and_index(
                 f"Row {index}: prompt embeddings of {embed.shape[0]} tokens, expected at most {max_sequence_length} "
                 "(`max_sequence_length`). Raise it or encode the prompts again."
             )
-    padded = adapter.pad_prompt_embeds(embeds, max_sequence_length)
-    return {"prompt_embeds": padded, "index": torch.tensor(_indices(rows), dtype=torch.int64)}
+    conditions = {name: _stack(rows, name) for name in adapter.condition_columns if name != "prompt_embeds"}
+    conditions["prompt_embeds"] = adapter.pad_prompt_embeds(embeds, max_sequence_length)
+    return {**conditions, "index": torch.tensor(_indices(rows), dtype=torch.int64)}

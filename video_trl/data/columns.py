@@ -74,13 +74,18 @@ def group_features(*optional: str) -> datasets.Features:
 
 
 def undecoded(dataset: MapDataset) -> MapDataset:
-    """The same rows with videos as `{"path", "bytes"}`: decoding is up to `read_video`, and formats are dropped."""
+    """
+    The same rows with videos and images as `{"path", "bytes"}`: decoding is up to `read_video` and `read_image`, and
+    formats are dropped.
+    """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
     plain = dataset.with_format(None)
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Video) and feature.decode:
             plain = plain.cast_column(column, datasets.Video(decode=False))
+        elif isinstance(feature, datasets.Image) and feature.decode:
+            plain = plain.cast_column(column, datasets.Image(decode=False))
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Video):
             if feature.feature.decode:
                 plain = plain.cast_column(column, datasets.List(datasets.Video(decode=False)))

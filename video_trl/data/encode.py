@@ -3,19 +3,20 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
+import PIL.Image
 import torch
 import torch.distributed as dist
 import transformers
@@ -24,57 +25,22 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import VideoAdapter
-from .columns import MapDataset, as_scores, as_videos, check_columns, undecoded
-from .encoded import EncodedDataset, EncodedWriter, SkippedRow
-from .video_io import VideoDecodeError, VideoSource, read_video, source_name, video_hash
+from .buckets import AspectBucket
+from .columns import MapDataset, check_columns, undecoded
+from .encoded import EncodedDataset, EncodedWriter
+from .images import read_image
+from .survey import IMAGE_COLUMN, Row, Survey, check_shapes, survey_rows, usable_rows, video_shapes
+from .video_io import probe_video, read_video
 
 
 logger = logging.getLogger(__name__)
 
 _ENCODING_VERSION = 1  # raise it when the same input gives other numbers, so that old caches are not used
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a video stands in the raw dataset."""
-
-    row: int
-    column: str
-    position: int | None  # in a list of rejected videos
-
-    def read(self, dataset: MapDataset) -> VideoSource:
-        cell = dataset[self.row][self.column]
-        return cell if self.position is None else as_videos(cell)[self.position]
-
-    def name(self, source: VideoSource) -> str:
-        suffix = "" if self.position is None else f"[{self.position}]"
-        return f"row {self.row}, {self.column}{suffix} ({source_name(source)})"
-
-
-@dataclass(frozen=True)
-class _Row:
-    prompt: str
-    videos: tuple[str, ...]  # hashes; a group's chosen video first
-    names: tuple[str, ...]  # what messages call these videos
-    scores: list[list[float]] | None
-
-
-@dataclass
-class _Survey:
-    """What a raw dataset holds, videos by the hash of their content."""
-
-    rows: list[_Row]
-    places: dict[str, _Place]  # first occurrence of each distinct video
-    names: dict[str, str]  # of that occurrence
-    bad: dict[str, str]  # unreadable videos and why
-
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of `encode_dataset`, checked."""
+    """The arguments of `encode_dataset`."""
 
     dataset: MapDataset
     pipeline: DiffusionPipeline
@@ -82,9 +48,22 @@ class _Job:
     row_type: str
     max_sequence_length: int
     pixels: dict[str, Any]  # keyword arguments of `read_video`
+    buckets: tuple[AspectBucket, ...]
+    max_crop: float
     batch_size: int
     on_bad_video: str
     device: torch.device
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Conditions that are made of a first frame; none for text-to-video."""
+        return tuple(name for name in self.adapter.condition_columns if name != "prompt_embeds")
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """Networks of the pipeline that encode; they are needed in training no more."""
+        modules = [self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.components.get("image_encoder")]
+        return [module for module in modules if module is not None]
 
 
 def encode_dataset(
@@ -99,22 +78,28 @@ def encode_dataset(
     fps: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    buckets: Sequence[AspectBucket] = (),
+    max_crop: float = 1.0,
     batch_size: int = 8,
     on_bad_video: Literal["raise", "skip"] = "raise",
     device: torch.device | str | None = None,
 ) -> EncodedDataset:
     """
-    Encode a raw dataset with the pipeline's VAE and text encoder, or load the cached result.
+    Encode a raw dataset with the pipeline's VAE and other encoders, or load the cached result.
 
-    The cache is found by a fingerprint of everything that the numbers depend on: the content of every video, prompts,
-    scores, weights and configuration of VAE and text encoder, tokenizer, sizes, and library versions. All videos are
+    The cache is found by a fingerprint of everything that the numbers depend on: the content of every video and image,
+    prompts, scores, weights and configuration of the encoders, tokenizer, sizes, and library versions. All videos are
     decoded once for checking before the first one is encoded. Under `torch.distributed` the first process of each
-    machine does the work while the others wait, then load. Afterwards VAE and text encoder are on the CPU, in
-    evaluation mode.
+    machine does the work while the others wait, then load. Afterwards the encoders are on the CPU, in evaluation mode.
+
+    For image-to-video, a row may bring its first frame in the column `image` (a path, `{"path", "bytes"}`, a PIL image
+    or a uint8 array); it is scaled and cropped as the videos are. Without one, the first frame of the only or chosen
+    video is taken, and shared with the rejected ones.
 
     Args:
         dataset (`datasets.Dataset` or list of dicts): Raw rows of `row_type`.
-        pipeline (`DiffusionPipeline`): Has the `vae`, `text_encoder` and `tokenizer` to encode with.
+        pipeline (`DiffusionPipeline`): Has the `vae`, `text_encoder`, `tokenizer` and, where the transformer takes
+            `image_embeds`, the `image_encoder` and `image_processor` to encode with.
         adapter (`VideoAdapter`): Of the pipeline's transformer.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         cache_dir (`str` or `Path`): Where encoded datasets are kept, one folder each.
@@ -122,6 +107,10 @@ def encode_dataset(
         num_frames (`int`, *optional*): Train on the first so many frames of each video.
         fps (`float`, *optional*): Frames per second to bring the videos to.
         height, width (`int`, *optional*): Size in pixels: scaled to cover it, then centre-cropped.
+        buckets (`Sequence[AspectBucket]`, *optional*): Several sizes instead: all videos of a row are brought to the
+            one nearest to the shape of its only or chosen video.
+        max_crop (`float`, defaults to `1.0`): Largest share of that video's picture that its bucket may cut off, in
+            [0, 1]. A row that would lose more is treated as one with an unreadable video.
         batch_size (`int`, defaults to `8`): Videos, or prompts, in one call. Lower it when memory runs out.
         on_bad_video (`"raise"` or `"skip"`, defaults to `"raise"`): What to do with a row that has a video that cannot
             be read wholly: stop, or leave the row out and report it in the log and in `EncodedDataset.skipped`.
@@ -131,178 +120,86 @@ def encode_dataset(
         [`EncodedDataset`]: Rows in the order of `dataset`.
 
     Raises:
-        VideoDecodeError: A video is missing, damaged, truncated or too short and `on_bad_video="raise"`.
+        VideoDecodeError: A video or image is missing, damaged, truncated or too short and `on_bad_video="raise"`.
         ValueError: Columns are wrong (see `check_columns`); the number of frames or a side does not suit the VAE; the
             videos of one row differ in size; no row is left; the VAE returns values that are not finite.
         OSError: The cache cannot be written. No incomplete cache is left under the final name.
     """
-    if on_bad_video not in ("raise", "skip"):
-        raise ValueError(f"`on_bad_video` must be 'raise' or 'skip', got {on_bad_video!r}.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    for component in ("vae", "text_encoder", "tokenizer"):
-        if pipeline.components.get(component) is None:
-            raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
-    _check_sizes(pipeline, adapter, num_frames, height, width)
-    check_columns(dataset, row_type)
     job = _Job(
-        dataset=undecoded(dataset),
+        dataset=dataset,
         pipeline=pipeline,
         adapter=adapter,
         row_type=row_type,
         max_sequence_length=max_sequence_length,
         pixels={"num_frames": num_frames, "fps": fps, "height": height, "width": width},
+        buckets=tuple(buckets),
+        max_crop=max_crop,
         batch_size=batch_size,
         on_bad_video=on_bad_video,
         device=_default_device() if device is None else torch.device(device),
     )
+    _check_job(job)
     encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(lambda: _build(job, Path(cache_dir))))
     if encoded.skipped:
         named = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
         logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), named)
-    for module in (pipeline.vae, pipeline.text_encoder):
+    for module in job.encoders:
         module.eval().to("cpu")
     return encoded
 
 
-def _check_sizes(
-    pipeline: DiffusionPipeline, adapter: VideoAdapter, num_frames: int | None, height: int | None, width: int | None
-) -> None:
-    """Refuse what the VAE cannot encode before a video is read; sizes left to the files are checked after decoding."""
+def _check_job(job: _Job) -> None:
+    """Refuse what cannot be encoded before a video is read; sizes left to the files are checked after decoding."""
+    if job.on_bad_video not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_video` must be 'raise' or 'skip', got {job.on_bad_video!r}.")
+    if job.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {job.batch_size}.")
+    image_encoder = ("image_encoder", "image_processor") if "image_embeds" in job.image_columns else ()
+    for component in ("vae", "text_encoder", "tokenizer", *image_encoder):
+        if job.pipeline.components.get(component) is None:
+            raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
+    num_frames, height, width = job.pixels["num_frames"], job.pixels["height"], job.pixels["width"]
     if (height is None) != (width is None):
         raise ValueError(f"`height` and `width` must be given together, got {height} and {width}.")
-    side = pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
-    adapter.check_video(pipeline.vae, (1 if num_frames is None else num_frames, height or side, width or side))
+    if job.buckets and height is not None:
+        raise ValueError(f"Expected one size or `buckets`, got height={height}, width={width} and buckets. Drop one.")
+    side = job.pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
+    sizes = [(bucket.height, bucket.width) for bucket in job.buckets] or [(height or side, width or side)]
+    for size in sizes:
+        job.adapter.check_video(job.pipeline.vae, (1 if num_frames is None else num_frames, *size))
+    check_columns(job.dataset, job.row_type)
 
 
 def _build(job: _Job, cache_dir: Path) -> str:
     """Encode unless it is done already; the name of the folder in `cache_dir`."""
-    survey = _survey(job)
+    survey = survey_rows(
+        undecoded(job.dataset),
+        job.row_type,
+        with_images=bool(job.image_columns),
+        on_bad_video=job.on_bad_video,
+        buckets=job.buckets,
+        max_crop=job.max_crop,
+    )
     fingerprint = _fingerprint(job, survey.rows)
     directory = cache_dir / f"{job.row_type}-{fingerprint}"
     if directory.is_dir():
         logger.info("Using the encoded dataset in %s.", directory)
         return directory.name
-    shapes = _decode_all(job, survey)
-    rows, skipped = _usable_rows(survey)
-    _check_shapes(job, survey, rows, shapes)
-    with EncodedWriter(directory, job.row_type, fingerprint) as writer:
+    shapes = video_shapes(survey, job.pixels)
+    rows, skipped = usable_rows(survey)
+    check_shapes(survey, rows, shapes, partial(job.adapter.check_video, job.pipeline.vae))
+    fps = job.pixels["fps"] or probe_video(survey.read(rows[0].videos[0])).fps
+    fps = None if math.isnan(fps) else fps
+    with EncodedWriter(directory, job.row_type, fingerprint, adapter=job.adapter.name, fps=fps) as writer:
         _encode_prompts(job, rows, writer)
         _encode_videos(job, survey, rows, shapes, writer)
-        writer.finish([_index_row(row, job.row_type) for row in rows], skipped)
+        if job.image_columns:
+            _encode_images(job, survey, rows, shapes, writer)
+        writer.finish([_index_row(job, row, shapes[row.videos[0]]) for row in rows], skipped)
     return directory.name
 
 
-def _survey(job: _Job) -> _Survey:
-    """Hash every video. Only a file that cannot be opened is found bad here; decoding comes later."""
-    survey = _Survey([], {}, {}, {})
-
-    def hashed(item: tuple[int, Any]) -> tuple[_Row, list[_Place], list[str | None]]:
-        number, row = item
-        places, sources = zip(*_row_cells(row, number, job.row_type), strict=True)
-        digests, reasons = zip(*map(_hash_or_reason, sources), strict=True)
-        names = tuple(place.name(source) for place, source in zip(places, sources, strict=True))
-        scores = None if job.row_type == "video" else row.get("rejected_scores")
-        numbers = None if scores is None else as_scores(scores).tolist()
-        return _Row(row["prompt"], digests, names, numbers), list(places), list(reasons)
-
-    numbered = ((number, job.dataset[number]) for number in range(len(job.dataset)))
-    for row, places, reasons in _in_threads(hashed, numbered, len(job.dataset), "Hashing videos"):
-        survey.rows.append(row)
-        for digest, name, place, reason in zip(row.videos, row.names, places, reasons, strict=True):
-            survey.places.setdefault(digest, place)
-            survey.names.setdefault(digest, name)
-            if reason is not None:
-                _note_bad(job, survey, digest, reason)
-    return survey
-
-
-def _row_cells(row: Any, number: int, row_type: str) -> list[tuple[_Place, VideoSource]]:
-    if row_type == "video":
-        return [(_Place(number, "video", None), row["video"])]
-    rejected = enumerate(as_videos(row["rejected"]))
-    return [
-        (_Place(number, "chosen", None), row["chosen"]),
-        *((_Place(number, "rejected", position), source) for position, source in rejected),
-    ]
-
-
-def _hash_or_reason(source: VideoSource) -> tuple[str, str | None]:
-    try:
-        return video_hash(source), None
-    except VideoDecodeError as error:
-        marker = hashlib.blake2b(str(error).encode(), digest_size=16).hexdigest()
-        return f"unreadable-{marker}", _without_name(error, source)
-
-
-def _without_name(error: VideoDecodeError, source: VideoSource) -> str:
-    """The reason alone: the same damaged content may stand in several rows, under several names."""
-    return str(error).removeprefix(f"{source_name(source)}: ")
-
-
-def _note_bad(job: _Job, survey: _Survey, digest: str, reason: str) -> None:
-    if job.on_bad_video == "raise":
-        raise VideoDecodeError(
-            f"{survey.names[digest]}: {reason} Or set `on_bad_video='skip'` to leave out such rows and list them."
-        )
-    survey.bad[digest] = reason
-
-
-def _decode_all(job: _Job, survey: _Survey) -> dict[str, tuple[int, int, int]]:
-    """(T, H, W) of every distinct video, by decoding all: damage shows before the expensive part, not hours later."""
-
-    def shape_or_reason(item: tuple[str, VideoSource]) -> tuple[str, tuple[int, int, int] | None, str]:
-        digest, source = item
-        try:
-            frames, height, width, _ = read_video(source, **job.pixels).shape
-        except VideoDecodeError as error:
-            return digest, None, _without_name(error, source)
-        return digest, (frames, height, width), ""
-
-    readable = {digest: place for digest, place in survey.places.items() if digest not in survey.bad}
-    sources = ((digest, place.read(job.dataset)) for digest, place in readable.items())
-    shapes = {}
-    for digest, shape, reason in _in_threads(shape_or_reason, sources, len(readable), "Checking videos"):
-        if shape is None:
-            _note_bad(job, survey, digest, reason)
-        else:
-            shapes[digest] = shape
-    return shapes
-
-
-def _usable_rows(survey: _Survey) -> tuple[list[_Row], list[SkippedRow]]:
-    rows, skipped = [], []
-    for number, row in enumerate(survey.rows):
-        bad = [position for position, digest in enumerate(row.videos) if digest in survey.bad]
-        if bad:
-            skipped.append(SkippedRow(number, row.names[bad[0]], survey.bad[row.videos[bad[0]]]))
-        else:
-            rows.append(row)
-    if not rows:
-        first = f"{skipped[0].video}: {skipped[0].reason}"
-        raise ValueError(f"No row is left: all {len(skipped)} have an unreadable video. The first: {first}")
-    return rows, skipped
-
-
-def _check_shapes(job: _Job, survey: _Survey, rows: Sequence[_Row], shapes: dict[str, tuple[int, int, int]]) -> None:
-    checked = set()
-    for row in rows:
-        for digest in row.videos:
-            shape, first = shapes[digest], row.videos[0]
-            if shape not in checked:
-                try:
-                    job.adapter.check_video(job.pipeline.vae, shape)
-                except ValueError as error:
-                    raise ValueError(f"{survey.names[digest]}: {error}") from error
-                checked.add(shape)
-            if shape != shapes[first]:
-                raise ValueError(
-                    f"{survey.names[digest]}: expected (frames, height, width) {shapes[first]} as of "
-                    f"{survey.names[first]}, got {shape}. Set `num_frames`, `height` and `width`."
-                )
-
-
-def _fingerprint(job: _Job, rows: Sequence[_Row]) -> str:
+def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     """Hash of everything that the encoded numbers depend on: 32 hexadecimal digits."""
     settings = [job.row_type, job.adapter.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
@@ -312,6 +209,11 @@ def _fingerprint(job: _Job, rows: Sequence[_Row]) -> str:
     digest.update(json.dumps(sorted(job.pipeline.tokenizer.get_vocab().items())).encode())
     _hash_module(digest, job.pipeline.text_encoder, job.pipeline.text_encoder.config.to_dict())
     _hash_module(digest, job.pipeline.vae, dict(job.pipeline.vae.config))
+    if job.image_columns:
+        digest.update(json.dumps([job.image_columns, [row.image for row in rows]]).encode())
+    if "image_embeds" in job.image_columns:
+        digest.update(job.pipeline.image_processor.to_json_string().encode())
+        _hash_module(digest, job.pipeline.image_encoder, job.pipeline.image_encoder.config.to_dict())
     return digest.hexdigest()
 
 
@@ -324,7 +226,7 @@ def _hash_module(digest: "hashlib.blake2b", module: nn.Module, config: dict[str,
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _encode_prompts(job: _Job, rows: Sequence[_Row], writer: EncodedWriter) -> None:
+def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     with _placed(job.pipeline.text_encoder, job.device), tqdm(total=len(prompts), desc="Encoding prompts") as progress:
         for start in range(0, len(prompts), job.batch_size):
@@ -336,7 +238,7 @@ def _encode_prompts(job: _Job, rows: Sequence[_Row], writer: EncodedWriter) -> N
 
 
 def _encode_videos(
-    job: _Job, survey: _Survey, rows: Sequence[_Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
 ) -> None:
     by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
     for digest in dict.fromkeys(digest for row in rows for digest in row.videos):
@@ -346,24 +248,75 @@ def _encode_videos(
         for digests in by_shape.values():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
-                sources = [survey.places[digest].read(job.dataset) for digest in batch]
-                frames = np.stack([read_video(source, **job.pixels) for source in sources])  # (B, T, H, W, 3)
+                videos = [read_video(survey.read(d), **survey.pixels_of(d, job.pixels)) for d in batch]
+                frames = np.stack(videos)  # (B, T, H, W, 3)
                 video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
                 latents = job.adapter.encode_video(job.pipeline.vae, video)
                 for digest, latent in zip(batch, latents.cpu(), strict=True):
-                    if not torch.isfinite(latent).all():
-                        raise ValueError(
-                            f"{survey.names[digest]}: the VAE ({job.pipeline.vae.dtype}) returned latents that are "
-                            "not finite. Load the pipeline with its VAE in float32."
-                        )
+                    _check_finite(latent, survey.names[digest], job.pipeline.vae)
                     writer.add(_video_key(digest), latent)
                 progress.update(len(batch))
 
 
-def _index_row(row: _Row, row_type: str) -> dict[str, Any]:
+def _encode_images(
+    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+) -> None:
+    """Conditions of every distinct first frame, for the length and size of the videos that it begins."""
+    by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for row in rows:
+        shape, digest = shapes[row.videos[0]], row.image or row.videos[0]
+        if digest not in by_shape[shape]:
+            by_shape[shape].append(digest)
+    total = sum(map(len, by_shape.values()))
+    networks = [job.pipeline.vae, *([job.pipeline.image_encoder] if "image_embeds" in job.image_columns else [])]
+    with ExitStack() as stack, tqdm(total=total, desc="Encoding first frames") as progress:
+        for network in networks:
+            stack.enter_context(_placed(network, job.device))
+        for (num_frames, height, width), digests in by_shape.items():
+            for start in range(0, len(digests), job.batch_size):
+                batch = digests[start : start + job.batch_size]
+                frames = [_first_frame(job, survey, digest, height, width) for digest in batch]
+                conditions = job.adapter.encode_image(
+                    job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
+                )
+                for column, values in conditions.items():
+                    for digest, value in zip(batch, values.cpu(), strict=True):
+                        _check_finite(value, survey.names[digest], job.pipeline.vae)
+                        writer.add(_image_key(column, digest, (num_frames, height, width)), value)
+                progress.update(len(batch))
+
+
+def _first_frame(job: _Job, survey: Survey, digest: str, height: int, width: int) -> np.ndarray:
+    """uint8 `(height, width, 3)`: the row's own image, or what its video begins with."""
+    source = survey.read(digest)
+    if survey.places[digest].column == IMAGE_COLUMN:
+        return read_image(source, height=height, width=width)
+    return read_video(source, **(survey.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
+
+
+def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+    if not torch.isfinite(encoded).all():
+        raise ValueError(
+            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
+            "in float32."
+        )
+
+
+def _index_row(job: _Job, row: Row, shape: tuple[int, int, int]) -> dict[str, Any]:
     keys = [_video_key(digest) for digest in row.videos]
-    videos = {"video": keys[0]} if row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
-    return {"prompt": row.prompt, "prompt_embeds": _prompt_key(row.prompt), **videos, "rejected_scores": row.scores}
+    videos = {"video": keys[0]} if job.row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
+    images = {column: _image_key(column, row.image or row.videos[0], shape) for column in job.image_columns}
+    return {
+        "prompt": row.prompt,
+        "prompt_embeds": _prompt_key(row.prompt),
+        **videos,
+        "rejected_scores": row.scores,
+        **({"conditions": images} if images else {}),
+    }
+
+
+def _image_key(column: str, digest: str, shape: tuple[int, int, int]) -> str:
+    return f"{column}/{digest}-{'x'.join(map(str, shape))}"
 
 
 def _video_key(digest: str) -> str:
@@ -388,17 +341,6 @@ def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _in_threads(function: Callable[[T], R], items: Iterable[T], total: int, description: str) -> Iterator[R]:
-    """`map` in threads, in order, with a progress bar; holds only a few items at a time."""
-    workers = min(8, os.cpu_count() or 1)
-    iterator = iter(items)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=total, desc=description) as progress:
-        while chunk := list(islice(iterator, 2 * workers)):
-            for result in pool.map(function, chunk):
-                progress.update()
-                yield result
 
 
 def _first_on_each_machine(work: Callable[[], str]) -> str:

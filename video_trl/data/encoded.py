@@ -17,6 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..adapters import VideoAdapter
+from .columns import MapDataset, column_names
+
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     A row of the group or preference type is `{"prompt": str, "chosen_latents": (C, F, H, W), "rejected_latents":
     (m, C, F, H, W), "prompt_embeds": (L_i, D), "rejected_scores": (m, 2)}`, the scores (columns `sa`, `pc`, in [0, 1])
-    only where the raw rows had them. A row of the video type is `{"prompt", "latents", "prompt_embeds"}`. Latents are
-    float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of the text
-    encoder and no padding.
+    only where the raw rows had them. A row of the video type is `{"prompt", "latents", "prompt_embeds"}`. For
+    image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"` `(L, D)` are added.
+    Latents are float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of
+    their encoder and no padding that the collator can add.
 
     Args:
         directory (`str` or `Path`): The folder.
@@ -50,6 +54,9 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         directory (`Path`): The folder.
         fingerprint (`str`): Hash of everything that the numbers depend on.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
+        adapter (`str`): Name of the adapter that encoded it; `None` if that is not recorded.
+        fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
+            an array, which has no clock, or that is not recorded.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
 
     Raises:
@@ -71,6 +78,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
                 )
         self.fingerprint: str = index["fingerprint"]
         self.row_type: str = index["row_type"]
+        self.adapter: str | None = index.get("adapter")
+        self.fps: float | None = index.get("fps")
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
         self._shard_of: dict[str, str] = index["tensors"]
@@ -92,9 +101,20 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             example["chosen_latents"] = self._tensor(row["chosen"])
             example["rejected_latents"] = torch.stack([self._tensor(key) for key in row["rejected"]])
         example["prompt_embeds"] = self._tensor(row["prompt_embeds"])
+        example.update({column: self._tensor(key) for column, key in row.get("conditions", {}).items()})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
         return example
+
+    def latents_shapes(self) -> list[list[tuple[int, ...]]]:
+        """The shapes `(C, F, H, W)` of the latents in every row, chosen ones first, from the headers of the files."""
+        shape_of: dict[str, tuple[int, ...]] = {}
+        for shard in sorted(set(self._shard_of.values())):
+            with safe_open(self.directory / shard, framework="pt") as file:
+                shape_of.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        of_one = self.row_type == "video"
+        keys_of_rows = [[row["video"]] if of_one else [row["chosen"], *row["rejected"]] for row in self._rows]
+        return [[shape_of[key] for key in keys] for keys in keys_of_rows]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -109,6 +129,33 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return self._shards[name].get_tensor(key)
 
 
+def check_conditions(dataset: MapDataset, adapter: VideoAdapter) -> None:
+    """
+    Check that encoded rows carry what a transformer is conditioned on.
+
+    Args:
+        dataset (`MapDataset`): Encoded rows.
+        adapter ([`VideoAdapter`]): Of the transformer that is to be trained on them.
+
+    Raises:
+        ValueError: If a column is missing, or the rows are known to be encoded for another family of models.
+    """
+    if isinstance(dataset, EncodedDataset) and dataset.adapter is not None:
+        # A family shares its VAE and text encoder; `"wan"` and `"wan-i2v"` are two forms of one.
+        if dataset.adapter.split("-")[0] != adapter.name.split("-")[0]:
+            raise ValueError(
+                f"{dataset.directory} was encoded for {dataset.adapter!r}, but the transformer is {adapter.name!r}: "
+                "latents of one mean nothing to the other. Encode the videos with the pipeline that is trained."
+            )
+    columns = column_names(dataset)
+    missing = [name for name in adapter.condition_columns if name not in columns]
+    if missing:
+        raise ValueError(
+            f"The transformer ({adapter.name!r}) is conditioned on {list(adapter.condition_columns)}, and the encoded "
+            f"rows lack {missing}; they have {columns}. Encode the videos again, with the pipeline that is trained."
+        )
+
+
 class EncodedWriter:
     """
     Write tensors and rows into a temporary folder; `finish` renames it to `directory`. Leaving the context before
@@ -121,9 +168,18 @@ class EncodedWriter:
     ```
     """
 
-    def __init__(self, directory: Path, row_type: str, fingerprint: str, *, shard_bytes: int = _SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        row_type: str,
+        fingerprint: str,
+        *,
+        adapter: str | None = None,
+        fps: float | None = None,
+        shard_bytes: int = _SHARD_BYTES,
+    ) -> None:
         self._directory, self._row_type, self._fingerprint = directory, row_type, fingerprint
-        self._shard_bytes = shard_bytes
+        self._adapter, self._fps, self._shard_bytes = adapter, fps, shard_bytes
         self._shards: dict[str, int] = {}
         self._tensors: dict[str, str] = {}
         self._pending: dict[str, Tensor] = {}
@@ -160,6 +216,8 @@ class EncodedWriter:
         index = {
             "fingerprint": self._fingerprint,
             "row_type": self._row_type,
+            "adapter": self._adapter,
+            "fps": self._fps,
             "shards": self._shards,
             "tensors": self._tensors,
             "rows": rows,
