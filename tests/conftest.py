@@ -7,6 +7,9 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
+
+from tqdm import tqdm
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,3 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.mkdtemp(prefix="video-trl-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["HF_HOME"] = _cache
+
+# Progress bars share a lock between processes by default. A test that kills a forked process in the middle of a bar
+# would leave it locked, and every later bar of the run would wait for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0

@@ -11,12 +11,14 @@ import pytest
 import safetensors.torch
 
 from tests.tiny import tiny_encoded_group
+from tests.trainer.heads import head_trainer
 from tests.trainer.runs import (
     RecordGradients,
     assert_close_weights,
     assert_equal_weights,
     config,
     losses,
+    mixed_shapes,
     trained_weights,
     trainer,
 )
@@ -46,9 +48,9 @@ def two_processes(tmp_path_factory) -> Path:
 def alone(directory: Path, resume: Path | None = None, **settings: Any):
     """The same run in this process, with batches of four; with the gradients of its steps."""
     recorder = RecordGradients()
-    evaluation = {"eval_dataset": settings.pop("eval_dataset")} if "eval_dataset" in settings else {}
+    data = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
     defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "max_grad_norm": 0.0}
-    made = trainer(config(directory, **(defaults | settings)), rows=8, callbacks=[recorder], **evaluation)
+    made = trainer(config(directory, **(defaults | settings)), rows=8, callbacks=[recorder], **data)
     made.train(resume_from_checkpoint=resume and str(resume))
     return made, recorder.steps
 
@@ -89,6 +91,32 @@ def test_evaluation_counts_every_sample_once(two_processes, tmp_path):
         assert actual[metric] == pytest.approx(expected[metric], rel=1e-3), metric
     for metric in ("eval_rewards/margins", "eval_rewards/chosen", "eval_win_gap"):
         assert actual[metric] == pytest.approx(expected[metric], rel=2e-2, abs=1e-3), metric
+
+
+def test_rows_of_several_shapes_make_the_same_steps(two_processes, tmp_path):
+    """Eleven rows, four a step: one epoch has two full steps, one of two rows, and one of a single row."""
+    made, gradients = alone(tmp_path, train_dataset=mixed_shapes(), eval_dataset=mixed_shapes())
+    report = report_of(two_processes, "mixed")
+    assert_close_weights(weights_of(two_processes, "mixed", "gradients"), gradients[0], 1e-5)
+    assert report["losses"] == pytest.approx(losses(made), rel=1e-3)
+    evaluated = made.evaluate()
+    for metric in ("eval_loss", "eval_alpha"):
+        assert report["evaluations"][0][metric] == pytest.approx(evaluated[metric], rel=1e-3), metric
+    shrunk, _ = alone(tmp_path / "shrunk", two_processes / "mixed" / "checkpoint-3", train_dataset=mixed_shapes())
+    assert_close_weights(trained_weights(shrunk), trained_weights(made), 1e-4)
+
+
+def test_a_module_beside_the_transformer_is_trained_alike(two_processes, tmp_path):
+    recorder = RecordGradients()
+    settings = {"max_grad_norm": 0.0, "max_steps": 2, "per_device_train_batch_size": 4}
+    made = head_trainer(tmp_path, rows=8, callbacks=[recorder], **settings)
+    made.train()
+    gradients = weights_of(two_processes, "head", "gradients")
+    assert "auxiliary.layers.0.weight" in gradients
+    assert_close_weights(gradients, recorder.steps[0], 1e-5)
+    assert report_of(two_processes, "head")["losses"] == pytest.approx(losses(made), rel=1e-3)
+    saved = safetensors.torch.load_file(two_processes / "head" / "checkpoint-2" / "auxiliary.safetensors")
+    assert_close_weights(saved, dict(made.auxiliary.named_parameters()), 1e-3)
 
 
 def test_resuming_on_as_many_processes_is_bit_exact(two_processes):

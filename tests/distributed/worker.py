@@ -12,7 +12,8 @@ import safetensors.torch
 import torch.distributed as dist
 
 from tests.tiny import PROMPTS, tiny_encoded_group
-from tests.trainer.runs import RecordGradients, config, losses, trained_weights, trainer
+from tests.trainer.heads import head_trainer
+from tests.trainer.runs import RecordGradients, config, losses, mixed_shapes, trained_weights, trainer
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.finite import NonFiniteLossError
 
@@ -20,12 +21,25 @@ from video_trl.trainer.finite import NonFiniteLossError
 def train(name: str, directory: Path, resume: Path | None = None, **settings: Any) -> None:
     """Train on eight groups and keep the gradients, the final weights and the log."""
     recorder, arguments = RecordGradients(), {}
-    for argument in ("callbacks", "eval_dataset"):
+    for argument in ("callbacks", "eval_dataset", "train_dataset"):
         if argument in settings:
             arguments[argument] = settings.pop(argument)
     arguments["callbacks"] = [recorder, *arguments.get("callbacks", [])]
     made = trainer(config(directory / name, ddp_backend="gloo", max_grad_norm=0.0, **settings), rows=8, **arguments)
     made.train(resume_from_checkpoint=resume and str(resume))
+    keep(name, directory, made, recorder)
+
+
+def train_head(directory: Path) -> None:
+    """A module beside the transformer, trained on eight videos."""
+    recorder = RecordGradients()
+    settings = {"ddp_backend": "gloo", "max_grad_norm": 0.0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    made = head_trainer(directory / "head", rows=8, callbacks=[recorder], **settings)
+    made.train()
+    keep("head", directory, made, recorder)
+
+
+def keep(name: str, directory: Path, made: Any, recorder: RecordGradients) -> None:
     if dist.get_rank() == 0:
         safetensors.torch.save_file(recorder.steps[0], directory / f"{name}-gradients.safetensors")
         safetensors.torch.save_file(trained_weights(made), directory / f"{name}-weights.safetensors")
@@ -71,6 +85,19 @@ def main() -> None:
     train("resumed", directory, directory / "watched" / "checkpoint-3", per_device_train_batch_size=2, max_steps=6)
     train("grown", directory, directory / "alone" / "checkpoint-3", per_device_train_batch_size=2, max_steps=6)
     train("full", directory, per_device_train_batch_size=2, max_steps=2, use_peft=False, learning_rate=1e-3)
+    train(
+        "mixed",
+        directory,
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=6,
+        train_dataset=mixed_shapes(),
+        eval_dataset=mixed_shapes(),
+    )
+    train_head(directory)
     stop_together(directory)
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from video_trl.data import check_columns, read_video
 from video_trl.sandbox import build_group_dataset, evaluate, load_sandbox
@@ -55,6 +56,17 @@ def test_the_same_request_is_loaded_and_another_one_built_again(sandbox, groups)
     assert again[0]["prompt"] == dataset[0]["prompt"]
     other = build_group_dataset(sandbox, folder.with_name("other"), num_groups=3, num_rejected=2, seed=6)
     assert other["prompt"] != dataset["prompt"]
+
+
+def test_other_weights_of_the_base_model_make_another_dataset(sandbox, tmp_path):
+    folder = tmp_path / "dataset"
+    first = build_group_dataset(sandbox, folder, num_groups=1, num_rejected=1)
+    retrained = load_sandbox()
+    with torch.no_grad():
+        retrained.pipeline.transformer.proj_out.bias.add_(0.5)
+    other = replace(sandbox, pipeline=retrained.pipeline)
+    second = build_group_dataset(other, folder, num_groups=1, num_rejected=1)
+    assert np.abs(read_video(first[0]["rejected"][0]).astype(int) - read_video(second[0]["rejected"][0])).mean() > 3
 
 
 def test_a_folder_with_other_files_is_left_alone(sandbox, tmp_path):

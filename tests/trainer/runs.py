@@ -35,6 +35,12 @@ def trainer(args: VideoGroupDPOConfig, rows: int = 6, **arguments: Any) -> Video
     return VideoGroupDPOTrainer(args=args, **(defaults | arguments))
 
 
+def mixed_shapes(m: int = 3) -> list[dict[str, Any]]:
+    """Eleven encoded groups, six of one shape and five of another, in turn."""
+    square, wide = tiny_encoded_group(6, m), tiny_encoded_group(5, m, seed=1, latents_shape=(4, 2, 4, 6))
+    return [row for pair in zip(square, wide, strict=False) for row in pair] + square[5:]
+
+
 def trained_weights(made: VideoGroupDPOTrainer) -> dict[str, Tensor]:
     """Copies of the weights that are trained."""
     return {name: weight.detach().clone() for name, weight in made.model.named_parameters() if weight.requires_grad}

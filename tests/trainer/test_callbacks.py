@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.tiny import PROMPTS, tiny_encoded_group, tiny_wan_pipeline
+from tests.tiny import PROMPTS, tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
 from tests.trainer.runs import assert_equal_weights, config, losses, trained_weights, trainer
-from video_trl.data import read_video, write_video
+from video_trl.data import probe_video, read_video, write_video
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.generation import generation
 
@@ -65,6 +65,18 @@ def test_the_videos_are_those_of_the_prompt_seed_and_current_adapter(tmp_path):
     expected = write_video(tmp_path / "expected.mp4", (255 * frames).round().astype(np.uint8), fps=8)
     assert np.array_equal(read_video(tmp_path / "samples" / "step_2" / "01.mp4"), read_video(expected))
     assert not np.array_equal(read_video(tmp_path / "samples" / "step_0" / "01.mp4"), read_video(expected))
+
+
+def test_the_frame_rate_is_that_of_the_training_videos_where_it_is_known(tmp_path):
+    raw = tiny_group_dataset(1, 1)  # at 8 frames per second
+    settings = {"cache_dir": str(tmp_path / "cache"), "max_steps": 1, "num_frames": 1}
+    made = trainer(config(tmp_path, **settings), train_dataset=raw, callbacks=[callback(every_steps=1, fps=None)])
+    made.train()
+    assert probe_video(tmp_path / "samples" / "step_1" / "00.mp4").fps == 8
+    made.create_model_card()
+    assert "fps=8)" in (tmp_path / "README.md").read_text()
+    assert trainer(config(tmp_path, fps=4, **settings), train_dataset=raw).video_fps() == 4
+    assert trainer(config(tmp_path)).video_fps() == 16
 
 
 def test_by_default_videos_are_made_at_each_evaluation(tmp_path):

@@ -28,6 +28,7 @@ from tests.trainer.runs import (
     trainer,
 )
 from video_trl.trainer.card import copy_published_files
+from video_trl.trainer.checkpointing import find_checkpoint
 
 
 STEPS = 6
@@ -115,6 +116,20 @@ def test_a_checkpoint_holds_no_base_weights_and_no_pickled_arguments(tmp_path):
         "rng_state.pth",
     }
     assert json.loads((tmp_path / "checkpoint-1" / "training_args.json").read_text())["beta"] == 500.0
+
+
+def test_nothing_to_train_on_or_to_resume_from(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got no such folder"):
+        find_checkpoint(True, tmp_path / "new")  # of a process on a machine that saves nothing
+    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got \[\]"):
+        trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
+    (tmp_path / "new" / "_partial-checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"got \['_partial-checkpoint-3'\]\. Leave `resume_from_checkpoint` out"):
+        trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="Expected a `train_dataset` to train on, got an `eval_dataset` only"):
+        trainer(config(tmp_path), train_dataset=None, eval_dataset=tiny_encoded_group(1)).train()
+    with pytest.raises(ValueError, match="Expected an `eval_dataset` to evaluate on, got none"):
+        trainer(config(tmp_path)).evaluate()
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
@@ -282,8 +297,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path / "something", tmp_path / "nothing"):
         with pytest.raises(ValueError, match="Expected a checkpoint with video_trl_run.json in .*thing"):
             trainer(config(tmp_path / "run")).train(resume_from_checkpoint=str(path))
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        trainer(config(tmp_path / "run")).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_with_other_tensors_is_refused(tmp_path):

@@ -278,24 +278,17 @@ def test_a_frame_count_that_the_vae_cannot_encode_is_refused(tmp_path):
         trainer(config(tmp_path, cache_dir=str(tmp_path)), train_dataset=tiny_group_dataset(1, 1, num_frames=6))
 
 
-def test_mixed_shapes_in_a_batch_are_named(tmp_path):
-    rows = tiny_encoded_group(1) + tiny_encoded_group(1, latents_shape=(4, 2, 6, 4))
-    named = r"batch of 2 rows.*got 2 shapes: \(4, 2, 4, 4\) in 1 row.* row 0 on; \(4, 2, 6, 4\) in 1 row.* row 1 on"
-    for arguments in ({"train_dataset": rows}, {"eval_dataset": rows}):
-        with pytest.raises(ValueError, match=named):
-            trainer(config(tmp_path), **arguments)
-    raw = [*tiny_group_dataset(1, 1), *tiny_group_dataset(1, 1, height=16)]
-    with pytest.raises(ValueError, match="batch of 2 rows"):
-        trainer(config(tmp_path, cache_dir=str(tmp_path)), train_dataset=raw)
+def test_the_row_whose_latents_do_not_fit_is_named(tmp_path):
+    rows = tiny_encoded_group(1) + tiny_encoded_group(1, latents_shape=(5, 2, 4, 4))
     with pytest.raises(ValueError, match="Row 1: .*must have 4 channels"):
-        trainer(config(tmp_path), train_dataset=rows[:1] + tiny_encoded_group(1, latents_shape=(5, 2, 4, 4)))
-    singles = trainer(config(tmp_path, per_device_train_batch_size=1, max_steps=2), train_dataset=rows)
-    singles.train()
-    assert singles.state.global_step == 2
+        trainer(config(tmp_path), train_dataset=rows)
+    rows[0]["rejected_latents"] = rows[0]["rejected_latents"][..., :2]
+    with pytest.raises(ValueError, match=r"Row 0: expected latents of one shape.*4, 4\)\]"):
+        trainer(config(tmp_path), train_dataset=rows)
 
 
 def test_wrong_sizes_and_target_modules_are_refused_before_a_video_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("video_trl.data.encode._survey", lambda job: pytest.fail("read the videos"))
+    monkeypatch.setattr("video_trl.data.encode.survey_rows", lambda *args, **options: pytest.fail("read the videos"))
     arguments = {"train_dataset": tiny_group_dataset(1, 1)}
     with pytest.raises(ValueError, match="got 6.*Set `num_frames` to 5 or 9"):
         trainer(config(tmp_path, num_frames=6), **arguments)

@@ -1,8 +1,12 @@
 """The loss of `VideoSFTTrainer` against the same computation written out by hand, and the rows it takes."""
 
+import re
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from tests.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
 from tests.trainer.runs import assert_equal_weights, first_batch, frozen_weights, losses, trained_weights
@@ -54,6 +58,23 @@ def test_training_lowers_the_loss_and_evaluation_sees_it(tmp_path, use_peft):
     assert (tmp_path / ("README.md" if use_peft else "transformer")).exists()
 
 
+def test_all_weights_are_saved_loaded_and_resumed(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "use_peft": False, "learning_rate": 1e-3}
+    straight = VideoSFTTrainer(tiny_wan_pipeline(), config(tmp_path, **saving), tiny_encoded_video(4))
+    assert straight.reference is None
+    straight.train()
+    resumed = VideoSFTTrainer(tiny_wan_pipeline(), config(tmp_path / "resumed", **saving), tiny_encoded_video(4))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal_weights(trained_weights(resumed), trained_weights(straight))
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "checkpoint-4", subfolder="transformer")
+    assert_equal_weights(loaded.state_dict(), straight.model.state_dict())
+    again = VideoSFTTrainer(
+        loaded, config(tmp_path / "again", use_peft=False, max_sequence_length=16), tiny_encoded_video(4)
+    )
+    rows = tiny_encoded_video(2)
+    assert again.evaluate(rows)["eval_loss"] == straight.evaluate(rows)["eval_loss"]
+
+
 def test_group_rows_train_on_their_chosen_videos(tmp_path):
     """The control of a preference run takes the same dataset: raw, encoded, and as an Arrow table."""
     group = tiny_encoded_group(4)
@@ -78,3 +99,14 @@ def test_group_rows_train_on_their_chosen_videos(tmp_path):
 def test_other_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="A video dataset needs the columns"):
         VideoSFTTrainer(tiny_wan_pipeline(), config(tmp_path), [{"prompt": "a ball", "clip": "a.mp4"}])
+
+
+def test_the_quick_start_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "sft_trainer.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1).replace("0_032", "0_002")
+    block = block.replace("max_steps=100", f'max_steps=1, use_cpu=True, disable_tqdm=True, cache_dir="{tmp_path}"')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "quick start", "exec"), {})
+    assert (tmp_path / "sandbox-sft" / "pytorch_lora_weights.safetensors").is_file()
+    default = f"`learning_rate={VideoSFTConfig(output_dir=str(tmp_path), use_cpu=True).learning_rate:g}`"
+    assert default.replace("0.0001", "1e-4") in page

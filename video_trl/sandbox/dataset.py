@@ -3,6 +3,7 @@ The sandbox's group dataset: the chosen video is a simulated real one, the rejec
 of the same sentence, judged. It is the data recipe of PhyGDPO at a size that takes a minute or two.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.columns import group_features
@@ -59,6 +62,7 @@ def build_group_dataset(
     request: dict[str, Any] = {
         "version": DATASET_VERSION,
         "generator": str(sandbox.pipeline.config._name_or_path).rsplit("/", 1)[-1],
+        "weights": _weights_hash(sandbox.pipeline.transformer),  # other weights make other rejected videos
         "num_groups": num_groups,
         "num_rejected": num_rejected,
         "seed": seed,
@@ -99,6 +103,13 @@ def build_group_dataset(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return datasets.load_from_disk(str(folder / "table"))
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _rejected_videos(

@@ -5,10 +5,13 @@ The sandbox's exact judge: tracks the bodies of a clip, fits the law that its se
 asks whether colours, number of bodies, kind of motion and direction are those of the sentence, lawful or not.
 """
 
+import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +71,11 @@ class SandboxJudge:
             raise ValueError(f"Expected `fps` > 0, got {fps!r}: pass the frame rate of the clips, for example 8.0.")
         self.fps = fps
 
+    @property
+    def identity(self) -> str:
+        """See `VideoJudge.identity`; a change of the judge's code changes it."""
+        return f"{self.name}:code={_code_hash()}:fps={self.fps:g}"
+
     def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[dict[str, Any]]:
         """
         Scores each video; see `VideoJudge.score`.
@@ -126,6 +134,15 @@ class SandboxJudge:
         from ..data.video_io import probe_video, read_video  # PyAV is needed for files only
 
         return read_video(video), probe_video(video).fps
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Of every module that takes part in a score: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for module in ("drawing", "fitting", "geometry", "judge", "laws", "prompts", "scenery", "tracking"):
+        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _nothing_fitted(num_frames: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
 
 
@@ -20,6 +21,8 @@ _UNSUPPORTED = {
     "bf16_full_eval": (False, "it would cast the float32 adapter, which is being trained, to bfloat16"),
     "fp16_full_eval": (False, "it would cast the float32 adapter, which is being trained, to float16"),
     "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
+    "train_sampling_strategy": ("random", "the rows of a step are of one shape, in an order drawn from `data_seed`"),
+    "dataloader_drop_last": (False, "every row counts exactly once in an epoch"),
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
 
@@ -128,6 +131,20 @@ class _BaseVideoConfig(TrainingArguments):
     fps: float | None = field(default=None, metadata={"help": "Frames per second after decoding. Unset: the file's."})
     height: int | None = field(default=None, metadata={"help": "Height in pixels after decoding. Unset: the file's."})
     width: int | None = field(default=None, metadata={"help": "Width in pixels after decoding. Unset: the file's."})
+    resolution_buckets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Train at several sizes: '<height>x<width>' in pixels each, instead of `height` and `width`. All "
+            "videos of a row are brought to the size whose aspect ratio is nearest to its chosen (or only) one."
+        },
+    )
+    resolution_max_crop: float = field(
+        default=0.3,
+        metadata={
+            "help": "Largest share of the picture that the nearest of `resolution_buckets` may cut off; a video that "
+            "would lose more is treated as a bad one (`on_bad_video`)."
+        },
+    )
     max_sequence_length: int | None = field(
         default=None,
         metadata={"help": "Prompt length in tokens. Unset: the tokenizer's maximum, but no more than 512."},
@@ -165,11 +182,22 @@ class _BaseVideoConfig(TrainingArguments):
             value = self.__dict__[name]
             if value != accepted:
                 raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it at {accepted!r}.")
+        for name, accepted in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):
+            value = self.accelerator_config.__dict__[name]
+            if value != accepted:
+                raise ValueError(
+                    f"`{name}={value!r}` in `accelerator_config` is not supported: batches are divided among the "
+                    f"processes so that every row counts exactly once. Leave it at {accepted!r}."
+                )
         if isinstance(self.activation_checkpointing_kwargs, dict) and self.activation_checkpointing_kwargs:
             raise ValueError(
                 f"`activation_checkpointing_kwargs={self.activation_checkpointing_kwargs!r}` is not supported: blocks "
                 "are checkpointed one by one, non-reentrantly, by diffusers. Leave it unset."
             )
+
+    def buckets(self) -> tuple[AspectBucket, ...]:
+        """The sizes in `resolution_buckets`."""
+        return tuple(map(AspectBucket.parse, self.resolution_buckets or ()))
 
     def _check_base_values(self) -> None:
         for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std"):
@@ -184,6 +212,13 @@ class _BaseVideoConfig(TrainingArguments):
                 f"`height` and `width` must be set together, got height={self.height} and width={self.width}. Set "
                 "both, or neither to keep the size of the files."
             )
+        if self.buckets() and self.height is not None:
+            raise ValueError(
+                f"`resolution_buckets={self.resolution_buckets}` and height={self.height}, width={self.width} exclude "
+                "each other. Set one of the two."
+            )
+        if not 0 <= self.resolution_max_crop <= 1:
+            raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         _check_choice(self, "on_bad_video", ("raise", "skip"))
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,29 +15,31 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from ..adapters import adapter_for
 from ..data import check_columns
 from ..data.columns import MapDataset
+from .arguments import check_arguments
+from .auxiliary import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
 from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
 from .card import CARD_NAME, adapter_card, base_model_name, copy_published_files
 from .checkpointing import (
     check_description,
+    checkpoint_directory,
     describe_run,
+    find_checkpoint,
+    load_auxiliary,
     load_weights,
-    partial_directory,
-    publish,
-    remove_leftovers,
+    save_auxiliary,
     save_weights,
     write_description,
+    write_trainer_state,
 )
 from .finite import FiniteLossGuard
 from .generation import generation
-from .loading import load_model
+from .loaders import MICRO_BATCH, describe_order, make_loader
+from .loading import find_adapter, load_model
 from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .metrics import MetricStore
 from .noise import EVALUATION_STEP, NoiseDraw, draw_noise
@@ -46,10 +47,12 @@ from .reference import ModuleReference, Reference, check_ref_model, make_referen
 from .rows import (
     IndexedDataset,
     datasets_in,
+    for_each,
     generation_kwargs,
     prepare_rows,
     resolve_max_sequence_length,
     resolve_timestep_shift,
+    video_fps,
 )
 from .shims import adapt_for_trainer
 
@@ -124,16 +127,20 @@ class _BaseVideoTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         evaluator: Evaluator | None = None,
     ) -> None:
-        args = self._check_arguments(model, args, train_dataset, eval_dataset, ref_model, peft_config)
+        args = check_arguments(
+            type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
+        )
         self.args = args
         for dataset in datasets_in(train_dataset, eval_dataset):
             self.check_dataset(dataset)
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         self.pipeline, transformer = load_model(model, args)
-        self.adapter = adapter_for(transformer)
+        self.adapter = find_adapter(self.pipeline, transformer)
         self.base_model = base_model_name(model, transformer)
-        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline)
+        self.max_sequence_length = resolve_max_sequence_length(
+            args, self.pipeline, self.adapter.prompt_length(transformer)
+        )
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
         self.evaluator = evaluator
         if evaluator is not None and self.pipeline is None:
@@ -142,19 +149,19 @@ class _BaseVideoTrainer(Trainer):
         check_ref_model(transformer, ref_model)
 
         prepare = partial(self.prepare_dataset, transformer=transformer)
-        prepared_train = None if train_dataset is None else prepare(train_dataset, args.per_device_train_batch_size)
-        prepared_eval: Any
-        eval_size = args.per_device_eval_batch_size
-        if isinstance(eval_dataset, dict):
-            prepared_eval = {name: prepare(rows, eval_size) for name, rows in eval_dataset.items()}
-        else:
-            prepared_eval = None if eval_dataset is None else prepare(eval_dataset, eval_size)
+        prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
 
         adapt_for_trainer(transformer)
         self._prepare_weights(transformer, ref_model, peft_config)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         self._description = describe_run(transformer, self.adapter_name, args.seed, separate)
+        self._description["order"] = None if prepared_train is None else describe_order(prepared_train, args)
+        self.auxiliary = self.make_auxiliary(transformer)
+        if self.auxiliary is not None:
+            attach_auxiliary(transformer, self.auxiliary)
+            self._description[AUXILIARY] = describe_auxiliary(self.auxiliary)
         self._metrics = {"train": MetricStore(), "eval": MetricStore()}
+        self._counted = True  # whether the rows at hand count, or stand in for rows that a step lacks
         super().__init__(
             model=transformer,
             args=args,
@@ -164,6 +171,8 @@ class _BaseVideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.auxiliary is not None and self.optimizer is not None:
+            add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
         self._guard = FiniteLossGuard(self.accelerator, self._describe_sample)
@@ -173,38 +182,6 @@ class _BaseVideoTrainer(Trainer):
                 callback.set_trainer(self)
 
     # ---- Preparation ----
-
-    def _check_arguments(
-        self,
-        model: Any,
-        args: _BaseVideoConfig | None,
-        train_dataset: MapDataset | None,
-        eval_dataset: MapDataset | dict[str, MapDataset] | None,
-        ref_model: Any,
-        peft_config: PeftConfig | None,
-    ) -> _BaseVideoConfig:
-        if args is None:
-            name = Path(model).name if isinstance(model, str | os.PathLike) else type(model).__name__
-            args = self.config_class(output_dir=f"{name}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise ValueError(f"`args` must be a `{self.config_class.__name__}`, got a `{type(args).__name__}`.")
-        if train_dataset is None and eval_dataset is None:
-            raise ValueError("Expected a `train_dataset` (or, to evaluate only, an `eval_dataset`), got neither.")
-        if ref_model is not None and not self.uses_reference:
-            raise ValueError(f"{type(self).__name__} has no reference; leave `ref_model` out.")
-        if peft_config is not None and not args.use_peft:
-            raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")
-        if args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None:
-            raise ValueError(
-                "DeepSpeed and FSDP shard the weights, which checkpoints of this version do not gather. Use plain "
-                "data parallelism (`accelerate launch --multi_gpu`)."
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {args.n_gpu} GPUs. Launch one process for each, with `accelerate launch` or "
-                "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
-            )
-        return args
 
     def _prepare_weights(
         self,
@@ -231,7 +208,7 @@ class _BaseVideoTrainer(Trainer):
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
         check_columns(dataset, self.row_type)
 
-    def prepare_dataset(self, dataset: MapDataset, batch_size: int, transformer: ModelMixin) -> IndexedDataset:
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
         return prepare_rows(
             dataset,
@@ -241,8 +218,38 @@ class _BaseVideoTrainer(Trainer):
             transformer=transformer,
             adapter=self.adapter,
             max_sequence_length=self.max_sequence_length,
-            batch_size=batch_size,
         )
+
+    def make_auxiliary(self, transformer: ModelMixin) -> nn.Module | None:
+        """
+        A module to train beside the transformer and to throw away afterwards, such as a projection head; none here.
+
+        A subclass calls it from within the transformer's forward (a forward hook on a block): only then does it take
+        part in distributed training. It becomes the submodule `auxiliary` of the transformer, in float32 and without
+        dropout. Checkpoints hold it, as `auxiliary.safetensors`; adapters, saved transformers and published files
+        do not. Gradient norms are clipped together.
+
+        Args:
+            transformer (`ModelMixin`): The policy, in the form in which it is trained. The global generators are
+                seeded, so that the new weights are a function of `args.seed`.
+        """
+        return None
+
+    @classmethod
+    def has_auxiliary(cls) -> bool:
+        """Whether trainers of this class have an auxiliary module."""
+        return cls.make_auxiliary is not _BaseVideoTrainer.make_auxiliary
+
+    def auxiliary_learning_rate(self) -> float | None:
+        """Initial learning rate of the auxiliary module, scheduled like the other; none: `args.learning_rate`."""
+        return None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        given = self.optimizer is not None
+        optimizer, rate = super().create_optimizer(model), self.auxiliary_learning_rate()
+        if not given and self.auxiliary is not None and rate is not None:
+            give_own_learning_rate(optimizer, self.auxiliary, rate)
+        return optimizer
 
     # ---- Building blocks of compute_loss ----
 
@@ -288,16 +295,36 @@ class _BaseVideoTrainer(Trainer):
 
     def record(self, name: str, values: Tensor) -> None:
         """Add per-sample values, of any shape with the batch first, to the metric `name` of the next log."""
-        if not self.model.training:
-            # The last batch of an evaluation is padded with repeated samples on some processes; leave them out.
-            values = self.accelerator.gather_for_metrics(values.detach().float())
-        self._metrics["train" if self.model.training else "eval"].record(name, values)
+        self._metrics["train" if self.model.training else "eval"].record(name, values if self._counted else values[:0])
 
     # ---- Training and evaluation ----
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`; a `ValueError` if there is nothing to train on or to resume from."""
+        if self.train_dataset is None:
+            raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
+        checkpoint = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
+        return super().train(checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one shape, shuffled; see [`~video_trl.data.buckets.BucketBatchSampler`]."""
+        return make_loader(self.train_dataset, self.data_collator, self.args, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: IndexedDataset | str | None = None) -> DataLoader:
+        """Batches of one shape of the dataset, or of `self.eval_dataset` or the one of that name in it."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        return make_loader(rows, self.data_collator, self.args, training=False)
+
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        batch = inputs.pop(MICRO_BATCH)
+        self._counted = batch.counted
+        if not batch.counted and not self.accelerator.sync_gradients:  # no other process waits for these gradients
+            return torch.zeros((), device=self.args.device)
+        # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
+        self.current_gradient_accumulation_steps = batch.divisor(self.args.world_size)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._guard.watch(loss, inputs["index"])
         return loss
@@ -305,14 +332,15 @@ class _BaseVideoTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of a batch, with the noise that evaluation always uses. There are no predictions to return."""
+        self._counted = inputs.pop(MICRO_BATCH).counted
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        # Trainer's own mean is over batches, which are padded with repeated samples when there are several processes.
+        # Trainer's own mean is over batches, which differ in size.
         self.record("loss", outputs["losses"])
         return loss, None, None
 
@@ -340,9 +368,11 @@ class _BaseVideoTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss and metrics on a dataset, raw or encoded; on the trainer's own `eval_dataset` if none is given."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ValueError("Expected an `eval_dataset` to evaluate on, got none, here or when the trainer was made.")
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict | IndexedDataset):
             self.check_dataset(eval_dataset)
-            eval_dataset = self.prepare_dataset(eval_dataset, self.args.per_device_eval_batch_size, self.model)
+            eval_dataset = self.prepare_dataset(eval_dataset, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _run_evaluator(self, evaluator: Evaluator) -> dict[str, float]:
@@ -384,26 +414,17 @@ class _BaseVideoTrainer(Trainer):
         self.store_flos()
         run_directory = Path(self._get_output_dir(trial=trial))
         final = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        partial = partial_directory(final)
-        if self.args.should_save:
-            remove_leftovers(run_directory)
-        self.accelerator.wait_for_everyone()
-        try:
+        with checkpoint_directory(final, self.accelerator, should_save=self.args.should_save) as partial:
             self.save_model(str(partial), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_scaler(str(partial))
                 self._save_rng_state(str(partial))
-            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._save_trainer_state(partial, final)
-                publish(partial, final)
-        except Exception as error:
-            error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
-            if self.args.should_save:  # half a checkpoint is of no use, and the disk may be full
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        self.accelerator.wait_for_everyone()
+                if self.auxiliary is not None:
+                    save_auxiliary(self.auxiliary, partial)
+                exportable = [*self.callback_handler.callbacks, self.control]
+                write_trainer_state(self.state, exportable, partial, final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -414,28 +435,19 @@ class _BaseVideoTrainer(Trainer):
                 use_mtime=True,
             )
 
-    def _save_trainer_state(self, partial: Path, final: Path) -> None:
-        if self.state.best_global_step:
-            best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == final or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                stored = self.state.stateful_callbacks[type(callback).__name__]
-                if isinstance(stored, list):
-                    stored.append(callback.state())
-                else:
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
         check_description(directory, self._description)
-        load_weights(self.model if model is None else model, directory, self.adapter_name)
+        self._load_weights(directory)
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
-        load_weights(self.model, Path(self.state.best_model_checkpoint), self.adapter_name)
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, directory: Path) -> None:
+        load_weights(self.model, directory, self.adapter_name)
+        if self.auxiliary is not None:
+            load_auxiliary(self.auxiliary, directory)
 
     # ---- Sharing ----
 
@@ -456,7 +468,11 @@ class _BaseVideoTrainer(Trainer):
     def generation_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the data."""
         rows = datasets_in(self.train_dataset, self.eval_dataset)[0]
-        return generation_kwargs(rows, self.row_type, self.pipeline, self.max_sequence_length)
+        return generation_kwargs(rows, self.pipeline, self.max_sequence_length)
+
+    def video_fps(self) -> float:
+        """Frames per second of the training videos; 16 where that is not known."""
+        return video_fps(datasets_in(self.train_dataset, self.eval_dataset)[0], self.args)
 
     def _write_card(self, directory: Path, model_name: str | None = None, **details: str | None) -> None:
         if self.adapter_name is None:  # the card describes how to load an adapter
@@ -470,6 +486,7 @@ class _BaseVideoTrainer(Trainer):
             prompt=rows[0].get("prompt"),
             pipeline_class=self.adapter.pipeline_classes[0],
             call_kwargs=self.generation_kwargs(),
+            fps=self.video_fps(),
             progress={"optimizer steps": self.state.global_step, "processes": self.args.world_size},
             **details,
         )

@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..data import write_video
-from .generation import generation
+from .generation import first_frame, generation
+from .rows import datasets_in
 
 
 if TYPE_CHECKING:
@@ -37,38 +38,45 @@ class LogVideosCallback(TrainerCallback):
     Args:
         prompts (`Sequence[str]`):
             Prompts, one video each.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            For image-to-video, the first frame of each video. By default those of the first videos in the training
+            data (the chosen ones), as the VAE shows them.
         seeds (`Sequence[int]`, *optional*):
             Seed of each video; `0, 1, 2, ...` by default.
         every_steps (`int`, *optional*):
             Optimizer steps from one set to the next. By default a set is made at each evaluation.
-        fps (`float`, *optional*, defaults to `16`):
-            Frames per second of the files.
+        fps (`float`, *optional*):
+            Frames per second of the files; by default those of the training videos, or 16 where that is not known.
         call_kwargs (`Mapping[str, Any]`, *optional*):
             Further arguments of the pipeline's call, such as `num_inference_steps`. `num_frames`, `height` and `width`
             are by default those of the training data.
 
     Raises:
-        ValueError: If there is no prompt, the number of seeds differs from that of prompts, or `every_steps` is not
-            positive; and, when given to a trainer, if that trainer has no pipeline.
+        ValueError: If there is no prompt, the number of seeds or images differs from that of prompts, or
+            `every_steps` is not positive; and, when given to a trainer, if that trainer has no pipeline, or has one
+            that takes no image and there are `images`.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
         *,
+        images: Sequence[Image.Image] | None = None,
         seeds: Sequence[int] | None = None,
         every_steps: int | None = None,
-        fps: float = 16,
+        fps: float | None = None,
         call_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list with at least one prompt, got {prompts!r}.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"`seeds` must have one entry per prompt ({len(prompts)}), got {len(seeds)}.")
+        for name, given in (("seeds", seeds), ("images", images)):
+            if given is not None and len(given) != len(prompts):
+                raise ValueError(f"`{name}` must have one entry per prompt ({len(prompts)}), got {len(given)}.")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` must be at least 1, got {every_steps}.")
         self.prompts = list(prompts)
         self.seeds = list(seeds) if seeds is not None else list(range(len(prompts)))
+        self.images = None if images is None else list(images)
         self.every_steps = every_steps
         self.fps = fps
         self.call_kwargs = dict(call_kwargs or {})
@@ -80,6 +88,11 @@ class LogVideosCallback(TrainerCallback):
             raise ValueError(
                 "`LogVideosCallback` generates with the trainer's pipeline, but the trainer was given a bare "
                 "transformer. Pass the pipeline as `model`."
+            )
+        if self.images is not None and "first_frame_latents" not in trainer.adapter.condition_columns:
+            raise ValueError(
+                f"`LogVideosCallback` was given images, but a {type(trainer.pipeline).__name__} takes none. Leave "
+                "`images` out."
             )
         self._trainer = trainer
 
@@ -108,7 +121,7 @@ class LogVideosCallback(TrainerCallback):
             folder = Path(self._trainer.args.output_dir) / "samples" / f"step_{state.global_step}"
             paths = [folder / f"{number:02d}.mp4" for number in range(len(videos))]
             for path, video in zip(paths, videos, strict=True):
-                write_video(path, video, self.fps)
+                write_video(path, video, self.fps or self._trainer.video_fps())
             self._send_to_trackers(self._trainer, videos, paths, state.global_step)
         self._trainer.accelerator.wait_for_everyone()
 
@@ -117,7 +130,12 @@ class LogVideosCallback(TrainerCallback):
         videos = []
         call_kwargs = {**trainer.generation_kwargs(), **self.call_kwargs}
         with generation(trainer.pipeline, trainer.args.device) as pipeline:
-            for prompt, seed in zip(self.prompts, self.seeds, strict=True):
+            for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
+                if self.images is not None:
+                    call_kwargs["image"] = self.images[number]
+                elif "first_frame_latents" in trainer.adapter.condition_columns:
+                    rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
+                    call_kwargs["image"] = first_frame(pipeline, trainer.adapter, rows[number % len(rows)])
                 generator = torch.Generator("cpu").manual_seed(seed)
                 frames = pipeline(prompt=prompt, generator=generator, output_type="np", **call_kwargs).frames[0]
                 videos.append((frames * 255).round().astype(np.uint8))
@@ -129,7 +147,8 @@ class LogVideosCallback(TrainerCallback):
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for number, video in enumerate(videos):
-                    _add_gif(callback.tb_writer, f"samples/{number:02d}", video, self.fps, step)
+                    fps = self.fps or trainer.video_fps()
+                    _add_gif(callback.tb_writer, f"samples/{number:02d}", video, fps, step)
         for name in {"wandb", "trackio"} & set(trainer.args.report_to):
             _log_files(name, self.prompts, paths)
 

@@ -37,6 +37,7 @@ def adapter_card(
     prompt: str | None,
     pipeline_class: str,
     call_kwargs: Mapping[str, Any],
+    fps: float,
     progress: Mapping[str, Any],
     dataset_name: str | None = None,
     license: str | None = None,
@@ -52,6 +53,7 @@ def adapter_card(
         prompt (`str`, *optional*): Prompt of the example.
         pipeline_class (`str`): Class of the pipeline in diffusers.
         call_kwargs (`Mapping[str, Any]`): Arguments of the pipeline's call in the example.
+        fps (`float`): Frames per second of the example's video.
         progress (`Mapping[str, Any]`): More rows of the table of settings.
         dataset_name (`str`, *optional*): What the adapter was trained on.
         license (`str`, *optional*): Licence identifier.
@@ -69,7 +71,7 @@ def adapter_card(
         method=tag,
         method_name=description,
         prompt=prompt or "A red ball falls to the floor.",
-        fps=args.fps or 16,
+        fps=fps,
         pipeline_class=pipeline_class,
         call_kwargs=call_kwargs,
         hyperparameters={
@@ -87,7 +89,8 @@ def base_model_name(model: Any, transformer: ModelMixin) -> str:
     """Repository or path that the user named, or that the pipeline or transformer remembers, or its class."""
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
-    return model.config.get("_name_or_path") or transformer.config.get("_name_or_path") or type(model).__name__
+    name = model.config.get("_name_or_path") or transformer.config.get("_name_or_path") or type(model).__name__
+    return str(name)  # a pipeline loaded from a `Path` keeps that, which JSON has no form for
 
 
 def copy_published_files(checkpoint: Path, output_directory: Path) -> None:

@@ -10,16 +10,24 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..hub import load_lora_state, save_lora
+from .auxiliary import AUXILIARY
 from .lora import adapter_configs
 
 
@@ -27,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION_NAME = "video_trl_run.json"
 TRANSFORMER_FOLDER = "transformer"
+AUXILIARY_NAME = f"{AUXILIARY}.safetensors"
 # The underscore keeps both from being taken for checkpoints, and from being uploaded to the Hub.
 _PARTIAL_PREFIX = "_partial-"
 _REPLACED_PREFIX = "_replaced-"
@@ -57,6 +66,79 @@ def publish(partial: Path, final: Path) -> None:
     partial.rename(final)
     _flush_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: bool) -> Iterator[Path]:
+    """
+    A folder to write the checkpoint `final` into, which gets that name on leaving, once every process is done.
+
+    Args:
+        final (`Path`): `<output_dir>/checkpoint-<step>`.
+        accelerator (`Accelerator`): Lets the processes wait for each other.
+        should_save (`bool`): Whether this process is the one that makes and names folders.
+
+    Yields:
+        `Path`: The folder's name until then. If writing fails it is removed, and nothing is published.
+    """
+    partial = partial_directory(final)
+    if should_save:
+        remove_leftovers(final.parent)
+    accelerator.wait_for_everyone()
+    try:
+        yield partial
+        accelerator.wait_for_everyone()
+        if should_save:
+            publish(partial, final)
+    except Exception as error:
+        error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
+        if should_save:  # half a checkpoint is of no use, and the disk may be full
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: Path) -> str | None:
+    """
+    The checkpoint that `trainer.train(resume_from_checkpoint=resume)` starts from; `None` to start anew.
+
+    Raises:
+        ValueError: If `resume` is `True` and there is no checkpoint in `output_dir`.
+    """
+    if not isinstance(resume, bool):
+        return None if resume is None else os.fspath(resume)
+    found = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
+    if resume and found is None:
+        listing = sorted(os.listdir(output_dir))[:10] if output_dir.is_dir() else "no such folder"
+        raise ValueError(
+            f"Expected a `checkpoint-<step>` folder in {output_dir} to resume from, got {listing}. Leave "
+            "`resume_from_checkpoint` out to start a run, or name the folder of the checkpoint."
+        )
+    return found
+
+
+def write_trainer_state(state: TrainerState, exportable: Sequence[Any], partial: Path, final: Path) -> None:
+    """
+    Write what `transformers.Trainer` resumes from into a checkpoint.
+
+    Args:
+        state (`TrainerState`): Gets the states of the callbacks, and the folder of the best checkpoint.
+        exportable (`Sequence`): Callbacks and the control; those that have a state are asked for it.
+        partial (`Path`): Where the checkpoint is being written.
+        final (`Path`): The name that it will get.
+    """
+    if state.best_global_step:
+        best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best == final or best.exists():
+            state.best_model_checkpoint = str(best)
+    for callback in exportable:
+        if isinstance(callback, ExportableState):
+            stored = state.stateful_callbacks[type(callback).__name__]
+            if isinstance(stored, list):
+                stored.append(callback.state())
+            else:
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+    state.save_to_json(str(partial / TRAINER_STATE_NAME))
 
 
 def describe_run(
@@ -117,14 +199,20 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
             "folder that a trainer of this package wrote, or `True` for the last one in `output_dir`."
         )
     theirs = json.loads(path.read_text())
-    for key in ("transformer", "config", "adapter"):
-        if theirs[key] != ours[key]:
-            difference = _difference(theirs[key], ours[key])
+    for key in ("transformer", "config", "adapter", AUXILIARY):
+        if theirs.get(key) != ours.get(key):
+            difference = _difference(theirs.get(key), ours.get(key))
             raise ValueError(
                 f"{directory} cannot be resumed by this trainer, their {key} differs (checkpoint / trainer): "
                 f"{difference}. Build the trainer as it was built for that run, or start a new run."
             )
     _check_fingerprints(directory, theirs, ours)
+    if theirs.get("order") != ours["order"]:
+        logger.warning(
+            "Resuming with another order of the rows (checkpoint / trainer): %s. The run goes on at the same step, "
+            "but in the present epoch some rows will be seen twice and others not at all.",
+            _difference(theirs.get("order"), ours["order"]),
+        )
     if theirs["seed"] != ours["seed"]:
         logger.warning(
             "Resuming a run of seed %s with seed %s: samples and noise will not continue the same sequence.",
@@ -165,6 +253,25 @@ def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | N
         transformer.load_state_dict(state)
 
 
+def save_auxiliary(module: nn.Module, directory: Path) -> None:
+    """Write what is trained beside the transformer into a checkpoint, as `auxiliary.safetensors`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    safetensors.torch.save_file(tensors, directory / AUXILIARY_NAME)
+
+
+def load_auxiliary(module: nn.Module, directory: Path) -> None:
+    """Read what `save_auxiliary` wrote; a `ValueError` if it is not there, or weights do not fit."""
+    path = directory / AUXILIARY_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"Expected {AUXILIARY_NAME} in {directory}, for the {type(module).__name__} that is trained beside the "
+            f"transformer, got {sorted(os.listdir(directory))}. Pass a `checkpoint-<step>` folder, not a saved model."
+        )
+    state = safetensors.torch.load_file(path)
+    _check_names_and_shapes(state, module.state_dict(), directory)
+    module.load_state_dict(state)
+
+
 def _check_names_and_shapes(
     state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], directory: Path
 ) -> None:
@@ -176,15 +283,11 @@ def _check_names_and_shapes(
 
 
 def _check_fingerprints(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    former = {"base_weights": theirs.get("frozen_weights")}  # its name before full tuning was covered
     for key, what in (("base_weights", "base"), ("reference_weights", "reference")):
-        found = theirs.get(key, former.get(key))
-        if found is None and key not in theirs:
-            logger.warning("%s does not say which %s weights it was trained with; not checked.", directory, what)
-        elif found != ours[key]:
+        if theirs[key] != ours[key]:
             raise ValueError(
                 f"{directory} was trained with other {what} weights than this trainer's (checkpoint / trainer: hash "
-                f"{found} / {ours[key]}): another {what} model, or the same one in another precision. Build the "
+                f"{theirs[key]} / {ours[key]}): another {what} model, or the same one in another precision. Build the "
                 "trainer from the models of that run as they were before it, or start a new run."
             )
 

@@ -19,12 +19,16 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
-from ..adapters import supported_pipelines
+from ..adapters import VideoAdapter, adapter_for, supported_pipelines
 from .base_config import _BaseVideoConfig
 
 
 INDEX_NAME = "model_index.json"
 SANDBOX = "sandbox"
+_TWO_TRANSFORMERS = (
+    "This {} holds two transformers, one for high and one for low noise; training one at all noise levels would harm "
+    "it. Use a pipeline with a single transformer, such as Wan2.1."
+)
 
 
 def load_model(
@@ -61,10 +65,7 @@ def load_model(
         if "transformer" not in model.components:
             raise ValueError(f"Expected a pipeline with a `transformer`, got {type(model).__name__}, which has none.")
         if model.components.get("transformer_2") is not None:
-            raise ValueError(
-                f"This {type(model).__name__} holds two transformers, one for high and one for low noise; training "
-                "one at all noise levels would harm it. Use a pipeline with a single transformer, such as Wan2.1."
-            )
+            raise ValueError(_TWO_TRANSFORMERS.format(type(model).__name__))
         return model, model.transformer
     if isinstance(model, ModelMixin):
         return None, model
@@ -72,6 +73,27 @@ def load_model(
         "`model` must be 'sandbox', a repository id, a path, a diffusers pipeline or a diffusers transformer, got "
         f"{type(model).__name__}."
     )
+
+
+def find_adapter(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> VideoAdapter:
+    """
+    Adapter of a transformer, with the noise schedule of its pipeline.
+
+    Raises:
+        ValueError: If the family is not supported; if there is no pipeline and the transformer alone does not say how
+            it was trained (CogVideoX); or if the pipeline does not use the transformer as it is trained.
+    """
+    if pipeline is None:
+        return adapter_for(transformer)
+    adapter = adapter_for(transformer, pipeline.scheduler)
+    classes = {parent.__name__ for parent in type(pipeline).__mro__}
+    if not classes & set(adapter.pipeline_classes):
+        raise ValueError(
+            f"This transformer is trained for {' or '.join(adapter.pipeline_classes)}, got it in a "
+            f"{type(pipeline).__name__}, which conditions it otherwise. Load the checkpoint with that class, or use "
+            f"another checkpoint; supported pipelines: {', '.join(supported_pipelines())}."
+        )
+    return adapter
 
 
 def _load_pipeline(name: str, args: _BaseVideoConfig) -> DiffusionPipeline:
@@ -151,6 +173,8 @@ def _check_index(name: str, index: dict[str, Any], *, local: bool) -> None:
     supported = supported_pipelines()
     if index.get("_class_name") not in supported:
         raise ValueError(f"{name!r} holds a {index.get('_class_name')}; supported pipelines: {', '.join(supported)}.")
+    if index.get("transformer_2", [None, None]) != [None, None]:
+        raise ValueError(f"{name!r}: {_TWO_TRANSFORMERS.format(index['_class_name'])}")
     components = [
         key for key, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and None not in entry
     ]

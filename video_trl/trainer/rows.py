@@ -1,36 +1,49 @@
 """From the datasets a user passes to rows that a collator takes, and the settings that depend on the pipeline."""
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
-from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from ..adapters import VideoAdapter
 from ..data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
 from ..data.columns import MapDataset
+from ..data.encoded import check_conditions
 from .base_config import _BaseVideoConfig
 
 
 DEFAULT_MAX_SEQUENCE_LENGTH = 512
+DEFAULT_FPS = 16.0  # what Wan generates at
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
-    """Rows of a dataset, each with its position as `"index"`, which its noise is derived from."""
+    """
+    Rows of a dataset, each with its position as `"index"`, which its noise is derived from.
 
-    def __init__(self, rows: MapDataset) -> None:
-        self.rows = rows
+    Args:
+        rows (`MapDataset`): The rows.
+        shapes (`Sequence[tuple[int, ...]]`): Shape `(C, F, H, W)` of the latents in each row.
+    """
+
+    def __init__(self, rows: MapDataset, shapes: Sequence[tuple[int, ...]]) -> None:
+        assert len(rows) == len(shapes), (len(rows), len(shapes))
+        self.rows, self.shapes = rows, shapes
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "index": index}
+
+
+def encoded_cache_dir(args: _BaseVideoConfig) -> str:
+    """Folder of encoded data: as configured, or beside what the Hub's libraries keep."""
+    return args.cache_dir or os.path.join(constants.HF_HOME, "video_trl", "encoded")
 
 
 def datasets_in(*datasets: Any) -> list[Any]:
@@ -44,6 +57,13 @@ def datasets_in(*datasets: Any) -> list[Any]:
     return found
 
 
+def for_each(function: Callable[[Any], Any], datasets: Any) -> Any:
+    """The function of a dataset, or of every one in a dict; `None` for none."""
+    if isinstance(datasets, dict):
+        return {name: function(dataset) for name, dataset in datasets.items()}
+    return None if datasets is None else function(datasets)
+
+
 def prepare_rows(
     dataset: MapDataset,
     row_type: str,
@@ -53,15 +73,13 @@ def prepare_rows(
     transformer: ModelMixin,
     adapter: VideoAdapter,
     max_sequence_length: int,
-    batch_size: int,
 ) -> IndexedDataset:
     """
     Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows.
 
     Raises:
         ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
-            the transformer, or differ in shape where `batch_size` rows are to be stacked; and whatever
-            `encode_dataset` raises.
+            the transformer, or differ in shape within the row; and whatever `encode_dataset` raises.
     """
     if not is_encoded(dataset, row_type):
         if pipeline is None:
@@ -74,79 +92,94 @@ def prepare_rows(
             pipeline,
             adapter,
             row_type,
-            cache_dir=args.cache_dir or os.path.join(constants.HF_HOME, "video_trl", "encoded"),
+            cache_dir=encoded_cache_dir(args),
             max_sequence_length=max_sequence_length,
             num_frames=args.num_frames,
             fps=args.fps,
             height=args.height,
             width=args.width,
+            buckets=args.buckets(),
+            max_crop=args.resolution_max_crop,
             batch_size=args.encode_batch_size,
             on_bad_video=args.on_bad_video,
             device=args.device,
         )
-    _check_latents(dataset, row_type, transformer, adapter, batch_size)
-    return IndexedDataset(dataset)
+    check_conditions(dataset, adapter)
+    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, adapter))
 
 
-def _check_latents(
-    dataset: MapDataset, row_type: str, transformer: ModelMixin, adapter: VideoAdapter, batch_size: int
-) -> None:
-    rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+def _checked_shapes(
+    dataset: MapDataset, row_type: str, transformer: ModelMixin, adapter: VideoAdapter
+) -> list[tuple[int, ...]]:
+    """Shape `(C, F, H, W)` of the latents in each row."""
+    checked: list[tuple[int, ...]] = []
+    known: set[tuple[int, ...]] = set()
     for number, shapes in enumerate(_latents_shapes(dataset, row_type)):
         if len(set(shapes)) > 1:
             raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
-        if shapes[0] not in rows_of:
+        if shapes[0] not in known:
             try:
                 adapter.check_latents(transformer, shapes[0])
             except ValueError as error:
                 raise ValueError(f"Row {number}: {error}") from error
-        rows_of[shapes[0]].append(number)
-    if batch_size > 1 and len(rows_of) > 1:
-        found = "; ".join(
-            f"{shape} in {len(rows)} row(s) from row {rows[0]} on" for shape, rows in list(rows_of.items())[:5]
-        )
-        raise ValueError(
-            f"A batch of {batch_size} rows needs latents of one shape (C, F, H, W), got {len(rows_of)} shapes: "
-            f"{found}. Set `num_frames`, `height` and `width` when encoding, or a batch size of 1 per device."
-        )
+            known.add(shapes[0])
+        checked.append(shapes[0])
+    return checked
 
 
 def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[int, ...]]]:
     """The shapes `(C, F, H, W)` in every row; of an `EncodedDataset` from the headers of its files."""
-    if not isinstance(dataset, EncodedDataset):
-        columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
-        for number in range(len(dataset)):
-            row = dataset[number]
-            yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
+    if isinstance(dataset, EncodedDataset):
+        yield from dataset.latents_shapes()
         return
-    shape_of: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(set(dataset._shard_of.values())):
-        with safe_open(dataset.directory / shard, framework="pt") as file:
-            shape_of.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-    for row in dataset._rows:
-        keys = [row["video"]] if dataset.row_type == "video" else [row["chosen"], *row["rejected"]]
-        yield [shape_of[key] for key in keys]
+    columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
+    for number in range(len(dataset)):
+        row = dataset[number]
+        yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
 
 
 def generation_kwargs(
-    dataset: IndexedDataset, row_type: str, pipeline: DiffusionPipeline | None, max_sequence_length: int
+    dataset: IndexedDataset, pipeline: DiffusionPipeline | None, max_sequence_length: int
 ) -> dict[str, Any]:
-    """Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the training."""
+    """
+    Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the training: of the
+    commonest size where there are several.
+    """
     call: dict[str, Any] = {"max_sequence_length": max_sequence_length}
     if pipeline is not None:
-        column = next(name for name in ENCODED_COLUMNS[row_type] if name.endswith("latents"))
-        frames, height, width = torch.as_tensor(dataset[0][column]).shape[-3:]
+        (_, frames, height, width), _ = Counter(dataset.shapes).most_common(1)[0]
         call["num_frames"] = (frames - 1) * pipeline.vae_scale_factor_temporal + 1
         call["height"] = height * pipeline.vae_scale_factor_spatial
         call["width"] = width * pipeline.vae_scale_factor_spatial
     return call
 
 
-def resolve_max_sequence_length(args: _BaseVideoConfig, pipeline: DiffusionPipeline | None) -> int:
-    """Prompt length in tokens: as configured, or the tokenizer's maximum but no more than 512."""
-    if args.max_sequence_length is not None:
-        return args.max_sequence_length
-    if pipeline is None:
+def video_fps(dataset: IndexedDataset, args: _BaseVideoConfig) -> float:
+    """Frames per second of the videos: as configured or recorded when they were encoded; where neither is, 16."""
+    recorded = dataset.rows.fps if isinstance(dataset.rows, EncodedDataset) else None
+    return args.fps or recorded or DEFAULT_FPS
+
+
+def resolve_max_sequence_length(
+    args: _BaseVideoConfig, pipeline: DiffusionPipeline | None, required: int | None
+) -> int:
+    """
+    Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
+    than 512.
+
+    Raises:
+        ValueError: If another length is configured than the transformer requires.
+    """
+    configured = args.max_sequence_length
+    if required is not None and configured not in (None, required):
+        raise ValueError(
+            f"This transformer needs prompts of {required} tokens, padding included, got "
+            f"`max_sequence_length={configured}`. Leave it unset."
+        )
+    configured = required or configured
+    if configured is not None:
+        return configured
+    if pipeline is None or pipeline.components.get("tokenizer") is None:
         return DEFAULT_MAX_SEQUENCE_LENGTH
     return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
 

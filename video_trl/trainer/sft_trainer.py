@@ -1,18 +1,17 @@
 """Supervised fine-tuning of a video transformer, the control that every preference method is compared with."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import datasets
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from ..data import VideoCollator, column_names
+from ..data import VideoCollator
 from ..data.columns import MapDataset
 from ..losses import velocity_error
 from .base_trainer import _BaseVideoTrainer
 from .rows import IndexedDataset
 from .sft_config import VideoSFTConfig
+from .video_rows import chosen_as_video
 
 
 class VideoSFTTrainer(_BaseVideoTrainer):
@@ -38,10 +37,10 @@ class VideoSFTTrainer(_BaseVideoTrainer):
     uses_reference = False
 
     def check_dataset(self, dataset: MapDataset) -> None:
-        super().check_dataset(_chosen_as_video(dataset))
+        super().check_dataset(chosen_as_video(dataset))
 
-    def prepare_dataset(self, dataset: MapDataset, batch_size: int, transformer: ModelMixin) -> IndexedDataset:
-        return super().prepare_dataset(_chosen_as_video(dataset), batch_size, transformer)
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        return super().prepare_dataset(chosen_as_video(dataset), transformer)
 
     def compute_loss(
         self,
@@ -60,31 +59,3 @@ class VideoSFTTrainer(_BaseVideoTrainer):
         error = velocity_error(prediction, target)  # (B,)
         loss = error.mean()
         return (loss, {"losses": error}) if return_outputs else loss
-
-
-class _ChosenRows:
-    """Rows of a group or preference dataset that is not a `datasets.Dataset`, as video rows."""
-
-    def __init__(self, rows: MapDataset) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._rows[index]
-        names = {"prompt": "prompt", "prompt_embeds": "prompt_embeds", "chosen": "video", "chosen_latents": "latents"}
-        return {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
-
-
-def _chosen_as_video(dataset: MapDataset) -> MapDataset:
-    if isinstance(dataset, datasets.IterableDataset):  # refused by the check of columns, which says why
-        return dataset
-    columns = set(column_names(dataset))
-    if columns & {"video", "latents"} or not columns & {"chosen", "chosen_latents"}:
-        return dataset
-    if isinstance(dataset, datasets.Dataset):
-        names = {"chosen": "video", "chosen_latents": "latents"}
-        kept = [name for name in ("prompt", "prompt_embeds", *names) if name in columns]
-        return dataset.select_columns(kept).rename_columns({n: names[n] for n in kept if n in names})
-    return _ChosenRows(dataset)

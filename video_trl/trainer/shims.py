@@ -7,6 +7,8 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
+from .auxiliary import detach_auxiliary
+
 
 class _TrackedConfig(FrozenDict):
     """Configuration with the two methods that experiment trackers call."""
@@ -20,9 +22,11 @@ class _TrackedConfig(FrozenDict):
 
 def adapt_for_trainer(transformer: ModelMixin) -> None:
     """Add, to this instance, a configuration that trackers can read and the switch of activation checkpointing."""
-    # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's.
+    # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's; the
+    # trainer itself may have left a module beside the transformer.
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         transformer.__dict__.pop(name, None)
+    detach_auxiliary(transformer)
     transformer._internal_dict = _TrackedConfig(transformer.config)
     transformer.activation_checkpointing_enable = partial(_enable_activation_checkpointing, transformer)
 

@@ -1,0 +1,116 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["video-trl"]
+# ///
+"""
+Alignment of a text-to-video model with a video encoder (VideoREPA, https://huggingface.co/papers/2505.23656).
+
+Without arguments it aligns the sandbox model with the sandbox teacher on simulated clips:
+
+    accelerate launch examples/train_repa.py
+
+With a model, a teacher and a dataset of the row type "video" (docs/dataset_formats.md) it trains that model:
+
+    accelerate launch examples/train_repa.py --config examples/configs/cogvideox-5b-repa.yaml --dataset_name my/videos
+
+Every value of a configuration file can be overridden on the command line. `examples/study_repa.py` compares the method
+with its baselines, and `examples/probe_physion.py` measures what a model has understood.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from video_trl import VideoREPAConfig
+
+
+SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa.yaml"
+FIRST_SEED = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on; how to train is said by [`VideoREPAConfig`]."""
+
+    model_name_or_path: str = field(
+        default="sandbox",
+        metadata={"help": "Repository id or path of a text-to-video pipeline in diffusers layout, or 'sandbox'."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repository id or path of a dataset with the columns prompt and video. Unset: simulated clips of "
+            "the sandbox."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    num_clips: int = field(default=256, metadata={"help": "Simulated clips, where no dataset is named."})
+
+
+def main(argv: list[str]) -> None:
+    from trl import TrlParser
+
+    from video_trl import VideoREPAConfig, VideoREPATrainer
+
+    script_args, training_args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
+    if script_args.dataset_name is not None:
+        dataset = load_dataset(script_args.dataset_name, script_args.dataset_split)
+    elif script_args.model_name_or_path == "sandbox":
+        dataset = simulated_clips(script_args.num_clips, Path(training_args.output_dir) / "clips")
+    else:
+        raise ValueError(
+            f"--model_name_or_path {script_args.model_name_or_path} needs --dataset_name: simulated clips have the "
+            "sandbox's size. Pass a repository id or a folder with the columns prompt and video."
+        )
+    trainer = VideoREPATrainer(script_args.model_name_or_path, training_args, dataset)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def load_dataset(name: str, split: str) -> "datasets.Dataset":
+    """A folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows."""
+    import datasets
+
+    if (Path(name) / "state.json").is_file():
+        return datasets.load_from_disk(name)
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise ValueError(
+            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
+            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
+            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
+        ) from error
+
+
+def checkpoint_to_resume(training_args: "VideoREPAConfig") -> str | bool | None:
+    """`--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`."""
+    value = training_args.resume_from_checkpoint
+    words = {"true": True, "false": None}
+    return words.get(str(value).lower(), value)
+
+
+def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":
+    """Clips that obey the laws of motion, written as mp4 files, with their sentences."""
+    import datasets
+
+    from video_trl.data.video_io import write_video
+    from video_trl.sandbox import simulate
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(FIRST_SEED, FIRST_SEED + number):
+        clip = simulate(seed)
+        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
+    return datasets.Dataset.from_list(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["--config", str(SANDBOX_CONFIG)])

@@ -1,0 +1,34 @@
+"""Two processes align as one does: the head lies inside the forward that distributed training watches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from tests.distributed.repa_worker import run
+from tests.trainer.runs import assert_close_weights
+
+
+def test_two_processes_compute_the_step_of_one(tmp_path):
+    repository = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("repa_worker.py")), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    log, recorder = run(tmp_path / "alone", per_device_train_batch_size=2)
+    gradients = safetensors.torch.load_file(tmp_path / "gradients.safetensors")
+    assert sum(name.startswith("auxiliary.") for name in gradients) == 8
+    assert_close_weights(gradients, recorder.steps[0], 1e-5)
+    for entry, expected in zip(json.loads((tmp_path / "log.json").read_text()), log, strict=True):
+        for name in ("loss", "loss/diffusion", "loss/alignment", "trd/spatial", "trd/temporal", "trd/raw"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-3), name

@@ -1,0 +1,300 @@
+"""The loss of `VideoREPATrainer` against the same computation written out, what it trains, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.tiny import tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
+from tests.trainer.repa_runs import aligned_rows, repa_config, repa_trainer, tiny_teacher, with_tokens
+from tests.trainer.runs import RecordGradients, StopAfter, assert_equal_weights, first_batch, losses, trained_weights
+from tests.trainer.test_group_dpo_trainer import generator_of
+from video_trl import VideoREPAConfig, VideoREPATrainer
+from video_trl.data.teacher_tokens import dequantise_tokens
+
+
+SHAPE = (4, 3, 4, 4)  # latents of 9 frames
+
+
+def relation_loss_by_hand(student: torch.Tensor, teacher: torch.Tensor, margin: float) -> torch.Tensor:
+    """One mean over all pairs of tokens `(F, N, D)`, with a soft margin."""
+    relations = []
+    for tokens in (student, teacher):
+        unit = tokens.flatten(0, 1) / tokens.flatten(0, 1).norm(dim=1, keepdim=True)
+        relations.append(unit @ unit.T)
+    return ((relations[0] - relations[1]).abs() - margin).clamp(min=0).mean()
+
+
+def losses_by_hand(made, index: int, row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Diffusion loss, alignment loss and raw relation error of one video at step 0, from the bare transformer."""
+    generator = generator_of(42, 0, index)
+    sigma = torch.rand((), generator=generator, dtype=torch.float64).float()
+    torch.randint(1, (), generator=generator)
+    noise = torch.randn(*SHAPE, generator=generator)
+    padded = torch.zeros(1, 16, row["prompt_embeds"].shape[1])
+    padded[0, : len(row["prompt_embeds"])] = row["prompt_embeds"]
+    kept = []
+    handle = made.model.blocks[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    noisy = (1 - sigma) * row["latents"] + sigma * noise
+    velocity = made.model(noisy[None], 1000 * sigma[None], padded, return_dict=False)[0][0]
+    handle.remove()
+    hidden = kept[0].view(3, 4, 24)  # three latent frames of 2 x 2 tokens
+    first, second, third = made.head.projector[0], made.head.projector[2], made.head.projector[4]
+    silu = torch.nn.functional.silu
+    tokens = silu(silu(hidden @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    tokens = tokens @ third.weight.T + third.bias
+    # Centres 2.5 and 6.5 of latents 1 and 2 at the teacher's 1.5, 3.5, 5.5 and 7.5.
+    shares = (0.0, 0.25, 0.75, 1.0)
+    student, unprojected = (
+        torch.stack([(1 - share) * side[1] + share * side[2] for share in shares]) for side in (tokens, hidden)
+    )
+    teacher = dequantise_tokens(row["teacher_tokens"][None], row["teacher_scale"][None])[0]
+    error = (velocity - (noise - row["latents"])).square().mean()
+    raw = relation_loss_by_hand(unprojected, teacher, 0.0)
+    if made.args.alignment_loss == "repa":
+        return error, -torch.nn.functional.cosine_similarity(student, teacher, dim=-1).mean(), raw
+    return error, relation_loss_by_hand(student, teacher, made.margin), raw
+
+
+@pytest.mark.parametrize("alignment_loss", ["trd", "repa"])
+def test_loss_and_gradients_equal_the_computation_by_hand(tmp_path, alignment_loss):
+    rows = aligned_rows(2)
+    made = repa_trainer(tmp_path, train_dataset=rows, alignment_loss=alignment_loss, coefficient=0.7, margin=0.05)
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    parameters = [weight for weight in made.model.parameters() if weight.requires_grad]
+    batch = first_batch(made, 0, 1)
+    loss, outputs = made.compute_loss(made.model, batch, return_outputs=True)
+    gradients = torch.autograd.grad(loss, parameters)
+
+    by_hand = [losses_by_hand(made, index, row) for index, row in enumerate(rows)]
+    expected = sum(error + 0.7 * alignment for error, alignment, _ in by_hand) / 2
+    expected_gradients = torch.autograd.grad(expected, parameters)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert outputs["alignment"].tolist() == pytest.approx([x.item() for _, x, _ in by_hand], rel=1e-4)
+    assert outputs["losses"].mean().item() == pytest.approx(loss.item())
+    logged = made._metrics["train"].pop(made.accelerator)
+    assert logged["trd/raw"] == pytest.approx(sum(raw.item() for *_, raw in by_hand) / 2, rel=1e-4)
+    names = [name for name, weight in made.model.named_parameters() if weight.requires_grad]
+    for name, gradient, other in zip(names, gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-6, msg=name)
+    alignment = made.compute_loss(made.model, batch, return_outputs=True)[1]["alignment"].mean()
+    alone = torch.autograd.grad(alignment, parameters, allow_unused=True)
+    reached = {name for name, gradient in zip(names, alone, strict=True) if gradient is not None and gradient.any()}
+    assert any("blocks.0" in name and "lora_A" in name for name in reached)
+    assert sum("auxiliary" in name for name in reached) == 6
+    assert not any("blocks.1" in name for name in reached)  # lies behind the aligned block
+
+
+def test_first_value_of_raw_is_the_projector_free_relation_error(tmp_path):
+    rows = aligned_rows(2)
+    made = repa_trainer(tmp_path, train_dataset=rows, max_steps=1, projector="none", margin=0.0)
+    assert made.auxiliary is None and not hasattr(made.model, "auxiliary")
+    made.train()
+    log = made.state.log_history[0]
+    assert log["trd/raw"] == pytest.approx(
+        log["loss/alignment"], rel=1e-5
+    )  # the projector is all that sets them apart
+    # Four frames: one mean over all pairs is a quarter spatial and three quarters temporal.
+    assert log["loss/alignment"] == pytest.approx(log["trd/spatial"] / 4 + log["trd/temporal"] * 3 / 4, rel=1e-5)
+    assert log["loss"] == pytest.approx(log["loss/diffusion"] + 0.5 * log["loss/alignment"], rel=1e-4)
+    assert log["trd/coefficient"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("wan-t2v", {"projector": "none"}),
+        ("wan-t2v", {"use_peft": False, "spatial_pooling": "conv"}),
+        ("cogvideox-t2v", {}),
+        ("cogvideox-t2v", {"use_peft": False, "spatial_pooling": "conv"}),
+    ],
+)
+def test_training_lowers_the_relation_error(tmp_path, family, changes):
+    recorder = RecordGradients()
+    settings = {"coefficient": 10.0, "max_steps": 20, "margin": 0.0, "per_device_train_batch_size": 1} | changes
+    if not settings.get("use_peft", True):
+        settings["learning_rate"] = 1e-3
+    rows = aligned_rows(1, family)
+    made = repa_trainer(tmp_path, family, train_dataset=rows, callbacks=[recorder], **settings)
+    made.train()
+    alignment = [entry["loss/alignment"] for entry in made.state.log_history if "loss/alignment" in entry]
+    assert sum(alignment[-5:]) < 0.9 * sum(alignment[:5])  # the noise differs from step to step
+    heads = [] if made.auxiliary is None else [name for name, _ in made.auxiliary.named_parameters()]
+    assert len(heads) == {"none": 0}.get(made.args.projector, 8 if "spatial_pooling" in changes else 6)
+    assert {f"auxiliary.{name}" for name in heads} <= recorder.steps[-1].keys()
+
+
+def test_resuming_is_bit_exact_and_the_adapter_holds_no_head(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    straight = repa_trainer(tmp_path / "straight", **saving)
+    straight.train()
+    stopped = repa_trainer(tmp_path / "stopped", callbacks=[StopAfter(3)], **saving)
+    stopped.train()
+    resumed = repa_trainer(tmp_path / "resumed", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+    assert_equal_weights(trained_weights(resumed), trained_weights(straight))
+    assert sum(name.startswith("auxiliary") for name in trained_weights(straight)) == 6
+    assert losses(resumed)[-3:] == losses(straight)[-3:]
+
+    straight.save_model()
+    adapter = safetensors.torch.load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
+    assert adapter and not [name for name in adapter if "auxiliary" in name]
+    fresh = tiny_wan_pipeline()
+    fresh.load_lora_weights(tmp_path / "straight")
+    other = repa_trainer(tmp_path / "other", projector="linear")
+    with pytest.raises(ValueError, match="auxiliary"):
+        other.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+
+
+def test_head_has_its_own_learning_rate(tmp_path):
+    made = repa_trainer(tmp_path, max_steps=1, learning_rate=1e-3, head_learning_rate=0.0)
+    before = {name: weight.clone() for name, weight in made.auxiliary.named_parameters()}
+    made.train()
+    assert_equal_weights(dict(made.auxiliary.named_parameters()), before)
+    assert sorted({group["initial_lr"] for group in made.optimizer.param_groups if group["params"]}) == [0.0, 1e-3]
+
+
+def test_tokens_of_the_cache_and_of_the_moment_agree(tmp_path):
+    """Group rows, of which the chosen video is taken: encoded once and cached in 8 bit, or looked at in the step."""
+    dataset = tiny_group_dataset(2, 1, num_frames=9)
+    runs = {}
+    for precompute in (True, False):
+        made = repa_trainer(
+            tmp_path / str(precompute),
+            train_dataset=dataset,
+            teacher=tiny_teacher(),
+            precompute_teacher=precompute,
+            cache_dir=str(tmp_path / "cache"),
+            fps=8,
+            max_steps=1,
+        )
+        batch = first_batch(made, 0, 1)
+        seen = made.teacher_tokens(batch)
+        runs[precompute] = (batch, seen, made.compute_loss(made.model, batch, return_outputs=True)[1])
+        assert made.margin == 0.0  # VideoMAE's
+    cached, online = runs[True], runs[False]
+    assert "video" in online[0] and cached[0]["teacher_tokens"].dtype == torch.int8
+    assert cached[1].grid == online[1].grid == (4, 2, 2)
+    assert torch.equal(cached[1].frame_times, online[1].frame_times)
+    scale = online[1].tokens.abs().amax(-1, keepdim=True)
+    assert ((cached[1].tokens - online[1].tokens).abs() <= 0.51 / 127 * scale).all()
+    assert torch.equal(cached[2]["errors"], online[2]["errors"])
+    torch.testing.assert_close(cached[2]["alignment"], online[2]["alignment"], rtol=0, atol=5e-3)
+    assert not torch.equal(cached[2]["alignment"], online[2]["alignment"])
+
+
+def test_evaluation_and_metrics(tmp_path):
+    made = repa_trainer(tmp_path, eval_dataset=aligned_rows(3), coefficient_warmup_steps=2, max_steps=1)
+    made.train()
+    metrics = made.evaluate()
+    expected = {
+        "loss",
+        "loss/diffusion",
+        "loss/alignment",
+        "trd/spatial",
+        "trd/temporal",
+        "trd/raw",
+        "trd/coefficient",
+    }
+    assert expected <= {name.removeprefix("eval_") for name in metrics}
+    # One step is done: the second step of the warm-up comes next.
+    assert metrics["eval_trd/coefficient"] == 0.5 and made.state.log_history[0]["trd/coefficient"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({}, {0: 0.5, 99: 0.5}),
+        ({"coefficient_warmup_steps": 4}, {0: 0.125, 1: 0.25, 3: 0.5, 4: 0.5, 50: 0.5}),
+        ({"coefficient_decay": "linear"}, {0: 0.5, 50: 0.25, 75: 0.125, 100: 0.0}),
+        ({"coefficient_decay": "cosine"}, {0: 0.5, 25: 0.25 * (1 + math.cos(math.pi / 4)), 50: 0.25, 100: 0.0}),
+        ({"coefficient_cutoff": 0.6}, {0: 0.5, 59: 0.5, 60: 0.0, 99: 0.0}),
+        ({"coefficient_cutoff": 10}, {9: 0.5, 10: 0.0}),
+        (
+            {"coefficient_warmup_steps": 10, "coefficient_decay": "linear", "coefficient_cutoff": 50},
+            {9: 0.5, 10: 0.5, 30: 0.25, 49: 0.0125, 50: 0.0},
+        ),
+    ],
+)
+def test_schedule_of_the_coefficient(tmp_path, changes, values):
+    args = repa_config(tmp_path, **changes)
+    for step, value in values.items():
+        assert args.coefficient_at(step, 100) == pytest.approx(value), step
+
+
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [
+        ("OpenGVLab/VideoMAEv2-Base", 0.1),
+        ("vit_b_k710_dl_from_giant.pth", 0.1),
+        ("facebook/vjepa2-vitl-fpc64-256", 0.05),
+        ("MCG-NJU/videomae-base", 0.0),
+        ("sandbox", 0.0),
+        ("facebook/dinov2-base", 0.1),
+    ],
+)
+def test_margin_follows_the_teacher(tmp_path, name, margin):
+    assert repa_config(tmp_path).margin_for(name) == margin
+    assert repa_config(tmp_path, margin=0.3).margin_for(name) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignment_loss": "gram"}, "`alignment_loss` must be one of 'trd', 'repa'"),
+        ({"coefficient": -0.5}, "`coefficient` must be finite and not negative"),
+        ({"margin": 2.0}, r"`margin` must be in \[0, 2\)"),
+        ({"norm": "l2", "margin": 0.1}, "`norm='l2'` has no margin"),
+        ({"align_layer": 0}, "`align_layer` must be a block"),
+        ({"align_layer": 2.5}, "`align_layer` must be a block"),
+        ({"projector": "none", "spatial_pooling": "conv"}, "works on projected tokens"),
+        ({"coefficient_cutoff": 0.0}, "`coefficient_cutoff` must be positive"),
+        ({"row_chunk": 0}, "`row_chunk` must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        repa_config(tmp_path, **changes)
+    assert VideoREPAConfig(str(tmp_path), use_cpu=True, norm="l2").margin == 0.0
+
+
+def test_what_cannot_be_aligned_is_refused_before_training(tmp_path):
+    raw = tiny_group_dataset(1, 1, num_frames=9)
+    for arguments, message in (
+        ({"train_dataset": tiny_encoded_video(2)}, "encoded already, without the teacher's columns"),
+        ({"train_dataset": raw}, "Expected a teacher, got none"),
+        ({"align_layer": 3}, "`align_layer` must be a block from 1 to 2"),
+        ({"train_dataset": with_tokens(tiny_encoded_video(2, latents_shape=(4, 1, 4, 4)))}, "Use longer videos"),
+        (
+            {"train_dataset": with_tokens(tiny_encoded_video(2, latents_shape=(4, 3, 4, 6)))},
+            "3 token columns and the teacher 2",
+        ),
+        ({"temporal_target": "student", "train_dataset": short_rows()}, "Relations over time need two token frames"),
+        ({"alignment_loss": "repa", "projector": "none"}, "the width of the transformer"),
+        ({"train_dataset": raw, "teacher": tiny_teacher(), "fps": 8, "num_frames": 7}, "Set `num_frames` to 5 or 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            repa_trainer(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="Got a teacher twice"):
+        VideoREPATrainer(tiny_wan_pipeline(), repa_config(tmp_path, teacher="sandbox"), raw, teacher=tiny_teacher())
+    # A teacher that sees other places is found out with one video, before all of them are encoded.
+    teacher = tiny_teacher(image_size=48)
+    with pytest.raises(ValueError, match="2 token rows and the teacher 3"):
+        repa_trainer(tmp_path, train_dataset=raw, teacher=teacher, fps=8, cache_dir=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def short_rows() -> list[dict]:
+    return with_tokens(tiny_encoded_video(2, latents_shape=(4, 2, 4, 4)), frames=2)
+
+
+def test_a_bare_transformer_trains_on_rows_with_tokens(tmp_path):
+    made = repa_trainer(tmp_path, model=tiny_transformer(), max_steps=2, temporal_target="student")
+    made.train()
+    assert len(losses(made)) == 2
+    assert json.loads(made.args.to_json_string())["alignment_loss"] == "trd"

@@ -1,0 +1,43 @@
+"""Arguments of the preference trainer."""
+
+from dataclasses import dataclass, field
+
+from .base_config import _BaseVideoConfig, _check_positive
+
+
+@dataclass
+class VideoDPOConfig(_BaseVideoConfig):
+    """
+    Arguments of [`VideoDPOTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    [`~transformers.TrainingArguments`].
+
+    The defaults are those of the DPO baseline of Reg-DPO (https://huggingface.co/papers/2511.01450): LoRA of rank 16
+    with alpha 32, learning rate 5e-6, beta 500.
+    """
+
+    # Defaults that are replaced
+    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the default LoRA adapter; 16 is Reg-DPO's."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
+    )
+
+    # Parameters that control the loss
+    beta: float = field(
+        default=500.0,
+        metadata={
+            "help": "Strength of the pull towards the reference: reward = -(beta / 2) * (policy error - reference "
+            "error). Errors are averaged, not summed, over a video, hence its size next to the 0.1 of language models."
+        },
+    )
+    shared_noise: bool = field(
+        default=True,
+        metadata={
+            "help": "Give both videos of a pair the same noise, not only the same timestep. On, because the loss "
+            "depends on their difference, where what is common partly cancels. The paper does not say."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "beta")
+        super().__post_init__()

@@ -1,0 +1,85 @@
+"""Preference optimisation of a video transformer (Diffusion-DPO, Flow-DPO)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import GroupCollator
+from ..losses import dgr, dpo_loss, implicit_reward, velocity_error
+from .base_trainer import _BaseVideoTrainer
+from .dpo_config import VideoDPOConfig
+
+
+class VideoDPOTrainer(_BaseVideoTrainer):
+    """
+    Train a video transformer to prefer the chosen video of a pair over the rejected one.
+
+    The objective is that of Diffusion-DPO (https://huggingface.co/papers/2311.12908) and Flow-DPO
+    (https://huggingface.co/papers/2501.13918). It fixes the difference of the two errors only and can be met by
+    raising both: [`VideoRegDPOTrainer`] is the cure, and [`CollapseMonitor`] tells when it is needed.
+
+    ```python
+    from video_trl import VideoDPOConfig, VideoDPOTrainer
+
+    trainer = VideoDPOTrainer("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", VideoDPOConfig(output_dir="wan-dpo"), dataset)
+    trainer.train()
+    trainer.save_model()  # pipeline.load_lora_weights("wan-dpo") takes it from there
+    ```
+
+    The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
+    is drawn in each step. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    """
+
+    _name = "DPO"
+    _tag = "dpo"
+    _method = "preference optimisation ([Diffusion-DPO](https://huggingface.co/papers/2311.12908))"
+    config_class = VideoDPOConfig
+    row_type = "preference"
+    collator_class = GroupCollator
+    uses_reference = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        chosen, rejected = inputs["chosen_latents"], inputs["rejected_latents"]  # (B, C, F, H, W), (B, m, C, F, H, W)
+        batch_size, num_rejected = rejected.shape[:2]
+
+        # The pair shares one timestep and, by default, one noise: only the videos differ.
+        num_noises = 1 if self.args.shared_noise else 2
+        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
+
+        latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side
+        noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
+        timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
+        conditions = self.conditions(inputs, repeats=2)
+        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
+        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+
+        with torch.no_grad(), self.reference_policy() as reference:
+            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
+        reference_error = velocity_error(prediction, target)
+        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
+        policy_error = velocity_error(prediction, target)
+
+        rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
+        chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each
+        losses = dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
+        loss = losses.mean()
+
+        win_gap, lose_gap = (policy_error - reference_error).view(batch_size, 2).unbind(dim=1)
+        self.record("win_gap", win_gap)
+        self.record("lose_gap", lose_gap)
+        self.record("s_theta", win_gap - lose_gap)
+        self.record("dgr", dgr(win_gap - lose_gap, self.args.beta))
+        self.record("rewards/chosen", chosen_rewards)
+        self.record("rewards/rejected", rejected_rewards)
+        self.record("rewards/margins", chosen_rewards - rejected_rewards)
+        self.record("rewards/accuracies", chosen_rewards > rejected_rewards)
+        outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
+        return (loss, outputs) if return_outputs else loss

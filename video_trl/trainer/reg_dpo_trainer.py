@@ -1,0 +1,88 @@
+"""Preference optimisation of a video transformer, regularised by the error of the chosen video (Reg-DPO)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import GroupCollator
+from ..losses import reg_dpo_loss, velocity_error
+from .base_trainer import _BaseVideoTrainer
+from .reg_dpo_config import VideoRegDPOConfig
+
+
+class VideoRegDPOTrainer(_BaseVideoTrainer):
+    """
+    Train a video transformer to prefer the chosen video of a pair, without losing the ability to make it.
+
+    The objective is Reg-DPO's (https://huggingface.co/papers/2511.01450): the DPO loss plus r times the error of the
+    chosen video, where r is fixed or follows the DPO gradient ratio of each pair.
+
+    ```python
+    from video_trl import VideoRegDPOConfig, VideoRegDPOTrainer
+
+    args = VideoRegDPOConfig(output_dir="wan-reg-dpo")
+    trainer = VideoRegDPOTrainer("Wan-AI/Wan2.1-T2V-14B-Diffusers", args, dataset)
+    trainer.train()
+    trainer.save_model()  # pipeline.load_lora_weights("wan-reg-dpo") takes it from there
+    ```
+
+    The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
+    is drawn in each step. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    """
+
+    _name = "RegDPO"
+    _tag = "reg-dpo"
+    _method = "SFT-regularised preference optimisation ([Reg-DPO](https://huggingface.co/papers/2511.01450))"
+    config_class = VideoRegDPOConfig
+    row_type = "preference"
+    collator_class = GroupCollator
+    uses_reference = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        chosen, rejected = inputs["chosen_latents"], inputs["rejected_latents"]  # (B, C, F, H, W), (B, m, C, F, H, W)
+        batch_size, num_rejected = rejected.shape[:2]
+
+        # The pair shares one timestep and, by default, one noise: only the videos differ.
+        num_noises = 1 if self.args.shared_noise else 2
+        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
+
+        latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side
+        noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
+        timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
+        conditions = self.conditions(inputs, repeats=2)
+        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
+        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+
+        with torch.no_grad(), self.reference_policy() as reference:
+            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
+        reference_error = velocity_error(prediction, target).view(batch_size, 2)
+        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
+        policy_error = velocity_error(prediction, target).view(batch_size, 2)
+
+        coefficient = self.args.sft_coefficient
+        losses, metrics = reg_dpo_loss(
+            policy_error[:, 0],
+            reference_error[:, 0],
+            policy_error[:, 1],
+            reference_error[:, 1],
+            beta=self.args.beta,
+            sft_weight=("dgr", coefficient) if self.args.sft_weight_mode == "dgr" else coefficient,
+        )
+        loss = losses.mean()
+
+        for name, values in metrics.items():
+            self.record(name, values)
+        outputs = {
+            "losses": losses,
+            "chosen_rewards": metrics["rewards/chosen"],
+            "rejected_rewards": metrics["rewards/rejected"],
+        }
+        return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,286 @@
+"""Alignment of a video transformer's hidden states with a teacher's tokens (VideoREPA, and REPA as its baseline)."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from ..data import is_encoded
+from ..data.columns import MapDataset, undecoded
+from ..data.teacher_tokens import dequantise_tokens, encode_teacher
+from ..losses import repa_loss, trd_loss, velocity_error
+from ..teachers import TeacherTokens, VideoTeacher, load_teacher
+from .alignment import (
+    FRAMES_PER_LATENT,
+    AlignmentHead,
+    AlignmentPlan,
+    TokenGeometry,
+    block_index,
+    hidden_width,
+    plan_alignment,
+    student_geometry,
+    tap_alignment,
+)
+from .base_trainer import _BaseVideoTrainer
+from .loading import SANDBOX
+from .repa_config import VideoREPAConfig
+from .rows import IndexedDataset, encoded_cache_dir
+from .teacher_rows import (
+    TEACHER_COLUMNS,
+    PixelRows,
+    SelectedRows,
+    TeacherRows,
+    TeacherVideoCollator,
+    first_readable_video,
+    has_teacher_tokens,
+)
+from .video_rows import chosen_as_video
+
+
+class VideoREPATrainer(_BaseVideoTrainer):
+    """
+    Train a video transformer on videos while the relations between its hidden states are drawn towards those between
+    the tokens of a frozen video encoder, the teacher.
+
+    The objective is VideoREPA's (https://huggingface.co/papers/2505.23656): the diffusion loss plus `coefficient`
+    times token relation distillation (TRD); with `alignment_loss="repa"` it is its baseline, token-wise cosine.
+
+    ```python
+    from video_trl import VideoREPAConfig, VideoREPATrainer
+
+    args = VideoREPAConfig(output_dir="cogvideox-repa", max_steps=2000, teacher="facebook/vjepa2-vitl-fpc64-256")
+    trainer = VideoREPATrainer("zai-org/CogVideoX-5b", args, dataset)
+    trainer.train()
+    trainer.save_model()  # pipeline.load_lora_weights("cogvideox-repa"); teacher and head are not needed any more
+    ```
+
+    The dataset has video rows (`prompt`, `video`); of group and preference rows, the chosen video is taken. Encoded
+    rows need the teacher's columns beside latents and prompt embeddings: see `TeacherRows`. The arguments of the
+    constructor are those of `_BaseVideoTrainer`, and:
+
+    Args:
+        teacher ([`~video_trl.teachers.VideoTeacher`], *optional*):
+            Teacher to use instead of the one that `args.teacher` names.
+    """
+
+    _name = "REPA"
+    _tag = "repa"
+    _method = "representation alignment ([VideoREPA](https://huggingface.co/papers/2505.23656))"
+    config_class = VideoREPAConfig
+    row_type = "video"
+    collator_class = TeacherVideoCollator
+    uses_reference = False
+
+    def __init__(
+        self,
+        model: Any,
+        args: VideoREPAConfig | None = None,
+        train_dataset: MapDataset | None = None,
+        eval_dataset: MapDataset | dict[str, MapDataset] | None = None,
+        *,
+        teacher: VideoTeacher | None = None,
+        **arguments: Any,
+    ) -> None:
+        if teacher is not None and args is not None and args.teacher is not None:
+            raise ValueError(f"Got a teacher twice: `teacher` and `args.teacher={args.teacher!r}`. Drop one of them.")
+        self._given_teacher = teacher
+        self._default_teacher = SANDBOX if model == SANDBOX else None
+        self._plans: dict[Any, AlignmentPlan] = {}
+        self._teacher_width = 0
+        super().__init__(model, args, train_dataset, eval_dataset, **arguments)
+
+    # ---- Preparation ----
+
+    @cached_property
+    def teacher(self) -> VideoTeacher:
+        """The teacher, loaded when it is first needed: never, where the rows carry its tokens."""
+        if self._given_teacher is not None:
+            return self._given_teacher.to(self.args.device)
+        name = self.args.teacher or self._default_teacher
+        assert name is not None, "refused by `check_dataset`"
+        assert not isinstance(self.args.teacher_kwargs, str), "TrainingArguments parses JSON strings"
+        return load_teacher(name, device=self.args.device, **(self.args.teacher_kwargs or {}))
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        videos = chosen_as_video(dataset)
+        super().check_dataset(videos)
+        if has_teacher_tokens(videos):
+            return
+        if is_encoded(videos, self.row_type):
+            raise ValueError(
+                f"The dataset is encoded already, without the teacher's columns {list(TEACHER_COLUMNS)}. Pass the raw "
+                "videos (what is cached is found again), or join it with its tokens: `TeacherRows(encoded, "
+                "encode_teacher(raw, teacher, ...))`."
+            )
+        if self._given_teacher is None and self.args.teacher is None and self._default_teacher is None:
+            raise ValueError(
+                "Expected a teacher, got none. Set `teacher` in the configuration to a path or repository id (such as "
+                "'facebook/vjepa2-vitl-fpc64-256'), or pass an object: `VideoREPATrainer(..., teacher=teacher)`."
+            )
+
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        videos = undecoded(chosen_as_video(dataset))
+        with_tokens = has_teacher_tokens(videos)
+        if not with_tokens and self.pipeline is not None:
+            self._check_one_video(videos, transformer)  # before the first of many is encoded
+        prepared = super().prepare_dataset(videos, transformer)
+        if not with_tokens:
+            prepared = IndexedDataset(self._with_teacher(prepared.rows, videos), prepared.shapes)
+        if has_teacher_tokens(prepared.rows):
+            for shape in dict.fromkeys(prepared.shapes):
+                row = prepared.rows[prepared.shapes.index(shape)]
+                self._teacher_width = torch.as_tensor(row["teacher_tokens"]).shape[-1]
+                self._plan(transformer, shape, *(torch.as_tensor(row[name]) for name in TEACHER_COLUMNS[2:]))
+        return prepared
+
+    def _pixels(self) -> dict[str, Any]:
+        return {name: self.args.__dict__[name] for name in ("num_frames", "fps", "height", "width")}
+
+    def _with_teacher(self, rows: Any, videos: MapDataset) -> MapDataset:
+        """Encoded rows with the teacher's tokens, or with the pixels that it will look at."""
+        skipped = {row.row for row in rows.skipped}
+        if skipped:
+            videos = SelectedRows(videos, [number for number in range(len(videos)) if number not in skipped])
+        if not self.args.precompute_teacher:
+            return PixelRows(rows, videos, self._pixels())
+        tokens = encode_teacher(
+            videos,
+            self.teacher,
+            cache_dir=encoded_cache_dir(self.args),
+            batch_size=self.args.teacher_batch_size,
+            device=self.args.device,
+            **self._pixels(),
+        )
+        return TeacherRows(rows, tokens)
+
+    def _check_one_video(self, videos: MapDataset, transformer: ModelMixin) -> None:
+        """Show the teacher one video and see whether its tokens can be compared with the transformer's."""
+        assert self.pipeline is not None
+        skip_bad = self.args.on_bad_video == "skip"
+        video = first_readable_video(videos, self._pixels(), skip_bad=skip_bad)  # (T, H, W, 3)
+        self.adapter.check_video(self.pipeline.vae, video.shape[:3])
+        seen = self._look(video[None])
+        channels = transformer.config.out_channels or transformer.config.in_channels
+        frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        height, width = (side // self.pipeline.vae_scale_factor_spatial for side in video.shape[1:3])
+        self._teacher_width = seen.tokens.shape[-1]
+        self._plan(transformer, (channels, frames, height, width), torch.tensor(seen.grid), seen.frame_times)
+
+    def _plan(self, transformer: nn.Module, latents_shape: Any, grid: Tensor, frame_times: Tensor) -> AlignmentPlan:
+        """How the tokens of videos of this shape are aligned; a `ValueError` if they cannot be."""
+        teacher = TokenGeometry(tuple(grid.tolist()), tuple(frame_times.tolist()))
+        key = (tuple(latents_shape[-3:]), teacher)
+        if key not in self._plans:
+            frames_per_latent = self.pipeline.vae_scale_factor_temporal if self.pipeline else FRAMES_PER_LATENT
+            student = student_geometry(self.adapter, transformer, latents_shape, frames_per_latent)
+            plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
+            self._check_plan(plan)
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _check_plan(self, plan: AlignmentPlan) -> None:
+        if self.args.alignment_loss == "trd" and self.args.relations != "spatial" and len(plan.student_frames) < 2:
+            raise ValueError(
+                "Relations over time need two token frames behind the first latent frame, got one. Use longer videos, "
+                "`temporal_target='teacher'`, or `relations='spatial'`."
+            )
+        if self.args.spatial_pooling == "conv":
+            strides = {other.stride for other in self._plans.values()} | {plan.stride}
+            if len(strides) > 1:
+                raise ValueError(
+                    f"`spatial_pooling='conv'` has one stride, but the videos need {sorted(strides)}. Use "
+                    "`spatial_pooling='area'`, or videos of one size."
+                )
+
+    def make_auxiliary(self, transformer: ModelMixin) -> nn.Module | None:
+        blocks = self.adapter.blocks(transformer)
+        self._block = block_index(self.args.align_layer, len(blocks))
+        width = hidden_width(transformer)
+        if self.args.alignment_loss == "repa" and self.args.projector == "none" and width != self._teacher_width:
+            raise ValueError(
+                f"`alignment_loss='repa'` compares token by token: with `projector='none'` the width of the "
+                f"transformer ({width}) must be the teacher's ({self._teacher_width}). Use 'mlp' or 'linear'."
+            )
+        self.head = AlignmentHead(
+            width,
+            self._teacher_width,
+            projector=self.args.projector,
+            projector_width=self.args.projector_width,
+            stride=next(iter(self._plans.values())).stride if self.args.spatial_pooling == "conv" else None,
+        )
+        return self.head if any(True for _ in self.head.parameters()) else None
+
+    def auxiliary_learning_rate(self) -> float | None:
+        return self.args.head_learning_rate
+
+    # ---- The loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        latents = inputs["latents"]  # (B, C, F, H, W)
+        draw = self.draw(inputs["index"], latents.shape[1:])
+        timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
+        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
+        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+
+        seen = self.teacher_tokens(inputs)
+        plan = self._plan(self.model, latents.shape, torch.tensor(seen.grid), seen.frame_times)
+        with tap_alignment(self.adapter, model, self._block, self.head, plan) as tap:
+            prediction = self.adapter.predict(model, noisy_latents, timesteps, self.conditions(inputs))
+        error = velocity_error(prediction, target)  # (B,)
+
+        assert tap.tokens is not None
+        student, hidden = tap.tokens.projected, tap.tokens.hidden  # (B, F, N, D), (B, F, N, d)
+        teacher = plan.align_teacher(seen.tokens)  # (B, F, N, D)
+        relations = {"margin": self.margin, **self.args.relation_arguments()}
+        if self.args.alignment_loss == "repa":
+            alignment = torch.stack([repa_loss(*pair) for pair in _one_by_one(student, teacher)])  # (B,)
+        else:
+            parts = [torch.stack(trd_loss(*pair, **relations)) for pair in _one_by_one(student, teacher)]
+            alignment, spatial, temporal = torch.stack(parts, dim=1)  # (B,) each
+            self.record("trd/spatial", spatial)
+            self.record("trd/temporal", temporal)
+        coefficient = self.args.coefficient_at(self.state.global_step, self.state.max_steps)
+        losses = error + coefficient * alignment  # (B,)
+        loss = losses.mean()
+
+        with torch.no_grad():  # what the transformer itself has learned: a projector can absorb the loss above
+            chunk = self.args.row_chunk
+            raw = [trd_loss(*pair, margin=0.0, row_chunk=chunk)[0] for pair in _one_by_one(hidden, teacher)]
+        self.record("loss/diffusion", error)
+        self.record("loss/alignment", alignment)
+        self.record("trd/raw", torch.stack(raw))
+        self.record("trd/coefficient", torch.full_like(error, coefficient))
+        outputs = {"losses": losses, "errors": error, "alignment": alignment}
+        return (loss, outputs) if return_outputs else loss
+
+    def teacher_tokens(self, inputs: dict[str, Tensor]) -> TeacherTokens:
+        """What the teacher saw in the videos of a batch, from the cache or by looking at them now."""
+        if "video" in inputs:
+            return self._look(inputs["video"])
+        tokens = dequantise_tokens(inputs["teacher_tokens"], inputs["teacher_scale"])
+        grid = tuple(inputs["teacher_grid"].tolist())
+        return TeacherTokens(tokens, grid, inputs["teacher_frame_times"])
+
+    def _look(self, video: Tensor) -> TeacherTokens:
+        """The teacher's tokens of videos, uint8 `(B, T, H, W, 3)`."""
+        with torch.no_grad():
+            return self.teacher(video.to(self.args.device).permute(0, 1, 4, 2, 3).float() / 255)
+
+    @cached_property
+    def margin(self) -> float:
+        """Margin of the relations: as configured, or the one that suits the teacher."""
+        name = None if self._given_teacher is None else self._given_teacher.name
+        return self.args.margin_for(name or self.args.teacher or self._default_teacher)
+
+
+def _one_by_one(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Batches of one, because evaluation and metrics need the loss of each sample."""
+    return list(zip(student.split(1), teacher.split(1), strict=True))
