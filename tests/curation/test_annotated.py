@@ -1,0 +1,142 @@
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from video_trl.curation import annotated_pairs, read_votes
+from video_trl.curation.annotated import DIMENSIONS
+from video_trl.data import check_columns
+
+
+def votes_of(pairs, raters=3):
+    """Votes with a known answer: `pairs` maps a name to two lists, a mark a rater (in all dimensions)."""
+    votes = []
+    for name, sides in pairs.items():
+        for side, marks in zip("ab", sides, strict=True):
+            for rater, mark in enumerate(marks):
+                vote = {
+                    "pair_id": name,
+                    "video": f"{name}-{side}.mp4",
+                    "annotator": f"r{rater}",
+                    "prompt": f"of {name}",
+                }
+                votes.append(vote | dict.fromkeys(DIMENSIONS, mark))
+    return votes
+
+
+PAIRS = {
+    "ideal": ([5, 5, 5], [2, 2, 2]),
+    "exactly": ([2, 2, 2], [4, 4, 4]),  # difference 2 and quality 4 are enough; the second video is better
+    "close": ([5, 5, 5], [4, 4, 4]),
+    "both bad": ([3, 3, 3], [1, 1, 1]),
+    "just below": ([4, 4, 4], [2, 2, 3]),
+    "equal": ([4, 4, 4], [4, 4, 4]),
+    "two raters": ([5, 5], [1, 1]),
+}
+
+
+def test_a_constructed_vote_has_the_answer_that_it_was_made_for():
+    pairs, manifest = annotated_pairs(votes_of(PAIRS))
+    assert dict(zip(manifest["source_id"].to_pylist(), manifest["dropped_by"].to_pylist(), strict=True)) == {
+        "ideal": None,
+        "exactly": None,
+        "close": "difference",
+        "both bad": "positive_quality",
+        "just below": "difference",
+        "equal": "difference",
+        "two raters": "raters",
+    }
+    assert [(row["prompt"], row["chosen"]["path"], row["rejected"]["path"]) for row in pairs] == [
+        ("of ideal", "ideal-a.mp4", "ideal-b.mp4"),
+        ("of exactly", "exactly-b.mp4", "exactly-a.mp4"),
+    ]
+    assert json.loads(pairs[0]["provenance"]) == {
+        "route": "annotated", "source_id": "ideal", "raters": 3, "chosen_mean": 5.0, "rejected_mean": 2.0,
+    }  # fmt: skip
+    check_columns(pairs, "preference")
+    values = {row["source_id"]: row["value"] for row in manifest.to_pylist()}
+    assert (values["close"], values["both bad"], values["two raters"]) == (1.0, 3.0, 2.0)
+    assert values["just below"] == pytest.approx(5 / 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"min_difference": 1.0}, ["ideal", "exactly", "close", "just below"]),
+        ({"min_difference": 1.0, "min_positive": None}, ["ideal", "exactly", "close", "both bad", "just below"]),
+        ({"min_difference": 2.0, "min_positive": None}, ["ideal", "exactly", "both bad"]),
+        ({"min_difference": 0.0, "min_positive": None, "min_raters": 2}, [name for name in PAIRS if name != "equal"]),
+    ],
+)
+def test_thresholds_are_the_papers_subsets(options, kept):
+    pairs, _ = annotated_pairs(votes_of(PAIRS), **options)
+    assert [row["prompt"].removeprefix("of ") for row in pairs] == kept
+
+
+def test_means_are_those_of_all_marks_of_the_raters_who_saw_both():
+    """By brute force on random marks; one more rater who marked one side only must not count."""
+    rng = np.random.default_rng(0)
+    votes, marks = [], rng.integers(1, 6, size=(20, 2, 4, 5))
+    for pair, side, rater in itertools.product(range(20), range(2), range(4)):
+        vote = {"pair_id": str(pair), "video": f"{side}", "annotator": str(rater), "prompt": "p"}
+        votes.append(vote | dict(zip(DIMENSIONS, marks[pair, side, rater].tolist(), strict=True)))
+    votes += [v | {"annotator": "once"} | dict.fromkeys(DIMENSIONS, 5) for v in votes if v["video"] == "0"]
+    pairs, manifest = annotated_pairs(votes, min_difference=0.5, min_positive=None)
+    means = marks.mean(axis=(2, 3))
+    clear = np.flatnonzero(np.abs(means[:, 0] - means[:, 1]) >= 0.5 - 1e-9)
+    assert [json.loads(row["provenance"])["source_id"] for row in pairs] == [str(pair) for pair in clear]
+    assert [row["chosen"]["path"] for row in pairs] == [str(means[pair].argmax()) for pair in clear]
+    assert manifest["raters"].to_pylist() == [4] * 20
+    assert manifest["chosen_mean"].to_numpy() == pytest.approx(means.max(axis=1))
+
+
+def test_a_pair_is_two_videos():
+    three = votes_of({"x": ([5] * 3, [1] * 3)})
+    three.append(three[0] | {"video": "third"})
+    _, manifest = annotated_pairs(three)
+    assert manifest["dropped_by"].to_pylist() == ["not_two_videos"] and manifest["value"].to_pylist() == [3]
+    assert len(annotated_pairs([])[0]) == 0
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_votes_are_read_from_both_kinds_of_file(tmp_path, suffix):
+    votes, path = votes_of(PAIRS), tmp_path / f"votes{suffix}"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if suffix == ".csv":
+            writer = csv.DictWriter(file, votes[0].keys())
+            writer.writeheader()
+            writer.writerows(votes)
+        else:
+            file.writelines(json.dumps(vote) + "\n" for vote in votes)
+    assert read_votes(path) == votes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_quality": 6}, r"line 3: expected a whole number from 1 to 5 in image_quality, got '6'"),
+        ({"image_quality": 4.5}, r"line 3: expected a whole number from 1 to 5"),
+        ({"motion_quality": ""}, r"line 3: expected values for \['motion_quality'\].*name the dimensions"),
+        ({"annotator": "r0"}, r"line 3: r0 has marked x-a\.mp4 of pair x before"),
+    ],
+)
+def test_votes_that_cannot_be_are_refused_by_their_line(tmp_path, change, message):
+    votes = votes_of({"x": ([5] * 3, [1] * 3)})
+    votes[2] |= change
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    with pytest.raises(ValueError, match=message):
+        read_votes(path)
+
+
+def test_text_to_video_has_no_reference_to_be_consistent_with(tmp_path):
+    votes = [{k: v for k, v in vote.items() if k != "reference_consistency"} for vote in votes_of(PAIRS)]
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    four = [name for name in DIMENSIONS if name != "reference_consistency"]
+    assert len(annotated_pairs(read_votes(path, four), dimensions=four)[0]) == 2
+    (tmp_path / "votes.txt").touch()
+    with pytest.raises(ValueError, match=r"expected votes in a \.csv or \.jsonl file, got \.txt"):
+        read_votes(tmp_path / "votes.txt")

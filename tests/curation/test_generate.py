@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from video_trl.curation.generate import GENERATED, Generator, VideoModel, check_model, job_table, run_jobs
+from video_trl.curation.manifest import Shard, alive
+from video_trl.data import probe_video, read_video
+
+
+CALL = {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
+FORMAT = {"fps": 8.0, "num_frames": 5}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two text-to-video pipelines and one that wants a first frame, as folders in diffusers layout."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_wan_pipeline(seed=0).save_pretrained(root / "first")
+    tiny_wan_pipeline(seed=1).save_pretrained(root / "second")
+    tiny_wan_i2v_pipeline().save_pretrained(root / "image")
+    return root
+
+
+def model_of(path, **options):
+    return VideoModel(str(path), **({"fps": 8.0, "dtype": "float32", "call_kwargs": CALL} | options))
+
+
+def clips_of(count, bucket="32x32", image=None):
+    return {
+        "source_id": [f"clip{row}.mp4" for row in range(count)],
+        "content": [f"{row:032d}" for row in range(count)],
+        "prompt": ["a red ball falls to the floor"] * count,
+        "reference_image": [image] * count,
+        "bucket": [bucket] * count,
+    }
+
+
+def made(jobs, root):
+    return [read_video(root / path) for path in jobs["rejected"].to_pylist()]
+
+
+def test_every_clip_and_seed_is_made_once_in_the_format_of_the_pairs(models, tmp_path):
+    model = model_of(models / "first")
+    jobs = run_jobs(job_table(clips_of(2, "48x32"), model, [0, 1], FORMAT), model, tmp_path, **FORMAT)
+    assert set(GENERATED) <= set(jobs.column_names) and len(set(jobs["rejected"].to_pylist())) == 4
+    for path in jobs["rejected"].to_pylist():
+        info = probe_video(tmp_path / path)
+        assert (info.num_frames, info.fps, info.height, info.width) == (5, 8.0, 48, 32)
+    assert len(set(jobs["seed"].to_pylist())) == 4  # neither clips nor seeds share their noise
+    videos = made(jobs, tmp_path)
+    assert not any(np.array_equal(videos[0], other) for other in videos[1:])
+    assert json.loads(jobs["generation"].to_pylist()[0])["call_kwargs"] == CALL
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "generated").rglob("*.mp4")}
+    again = run_jobs(job_table(clips_of(2, "48x32"), model, [0, 1], FORMAT), model, tmp_path, **FORMAT)
+    assert again.equals(jobs)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "generated").rglob("*.mp4")}
+
+
+def test_the_recorded_seed_makes_the_video_again(models, tmp_path):
+    model = model_of(models / "first")
+    first = run_jobs(job_table(clips_of(2), model, [7], FORMAT), model, tmp_path / "a", **FORMAT)
+    second = run_jobs(job_table(clips_of(2), model, [7], FORMAT), model, tmp_path / "b", **FORMAT)
+    files = [[(tmp_path / run / path).read_bytes() for path in first["rejected"].to_pylist()] for run in "ab"]
+    assert first["job"].equals(second["job"]) and files[0] == files[1]
+
+
+def test_a_file_that_was_finished_before_a_kill_is_taken_as_it_is(models, tmp_path):
+    """The process died between the file's rename and the commit of its row: the model is not even loaded."""
+    model = model_of(models / "first")
+    table = job_table(clips_of(1), model, [0], FORMAT)
+    done = run_jobs(table, model, tmp_path, **FORMAT)
+    for part in (tmp_path / "stages").rglob("part-*"):
+        part.unlink()
+    generator = Generator(model, tmp_path, **FORMAT)
+    assert generator(table.to_pydict())["rejected"] == done["rejected"].to_pylist()
+    assert generator.pipeline is None
+
+
+@pytest.mark.parametrize("change", ["prompt", "bucket", "seed", "model", "steps", "length"])
+def test_whatever_decides_the_pixels_names_the_job(models, change):
+    model, clips, seeds, settings = model_of(models / "first"), clips_of(1), [0], dict(FORMAT)
+    job = job_table(clips, model, seeds, settings)["job"].to_pylist()
+    match change:
+        case "prompt":
+            clips["prompt"] = ["a blue ball falls"]
+        case "bucket":
+            clips["bucket"] = ["32x48"]
+        case "seed":
+            seeds = [1]
+        case "model":
+            model = model_of(models / "second")
+        case "steps":
+            model = model_of(models / "first", call_kwargs=CALL | {"num_inference_steps": 2})
+        case "length":
+            settings["num_frames"] = 9
+    assert job_table(clips, model, seeds, settings)["job"].to_pylist() != job
+
+
+def test_models_have_folders_of_their_own(models):
+    slugs = {model_of(path).slug for path in (models / "first", models / "second")}
+    slugs |= {VideoModel("a/b").slug, VideoModel("a-b").slug, VideoModel("a/b", revision="x").slug}
+    assert len(slugs) == 5 and not any("/" in slug for slug in slugs)
+
+
+def test_processes_share_the_jobs(models, tmp_path):
+    model = model_of(models / "first")
+    table = job_table(clips_of(3), model, [0], FORMAT)
+    own = [f"{job}.mp4" for job in table["job"].to_pylist()[1::2]]
+    run_jobs(table.slice(1, 1), model, tmp_path, **FORMAT)  # what the second of two processes would do
+    assert sorted(path.name for path in (tmp_path / "generated").rglob("*.mp4")) == own
+    whole = run_jobs(table, model, tmp_path, **FORMAT, shard=Shard(0, 2))
+    assert len(list((tmp_path / "generated").rglob("*.mp4"))) == 3 == len(alive(whole))
+
+
+def test_image_to_video_starts_from_the_first_frame(models, tmp_path):
+    """Two first frames, one prompt and one noise: another video. Without a frame, the way out is named."""
+    model, jobs = model_of(models / "image"), []
+    for index, level in enumerate((40, 210)):
+        Image.fromarray(np.full((32, 32, 3), level, dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        clips = clips_of(1, image=f"{index}.png") | {"prompt": [f"a red ball falls {' ' * index}"]}
+        jobs.append(run_jobs(job_table(clips, model, [0], FORMAT), model, tmp_path, **FORMAT))
+    assert jobs[0]["seed"].equals(jobs[1]["seed"])
+    assert not np.array_equal(made(jobs[0], tmp_path)[0], made(jobs[1], tmp_path)[0])
+    with pytest.raises(ValueError, match="makes videos from a first frame, and a row has no `reference_image`"):
+        run_jobs(job_table(clips_of(1), model, [0], FORMAT), model, tmp_path, **FORMAT)
+
+
+def test_a_video_that_is_not_finite_drops_its_job(models, tmp_path):
+    model = model_of(models / "first")
+    table = job_table(clips_of(2), model, [0], FORMAT)
+    generator = Generator(model, tmp_path, **FORMAT)
+    generator(table.slice(0, 1).to_pydict())
+    for parameter in generator.pipeline.vae.parameters():
+        parameter.data.fill_(float("nan"))
+    added = generator(table.to_pydict())
+    assert added["dropped_by"] == [None, "not_finite"] and added["rejected"][1] is None
+    assert len(list((tmp_path / "generated").rglob("*.mp4"))) == 1
+
+
+def test_a_model_whose_videos_are_too_short_is_refused_before_and_after(models, tmp_path):
+    model = model_of(models / "first", fps=16.0)
+    message = r"makes 5 frames at 16 fps, 0\.31 s; pairs of 5 frames at 8 fps need 0\.50 s.*Ask it for more frames"
+    with pytest.raises(ValueError, match=message):
+        check_model(model, 5, 8.0)
+    with pytest.raises(ValueError, match=message):
+        run_jobs(job_table(clips_of(1), model, [0], FORMAT), model, tmp_path, **FORMAT)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_model_that_is_not_there_is_found_before_anything_is_decoded(tmp_path):
+    with pytest.raises(ValueError, match="no/such-model: expected a pipeline in diffusers layout.*Check the spelling"):
+        check_model(VideoModel("no/such-model"), 81, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "half precision"}, "expected a dtype of torch such as 'bfloat16', got 'half precision'"),
+        ({"fps": 0.0}, "`batch_size` and `fps` must be positive, got 1 and 0.0"),
+        ({"call_kwargs": {"generator": 1, "image": None}}, r"\['generator', 'image'\] in `call_kwargs` are set"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        VideoModel("m", **options)

@@ -1,0 +1,178 @@
+"""
+The annotated route: pairs of generated videos, scored by people, kept where the scores are clear.
+
+Each vote is one rater's marks, 1 to 5, for one video of a pair in five dimensions. A pair's better video is the one
+with the higher mean; it is a useful pair when the means differ much and the better video is good.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from .manifest import Rule, judge, new_manifest
+
+
+#: The five dimensions of Reg-DPO, appendix A.1.
+DIMENSIONS = (
+    "image_quality",
+    "motion_quality",
+    "reference_consistency",
+    "instruction_adherence",
+    "overall_quality",
+)
+_PAIR: dict[str, pa.DataType] = {
+    "source_id": pa.string(),
+    "prompt": pa.string(),
+    "chosen": pa.string(),
+    "rejected": pa.string(),
+    "videos": pa.int64(),
+    "raters": pa.int64(),  # those who marked both videos: only their marks count
+    "chosen_mean": pa.float64(),
+    "rejected_mean": pa.float64(),
+    "difference": pa.float64(),
+}
+_ROUNDING = 1e-9  # means are quotients of small integers: 4.0 must count as 4
+
+Vote = dict[str, Any]
+
+
+def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSIONS) -> list[Vote]:
+    """
+    Reads votes from a `.csv` or `.jsonl` file.
+
+    Columns: `pair_id`, `video` (path or name), `annotator`, `prompt`, and one for each dimension with a whole number
+    from 1 to 5.
+
+    Raises:
+        ValueError: Another kind of file, a missing column or value, a mark outside 1 to 5, or a rater who marks a
+            video of a pair twice. Names the line.
+    """
+    path = Path(path)
+    votes = []
+    seen: set[tuple[str, str, str]] = set()
+    for line, record in _records(path):
+        missing = [name for name in ("pair_id", "video", "annotator", "prompt", *dimensions) if _blank(record, name)]
+        if missing:
+            raise ValueError(
+                f"{path}, line {line}: expected values for {missing}, got {sorted(record)}. Fill them in, or name the "
+                "dimensions that were asked for as `dimensions`."
+            )
+        marks = {}
+        for name in dimensions:
+            text = str(record[name]).strip()
+            if text not in {"1", "2", "3", "4", "5"}:
+                raise ValueError(f"{path}, line {line}: expected a whole number from 1 to 5 in {name}, got {text!r}.")
+            marks[name] = int(text)
+        who = tuple(str(record[name]) for name in ("pair_id", "video", "annotator"))
+        if who in seen:
+            raise ValueError(f"{path}, line {line}: {who[2]} has marked {who[1]} of pair {who[0]} before. Keep one.")
+        seen.add(who)  # type: ignore[arg-type]
+        pair_id, video, annotator = who
+        votes.append(
+            {"pair_id": pair_id, "video": video, "annotator": annotator, "prompt": str(record["prompt"]), **marks}
+        )
+    return votes
+
+
+def annotated_pairs(
+    votes: Sequence[Vote],
+    *,
+    dimensions: Sequence[str] = DIMENSIONS,
+    min_raters: int = 3,
+    min_difference: float = 2.0,
+    min_positive: float | None = 4.0,
+) -> tuple[datasets.Dataset, pa.Table]:
+    """
+    Preference pairs from votes.
+
+    Args:
+        votes (`list[dict]`): From [`read_votes`].
+        dimensions (`list[str]`): Dimensions that the mean is taken over.
+        min_raters (`int`, defaults to `3`): People who must have marked both videos.
+        min_difference (`float`, defaults to `2.0`): Of the means. Reg-DPO trains on 2, filled up with 1.
+        min_positive (`float`, *optional*, defaults to `4.0`): Mean of the better video. With `min_difference=2` this
+            is its "ideal" subset, 10.9 % of its pairs. None: not asked for.
+
+    Returns:
+        `tuple[datasets.Dataset, pyarrow.Table]`: Rows of the type "preference" with `provenance`, and the manifest of
+            all pairs: which rule dropped a pair, with its value. Of equal means, neither video is better.
+    """
+    pairs: dict[str, list[Vote]] = {}
+    for vote in votes:
+        pairs.setdefault(vote["pair_id"], []).append(vote)
+    rows = [_compare(name, pair, dimensions) for name, pair in pairs.items()]
+    table = new_manifest({name: [row[name] for row in rows] for name in _PAIR} if rows else _no_rows(), _PAIR)
+    smallest = max(min_difference, 0.0)
+    rules = [
+        Rule("not_two_videos", "videos", 2, 2),
+        Rule("raters", "raters", min_raters),
+        Rule("difference", "difference", smallest - _ROUNDING if smallest > 0 else _ROUNDING),
+    ]
+    if min_positive is not None:
+        rules.append(Rule("positive_quality", "chosen_mean", min_positive - _ROUNDING))
+    table = judge(table, rules)
+    return _preference_rows(table), table
+
+
+def _no_rows() -> dict[str, list[Any]]:
+    return {name: [] for name in _PAIR}
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            yield from enumerate(csv.DictReader(file), start=2)
+        elif path.suffix == ".jsonl":
+            yield from ((number, json.loads(line)) for number, line in enumerate(file, start=1) if line.strip())
+        else:
+            raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
+
+
+def _blank(record: Mapping[str, Any], name: str) -> bool:
+    return record.get(name) is None or not str(record[name]).strip()
+
+
+def _compare(name: str, votes: Sequence[Vote], dimensions: Sequence[str]) -> dict[str, Any]:
+    """One pair as a row: which video is better, and by how much."""
+    marks: dict[str, dict[str, list[int]]] = {}
+    for vote in votes:
+        marks.setdefault(vote["video"], {})[vote["annotator"]] = [vote[dimension] for dimension in dimensions]
+    row = dict.fromkeys(_PAIR) | {"source_id": name, "prompt": votes[0]["prompt"], "videos": len(marks), "raters": 0}
+    if len(marks) != 2:
+        return row
+    both = set.intersection(*(set(by_rater) for by_rater in marks.values()))
+    row["raters"] = len(both)
+    if not both:
+        return row
+    sums = {video: sum(sum(by_rater[who]) for who in both) for video, by_rater in marks.items()}
+    better, worse = sorted(sums, key=lambda video: -sums[video])  # stable: of equal sums the first one named
+    count = len(both) * len(dimensions)
+    return row | {
+        "chosen": better,
+        "rejected": worse,
+        "chosen_mean": sums[better] / count,
+        "rejected_mean": sums[worse] / count,
+        "difference": (sums[better] - sums[worse]) / count,
+    }
+
+
+def _preference_rows(table: pa.Table) -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "chosen": datasets.Video(decode=False),
+            "rejected": datasets.Video(decode=False),
+            "provenance": datasets.Value("string"),
+        }
+    )
+    rows = [row for row in table.to_pylist() if row["dropped_by"] is None]
+    told = ("source_id", "raters", "chosen_mean", "rejected_mean")
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    columns["provenance"] = [json.dumps({"route": "annotated"} | {name: row[name] for name in told}) for row in rows]
+    return datasets.Dataset.from_dict(columns, features=features)

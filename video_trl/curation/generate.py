@@ -1,0 +1,281 @@
+"""
+Stage 4: videos by any pipeline of diffusers, from prompts or from first frames; several models, seeds and processes.
+
+A job is one video to make. It is named by everything that decides its pixels, and its file appears under that name
+only when it is whole: what exists is never made again, whatever stopped the run.
+"""
+
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..data.buckets import AspectBucket
+from .manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
+from .normalise import normalise_video
+
+
+SANDBOX = "sandbox"
+GENERATE_VERSION = 1
+
+#: Columns of a table of jobs.
+JOB: dict[str, pa.DataType] = {
+    "source_id": pa.string(),  # the clip that the job belongs to, and its number
+    "content": pa.string(),
+    "prompt": pa.string(),
+    "reference_image": pa.string(),
+    "bucket": pa.string(),
+    "model": pa.string(),
+    "revision": pa.string(),
+    "seed": pa.int64(),
+    "job": pa.string(),
+}
+#: Columns that generation adds: the file, relative to the run's folder, and how it was made.
+GENERATED: dict[str, pa.DataType] = {"rejected": pa.string(), "generation": pa.string()}
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """
+    A model that makes videos.
+
+    Args:
+        name (`str`): Repository id or path of a diffusers pipeline, or "sandbox".
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        fps (`float`, *optional*): Rate at which its frames are meant to be seen: 16 (Wan2.1) when not given, the
+            sandbox's own for the sandbox. CogVideoX wants 8 or 16, HunyuanVideo 24.
+        dtype (`str`, defaults to `"bfloat16"`): Attribute of `torch` that the weights are loaded in.
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call: `num_frames`, `num_inference_steps`,
+            `guidance_scale`, ... Without `height` and `width` it is asked for the size of the real clip.
+        batch_size (`int`, defaults to `1`): Videos made in one call. Other batch sizes change the last bits.
+    """
+
+    name: str
+    revision: str | None = None
+    fps: float | None = None
+    dtype: str = "bfloat16"
+    call_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(vars(torch).get(self.dtype), torch.dtype):
+            raise ValueError(f"{self.name}: expected a dtype of torch such as 'bfloat16', got {self.dtype!r}.")
+        if self.batch_size < 1 or (self.fps is not None and self.fps <= 0):
+            raise ValueError(
+                f"{self.name}: `batch_size` and `fps` must be positive, got {self.batch_size} and {self.fps}."
+            )
+        ours = {"prompt", "image", "generator", "output_type", "return_dict"} & set(self.call_kwargs)
+        if ours:
+            raise ValueError(f"{self.name}: {sorted(ours)} in `call_kwargs` are set for every video; leave them out.")
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder: readable, and another one for every model."""
+        readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.name)[-60:]
+        return f"{readable.strip('-.')}-{digest(f'{self.name}@{self.revision}', 6)}"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its videos, as JSON values."""
+        return {"model": self.name, "revision": self.revision, "dtype": self.dtype, "fps": self.fps} | {
+            "call_kwargs": dict(self.call_kwargs)
+        }
+
+
+def check_model(model: VideoModel, num_frames: int, fps: float) -> None:
+    """
+    Finds what would stop a run at its fourth stage: a model that is not there, or whose clips would be too short for
+    pairs of `num_frames` at `fps`. Reads no weights.
+
+    Raises:
+        ValueError: One of these.
+    """
+    if model.name == SANDBOX:
+        return
+    if "num_frames" in model.call_kwargs:
+        check_length(model.name, model.call_kwargs["num_frames"], model.fps or 16.0, num_frames, fps)
+    try:
+        DiffusionPipeline.load_config(model.name, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model.name}: expected a pipeline in diffusers layout, on the Hub or in a folder, which cannot be "
+            f"loaded ({error}). Check the spelling, the revision, and for the Hub the connection and `hf auth login`."
+        ) from error
+
+
+def check_length(name: str, made_frames: int, made_fps: float, num_frames: int, fps: float) -> None:
+    """Raises a ValueError for a model whose videos end before the last frame of a pair."""
+    made, wanted = made_frames / made_fps, (num_frames - 1) / fps
+    if made < wanted - 1e-6:
+        raise ValueError(
+            f"{name} makes {made_frames} frames at {made_fps:g} fps, {made:.2f} s; pairs of {num_frames} frames at "
+            f"{fps:g} fps need {wanted:.2f} s. Ask it for more frames (`call_kwargs`), say at which rate they are "
+            "meant (`fps`), or curate shorter clips."
+        )
+
+
+def job_table(clips: Batch, model: VideoModel, seeds: Sequence[int], settings: Mapping[str, Any]) -> pa.Table:
+    """
+    One job for every clip and seed, in that order.
+
+    Args:
+        clips (`dict`): Columns `source_id`, `content`, `prompt`, `reference_image`, `bucket`.
+        model ([`VideoModel`]): What makes them.
+        seeds (`list[int]`): For each of them every clip gets a noise of its own, recorded in `seed`.
+        settings (`dict`): What else decides the files (clock and length), as JSON values.
+    """
+    columns: Batch = {name: [] for name in JOB}
+    described = json.dumps({**model.settings(), **settings, "version": GENERATE_VERSION}, sort_keys=True)
+    names = ("source_id", "content", "prompt", "reference_image", "bucket")
+    for row in zip(*(clips[name] for name in names), strict=True):
+        for seed in seeds:
+            clip = dict(zip(names, row, strict=True))
+            noise = int(digest(f"{seed}\0{clip['content']}", 8), 16) % 2**31
+            job = digest("\0".join([described, clip["content"], clip["prompt"], clip["bucket"], str(noise)]))
+            clip |= {"model": model.name, "revision": model.revision, "seed": noise, "job": job}
+            clip["source_id"] = f"{clip['source_id']} x {model.name} x {seed}"
+            for name, values in columns.items():
+                values.append(clip[name])
+    return new_manifest(columns, JOB)
+
+
+def run_jobs(
+    jobs: pa.Table,
+    model: VideoModel,
+    root: str | os.PathLike[str],
+    *,
+    fps: float,
+    num_frames: int,
+    shard: Shard | None = None,
+) -> pa.Table:
+    """
+    Makes the videos of a table of jobs, this process its share, and brings them to the format of the real clips.
+
+    The model is loaded with the first job that has no file yet, so a finished stage loads nothing.
+
+    Args:
+        jobs (`pyarrow.Table`): Of one model, from [`job_table`].
+        model ([`VideoModel`]): The model.
+        root (`str` or `Path`): The run's folder; stores lie in `stages`, videos in `generated`.
+        fps, num_frames: Clock and length of the files.
+        shard ([`Shard`], *optional*): Part of this process.
+
+    Returns:
+        `pyarrow.Table`: The jobs with the columns `GENERATED`.
+
+    Raises:
+        ValueError: The model cannot be loaded, wants a reference image that is not there, or makes videos that are too
+            short.
+    """
+    stage = Stage(
+        name="generate",
+        function=Generator(model, root, fps=fps, num_frames=num_frames),
+        adds=GENERATED,
+        key="job",
+        settings={**model.settings(), "fps": fps, "num_frames": num_frames, "version": GENERATE_VERSION},
+        batch_size=model.batch_size,
+    )
+    return run_stage(jobs, stage, Path(root) / "stages", shard)
+
+
+class Generator:
+    """A batch function with a model behind it, which is loaded when it is first needed. See [`run_jobs`]."""
+
+    def __init__(self, model: VideoModel, root: str | os.PathLike[str], *, fps: float, num_frames: int) -> None:
+        self.model, self.root, self.fps, self.num_frames = model, Path(root), fps, num_frames
+        self.pipeline: DiffusionPipeline | None = None
+        self.call_kwargs, self.model_fps = dict(model.call_kwargs), model.fps or 16.0
+
+    def __call__(self, batch: Batch) -> Batch:
+        files = [Path("generated") / self.model.slug / f"{job}.mp4" for job in batch["job"]]
+        finite = [True] * len(files)
+        # A batch of videos has one size.
+        for size in sorted(set(batch["bucket"])):
+            rows = [
+                row
+                for row, file in enumerate(files)
+                if batch["bucket"][row] == size and not (self.root / file).is_file()
+            ]
+            if rows:
+                videos = self._make({name: [values[row] for row in rows] for name, values in batch.items()})
+                for row, video in zip(rows, videos, strict=True):
+                    finite[row] = bool(np.isfinite(video).all())
+                    if finite[row]:
+                        self._write(video, self.root / files[row], AspectBucket.parse(size))
+        record = json.dumps(self.model.settings(), sort_keys=True)
+        words = "the model returned values that are not finite"
+        return {
+            "rejected": [file.as_posix() if good else None for file, good in zip(files, finite, strict=True)],
+            "generation": [record] * len(files),
+            "dropped_by": [None if good else "not_finite" for good in finite],
+            "detail": [None if good else words for good in finite],
+        }
+
+    def _make(self, batch: Batch) -> np.ndarray:
+        """Videos `(N, T, H, W, 3)` in [0, 1] of N rows of one size."""
+        pipeline = self._load()
+        takes = inspect.signature(pipeline.__call__).parameters
+        call: dict[str, Any] = {"prompt": batch["prompt"], "output_type": "np", **self.call_kwargs}
+        size = AspectBucket.parse(batch["bucket"][0])
+        for name, side in (("height", size.height), ("width", size.width)):
+            if name in takes:
+                call.setdefault(name, side)
+        if "image" in takes:
+            call["image"] = [self._reference(path) for path in batch["reference_image"]]
+        # The noise of each video comes from its own generator on the CPU: the same on every device and in every batch.
+        call["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in batch["seed"]]
+        if len(batch["prompt"]) == 1:  # image-to-video pipelines want one picture, not a list of one
+            call |= {name: call[name][0] for name in ("prompt", "image", "generator") if name in call}
+        with torch.no_grad():
+            frames = pipeline(**call).frames
+        return np.asarray(frames, dtype=np.float32)
+
+    def _reference(self, path: str | None) -> Image.Image:
+        if path is None:
+            raise ValueError(
+                f"{self.model.name} makes videos from a first frame, and a row has no `reference_image`. Use a "
+                "text-to-video model, or normalise the clips first."
+            )
+        with Image.open(self.root / path) as image:
+            return image.convert("RGB")
+
+    def _write(self, video: np.ndarray, path: Path, size: AspectBucket) -> None:
+        check_length(self.model.name, len(video), self.model_fps, self.num_frames, self.fps)
+        frames = np.rint(video.clip(0, 1) * 255).astype(np.uint8)
+        normalise_video(
+            frames,
+            path,
+            height=size.height,
+            width=size.width,
+            fps=self.fps,
+            num_frames=self.num_frames,
+            source_fps=self.model_fps,
+        )
+
+    def _load(self) -> DiffusionPipeline:
+        if self.pipeline is not None:
+            return self.pipeline
+        if self.model.name == SANDBOX:
+            from ..sandbox.pipeline import load_sandbox
+            from ..sandbox.world import FPS
+
+            sandbox = load_sandbox()
+            self.pipeline, self.model_fps = sandbox.pipeline, self.model.fps or FPS
+            self.call_kwargs = {**sandbox.call_kwargs, **self.call_kwargs}
+        else:
+            dtype = vars(torch)[self.model.dtype]
+            self.pipeline = DiffusionPipeline.from_pretrained(
+                self.model.name, revision=self.model.revision, dtype=dtype
+            )
+        if torch.cuda.is_available():
+            self.pipeline.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        self.pipeline.set_progress_bar_config(disable=True)
+        return self.pipeline

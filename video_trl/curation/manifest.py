@@ -1,0 +1,295 @@
+"""
+The manifest of a curation run: one row for every item that came in, with what was measured and which rule dropped it.
+
+A stage is a plain function `batch of columns -> new columns`, so `datasets.map(function, batched=True)` or a cluster
+engine can run it as it stands. [`run_stage`] runs it here: split over processes, and resumable at any point, because
+every batch is committed as one atomically named parquet file and what is committed is never computed again.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, list[Any]]
+
+#: Columns of every manifest: the rule that dropped the row (null: kept), the value it saw, its limit, and words.
+OUTCOME: dict[str, pa.DataType] = {
+    "dropped_by": pa.string(),
+    "value": pa.float64(),
+    "limit": pa.float64(),
+    "detail": pa.string(),
+}
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    A row is kept where `minimum <= row[column] <= maximum`. A missing value or NaN is outside.
+
+    Args:
+        name (`str`): What the manifest calls it.
+        column (`str`): Column with the measured value.
+        minimum, maximum (`float`, *optional*): Limits, both included.
+    """
+
+    name: str
+    column: str
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def broken_limit(self, value: float | None) -> float | None:
+        """The limit that the value breaks, None where it keeps both."""
+        for limit, kept in (
+            (self.minimum, value is not None and self.minimum is not None and value >= self.minimum),
+            (self.maximum, value is not None and self.maximum is not None and value <= self.maximum),
+        ):
+            if limit is not None and not kept:
+                return limit
+        return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    What [`run_stage`] needs to know about a function.
+
+    Args:
+        name (`str`): Folder of its results.
+        function (`Callable[[Batch], Batch]`): Gets rows as columns, returns the columns it adds, of equal length. It
+            drops a row by filling the columns of `OUTCOME`. What it raises stops the run: an exception is a fault of
+            the machine or the configuration (a full disk, too little memory), not of a row.
+        adds (`dict`): Columns it adds, with their Arrow types; those of `OUTCOME` need not be named.
+        key (`str`): Column that decides the result. Rows with a key that is in the store are not computed again.
+        settings (`dict`): Everything else that decides the result, as JSON values. Other settings, other store.
+        batch_size (`int`, defaults to `16`): Rows computed and committed together.
+    """
+
+    name: str
+    function: Callable[[Batch], Batch]
+    adds: Mapping[str, pa.DataType]
+    key: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema({self.key: pa.string(), **self.adds, **OUTCOME})
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{digest(json.dumps(self.settings, sort_keys=True), 8)}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the rows this process computes: those at `index`, `index + count`, `index + 2 * count`, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"Expected a process index in [0, {self.count}), got {self.index}.")
+
+    @classmethod
+    def from_environment(cls) -> "Shard":
+        """What `accelerate launch` and `torchrun` write into `RANK` and `WORLD_SIZE`; without them, the only one."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def digest(text: str, length: int = 16) -> str:
+    """Hash of a text, `length` hexadecimal digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()[:length]
+
+
+def new_manifest(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """A manifest in which nothing has been dropped yet."""
+    length = len(next(iter(columns.values())))
+    empty: dict[str, Sequence[Any]] = {name: [None] * length for name in OUTCOME}
+    schema = pa.schema({**types, **OUTCOME})
+    return pa.Table.from_pydict({**{name: columns[name] for name in types}, **empty}, schema=schema)
+
+
+def alive(table: pa.Table) -> pa.Table:
+    """The rows that no rule has dropped."""
+    return table.filter(pc.is_null(table["dropped_by"]))
+
+
+def apply_rules(batch: Batch, rules: Sequence[Rule]) -> Batch:
+    """
+    The columns of `OUTCOME` after some rules; a row that was dropped before keeps its verdict, others get that of the
+    first rule they break. No pixel is read: other thresholds cost nothing.
+
+    Args:
+        batch (`dict`): Columns, among them those of `OUTCOME` and those that the rules read.
+        rules (`list[Rule]`): In the order in which they decide.
+    """
+    outcome: Batch = {name: list(batch[name]) for name in OUTCOME}
+    for row, dropped_by in enumerate(batch["dropped_by"]):
+        if dropped_by is not None:
+            continue
+        for rule in rules:
+            value = batch[rule.column][row]
+            value = None if value is None or math.isnan(value) else value
+            limit = rule.broken_limit(value)
+            if limit is not None:
+                outcome["dropped_by"][row], outcome["value"][row], outcome["limit"][row] = rule.name, value, limit
+                break
+    return outcome
+
+
+def judge(table: pa.Table, rules: Sequence[Rule]) -> pa.Table:
+    """[`apply_rules`] on a whole manifest."""
+    names = {*OUTCOME, *(rule.column for rule in rules)}
+    return with_columns(table, apply_rules(table.select(sorted(names)).to_pydict(), rules), OUTCOME)
+
+
+def drop_repeats(table: pa.Table, column: str, *, name: str, rank: Sequence[int] | None = None) -> pa.Table:
+    """
+    Drops every row whose value in `column` an earlier kept row has; `detail` says which one.
+
+    Args:
+        table (`pyarrow.Table`): The manifest, with a column `source_id`.
+        column (`str`): What must not repeat.
+        name (`str`): The rule's name.
+        rank (`list[int]`, *optional*): Of rows with one value that with the smallest rank stays, the first of these.
+    """
+    batch = table.select([column, "source_id", *OUTCOME]).to_pydict()
+    order = range(len(table)) if rank is None else sorted(range(len(table)), key=lambda row: (rank[row], row))
+    first: dict[Any, int] = {}
+    for row in order:
+        if batch["dropped_by"][row] is None and first.setdefault(batch[column][row], row) != row:
+            batch["dropped_by"][row] = name
+            batch["detail"][row] = f"same as {batch['source_id'][first[batch[column][row]]]}"
+    return with_columns(table, {key: batch[key] for key in OUTCOME}, OUTCOME)
+
+
+def with_columns(table: pa.Table, columns: Batch, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The table with columns added or replaced."""
+    for name, kind in types.items():
+        values = pa.chunked_array([pa.array(columns[name], kind)])
+        place = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, values) if place is None else table.set_column(place, name, values)
+    return table
+
+
+def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], shard: Shard | None = None) -> pa.Table:
+    """
+    Computes a stage for the rows that are still there, and adds its columns (null for dropped rows).
+
+    Rows are split over processes by their position, so every process must come with the same table. Each one computes
+    and commits its part, then waits for the others: no message is sent, so a process may take as long as it likes. A
+    process that dies takes its launcher, and with it the waiting ones, down; the next run computes what is missing.
+
+    Args:
+        table (`pyarrow.Table`): The manifest.
+        stage ([`Stage`]): What to compute.
+        folder (`str` or `Path`): Where stores are; on a disk that all processes see.
+        shard ([`Shard`], *optional*): Part of this process; read from the environment.
+
+    Returns:
+        `pyarrow.Table`: All rows in their order.
+
+    Raises:
+        Whatever the stage's function raises. Batches committed before stay.
+    """
+    shard = shard or Shard.from_environment()
+    store = Path(folder) / stage.folder
+    store.mkdir(parents=True, exist_ok=True)
+    todo = alive(table)
+    keys = todo[stage.key].to_pylist()
+    assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
+    done = _committed(store, stage.key)
+    mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
+    with tqdm(total=len(mine), desc=stage.name, unit="row", disable=shard.index > 0 or not mine) as progress:
+        for start in range(0, len(mine), stage.batch_size):
+            rows = mine[start : start + stage.batch_size]
+            batch = todo.take(rows).to_pydict()
+            _commit(store, stage, batch[stage.key], stage.function(batch))
+            progress.update(len(rows))
+    logger.info("%s: %d rows computed here, %d found in %s", stage.name, len(mine), len(done & set(keys)), store)
+    return _join(table, stage, _wait_for(store, stage, set(keys)))
+
+
+def _committed(store: Path, key: str) -> set[str]:
+    """Keys that are in the store."""
+    return {
+        value for part in store.glob("part-*.parquet") for value in pq.read_table(part, columns=[key])[key].to_pylist()
+    }
+
+
+def _commit(store: Path, stage: Stage, keys: list[str], added: Batch) -> None:
+    """One batch as one file that is whole or not there; named by its keys, so that a repeat replaces it."""
+    length = len(keys)
+    columns = {name: added.get(name, [None] * length) for name in OUTCOME}
+    columns |= {name: added[name] for name in stage.adds}
+    table = pa.Table.from_pydict({stage.key: keys, **columns}, schema=stage.schema)
+    write_table(table, store / f"part-{digest(chr(0).join(keys))}.parquet")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A parquet file that appears under its name only when it is whole, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _wait_for(store: Path, stage: Stage, keys: set[str]) -> pa.Table:
+    """The store once all keys are in it: at once for a single process, else when the others are done."""
+    missing = len(keys - _committed(store, stage.key))
+    if missing:
+        logger.info("%s: waiting for %d rows of other processes", stage.name, missing)
+    while not keys <= _committed(store, stage.key):
+        time.sleep(_POLL_SECONDS)
+    parts = [pq.read_table(part, schema=stage.schema) for part in sorted(store.glob("part-*.parquet"))]
+    return pa.concat_tables(parts) if parts else stage.schema.empty_table()
+
+
+def _join(table: pa.Table, stage: Stage, results: pa.Table) -> pa.Table:
+    """The table with the results of its kept rows; a verdict of the stage becomes the row's."""
+    kept = pc.is_null(table["dropped_by"])
+    place = pc.index_in(table[stage.key], value_set=results[stage.key].combine_chunks())
+    found = results.take(pc.if_else(kept, place, pa.scalar(None, pa.int32())))
+    for name in stage.adds:
+        columns = found[name].to_pylist()
+        table = with_columns(table, {name: columns}, {name: stage.adds[name]})
+    for name, kind in OUTCOME.items():
+        table = with_columns(table, {name: pc.if_else(kept, found[name], table[name]).to_pylist()}, {name: kind})
+    return table
+
+
+def count_outcomes(table: pa.Table) -> dict[str, int]:
+    """Number of rows that each rule dropped, in the order of first appearance along the manifest."""
+    return dict(Counter(name for name in table["dropped_by"].to_pylist() if name is not None))
+
+
+def account(table: pa.Table, noun: str = "clip") -> str:
+    """One line that accounts for every row: how many came in, how many stay, how many each rule dropped."""
+    dropped = count_outcomes(table)
+    kept = len(table) - sum(dropped.values())
+    parts = [
+        f"{kept} kept",
+        *(f"{count} {name}" for name, count in sorted(dropped.items(), key=lambda item: -item[1])),
+    ]
+    return f"{len(table)} {noun}{'' if len(table) == 1 else 's'} in = {' + '.join(parts)}"
