@@ -7,9 +7,14 @@ from tests.evaluation.reg_dpo_tables import GSB, TOTAL_SCORE
 from video_trl.evaluation import (
     PairedDifference,
     gsb_score,
+    holm,
+    mcnemar,
     paired_bootstrap,
+    prompt_sign_test,
     rank_points,
     rank_total_score,
+    share_of,
+    sign_test,
     verdict,
     wilson_interval,
 )
@@ -223,3 +228,105 @@ def _normal_quantile(probability: float) -> float:
         else:
             high = middle
     return low
+
+
+# ---- shares of clustered trials -------------------------------------------------------------------------------------
+
+
+def test_share_of_independent_trials_is_the_plain_wilson_interval():
+    for k, n in ((0, 5), (3, 10), (10, 10), (96, 590)):
+        share = share_of([True] * k + [False] * (n - k))
+        assert (share.low, share.high) == pytest.approx(wilson_interval(k, n))
+        assert (share.k, share.n, share.num_clusters) == (k, n, n)
+    assert str(share) == "96/590 = 16.3 % [13.5, 19.5]"
+
+
+def test_share_of_copies_has_the_interval_of_the_prompts():
+    passed = [True] * 4 + [False] * 8
+    for copies in (2, 10):
+        share = share_of(np.repeat(passed, copies), [i for i in range(12) for _ in range(copies)])
+        assert (share.low, share.high) == pytest.approx(wilson_interval(4, 12), abs=0.02)
+    all_passed = share_of([True] * 20, [i // 10 for i in range(20)])
+    assert (all_passed.low, all_passed.high) == pytest.approx(wilson_interval(2, 2))
+
+
+def test_share_of_independent_videos_of_a_prompt_is_not_widened():
+    rng = np.random.default_rng(0)
+    passed = rng.uniform(size=2000) < 0.3
+    share = share_of(passed, [i // 10 for i in range(2000)])
+    low, high = wilson_interval(int(passed.sum()), 2000)
+    assert share.high - share.low == pytest.approx(high - low, rel=0.15)
+
+
+def test_share_covers_the_truth_when_videos_of_a_prompt_hang_together():
+    """Prompts are easy or hard, four videos each: items as trials would cover far too rarely."""
+    rng = np.random.default_rng(1)
+    covered, naive = 0, 0
+    for _ in range(300):
+        passed = rng.uniform(size=(40, 4)) < rng.choice([0.05, 0.75], size=(40, 1))
+        clusters = np.repeat(np.arange(40), 4).tolist()
+        share = share_of(passed.ravel().tolist(), clusters)
+        covered += share.low <= 0.4 <= share.high
+        low, high = wilson_interval(int(passed.sum()), 160)
+        naive += low <= 0.4 <= high
+    assert 0.92 <= covered / 300 <= 0.99 and naive / 300 < 0.88
+
+
+def test_share_rejects_nothing_and_wrong_labels():
+    with pytest.raises(ValueError, match="at least one trial"):
+        share_of([])
+    with pytest.raises(ValueError, match="label all 2"):
+        share_of([True, False], ["a"])
+
+
+# ---- tests and corrections ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 5), (9, 1), (1, 9), (14, 0), (30, 17)])
+def test_sign_test_sums_the_splits_that_are_at_least_as_uneven(wins, losses):
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(wins - n / 2))
+    assert sign_test(wins, losses) == pytest.approx(tail / 2**n)
+
+
+def test_mcnemar_counts_only_what_differs():
+    a = [True] * 10 + [True] * 8 + [False] * 2 + [False] * 5
+    b = [True] * 10 + [False] * 8 + [True] * 2 + [False] * 5
+    assert mcnemar(a, b) == (8, 2, sign_test(8, 2))
+    with pytest.raises(ValueError, match="same items"):
+        mcnemar([True], [])
+    with pytest.raises(ValueError, match="negative"):
+        sign_test(-1, 2)
+
+
+def test_prompt_sign_test_takes_the_mean_of_a_prompt_and_leaves_ties_out():
+    a, b = [1.0, 0.0, 1.0, 1.0, 0.3], [0.5, 0.4, 0.0, 1.0, 0.1]
+    prompts = ["x", "x", "y", "z", "w"]  # x: +0.5 - 0.4 > 0; y > 0; z tie; w > 0
+    assert prompt_sign_test(a, b, prompts) == sign_test(3, 0)
+    assert prompt_sign_test([0.1 + 0.2], [0.3]) == 1.0
+
+
+def test_holm_is_the_step_down_procedure():
+    p_values = [0.01, 0.04, 0.03, 0.005]
+    adjusted = holm(p_values)
+    assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p_values, level = rng.uniform(0, 0.2, size=5).tolist(), float(rng.uniform(0.01, 0.3))
+        # The procedure itself: go through them from the smallest until one fails.
+        rejected, order = set(), sorted(range(5), key=p_values.__getitem__)
+        for rank, index in enumerate(order):
+            if p_values[index] > level / (5 - rank):
+                break
+            rejected.add(index)
+        assert {index for index, p in enumerate(holm(p_values)) if p <= level} == rejected
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([math.nan])
+
+
+def test_verdict_of_one_of_many_needs_the_corrected_p_value():
+    clear = _difference(0.01, 0.2)
+    assert verdict(clear, num_seeds=3, p_adjusted=0.05) == "better"
+    assert verdict(clear, num_seeds=3, p_adjusted=0.051) == "no difference shown after correction"
+    assert verdict(_difference(-0.01, 0.2), num_seeds=3, p_adjusted=0.0) == "no difference shown"

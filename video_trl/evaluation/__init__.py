@@ -1,28 +1,50 @@
-"""From scores to claims: intervals, paired comparisons, vote and rank arithmetic, and the report a person looks at."""
+"""
+From scores to claims: intervals, paired comparisons, vote and rank arithmetic, and the report a person looks at.
 
+The names below are arithmetic and tables. Runs, benchmarks and the voting page are submodules: `evaluate`, `run`,
+`comparison`, `videophy`, `videophy2`, `phygenbench`, `vbench`, `voting_server`, `voting_results`, `physion`.
+"""
+
+from video_trl.evaluation.agreement import krippendorff_alpha
+from video_trl.evaluation.gsb import GSB, gsb
 from video_trl.evaluation.report import Column, Comparison, Curve, Sample, Table, summary_table, write_report
 from video_trl.evaluation.statistics import (
     PairedDifference,
+    Share,
     gsb_score,
+    holm,
+    mcnemar,
     paired_bootstrap,
+    prompt_sign_test,
     rank_points,
     rank_total_score,
+    share_of,
+    sign_test,
     verdict,
     wilson_interval,
 )
 
 
 __all__ = [
+    "GSB",
     "Column",
     "Comparison",
     "Curve",
     "PairedDifference",
     "Sample",
+    "Share",
     "Table",
+    "gsb",
     "gsb_score",
+    "holm",
+    "krippendorff_alpha",
+    "mcnemar",
     "paired_bootstrap",
+    "prompt_sign_test",
     "rank_points",
     "rank_total_score",
+    "share_of",
+    "sign_test",
     "summary_table",
     "verdict",
     "wilson_interval",

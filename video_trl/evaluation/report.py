@@ -84,6 +84,7 @@ class Comparison:
         a (`str`), b (`str`): Names of the methods.
         difference ([`PairedDifference`]): Paired difference a - b, from [`paired_bootstrap`].
         num_seeds (`int`): Training runs with different seeds behind it.
+        p_adjusted (`float`, *optional*): p-value after Holm's correction, where the comparison is one of several.
     """
 
     metric: str
@@ -91,14 +92,16 @@ class Comparison:
     b: str
     difference: PairedDifference
     num_seeds: int
+    p_adjusted: float | None = None
 
     @property
     def verdict(self) -> str:
-        return verdict(self.difference, num_seeds=self.num_seeds)
+        return verdict(self.difference, num_seeds=self.num_seeds, p_adjusted=self.p_adjusted)
 
     def cells(self) -> tuple[str, ...]:
         """The comparison as cells under [`comparison_header`]."""
         d = self.difference
+        adjusted = () if self.p_adjusted is None else (f"{self.p_adjusted:.3g}",)
         return (
             self.metric,
             f"{self.a} vs {self.b}",
@@ -107,6 +110,7 @@ class Comparison:
             f"{d.difference:+.3f}",
             f"[{d.low:+.3f}, {d.high:+.3f}]",
             f"{d.num_items} / {d.num_clusters} / {self.num_seeds}",
+            *adjusted,
             self.verdict,
         )
 
@@ -116,13 +120,19 @@ def comparison_header(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     Header of the table of `comparisons`; it names the confidence level of their intervals.
 
     Raises:
-        ValueError: If the intervals have different levels: they cannot stand under one header.
+        ValueError: If the intervals have different levels, or only some comparisons have a p-value: they cannot stand
+            under one header.
     """
     levels = {comparison.difference.level for comparison in comparisons}
     if len(levels) != 1:
         raise ValueError(f"Comparisons of one table need intervals of one confidence level, got {sorted(levels)}.")
+    tested = {comparison.p_adjusted is not None for comparison in comparisons}
+    if len(tested) != 1:
+        raise ValueError("Either all comparisons of one table have an adjusted p-value or none has.")
     interval = f"{100 * levels.pop():g} % interval"
-    return ("metric", "comparison", "mean A", "mean B", "A - B", interval, "videos / prompts / seeds", "verdict")
+    p_value = ("p (Holm)",) if tested.pop() else ()
+    counts = "videos / prompts / seeds"
+    return ("metric", "comparison", "mean A", "mean B", "A - B", interval, counts, *p_value, "verdict")
 
 
 def summary_table(comparisons: Sequence[Comparison]) -> str:
@@ -149,6 +159,7 @@ def write_report(
     tables: Sequence[Table] = (),
     curves: Sequence[Curve] = (),
     notes: Sequence[str] = (),
+    disagreement: str | None = None,
 ) -> Path:
     """
     Writes one HTML file that needs no other file and no network. The file appears whole or not at all.
@@ -162,6 +173,8 @@ def write_report(
         tables (list of [`Table`], *optional*): Further tables.
         curves (list of [`Curve`], *optional*): Training curves.
         notes (list of `str`, *optional*): How the numbers were made: command, seeds, machine, limits.
+        disagreement (`str`, *optional*): Name of a score; samples can then be filtered by how far it differs between
+            the columns. Where samples have different categories they can always be filtered by category.
 
     Returns:
         `Path`: The file written.
@@ -191,7 +204,9 @@ def write_report(
     html = environment.get_template("report.html").render(
         title=title,
         columns=columns,
-        samples=[_sample_view(sample, names) for sample in samples],
+        samples=[_sample_view(sample, names, disagreement) for sample in samples],
+        categories=_categories(samples),
+        disagreement=disagreement,
         comparisons=_comparison_view(comparisons),
         tables=tables,
         curves=[
@@ -218,7 +233,13 @@ def _comparison_view(comparisons: Sequence[Comparison]) -> dict[str, object] | N
     }
 
 
-def _sample_view(sample: Sample, names: Sequence[str]) -> dict[str, object]:
+def _categories(samples: Sequence[Sample]) -> list[str]:
+    """Categories to filter by, in the order in which they appear; none where all samples have the same one."""
+    categories = list(dict.fromkeys(sample.category for sample in samples if sample.category))
+    return categories if len(categories) > 1 else []
+
+
+def _sample_view(sample: Sample, names: Sequence[str], disagreement: str | None) -> dict[str, object]:
     """One sample as the template wants it: a cell for each column, in the order of the columns."""
     cells = []
     for name in names:
@@ -233,7 +254,11 @@ def _sample_view(sample: Sample, names: Sequence[str]) -> dict[str, object]:
                 "texts": [(key, value) for key, value in scores.items() if isinstance(value, str) and value],
             }
         )
-    return {"prompt": sample.prompt, "category": sample.category, "cells": cells}
+    compared = [
+        float(value) for scores in sample.scores.values() for key, value in scores.items() if key == disagreement
+    ]
+    spread = max(compared) - min(compared) if compared else 0.0
+    return {"prompt": sample.prompt, "category": sample.category, "spread": f"{spread:.4f}", "cells": cells}
 
 
 def _data_uri(video: Path) -> Markup:

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 
 MIN_SEEDS = 3
@@ -36,18 +36,70 @@ def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises:
         ValueError: If there is no trial, if `k` is outside [0, n], or if `level` is outside (0, 1).
     """
-    _check_level(level)
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"A share needs 0 <= k <= n and n >= 1, got k={k} and n={n}.")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = k / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    denominator = 1 + z * z / n
-    # At k = 0 and k = n the ends are exactly 0 and 1; rounding would leave 1e-17 beside them.
-    low = 0.0 if k == 0 else (centre - spread) / denominator
-    high = 1.0 if k == n else (centre + spread) / denominator
-    return low, high
+    return _wilson(k / n, n, level)
+
+
+@dataclass(frozen=True)
+class Share:
+    """
+    Count `k` of `n` with the Wilson interval of `k / n`; printed as `96/590 = 16.3 % [13.5, 19.5]`.
+
+    Attributes:
+        k (`int`), n (`int`): Successes and trials.
+        num_clusters (`int`): Prompts that the trials belong to.
+        low (`float`), high (`float`): Ends of the interval, in [0, 1].
+        level (`float`): Confidence level of the interval.
+    """
+
+    k: int
+    n: int
+    num_clusters: int
+    low: float
+    high: float
+    level: float
+
+    @property
+    def value(self) -> float:
+        return self.k / self.n
+
+    def __str__(self) -> str:
+        return f"{self.k}/{self.n} = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def share_of(passed: Sequence[bool], clusters: Sequence[Hashable] | None = None, level: float = 0.95) -> Share:
+    """
+    Share of trials that passed, with a Wilson interval that knows about clusters.
+
+    Several videos of one prompt are not independent. Their number is divided by the design effect (variance between
+    clusters over that of independent trials) before it enters Wilson's formula: with one video a prompt this is the
+    plain interval, and with copies of the same video it is the interval of the prompts alone.
+
+    Args:
+        passed (sequence of `bool`): Outcome of each trial; at least one.
+        clusters (sequence, *optional*): Label of each trial's cluster. Without it each trial is its own.
+        level (`float`, *optional*, defaults to `0.95`): Two-sided confidence level, in (0, 1).
+
+    Returns:
+        [`Share`]
+
+    Raises:
+        ValueError: If there is no trial, the labels are not as many as the trials, or `level` is outside (0, 1).
+    """
+    outcomes = np.asarray(passed, dtype=np.float64)
+    if outcomes.size == 0:
+        raise ValueError("A share needs at least one trial, got none.")
+    k, n = int(outcomes.sum()), len(outcomes)
+    sums, counts = _totals(outcomes, clusters)
+    num_clusters, share = len(sums), k / n
+    effective = float(num_clusters)
+    if num_clusters > 1 and 0 < k < n:
+        between = num_clusters / (num_clusters - 1) * float(((sums - share * counts) ** 2).sum()) / n**2
+        # Never more than the videos there are, never fewer than the prompts. The variance is 0 when the prompts agree.
+        effective = min(max(share * (1 - share) / between if between > 0 else n, num_clusters), n)
+    low, high = _wilson(share, effective, level)
+    return Share(k, n, num_clusters, low, high, level)
 
 
 @dataclass(frozen=True)
@@ -139,13 +191,15 @@ def paired_bootstrap(
     )
 
 
-def verdict(difference: PairedDifference, *, num_seeds: int) -> str:
+def verdict(difference: PairedDifference, *, num_seeds: int, p_adjusted: float | None = None) -> str:
     """
-    The one sentence a result may claim. "better" and "worse" need an interval without zero AND at least three seeds.
+    The one sentence a result may claim. "better" and "worse" need an interval without zero AND at least three seeds,
+    and, where several comparisons were made, an adjusted p-value below one minus the interval's level.
 
     Args:
         difference ([`PairedDifference`]): Comparison, larger values being the good ones.
         num_seeds (`int`): Training runs with different seeds behind the comparison, at least 1.
+        p_adjusted (`float`, *optional*): p-value after [`holm`], where the comparison is one of several.
 
     Raises:
         ValueError: If `num_seeds` is below 1.
@@ -154,10 +208,90 @@ def verdict(difference: PairedDifference, *, num_seeds: int) -> str:
         raise ValueError(f"`num_seeds` counts training runs and must be at least 1, got {num_seeds}.")
     if not difference.excludes_zero:
         return "no difference shown"
+    if p_adjusted is not None and p_adjusted > 1 - difference.level:
+        return "no difference shown after correction"
     if num_seeds < MIN_SEEDS:
         direction = "higher" if difference.low > 0 else "lower"
         return f"{direction} in {num_seeds} seed{'s' if num_seeds > 1 else ''} (a verdict needs {MIN_SEEDS})"
     return "better" if difference.low > 0 else "worse"
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """
+    Two-sided exact sign test: probability of a split at least as uneven as this one if both sides were equally likely.
+    Ties are left out before; on pairs of pass/fail outcomes this is McNemar's exact test.
+
+    Args:
+        wins (`int`), losses (`int`): Pairs that one side and the other side won.
+
+    Returns:
+        `float`: p-value in (0, 1]; 1 when there is no pair.
+
+    Raises:
+        ValueError: If a count is negative.
+    """
+    if min(wins, losses) < 0:
+        raise ValueError(f"Counts of a sign test must not be negative, got {wins} and {losses}.")
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
+    """
+    McNemar's exact test of two methods that passed or failed the same items.
+
+    Args:
+        a (sequence of `bool`), b (sequence of `bool`): Outcomes of each method, in the same order.
+
+    Returns:
+        `tuple[int, int, float]`: Items that only `a` passed, items that only `b` passed, and the two-sided p-value.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"McNemar's test pairs outcomes of the same items, got {len(a)} and {len(b)}.")
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    return only_a, only_b, sign_test(only_a, only_b)
+
+
+def prompt_sign_test(a: npt.ArrayLike, b: npt.ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+    """
+    Sign test over prompts: a prompt is won by the method with the higher mean over its videos; equal means are ties.
+
+    Args:
+        a (array of shape `(n,)`), b (array of shape `(n,)`): Values of each method on the same items, finite.
+        clusters (sequence of length `n`, *optional*): Prompt of each item. Without it each item is its own.
+
+    Returns:
+        `float`: Two-sided p-value.
+    """
+    sums, _ = _totals(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), clusters)
+    # Means of equal values may differ in the last bits.
+    return sign_test(int((sums > 1e-12).sum()), int((sums < -1e-12).sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    p-values adjusted by Holm's step-down method: comparing them with a level bounds the chance of a single false
+    claim among all comparisons by that level, whatever their dependence.
+
+    Args:
+        p_values (sequence of `float`): p-values of all comparisons that were made, in [0, 1].
+
+    Returns:
+        `list[float]`: Adjusted p-values, in the order given.
+
+    Raises:
+        ValueError: If a value is outside [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values must lie in [0, 1], got {list(p_values)}.")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def gsb_score(good: int, same: int, bad: int) -> float:
@@ -229,21 +363,41 @@ def rank_total_score(
 def _cluster_totals(
     differences: npt.NDArray[np.float64], clusters: Sequence[Hashable] | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Sum and number of the differences in each cluster, both of shape `(number of clusters,)`."""
-    if clusters is None:
-        labels = np.arange(len(differences))
-    else:
-        if len(clusters) != len(differences):
-            raise ValueError(f"`clusters` must label all {len(differences)} items, got {len(clusters)} labels.")
-        numbers: dict[Hashable, int] = {}
-        labels = np.array([numbers.setdefault(label, len(numbers)) for label in clusters], dtype=np.int64)
-    counts = np.bincount(labels)
+    """As [`_totals`], for an interval of the mean: one cluster would give it the width zero."""
+    sums, counts = _totals(differences, clusters)
     if len(counts) < 2:
         raise ValueError(
             f"An interval needs at least two clusters, got {len(counts)}: one would give an interval of width zero. "
             "Evaluate more prompts."
         )
-    return np.bincount(labels, weights=differences).astype(np.float64), counts.astype(np.int64)
+    return sums, counts
+
+
+def _totals(
+    values: npt.NDArray[np.float64], clusters: Sequence[Hashable] | None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Sum and number of the values in each cluster, both of shape `(number of clusters,)`."""
+    if clusters is None:
+        labels = np.arange(len(values))
+    else:
+        if len(clusters) != len(values):
+            raise ValueError(f"`clusters` must label all {len(values)} items, got {len(clusters)} labels.")
+        numbers: dict[Hashable, int] = {}
+        labels = np.array([numbers.setdefault(label, len(numbers)) for label in clusters], dtype=np.int64)
+    return np.bincount(labels, weights=values).astype(np.float64), np.bincount(labels).astype(np.int64)
+
+
+def _wilson(share: float, n: float, level: float) -> tuple[float, float]:
+    """Wilson's formula; `n` may be an effective number, which is no integer."""
+    _check_level(level)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    denominator = 1 + z * z / n
+    # At 0 and 1 the ends are exactly 0 and 1; rounding would leave 1e-17 beside them.
+    low = 0.0 if share == 0 else (centre - spread) / denominator
+    high = 1.0 if share == 1 else (centre + spread) / denominator
+    return low, high
 
 
 def _check_level(level: float) -> None:

@@ -1,0 +1,43 @@
+"""A headless Chromium for tests of pages; the tests are skipped, with the reason, where there is none."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser of the system (Debian's `chromium` package); playwright would download one of its own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        # Tests run in containers, as root, where the browser's own sandbox cannot start and /dev/shm is small.
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def page_of(browser: Any, **kwargs: Any) -> Iterator[Any]:
+    """A page in a profile of its own; fails at the end if the page reported an error or asked for anything outside."""
+    context = browser.new_context(**kwargs)
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: _check_local(request.url, errors))
+    yield page
+    context.close()
+    assert not errors
+
+
+def _check_local(url: str, errors: list[str]) -> None:
+    if not url.startswith(("http://127.0.0.1:", "file://", "data:", "blob:")):
+        errors.append(f"asked for {url}")

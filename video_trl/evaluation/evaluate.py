@@ -1,0 +1,144 @@
+"""One call from a model to a table: generate, judge, count. Each step is skipped where its files are there."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..judges import VideoJudge, load_judge
+from .generating import SANDBOX, generate_run, load_generator
+from .prompts import EvaluationPrompt, check_prompts, load_prompts
+from .run import SCORE_FOLDER, Run, shard
+from .scoring import score_run, slug
+from .tables import RunTable, benchmark_named, tabulate
+from .videophy import load_videophy
+from .videophy2 import load_videophy2
+
+
+logger = logging.getLogger(__name__)
+
+_LOADERS: dict[str, Callable[..., tuple[EvaluationPrompt, ...]]] = {
+    "videophy": load_videophy,
+    "videophy2": load_videophy2,
+}
+_POLL_SECONDS = 1.0
+_REPORT_SECONDS = 60.0
+
+
+def evaluate_model(
+    run_dir: str | os.PathLike[str],
+    *,
+    model: str = SANDBOX,
+    adapter: str | None = None,
+    prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None = None,
+    num_prompts: int | None = None,
+    seeds: Sequence[int] = (0,),
+    judge: str | VideoJudge = SANDBOX,
+    name: str | None = None,
+    training_seed: int | None = None,
+    benchmark: str = "custom",
+    revision: str | None = None,
+    fps: float | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    batch_size: int = 1,
+) -> RunTable | None:
+    """
+    Evaluates a model: prompts x seeds -> videos -> scores -> table. With nothing but `run_dir` it evaluates the
+    sandbox's base model on held-out sentences with the sandbox's exact judge.
+
+    Stopped at any moment, it goes on where it was when called again with the same arguments. Under `torchrun` or
+    `accelerate launch` the videos are shared among the processes.
+
+    Args:
+        run_dir (path): Directory of the run.
+        model, adapter, revision, fps, call_kwargs, dtype, device: As in [`load_generator`].
+        prompts (path or list, *optional*): File for [`load_prompts`], or prompts; by default the sandbox's held-out.
+        num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (21 by default), or the first so
+            many of `prompts`.
+        seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each seed.
+        judge (`str` or [`VideoJudge`], *optional*, defaults to `"sandbox"`): Name for `load_judge`, or a judge. The
+            default one judges nothing but the sandbox's sentences.
+        name (`str`, *optional*): How tables call the model; by default the adapter's or the model's name.
+        training_seed (`int`, *optional*): Seed of the training behind the adapter.
+        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"` and
+            `"videophy2"` the prompts are the benchmark's: `prompts` is its CSV file, by default that of the Hub.
+        batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
+
+    Returns:
+        [`RunTable`], or `None` on all processes but the first.
+
+    Raises:
+        ValueError: If an argument is missing or wrong (before a model is loaded), or as in the three steps.
+    """
+    benchmark_named(benchmark)
+    if model != SANDBOX and (judge == SANDBOX or prompts is None and benchmark not in _LOADERS):
+        raise ValueError(f"Evaluating {model!r} needs `prompts` and `judge`: only the sandbox brings its own.")
+    chosen = _prompts(prompts, num_prompts, benchmark)
+    if isinstance(judge, str):
+        judge = load_judge(judge)
+    generator = load_generator(
+        model, adapter=adapter, revision=revision, fps=fps, call_kwargs=call_kwargs, dtype=dtype, device=device
+    )
+    run = generate_run(
+        run_dir,
+        generator,
+        chosen,
+        seeds=seeds,
+        name=name or (adapter or model).rstrip("/").rpartition("/")[2],
+        training_seed=training_seed,
+        benchmark=benchmark,
+        batch_size=batch_size,
+    )
+    score_run(run.folder, judge)
+    rank, num_ranks = shard()
+    if rank != 0:
+        return None
+    if num_ranks > 1:
+        _wait_for_scores(run, judge.name)
+    return tabulate(run, judge=judge.name)
+
+
+def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, ...]:
+    """
+    Held-out sentences of the sandbox, the laws of motion in turn, each law being a group of the table.
+
+    Raises:
+        ValueError: If there are fewer sentences than asked for.
+    """
+    from ..sandbox.benchmark import balanced_prompts
+    from ..sandbox.prompts import parse_prompt
+
+    motions = [(text, parse_prompt(text).motion) for text in balanced_prompts("heldout", number, seed)]
+    return tuple(EvaluationPrompt(text, category=motion, groups=(motion,)) for text, motion in motions)
+
+
+def _prompts(
+    prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None, number: int | None, benchmark: str
+) -> tuple[EvaluationPrompt, ...]:
+    if prompts is None and benchmark not in _LOADERS:
+        return sandbox_prompts(21 if number is None else number)
+    if prompts is None:
+        found = _LOADERS[benchmark]()
+    elif isinstance(prompts, str | os.PathLike):
+        found = _LOADERS.get(benchmark, load_prompts)(prompts)
+    else:
+        found = check_prompts(prompts)
+    if number is not None and not 1 <= number <= len(found):
+        raise ValueError(f"`num_prompts` must lie between 1 and the {len(found)} prompts given, got {number}.")
+    return found[:number]
+
+
+def _wait_for_scores(run: Run, judge: str) -> None:
+    """Waits for the other processes of the launch, by their files: hours apart, they would time out at a barrier."""
+    last = time.monotonic()
+    while True:
+        waiting = len(run.cases) - len(list((run.folder / SCORE_FOLDER / slug(judge)).glob("[0-9]*.json")))
+        if waiting <= 0:
+            return
+        if time.monotonic() - last > _REPORT_SECONDS:
+            last = time.monotonic()
+            logger.info("Waiting for the other processes: %d of %d scores are missing.", waiting, len(run.cases))
+        time.sleep(_POLL_SECONDS)

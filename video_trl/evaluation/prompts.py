@@ -1,0 +1,185 @@
+"""Prompts of an evaluation: what the model is given, what the judge reads, and the groups that a table counts."""
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+ALL = "all"  # the group of all prompts
+_TEXT_COLUMNS = ("prompt", "caption")
+_OPTIONAL_COLUMNS = ("generation_prompt", "category", "groups", "image")
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """
+    One sentence of a benchmark.
+
+    Attributes:
+        text (`str`): What the judge reads and tables show. Distinct within an evaluation.
+        generation_text (`str`, *optional*): What the model is given instead, such as a longer version of the sentence.
+        category (`str`, *optional*): What the report can be filtered by: an action, a law, a state of matter.
+        groups (`tuple[str, ...]`, *optional*): Subsets that the prompt counts in; they may overlap, none is `all`.
+        image (`str`, *optional*): Path of the first frame, for image-to-video models.
+    """
+
+    text: str
+    generation_text: str | None = None
+    category: str = ""
+    groups: tuple[str, ...] = ()
+    image: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", ())}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EvaluationPrompt":
+        return cls(**{**values, "groups": tuple(values.get("groups", ()))})
+
+
+def check_prompts(prompts: Sequence[EvaluationPrompt | str]) -> tuple[EvaluationPrompt, ...]:
+    """
+    Prompts as [`EvaluationPrompt`], in the order given.
+
+    Raises:
+        ValueError: If there is none, one is blank or stands there twice (its videos would count twice), or a group is
+            called `all`.
+    """
+    checked = tuple(EvaluationPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+    if not checked:
+        raise ValueError("An evaluation needs at least one prompt, got none.")
+    blank = [number for number, prompt in enumerate(checked) if not prompt.text.strip()]
+    if blank:
+        raise ValueError(f"Prompts must not be blank, but number {blank[0]} (from 0) of {len(checked)} is.")
+    repeated = [text for text, count in Counter(prompt.text for prompt in checked).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} prompts stand there more than once and would count more than once, the first being "
+            f"{repeated[0]!r}. Remove the copies; for several videos of a prompt pass several seeds."
+        )
+    if any(ALL in prompt.groups for prompt in checked):
+        raise ValueError(f"The group {ALL!r} holds every prompt by itself; give a group of yours another name.")
+    return checked
+
+
+def prompts_hash(prompts: Sequence[EvaluationPrompt]) -> str:
+    """Hash of the prompts with all that belongs to them, and of their order: 32 hexadecimal digits."""
+    content = json.dumps([prompt.to_dict() for prompt in prompts], sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
+    """
+    Reads a file of prompts by its ending.
+
+    - `.txt`: a prompt on each line; blank lines are left out.
+    - `.csv`: a column `prompt` (or `caption`); quoted cells may hold commas, quotes and newlines. Optional columns:
+      `generation_prompt`, `category`, `groups` (separated by semicolons), `image`.
+    - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line.
+
+    Args:
+        path (path): The file, in UTF-8.
+
+    Returns:
+        `tuple[EvaluationPrompt, ...]`: The prompts in the order of the file.
+
+    Raises:
+        ValueError: If the file is missing, has another ending, cannot be read, or its prompts are blank or repeated.
+    """
+    path = Path(path)
+    readers = {".txt": _read_lines, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"Expected a file of prompts ending in {', '.join(readers)}; got {path}.")
+    rows = readers[path.suffix.lower()](path)
+    try:
+        return check_prompts([_prompt(row) for row in rows])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """
+    Rows of a CSV file by its header.
+
+    Raises:
+        ValueError: If the file is missing, is not UTF-8, or a row has more or fewer cells than the header.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV file in UTF-8 ({error}).") from error
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}: row {number + 1} has another number of cells than the header. A cell with a comma, a quote "
+                'or a newline must stand in double quotes, and a quote inside it is written twice ("").'
+            )
+    return rows
+
+
+def read_json_file(path: str | os.PathLike[str]) -> Any:
+    """
+    Content of a JSON file.
+
+    Raises:
+        ValueError: If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
+
+
+def _read_lines(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a text file in UTF-8 ({error}).") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read_json(path: Path) -> list[Any]:
+    content = read_json_file(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a list of prompts, got {type(content).__name__}.")
+    return content
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error}).") from error
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv_rows(path)]
+
+
+def _prompt(row: Any) -> EvaluationPrompt:
+    if isinstance(row, str):
+        return EvaluationPrompt(row)
+    text = next((row[name] for name in _TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(
+            f"Expected a text, or an entry 'prompt' (or 'caption') with a text, beside {', '.join(_OPTIONAL_COLUMNS)}"
+            f"; got {found}."
+        )
+    return EvaluationPrompt(
+        text=text,
+        generation_text=row.get("generation_prompt") or None,
+        category=row.get("category") or "",
+        groups=tuple(group.strip() for group in row.get("groups") or () if group.strip()),
+        image=row.get("image") or None,
+    )
