@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo test test-slow quality format bench docs clean
+.PHONY: help install demo test test-slow quality format bench study-regdpo docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -57,6 +57,10 @@ format: $(INSTALLED)  ## apply ruff's fixes and its format
 bench: $(INSTALLED)  ## the sandbox comparison over three seeds, for docs/benchmarks/
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
 		--seeds 0 1 2 --output_dir outputs/bench
+
+study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three seeds, for docs/benchmarks/ (about an hour)
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py --report docs/benchmarks/reg_dpo_stability.md
 
 docs: $(INSTALLED_DOCS)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

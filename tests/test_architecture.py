@@ -24,26 +24,35 @@ BANNED_IMPORTS = {"torchvision", "decord", "cv2"}
 
 # Part of the package -> the other parts it may import. Nothing imports `cli`.
 MAY_IMPORT = {
-    "losses": set(),
+    "losses": {"trd"},
+    "trd": set(),
     "diffusion": set(),
     "adapters": {"diffusion"},
-    "judges": set(),
+    "judges": {"data"},
     "teachers": set(),
     "data": {"adapters", "teachers"},
     "hub": set(),
     "curation": {"data", "judges", "adapters"},
-    "evaluation": {"judges", "data"},
+    "evaluation": {"judges", "data", "adapters", "teachers"},
     "sandbox": {"judges", "teachers", "data", "adapters", "evaluation", "diffusion"},
-    "trainer": {"losses", "diffusion", "adapters", "data", "hub"},
+    "trainer": {"losses", "trd", "diffusion", "adapters", "data", "hub", "teachers"},
 }
 # Allowed only inside a function: the default model of the trainers is not loaded unless it is asked for.
-MAY_IMPORT_LAZILY = {"trainer": {"sandbox"}}
+MAY_IMPORT_LAZILY = {
+    "trainer": {"sandbox"},
+    "teachers": {"sandbox"},
+    "judges": {"sandbox"},
+    "evaluation": {"sandbox"},
+    "curation": {"sandbox"},
+}
 # The only third-party packages of these parts.
-PURE = {"losses": {"torch"}, "diffusion": {"torch"}}
+PURE = {"losses": {"torch"}, "trd": {"torch"}, "diffusion": {"torch"}}
 
 # Calls of getattr/hasattr in a file, and the foreign interface that forces them.
 DYNAMIC_ATTRIBUTES = {
     "__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
+    "curation/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
+    "judges/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "sandbox/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "hub.py": (1, "PEFT sets `peft_config` on a model with its first adapter"),
     "trainer/lora.py": (1, "PEFT sets `peft_config` on a model with its first adapter"),

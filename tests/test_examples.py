@@ -12,12 +12,24 @@ import yaml
 from trl import TrlParser
 
 from tests.tiny import tiny_group_dataset, tiny_wan_pipeline
-from video_trl import VideoGroupDPOConfig, VideoSFTConfig
+from tests.trainer.repa_runs import tiny_teacher
+from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
+from video_trl.curation import GTPairConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+# Last word of a configuration's name -> the script that reads it, and its arguments.
+TRAINING = {
+    "dpo": ("train_dpo", VideoDPOConfig),
+    "gdpo": ("train_gdpo", VideoGroupDPOConfig),
+    "reg-dpo": ("train_reg_dpo", VideoRegDPOConfig),
+    "repa": ("train_repa", VideoREPAConfig),
+    "sft": ("train_sft", VideoSFTConfig),
+}
+CURATION = {"gt-pair": ("curate_gt_pairs", GTPairConfig)}
+TRAINING_SCRIPTS = ["train_dpo", "train_gdpo", "train_reg_dpo", "train_sft"]  # REPA's needs a teacher: tested apart
 
 
 def _load(name):
@@ -30,18 +42,19 @@ def _load(name):
 
 
 def _parse(config, *overrides):
-    script, config_class = (
-        ("train_sft", VideoSFTConfig) if "sft" in config.stem else ("train_gdpo", VideoGroupDPOConfig)
-    )
+    readers = TRAINING | CURATION
+    method = max((name for name in readers if f"-{config.stem}".endswith(f"-{name}")), key=len)  # -reg-dpo is no -dpo
+    script, config_class = readers[method]
     parser = TrlParser((_load(script).ScriptArguments, config_class))
-    return parser.parse_args_and_config(args=["--config", str(config), "--use_cpu", *overrides])
+    device = ["--use_cpu"] if method in TRAINING else []
+    return parser.parse_args_and_config(args=["--config", str(config), *device, *overrides])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_is_understood_to_the_last_key(config):
     """The parser raises at a key that no dataclass has; what it has read must be what the file says."""
-    script_args, training_args = _parse(config)
-    values = {**vars(script_args), **vars(training_args)}
+    script_args, args = _parse(config)
+    values = {**vars(script_args), **vars(args)}
     for key, value in yaml.safe_load(config.read_text()).items():
         expected = [value] if key == "report_to" and isinstance(values[key], list) else value
         assert values[key] == ([] if expected == ["none"] else expected), key
@@ -71,6 +84,30 @@ def test_the_14b_configuration_holds_the_numbers_of_the_paper():
     assert args.bf16 and args.activation_checkpointing
 
 
+@pytest.mark.parametrize("method", ["dpo", "reg-dpo"])
+def test_the_14b_pair_configurations_hold_the_numbers_of_the_paper(method):
+    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-14b-{method}.yaml")
+    assert (args.height, args.width, args.num_frames, args.fps) == (720, 1280, 81, 16)
+    assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.beta) == (16, 32, 5e-6, 500)
+    assert (args.per_device_train_batch_size, args.optim.value, args.save_steps) == (1, "adamw_torch", 300)
+    if method == "reg-dpo":
+        assert (args.sft_weight_mode, args.sft_coefficient) == ("dgr", 1.0)
+
+
+@pytest.mark.parametrize("size", ["2b", "5b"])
+def test_the_cogvideox_configurations_hold_the_numbers_of_the_paper(size):
+    script_args, args = _parse(EXAMPLES / "configs" / f"cogvideox-{size}-repa.yaml")
+    assert script_args.model_name_or_path == f"zai-org/CogVideoX-{size}"
+    assert (args.height, args.width, args.num_frames) == (480, 720, 49)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+    assert (args.coefficient, args.margin, args.align_layer, args.projector_width) == (0.5, 0.1, 18, 2048)
+    if size == "2b":
+        assert (args.use_peft, args.learning_rate, args.max_steps) == (False, 2e-6, 4000)
+    else:
+        assert (args.use_peft, args.lora_rank, args.lora_alpha) == (True, 128, 64)
+        assert (args.learning_rate, args.max_steps) == (1e-4, 2000)
+
+
 @pytest.mark.parametrize("size", ["1.3b", "14b"])
 def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
     """81 frames are 5 s at 16 fps; without a common rate, real clips of 24 or 30 fps become slow motion."""
@@ -82,17 +119,17 @@ def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
 def test_script_starts_with_its_requirements_and_says_how_to_run_it(script):
     text = script.read_text()
     assert text.startswith("# /// script\n")
-    assert f"accelerate launch examples/{script.name}" in text
+    assert f"accelerate launch examples/{script.name}" in text or f"python examples/{script.name}" in text
 
 
-@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_a_model_without_a_dataset_is_refused_before_anything_is_loaded(script, tmp_path):
     arguments = ["--model_name_or_path", "no/such-model", "--output_dir", str(tmp_path), "--use_cpu"]
     with pytest.raises(ValueError, match="needs --dataset_name"):
         _load(script).main(arguments)
 
 
-@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 @pytest.mark.parametrize("name", ["no-such/dataset", "no/such/folder"])
 def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
     arguments = ["--dataset_name", name, "--output_dir", str(tmp_path), "--use_cpu"]
@@ -100,11 +137,39 @@ def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
         _load(script).main(arguments)
 
 
-@pytest.mark.parametrize("script, config", [("train_gdpo", VideoGroupDPOConfig), ("train_sft", VideoSFTConfig)])
+@pytest.mark.parametrize("script, config", TRAINING.values())
 def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
     resume = _load(script).checkpoint_to_resume
     for value, expected in ((None, None), ("True", True), ("true", True), ("False", None), ("out/c-5", "out/c-5")):
         assert resume(config(str(tmp_path), use_cpu=True, resume_from_checkpoint=value)) == expected
+
+
+def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):
+    sizes = ["--num_train", "12", "--num_test", "6", "--noise_levels", "0.5", "--output", str(tmp_path / "probe.json")]
+    _load("probe_physion").main(sizes)
+    printed = capsys.readouterr().out
+    assert printed.startswith("| features | roll | chase | bounce | all |")
+    results = json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert list(results) == ["pixels", "sandbox", "sandbox (teacher)"]
+    assert all(len(result["probabilities"]) == 6 and name in printed for name, result in results.items())
+    with pytest.raises(ValueError, match="needs --physion"):
+        _load("probe_physion").main(["--model_name_or_path", "no/such-model"])
+
+
+@pytest.mark.slow
+def test_repa_study_end_to_end(tmp_path):
+    """Two steps of two arms: to leave every file and table that the full study leaves."""
+    script = _load("study_repa")
+    folder = ["--config", str(script.SANDBOX_CONFIG), "--output_dir", str(tmp_path)]
+    sizes = ["--num_clips", "8", "--max_steps", "2", "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12"]
+    run = [*folder, *sizes, "--probe_test", "6", "--use_cpu", "--cache_dir", str(tmp_path / "cache")]
+    script.main([*run, "--arms", "base", "sft", "trd", "--seeds", "0", "1"])
+    assert len(list((tmp_path / "results").glob("*.json"))) == 5
+    script.main([*folder, "--use_cpu", "--report", str(tmp_path / "repa.md")])
+    page = (tmp_path / "repa.md").read_text()
+    assert page.count("| trd |") == 3 and page.count("| teacher |") == 1 and "better" not in page
+    with pytest.raises(ValueError, match="arms of"):
+        script.main([*run, "--arms", "dpo"])
 
 
 @pytest.mark.parametrize("option", ["--push_to_hub", "--resume_from_checkpoint"])
@@ -131,13 +196,17 @@ def _two_steps(tiny_model, dataset, output_dir):
     ]
 
 
-@pytest.mark.parametrize("script", ["train_gdpo", "train_sft"])
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(script, tiny_model, tmp_path):
     groups = tiny_group_dataset(n=4, m=2)
     if script == "train_sft":
         groups = groups.select_columns(["prompt", "chosen"]).rename_column("chosen", "video")
     groups.save_to_disk(tmp_path / "data")
-    _load(script).main(_two_steps(tiny_model, tmp_path / "data", tmp_path / "out"))
+    teacher = []
+    if script == "train_repa":
+        tiny_teacher().model.save_pretrained(tmp_path / "teacher")
+        teacher = ["--teacher", str(tmp_path / "teacher"), "--fps", "8"]
+    _load(script).main([*_two_steps(tiny_model, tmp_path / "data", tmp_path / "out"), *teacher])
 
     assert (tmp_path / "out" / "README.md").is_file()
     pipeline = tiny_wan_pipeline()
