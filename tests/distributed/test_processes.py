@@ -63,7 +63,7 @@ def report_of(directory: Path, name: str) -> dict[str, Any]:
     return json.loads((directory / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["split", "accumulated"])
+@pytest.mark.parametrize("name", ["split", "accumulated", "sequential"])
 def test_two_processes_compute_the_step_of_one(two_processes, tmp_path, name):
     made, gradients = alone(tmp_path, max_steps=3)
     report = report_of(two_processes, name)

@@ -71,6 +71,14 @@ def main() -> None:
         activation_checkpointing=True,
     )
     train(
+        "sequential",
+        directory,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        step_mode="sequential",
+    )
+    train(
         "watched",
         directory,
         per_device_train_batch_size=2,

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import _BaseVideoConfig, _check_positive
+from .base_config import _check_positive
+from .preference_config import _PreferenceConfig
 
 
 @dataclass
-class VideoDPOConfig(_BaseVideoConfig):
+class VideoDPOConfig(_PreferenceConfig):
     """
-    Arguments of [`VideoDPOTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    Arguments of [`VideoDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of the DPO baseline of Reg-DPO (https://huggingface.co/papers/2511.01450): LoRA of rank 16

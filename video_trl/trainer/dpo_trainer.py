@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator
-from ..losses import dgr, dpo_loss, implicit_reward, velocity_error
-from .base_trainer import _BaseVideoTrainer
+from ..losses import dgr, dpo_loss, implicit_reward
 from .dpo_config import VideoDPOConfig
+from .preference_base import _PreferenceTrainer
 
 
-class VideoDPOTrainer(_BaseVideoTrainer):
+class VideoDPOTrainer(_PreferenceTrainer):
     """
     Train a video transformer to prefer the chosen video of a pair over the rejected one.
 
@@ -37,7 +37,6 @@ class VideoDPOTrainer(_BaseVideoTrainer):
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
-    uses_reference = True
 
     def compute_loss(
         self,
@@ -58,14 +57,10 @@ class VideoDPOTrainer(_BaseVideoTrainer):
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
         conditions = self.conditions(inputs, repeats=2)
-        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
-        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+        denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        with torch.no_grad(), self.reference_policy() as reference:
-            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
-        reference_error = velocity_error(prediction, target)
-        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
-        policy_error = velocity_error(prediction, target)
+        reference_error = self.reference_error(denoising)
+        policy_error = self.policy_error(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
         chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each

@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..losses import AlphaMode, GammaMode, check_physics_weights
-from .base_config import _FLAG, _BaseVideoConfig, _check_choice
+from .base_config import _FLAG, _check_choice
+from .preference_config import _PreferenceConfig
 
 
 LossType = Literal["sampled", "sum", "plackett_luce"]
 
 
 @dataclass
-class VideoGroupDPOConfig(_BaseVideoConfig):
+class VideoGroupDPOConfig(_PreferenceConfig):
     """
-    Arguments of [`VideoGroupDPOTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    Arguments of [`VideoGroupDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of PhyGDPO (https://huggingface.co/papers/2512.24551): its Eq. 10 hyperparameters, one

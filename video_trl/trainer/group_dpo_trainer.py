@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator, check_columns
-from ..data.columns import MapDataset
+from ..data.columns import MapDataset, as_tensor
 from ..losses import (
     group_dpo_bound,
     group_dpo_loss,
     group_dpo_sampled_bound,
     implicit_reward,
     physics_weights,
-    velocity_error,
 )
-from .base_trainer import _BaseVideoTrainer
 from .group_dpo_config import VideoGroupDPOConfig
+from .preference_base import _PreferenceTrainer
+from .rows import datasets_in
 
 
-class VideoGroupDPOTrainer(_BaseVideoTrainer):
+class VideoGroupDPOTrainer(_PreferenceTrainer):
     """
     Train a video transformer to prefer one video, usually a real one, over m generated ones for the same prompt.
 
@@ -46,10 +46,13 @@ class VideoGroupDPOTrainer(_BaseVideoTrainer):
     config_class = VideoGroupDPOConfig
     row_type = "group"
     collator_class = GroupCollator
-    uses_reference = True
 
     def check_dataset(self, dataset: MapDataset) -> None:
         check_columns(dataset, self.row_type, physics_rewarding=self.args.physics_rewarding)
+
+    def videos_in_step(self) -> int:
+        row = datasets_in(self.train_dataset, self.eval_dataset)[0][0]
+        return 2 if self.args.loss_type == "sampled" else 1 + len(as_tensor(row["rejected_latents"]))
 
     def compute_loss(
         self,
@@ -76,14 +79,10 @@ class VideoGroupDPOTrainer(_BaseVideoTrainer):
         noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.sample_timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
         conditions = self.conditions(inputs, repeats=group_size)
-        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
-        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+        denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        with torch.no_grad(), self.reference_policy() as reference:
-            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
-        reference_error = velocity_error(prediction, target)
-        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
-        policy_error = velocity_error(prediction, target)
+        reference_error = self.reference_error(denoising)
+        policy_error = self.policy_error(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)
         chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)

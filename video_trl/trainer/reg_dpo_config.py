@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..losses import SFTWeightMode
-from .base_config import _BaseVideoConfig, _check_choice, _check_positive
+from .base_config import _check_choice, _check_positive
+from .preference_config import _PreferenceConfig
 
 
 @dataclass
-class VideoRegDPOConfig(_BaseVideoConfig):
+class VideoRegDPOConfig(_PreferenceConfig):
     """
-    Arguments of [`VideoRegDPOTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    Arguments of [`VideoRegDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of Reg-DPO (https://huggingface.co/papers/2511.01450): r = DGR, LoRA of rank 16 with alpha

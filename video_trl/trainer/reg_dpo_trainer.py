@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator
-from ..losses import reg_dpo_loss, velocity_error
-from .base_trainer import _BaseVideoTrainer
+from ..losses import reg_dpo_loss
+from .preference_base import _PreferenceTrainer
 from .reg_dpo_config import VideoRegDPOConfig
 
 
-class VideoRegDPOTrainer(_BaseVideoTrainer):
+class VideoRegDPOTrainer(_PreferenceTrainer):
     """
     Train a video transformer to prefer the chosen video of a pair, without losing the ability to make it.
 
@@ -37,7 +37,6 @@ class VideoRegDPOTrainer(_BaseVideoTrainer):
     config_class = VideoRegDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
-    uses_reference = True
 
     def compute_loss(
         self,
@@ -58,14 +57,10 @@ class VideoRegDPOTrainer(_BaseVideoTrainer):
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
         conditions = self.conditions(inputs, repeats=2)
-        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
-        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+        denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        with torch.no_grad(), self.reference_policy() as reference:
-            prediction = self.adapter.predict(reference, noisy_latents, timesteps, conditions)
-        reference_error = velocity_error(prediction, target).view(batch_size, 2)
-        prediction = self.adapter.predict(model, noisy_latents, timesteps, conditions)
-        policy_error = velocity_error(prediction, target).view(batch_size, 2)
+        reference_error = self.reference_error(denoising).view(batch_size, 2)
+        policy_error = self.policy_error(model, denoising).view(batch_size, 2)
 
         coefficient = self.args.sft_coefficient
         losses, metrics = reg_dpo_loss(
