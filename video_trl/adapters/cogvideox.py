@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import PIL.Image
 import torch
@@ -339,15 +338,9 @@ def _rotary_embeddings(
         return None
     patch = config.patch_size
     base_grid = (config.sample_height // patch, config.sample_width // patch)
-    return _rotary_table(config.attention_head_dim, frames, (height // patch, width // patch), base_grid, device)
-
-
-@lru_cache(maxsize=8)
-def _rotary_table(
-    dim: int, frames: int, grid: tuple[int, int], base_grid: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
+    grid = (height // patch, width // patch)
     # The positions of another size are scaled to those of the size that the transformer was trained for.
     region = get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])
     return get_3d_rotary_pos_embed(
-        embed_dim=dim, crops_coords=region, grid_size=grid, temporal_size=frames, device=device
+        embed_dim=config.attention_head_dim, crops_coords=region, grid_size=grid, temporal_size=frames, device=device
     )

@@ -8,12 +8,11 @@ forward and backward one by one afterwards, weighed by that derivative. Loss and
 one video is all that is kept: also the exact loss of a group needs no more memory than fine-tuning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapters import VideoAdapter
@@ -61,16 +60,20 @@ class SequentialErrors:
         denoising ([`Denoising`]): The videos.
         adapter ([`VideoAdapter`]): Of the transformer's family.
         model (`torch.nn.Module`): The policy, as it is wrapped for training.
-        accelerator (`Accelerator`): Says how its gradients are kept from being averaged over the processes too early.
+        no_sync (`Callable`): Makes a context in which processes do not average gradients yet.
 
     Attributes:
         errors (`torch.Tensor` of shape `(N,)`): A leaf of the graph, float32.
     """
 
     def __init__(
-        self, denoising: Denoising, adapter: VideoAdapter, model: nn.Module, accelerator: Accelerator
+        self,
+        denoising: Denoising,
+        adapter: VideoAdapter,
+        model: nn.Module,
+        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._adapter, self._model, self._accelerator = adapter, model, accelerator
+        self._adapter, self._model, self._no_sync = adapter, model, no_sync
         *self._others, last = denoising.one_by_one()
         with torch.no_grad():
             known = [video.errors(adapter, model) for video in self._others]
@@ -91,4 +94,4 @@ class SequentialErrors:
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""
-        return nullcontext() if final else self._accelerator.no_sync(self._model)
+        return nullcontext() if final else self._no_sync()

@@ -1,6 +1,6 @@
 """What the trainers whose loss compares videos with each other share: the two passes of a step. No loss in here."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -51,7 +51,7 @@ class _PreferenceTrainer(_BaseVideoTrainer):
         """Velocity errors `(N,)` of the policy. In training, call it once in `compute_loss`."""
         if self.step_mode == "concat" or not torch.is_grad_enabled():
             return self._errors(denoising, model)
-        self._sequential = SequentialErrors(denoising, self.adapter, model, self.accelerator)
+        self._sequential = SequentialErrors(denoising, self.adapter, model, partial(self.accelerator.no_sync, model))
         return self._sequential.errors
 
     def training_step(
