@@ -46,6 +46,12 @@ def test_a_path_is_loaded_and_trained(saved, tmp_path):
     assert f"`{saved}`" in (tmp_path / "README.md").read_text()
 
 
+def test_a_pipeline_loaded_from_a_path_object_can_be_saved(saved, tmp_path):
+    made = trainer(config(tmp_path), model=DiffusionPipeline.from_pretrained(saved))
+    made.save_model()  # writes the name of the base model, as JSON
+    assert made.base_model == str(saved) and f"`{saved}`" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("use_peft", "bf16", "expected"),
     [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)],
