@@ -1,0 +1,90 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["video-trl"]
+# ///
+"""
+Memory and arithmetic of a training step at real sizes, counted without weights: the table of docs/memory.md.
+
+    python examples/benchmarks/step_plans.py                  # all of it, a quarter of an hour on one core
+    python examples/benchmarks/step_plans.py --model wan-1.3b
+"""
+
+import argparse
+
+from video_trl.trainer.planning import StepPlan, plan_step
+
+
+WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "freq_dim": 256,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+COGVIDEOX = {
+    "_class_name": "CogVideoXTransformer3DModel",
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "max_text_seq_length": 226,
+    "patch_size": 2,
+    "sample_frames": 49,
+    "sample_height": 60,
+    "sample_width": 90,
+    "temporal_compression_ratio": 4,
+    "text_embed_dim": 4096,
+    "time_embed_dim": 512,
+}
+# Name -> (config.json, sizes in frames, height, width)
+MODELS = {
+    "wan-1.3b": (WAN | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30}, [(81, 480, 832)]),
+    "wan-14b": (
+        WAN | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40},
+        [(81, 480, 832), (81, 720, 1280)],
+    ),
+    "cogvideox-2b": (COGVIDEOX | {"num_attention_heads": 30, "num_layers": 30}, [(49, 480, 720)]),
+    "cogvideox-5b": (
+        COGVIDEOX | {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+        [(49, 480, 720)],
+    ),
+}
+# Name -> (videos, reference, step mode)
+STEPS = {
+    "SFT": (1, "none", "concat"),
+    "pair, concat": (2, "adapter", "concat"),
+    "pair, sequential": (2, "adapter", "sequential"),
+    "group of 1 + 3, concat": (4, "adapter", "concat"),
+    "group of 1 + 3, sequential": (4, "adapter", "sequential"),
+}
+
+
+def row(name: str, size: tuple[int, int, int], step: str, plan: StepPlan) -> str:
+    gib = [f"{number / 2**30:.1f}" for number in (plan.weights, plan.activations, plan.peak)]
+    frames, height, width = size
+    cells = [name, f"{frames} x {height} x {width}", f"{plan.tokens:,}", step, *gib, f"{plan.flops / 1e15:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="only this one")
+    chosen = parser.parse_args().model
+    print("| model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (config, sizes) in MODELS.items():
+        if chosen not in (None, name):
+            continue
+        for size in sizes:
+            shape = (16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
+            for step, (num_videos, reference, step_mode) in STEPS.items():
+                plan = plan_step(config, shape, num_videos=num_videos, reference=reference, step_mode=step_mode)
+                print(row(name, size, step, plan), flush=True)
+
+
+if __name__ == "__main__":
+    main()
