@@ -119,7 +119,7 @@ def write_clip(path: Path, video: "np.ndarray", fps: float, codec: str, pixels: 
 
 
 def add_broken_files(root: Path, good: str) -> dict[str, str]:
-    """What every download has: an empty file, half a file, a copy, an error page, a clip nobody described."""
+    """What every download has: an empty file, an error page under a video's name, a copy."""
     data = (root / good).read_bytes()
     broken = {
         "broken/empty.mp4": (b"", "empty"),

@@ -63,24 +63,31 @@ def share(count: int, total: int) -> str:
     return f"{count}/{total} [{low:.2f}, {high:.2f}]"
 
 
+def span(values: Sequence[float]) -> str:
+    """Smallest and largest."""
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a rule and kind of footage, then the good kinds."""
     rules = GTPairConfig(sources=["labelled footage"]).filter_rules()
     good = [row for row in rows if KINDS[row["kind"]] is None]
     lines = [
-        "| rule | column | threshold | footage | AUC | dropped by this rule | dropped by any rule |",
-        "|---|---|---|---|---|---|---|",
+        "| rule | column | kept if | good footage has | footage | it has | AUC | dropped by this rule | by any rule |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for rule in rules:
+        fine = [row[rule.column] for row in good]
         for kind in (kind for kind, defect in KINDS.items() if defect == rule.name):
             bad = [row for row in rows if row["kind"] == kind]
-            auc = area_under_curve([row[rule.column] for row in good], [row[rule.column] for row in bad])
+            poor = [row[rule.column] for row in bad]
+            auc = area_under_curve(fine, poor)
             auc = 1 - auc if rule.minimum is not None else auc
             limit = f">= {rule.minimum:g}" if rule.minimum is not None else f"<= {rule.maximum:g}"
             alone = sum(name is not None for name in verdicts(bad, [rule]))
             any_rule = sum(name is not None for name in verdicts(bad, rules))
-            cells = (rule.name, f"`{rule.column}`", limit, kind, f"{auc:.3f}", share(alone, len(bad)))
-            lines.append(f"| {' | '.join(cells)} | {share(any_rule, len(bad))} |")
+            cells = (rule.name, f"`{rule.column}`", limit, span(fine), kind, span(poor), f"{auc:.4f}")
+            lines.append(f"| {' | '.join(cells)} | {share(alone, len(bad))} | {share(any_rule, len(bad))} |")
     lines += ["", "| good footage | kept | dropped by |", "|---|---|---|"]
     for kind in (kind for kind, defect in KINDS.items() if defect is None):
         names = verdicts([row for row in good if row["kind"] == kind], rules)

@@ -7,6 +7,9 @@ from pathlib import Path
 import av
 import numpy as np
 
+from video_trl.curation.gt_pair import acquire, filter_clips, normalise
+from video_trl.curation.manifest import Shard
+from video_trl.curation.sources import list_clips
 from video_trl.data import write_video
 from video_trl.sandbox.footage import make_footage
 
@@ -62,6 +65,15 @@ def encode(
     if prompt is not None:
         path.with_suffix(".txt").write_text(prompt, encoding="utf-8")
     return path
+
+
+def first_stages(config, sources=()):
+    """The manifest after stages 1 to 3 of a run."""
+    root, shard = Path(config.output_dir), Shard()
+    table = list_clips([*config.sources, *sources], spool=root / "sources")
+    table = acquire(table, config, root / "stages", shard, needs_prompt=True)
+    table = filter_clips(table, config, root / "stages", shard)
+    return normalise(table, config, root, shard)
 
 
 def rotate(path: Path) -> None:

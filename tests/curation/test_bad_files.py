@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.curation.clips import SMALL, audio_only, encode, moving_video, rotate, write_clip
-from video_trl.curation.gt_pair import GTPairConfig, acquire, filter_clips, normalise
+from tests.curation.clips import SMALL, audio_only, encode, first_stages, moving_video, rotate, write_clip
+from video_trl.curation.gt_pair import GTPairConfig, acquire
 from video_trl.curation.manifest import Shard, account, alive
 from video_trl.curation.sources import list_clips
 from video_trl.data import read_video
@@ -77,12 +77,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """Stages 1 to 3 on that folder."""
-    root, shard = tmp_path_factory.mktemp("run"), Shard()
-    config = GTPairConfig(sources=[str(folder)], output_dir=str(root), **SMALL)
-    table = list_clips(config.sources, spool=root / "sources")
-    table = acquire(table, config, root / "stages", shard, needs_prompt=True)
-    table = filter_clips(table, config, root / "stages", shard)
-    return root, normalise(table, config, root, shard)
+    root = tmp_path_factory.mktemp("run")
+    return root, first_stages(GTPairConfig(sources=[str(folder)], output_dir=str(root), **SMALL))
 
 
 def test_every_file_has_the_fate_that_it_should_have(folder, run):

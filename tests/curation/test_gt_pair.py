@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from tests.curation.clips import SMALL, moving_video, write_clip
-from tests.tiny import tiny_wan_pipeline
+from tests.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from video_trl import VideoDPOTrainer, VideoRegDPOTrainer
 from video_trl.curation import GTPairConfig, run_gt_pair
 from video_trl.data import check_columns, probe_video, read_video
 from video_trl.sandbox.footage import make_footage
@@ -47,14 +51,14 @@ def footage(tmp_path_factory):
     return root
 
 
-def config_of(model, footage, output_dir, **options):
-    """Clips of 2 s, pairs of 9 frames at 4 fps; the tiny model makes 5 frames at 2 fps, which are 2.5 s."""
-    described = {model: {"fps": 2.0, "dtype": "float32", "call_kwargs": CALL}}
+def config_of(models, footage, output_dir, **options):
+    """Clips of 2 s, pairs of 9 frames at 4 fps; a tiny model makes 5 frames at 2 fps, which are 2.5 s."""
+    models = [models] if isinstance(models, str) else models
     return GTPairConfig(
         sources=[str(footage)],
         output_dir=str(output_dir),
-        models=[model],
-        model_options=described,
+        models=models,
+        model_options={name: {"fps": 2.0, "dtype": "float32", "call_kwargs": CALL} for name in models},
         **(OPTIONS | options),
     )
 
@@ -139,14 +143,50 @@ def test_other_thresholds_decode_nothing_again(done, model, footage, monkeypatch
     assert len(strict.pairs) == 0 and len(strict.manifest) == 7
 
 
-def test_a_preference_row_for_every_generated_video(done, model, footage):
-    root, result = done
-    pairs = run_gt_pair(config_of(model, footage, root, row_type="preference")).pairs
-    check_columns(pairs, "preference")
-    assert [row["rejected"]["path"] for row in pairs] == [
-        video["path"] for row in result.pairs for video in row["rejected"]
-    ]
-    assert [row["seeds"] for row in pairs] == [[seed] for row in result.pairs for seed in row["seeds"]]
+@pytest.fixture(scope="module")
+def two_models(model, footage, tmp_path_factory):
+    """A text-to-video and an image-to-video model in one run."""
+    second, root = tmp_path_factory.mktemp("second") / "image", tmp_path_factory.mktemp("two") / "run"
+    tiny_wan_i2v_pipeline().save_pretrained(second)
+    models = [model, str(second)]
+    return root, models, run_gt_pair(config_of(models, footage, root, seeds=[0], row_type="preference"))
+
+
+def test_a_preference_row_for_every_video_of_every_model(two_models):
+    root, models, result = two_models
+    check_columns(result.pairs, "preference")
+    assert result.summary.endswith("8 preference rows") and result.funnel["generated"] == 4
+    assert [row["generator"] for row in result.pairs] == 4 * models
+    assert [row["rejected_generation"]["model"] for row in result.pairs] == 4 * models
+    assert [row["seeds"] for row in result.pairs] == [[row["rejected_generation"]["seed"]] for row in result.pairs]
+    assert len({Path(row["rejected"]["path"]).read_bytes() for row in result.pairs}) == 8
+    assert len({row["chosen"]["path"] for row in result.pairs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "row_type"), [(VideoDPOTrainer, "group"), (VideoRegDPOTrainer, "preference")]
+)
+def test_the_pairs_train_as_they_are(done, two_models, tmp_path, trainer_class, row_type):
+    """The dataset of a run, clips of two shapes, into one optimiser step."""
+    args = trainer_class.config_class(
+        output_dir=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+        resolution_buckets=["32x32", "32x64"],
+        num_frames=9,
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+    )
+    saved = datasets.load_dataset(str(two_models[0] / "pairs"), split="train")
+    dataset = saved if row_type == "preference" else done[1].pairs
+    trainer = trainer_class(tiny_wan_pipeline(), args, dataset)
+    square, wide = (4, 3, 4, 4), (4, 3, 4, 8)
+    copies = len(dataset) // 4
+    assert sorted(trainer.train_dataset.shapes) == copies * (3 * [square]) + copies * [wide]
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first.get("loss/dpo", first["loss"]) == pytest.approx(math.log(2), rel=1e-3) and first["grad_norm"] > 0
 
 
 def test_clips_without_a_caption_get_one_or_are_dropped(model, footage, tmp_path):
@@ -194,10 +234,10 @@ run_gt_pair(GTPairConfig(**json.loads(sys.argv[1])))
 """
 
 
-def start(config, **environment):
+def start(config):
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, json.dumps(dataclasses.asdict(config))],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
     )
 
@@ -208,13 +248,17 @@ def wait_until(condition, worker):
         time.sleep(0.005)
 
 
-def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(done, model, footage, tmp_path):
-    """kill -9 in the middle of measuring and in the middle of generating; then the run is let finish."""
+MEASURING, GENERATING = ("stages/measure-*/part-*", 2), ("generated/*/*.mp4", 3)
+
+
+@pytest.mark.parametrize("moments", [[GENERATING], pytest.param([MEASURING, GENERATING], marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(done, model, footage, tmp_path, moments):
+    """kill -9 in the middle of generating, or of measuring and then of generating; then the run is let finish."""
     whole_root, whole = done
     root = tmp_path / "run"
     config = config_of(model, footage, root)
     finished: dict[Path, int] = {}
-    for pattern, count in (("stages/measure-*/part-*", 2), ("generated/*/*.mp4", 3)):
+    for pattern, count in moments:
         worker = start(config)
         wait_until(lambda: len(list(root.glob(pattern))) >= count, worker)  # noqa: B023
         worker.send_signal(signal.SIGKILL)
@@ -229,13 +273,26 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(done, model, footage
 
 
 @pytest.mark.slow  # test_manifest.py has two processes on one stage
-def test_two_processes_do_together_what_one_does(done, model, footage, tmp_path):
+def test_two_processes_of_the_example_do_together_what_one_does(done, model, footage, tmp_path):
+    """As a user starts it, by a launcher and with a configuration file."""
     whole_root, whole = done
-    root = tmp_path / "run"
-    workers = [start(config_of(model, footage, root), RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    root, settings = tmp_path / "run", tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(dataclasses.asdict(config_of(model, footage, root))))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    ran = subprocess.run(
+        [*launcher, str(ROOT / "examples" / "curate_gt_pairs.py"), "--config", str(settings)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.splitlines()[-1] == whole.summary and ran.stdout.count(whole.summary) == 1
     assert contents(root) == contents(whole_root)
     assert len(pq.read_table(root / "manifest.parquet")) == 7
+    for stage, rows in (("probe", 7), ("measure", 5), ("normalise", 4), ("generate", 8)):
+        parts = [pq.read_table(part) for part in root.glob(f"stages/{stage}-*/part-*")]
+        assert sum(map(len, parts)) == rows, f"{stage}: a row was computed twice, or not at all"
     pairs = datasets.load_dataset(str(root / "pairs"), split="train")
     assert json.loads(json.dumps(pairs.to_list()).replace(str(root), "")) == plain(whole, whole_root)
 
@@ -271,6 +328,22 @@ def test_faults_of_a_run_are_found_before_anything_is_decoded(model, footage, tm
     with pytest.raises(ValueError, match="no/such-model: expected a pipeline"):
         run_gt_pair(GTPairConfig(sources=[str(footage)], output_dir=str(tmp_path / "run"), models=["no/such-model"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_names_every_option_with_its_default():
+    page = (ROOT / "docs" / "gt_pair.md").read_text(encoding="utf-8")
+    table = [line for line in page.split("## Options\n")[1].split("\n## ")[0].splitlines() if line.startswith("| `")]
+    documented = dict(re.findall(r"`([^`]+)`", line)[:2] for line in table)
+    assert documented == {name: repr(value) for name, value in dataclasses.asdict(GTPairConfig()).items()}
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "gt_pair.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, {})
+        expected = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
+        assert expected == capsys.readouterr().out.splitlines()[: len(expected)]
 
 
 def test_defaults_are_the_papers():

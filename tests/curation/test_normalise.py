@@ -4,7 +4,7 @@ from PIL import Image
 
 from tests.curation.clips import encode, moving_video, write_clip
 from video_trl.curation.normalise import normalise_batch, normalise_video
-from video_trl.data import probe_video, read_video, write_video
+from video_trl.data import VideoDecodeError, probe_video, read_video, write_video
 
 
 def numbered(count, height=32, width=32):
@@ -38,6 +38,20 @@ def test_variable_rate_keeps_real_time(tmp_path):
     normalised(source, tmp_path / "out.mp4", fps=10.0, num_frames=9)
     ticks = [100 * tick + 400 for tick in range(9)]
     assert numbers(tmp_path / "out.mp4") == [max(i for i, time in enumerate(times) if time <= tick) for tick in ticks]
+
+
+@pytest.mark.parametrize("name", ["in.mkv", "in.flv", "in.ts", "in.mp4"])
+def test_a_clip_that_starts_late_is_whole(tmp_path, name):
+    """Cut out of a longer one with its clock kept; one that does end early is found all the same."""
+    times = [3000 + round(1000 * index / 16) for index in range(32)]
+    path = encode(tmp_path / name, moving_video(), times_ms=times)
+    assert normalised(path, tmp_path / "out.mp4") == 13 and len(read_video(path)) == 32
+    if name == "in.mkv":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+        with pytest.raises(
+            VideoDecodeError, match=r"truncated\. The header declares 5\.00 s, the last frame ends at 4"
+        ):
+            read_video(path)
 
 
 def test_five_seconds_are_enough_for_81_frames_and_less_is_not(tmp_path):

@@ -6,7 +6,9 @@ import tarfile
 import datasets
 import pytest
 
+from tests.curation.clips import SMALL, first_stages, write_clip
 from tests.tiny import tiny_mp4
+from video_trl.curation import GTPairConfig
 from video_trl.curation.sources import list_clips, open_clip
 from video_trl.data import read_video, video_hash
 
@@ -109,6 +111,39 @@ def test_datasets_give_paths_and_bytes(tmp_path):
     paths.save_to_disk(tmp_path / "saved")
     rows = rows_of(tmp_path / "saved", tmp_path=tmp_path)
     assert [row["source_id"] for row in rows] == [f"{tmp_path}/saved[0]", f"{tmp_path}/saved[1]"]
+
+
+def test_a_clip_is_the_same_from_every_kind_of_source(tmp_path):
+    """Folder, tar, and datasets of bytes and of paths: after stages 1 to 3 the files are equal to the bit."""
+    clip = write_clip(tmp_path / "clips" / "clip.mp4")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(clip, "clip.mp4")
+        tar.add(clip.with_suffix(".txt"), "clip.txt")
+    cells = {"bytes": {"path": "clip.mp4", "bytes": clip.read_bytes()}, "path": {"path": str(clip), "bytes": None}}
+    features = datasets.Features({"video": datasets.Video(), "prompt": datasets.Value("string")})
+    sources = {"folder": str(tmp_path / "clips"), "tar": str(tmp_path / "shard.tar")}
+    for name, cell in cells.items():
+        rows = {"video": [cell], "prompt": ["a red ball falls"]}
+        sources[name] = datasets.Dataset.from_dict(rows, features=features)
+    made = []
+    for name, source in sources.items():
+        config = GTPairConfig(output_dir=str(tmp_path / name), **SMALL)
+        (row,) = first_stages(config, [source]).to_pylist()
+        assert row["dropped_by"] is None and row["prompt"] == "a red ball falls"
+        made.append([(tmp_path / name / row[column]).read_bytes() for column in ("video", "reference_image")])
+    assert made == [made[0]] * 4
+
+
+def test_saved_datasets_with_splits_are_taken_apart(tmp_path):
+    clip = str(write_clip(tmp_path / "clip.mp4"))
+    splits = {
+        name: datasets.Dataset.from_dict({"video": [clip] * count}) for name, count in (("train", 1), ("test", 2))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert len(rows_of(tmp_path / "saved", tmp_path=tmp_path)) == 1
+    assert len(rows_of(tmp_path / "saved", tmp_path=tmp_path, split="test")) == 2
+    with pytest.raises(ValueError, match=r"saved: expected a split out of \['train', 'test'\], got 'dev'"):
+        rows_of(tmp_path / "saved", tmp_path=tmp_path, split="dev")
 
 
 def test_sources_that_are_none_are_refused_with_the_way_out(folder, tmp_path):

@@ -175,7 +175,13 @@ def run_jobs(
         ValueError: The model cannot be loaded, wants a reference image that is not there, or makes videos that are too
             short.
     """
-    stage = Stage(
+    stage = generation_stage(model, root, fps=fps, num_frames=num_frames)
+    return run_stage(jobs, stage, Path(root) / "stages", shard)
+
+
+def generation_stage(model: VideoModel, root: str | os.PathLike[str], *, fps: float, num_frames: int) -> Stage:
+    """What [`run_jobs`] runs, for other engines."""
+    return Stage(
         name="generate",
         function=Generator(model, root, fps=fps, num_frames=num_frames),
         adds=GENERATED,
@@ -183,7 +189,6 @@ def run_jobs(
         settings={**model.settings(), "fps": fps, "num_frames": num_frames, "version": GENERATE_VERSION},
         batch_size=model.batch_size,
     )
-    return run_stage(jobs, stage, Path(root) / "stages", shard)
 
 
 class Generator:

@@ -19,7 +19,6 @@ import pyarrow as pa
 from ..data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
 from .generate import VideoModel, check_model, job_table, run_jobs
 from .manifest import (
-    OUTCOME,
     Rule,
     Shard,
     Stage,
@@ -28,6 +27,7 @@ from .manifest import (
     count_outcomes,
     digest,
     drop_repeats,
+    drop_where,
     judge,
     run_stage,
     with_columns,
@@ -299,7 +299,7 @@ def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *
     table = judge(table, config.acquisition_rules())
     untold = [prompt is None for prompt in table["prompt"].to_pylist()]
     table = drop_repeats(table, "content", name="repeated", rank=untold)  # of two copies, the one with a caption stays
-    return _drop(table, untold, "no_prompt") if needs_prompt else table
+    return drop_where(table, untold, "no_prompt") if needs_prompt else table
 
 
 def choose_bucket(batch: dict[str, list[Any]], *, buckets: Sequence[AspectBucket]) -> dict[str, list[Any]]:
@@ -358,7 +358,7 @@ def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Sha
     table = run_stage(table, stage, root / "stages", shard)
     prompts = [a or b for a, b in zip(table["prompt"].to_pylist(), table["caption"].to_pylist(), strict=True)]
     table = with_columns(table, {"prompt": prompts}, {"prompt": pa.string()})
-    return _drop(table, [prompt is None for prompt in prompts], "no_prompt")
+    return drop_where(table, [prompt is None for prompt in prompts], "no_prompt")
 
 
 def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> tuple[pa.Table, pa.Table]:
@@ -377,7 +377,7 @@ def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) ->
         if rule is not None:
             failed.setdefault(content, f"{rule}: {name}")
     details = [failed.get(content) for content in table["content"].to_pylist()]
-    return _drop(table, [detail is not None for detail in details], "generation", details), generations
+    return drop_where(table, [detail is not None for detail in details], "generation", details), generations
 
 
 def sweep(root: Path) -> None:
@@ -388,12 +388,3 @@ def sweep(root: Path) -> None:
                 shutil.rmtree(path)
             elif path.is_file():
                 path.unlink()
-
-
-def _drop(table: pa.Table, where: Sequence[bool], name: str, details: Sequence[str | None] | None = None) -> pa.Table:
-    outcome = table.select(list(OUTCOME)).to_pydict()
-    for row, bad in enumerate(where):
-        if bad and outcome["dropped_by"][row] is None:
-            outcome["dropped_by"][row] = name
-            outcome["detail"][row] = details[row] if details else None
-    return with_columns(table, outcome, OUTCOME)

@@ -181,6 +181,18 @@ def drop_repeats(table: pa.Table, column: str, *, name: str, rank: Sequence[int]
     return with_columns(table, {key: batch[key] for key in OUTCOME}, OUTCOME)
 
 
+def drop_where(
+    table: pa.Table, where: Sequence[bool], name: str, details: Sequence[str | None] | None = None
+) -> pa.Table:
+    """Drops rows by a rule that has no number; rows that were dropped before keep their verdict."""
+    outcome = table.select(list(OUTCOME)).to_pydict()
+    for row, bad in enumerate(where):
+        if bad and outcome["dropped_by"][row] is None:
+            outcome["dropped_by"][row] = name
+            outcome["detail"][row] = details[row] if details else None
+    return with_columns(table, outcome, OUTCOME)
+
+
 def with_columns(table: pa.Table, columns: Batch, types: Mapping[str, pa.DataType]) -> pa.Table:
     """The table with columns added or replaced."""
     for name, kind in types.items():
@@ -216,26 +228,26 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     todo = alive(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
-    done = _committed(store, stage.key)
+    done = committed_keys(store, stage.key)
     mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
     with tqdm(total=len(mine), desc=stage.name, unit="row", disable=shard.index > 0 or not mine) as progress:
         for start in range(0, len(mine), stage.batch_size):
             rows = mine[start : start + stage.batch_size]
             batch = todo.take(rows).to_pydict()
-            _commit(store, stage, batch[stage.key], stage.function(batch))
+            commit_batch(store, stage, batch[stage.key], stage.function(batch))
             progress.update(len(rows))
     logger.info("%s: %d rows computed here, %d found in %s", stage.name, len(mine), len(done & set(keys)), store)
-    return _join(table, stage, _wait_for(store, stage, set(keys)))
+    return join_results(table, stage, collect(store, stage, set(keys)))
 
 
-def _committed(store: Path, key: str) -> set[str]:
+def committed_keys(store: Path, key: str) -> set[str]:
     """Keys that are in the store."""
     return {
         value for part in store.glob("part-*.parquet") for value in pq.read_table(part, columns=[key])[key].to_pylist()
     }
 
 
-def _commit(store: Path, stage: Stage, keys: list[str], added: Batch) -> None:
+def commit_batch(store: Path, stage: Stage, keys: list[str], added: Batch) -> None:
     """One batch as one file that is whole or not there; named by its keys, so that a repeat replaces it."""
     length = len(keys)
     columns = {name: added.get(name, [None] * length) for name in OUTCOME}
@@ -255,18 +267,18 @@ def write_table(table: pa.Table, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _wait_for(store: Path, stage: Stage, keys: set[str]) -> pa.Table:
+def collect(store: Path, stage: Stage, keys: set[str]) -> pa.Table:
     """The store once all keys are in it: at once for a single process, else when the others are done."""
-    missing = len(keys - _committed(store, stage.key))
+    missing = len(keys - committed_keys(store, stage.key))
     if missing:
         logger.info("%s: waiting for %d rows of other processes", stage.name, missing)
-    while not keys <= _committed(store, stage.key):
+    while not keys <= committed_keys(store, stage.key):
         time.sleep(_POLL_SECONDS)
     parts = [pq.read_table(part, schema=stage.schema) for part in sorted(store.glob("part-*.parquet"))]
     return pa.concat_tables(parts) if parts else stage.schema.empty_table()
 
 
-def _join(table: pa.Table, stage: Stage, results: pa.Table) -> pa.Table:
+def join_results(table: pa.Table, stage: Stage, results: pa.Table) -> pa.Table:
     """The table with the results of its kept rows; a verdict of the stage becomes the row's."""
     kept = pc.is_null(table["dropped_by"])
     place = pc.index_in(table[stage.key], value_set=results[stage.key].combine_chunks())

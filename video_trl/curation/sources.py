@@ -56,7 +56,7 @@ def list_clips(
     Args:
         sources (`list`):
             Each one a folder (searched through, tars in it included), a `.tar` file in WebDataset layout, a video
-            file, a `datasets.Dataset`, a folder written by `Dataset.save_to_disk`, or the id of a dataset on the Hub.
+            file, a `datasets.Dataset`, a folder written by `save_to_disk`, or the id of a dataset on the Hub.
         spool (`str` or `Path`): Folder for videos whose bytes lie inside a dataset; named by content, written once.
         split (`str`, defaults to `"train"`): Split of datasets that are named.
         video_column, prompt_column (`str`): Columns of datasets. A video cell is a path or `{"path", "bytes"}`; rows
@@ -74,7 +74,7 @@ def list_clips(
         if not found:
             raise ValueError(
                 f"{_name(source)}: no video found. Expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, or "
-                "tars of them."
+                "tars of them. Of a folder of parquet files, pass what `datasets.load_dataset` makes of it."
             )
         logger.info("%s: %d clips", _name(source), len(found))
         rows += found
@@ -115,6 +115,11 @@ def _list_source(
     path = Path(source)
     if (path / "state.json").is_file():
         return _list_dataset(datasets.load_from_disk(str(path)), str(path), spool, video_column, prompt_column)
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f"{path}: expected a split out of {list(splits)}, got {split!r}.")
+        return _list_dataset(splits[split], f"{path}/{split}", spool, video_column, prompt_column)
     if path.is_dir():
         return _list_folder(path)
     if path.suffix.lower() == ".tar" and path.is_file():

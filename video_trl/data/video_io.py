@@ -404,10 +404,13 @@ def _decode(container: InputContainer, stream: VideoStream, name: str) -> Iterat
 
 
 def _declared_end(container: InputContainer, stream: VideoStream) -> float | None:
-    """Second at which a container without a frame count says that its video ends; None where it does not say."""
+    """
+    Second before which the video of a container without a frame count cannot end; None where it does not say. Matroska
+    counts from 0 and not from the first frame; where a format counts from there, the video ends later still.
+    """
     if stream.frames or container.duration is None or container.streams.audio:
         return None
-    return (container.duration + (container.start_time or 0)) / av.time_base
+    return container.duration / av.time_base
 
 
 def _damaged(name: str, count: int, what: str) -> str:
