@@ -11,7 +11,8 @@ from tests.judges.tiny_qwen import write_qwen
 from tests.tiny import tiny_video
 from video_trl.judges import QwenVLJudge, VideoJudge
 from video_trl.judges.mplug_owl_model import IMAGE_MEAN, IMAGE_STD
-from video_trl.judges.qwen_vl import QUESTIONS, patchify
+from video_trl.judges.qwen_vl import QUESTIONS
+from video_trl.judges.qwen_vl_model import patchify
 
 
 FAMILIES = {"qwen2_5_vl": (14, IMAGE_MEAN, IMAGE_STD), "qwen3_vl": (16, (0.5,) * 3, (0.5,) * 3)}

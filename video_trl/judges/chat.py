@@ -34,6 +34,10 @@ class ChatError(RuntimeError):
     """A question got no valid answer; the message says how many tries were made and what the last one gave."""
 
 
+class InvalidAnswerError(ChatError):
+    """The model answered, and never with what was asked for."""
+
+
 class ChatUnavailableError(ChatError):
     """The server cannot be used at all: not reachable, key refused, or no such model or address."""
 
@@ -165,7 +169,8 @@ class ChatClient:
 
         Raises:
             ChatUnavailableError: the server cannot be reached, or refuses the key, the model or the address.
-            ChatError: no valid answer after all retries and repairs.
+            InvalidAnswerError: no valid answer after all repairs.
+            ChatError: no answer after all retries.
         """
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": image_url(image)}} for image in question.images
@@ -181,16 +186,18 @@ class ChatClient:
             text, fault = _text_of(body)
             if not fault:
                 try:
-                    answer = question.answer.model_validate_json(_without_fence(text))
+                    answer = question.answer.model_validate_json(without_fence(text))
                     return Reply(answer, text, str(body.get("model") or self.model), requests)
                 except ValidationError as error:
-                    fault = _faults(error)
+                    fault = faults(error)
             fault = self._redact(fault)
             logger.debug("%s: invalid answer (%s)", self, fault)
             complaint = f"That was no valid answer ({fault}). Answer with JSON of the schema only."
             said = text or "(no answer)"  # some servers refuse an empty message
             messages = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": complaint}]
-        raise ChatError(f"{self.base_url} ({self.model}): no valid answer in {requests} requests; the last: {fault}.")
+        raise InvalidAnswerError(
+            f"{self.base_url} ({self.model}): no valid answer in {requests} requests; the last: {fault}."
+        )
 
     def ask_all(self, questions: Iterable[Callable[[], Question[Answer]]]) -> list[Reply[Answer] | ChatError]:
         """
@@ -323,7 +330,7 @@ def _text_of(reply: dict[str, Any]) -> tuple[str, str]:
     return text, ""
 
 
-def _without_fence(text: str) -> str:
+def without_fence(text: str) -> str:
     """JSON in a Markdown code block, as servers without guided decoding like to give it, out of its block."""
     text = text.strip()
     if text.startswith("```") and text.endswith("```"):
@@ -331,7 +338,8 @@ def _without_fence(text: str) -> str:
     return text
 
 
-def _faults(error: ValidationError) -> str:
+def faults(error: ValidationError) -> str:
+    """What is wrong with an answer, for the model that gave it."""
     return "; ".join(
         f"{'.'.join(map(str, fault['loc'])) or 'answer'}: {fault['msg']}"
         for fault in error.errors(include_url=False)[:5]

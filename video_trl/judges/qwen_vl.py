@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import Video
 from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
-from .mplug_owl_model import IMAGE_MEAN, IMAGE_STD
-from .weights import read_config, resolve_weights, text_hash, weights_identity
+from .qwen_vl_model import FAMILIES, Patches, QwenVL
+from .weights import text_hash, weights_identity
 
 
 YES_NO = ("Yes", "No")
@@ -34,43 +32,6 @@ QUESTIONS = {
         "(severe violations) to 5 (none).",
     },
 }
-# Mean and standard deviation of the pixels, and the system message, that each family was trained with.
-_FAMILIES = {
-    "qwen2_5_vl": (IMAGE_MEAN, IMAGE_STD, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
-    "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ""),
-}
-
-
-def patchify(
-    frames: NDArray[np.uint8],
-    *,
-    patch: int,
-    temporal_patch: int,
-    merge: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """
-    Frames -> the rows that Qwen's vision encoders take, in the order in which they merge neighbours.
-
-    Args:
-        frames: uint8 `(T, H, W, 3)`; H and W multiples of `patch * merge`. The last frame is repeated until T is a
-            multiple of `temporal_patch`.
-        patch, temporal_patch: size of a patch in pixels and frames.
-        merge: side of a square of patches that become one token.
-        mean, std: of the three channels, for pixels in [0, 1].
-
-    Returns:
-        float32 `(t * h * w, 3 * temporal_patch * patch * patch)` and the grid `(t, h, w)` in patches.
-    """
-    missing = -len(frames) % temporal_patch
-    video = torch.from_numpy(np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])).float().div(255)
-    video = (video - video.new_tensor(mean)) / video.new_tensor(std)
-    t, h, w = len(video) // temporal_patch, video.shape[1] // patch, video.shape[2] // patch
-    grid = video.view(t, temporal_patch, h // merge, merge, patch, w // merge, merge, patch, 3)
-    # Where the patch is (t, row, column, both within the square), then what is in it (channel, frame, row, column).
-    rows = grid.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return rows.reshape(t * h * w, -1), (t, h, w)
 
 
 class QwenVLJudge:
@@ -111,37 +72,23 @@ class QwenVLJudge:
         dtype: torch.dtype = torch.bfloat16,
         revision: str | None = None,
     ) -> None:
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
-
         if answers not in QUESTIONS or num_frames < 2 or max_pixels < 64 * 64 or not fps > 0:
             raise ValueError(
                 f"Expected `answers` 'yes_no' or 'rating', `num_frames` >= 2, `max_pixels` >= 4096 and `fps` > 0, got "
                 f"{answers!r}, {num_frames}, {max_pixels} and {fps}."
             )
-        self._folder = resolve_weights(model, revision)
-        family = read_config(self._folder).get("model_type")
-        if family not in _FAMILIES:
-            raise ValueError(
-                f"{model!s}: expected model_type 'qwen2_5_vl' or 'qwen3_vl' in config.json, got {family!r}."
-            )
-        self.family: str = family
         self.answers, self.num_frames, self.max_pixels, self.fps = answers, num_frames, max_pixels, fps
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self._folder)
-            loaded = AutoModelForImageTextToText.from_pretrained(self._folder, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{model!s}: cannot be loaded ({error}). Fetch the whole repository.") from error
-        self.model = loaded.to(self.device).eval().requires_grad_(False)
+        self._vlm = QwenVL(model, device=device, dtype=dtype, revision=revision)
+        self.family, self.tokenizer, self.model = self._vlm.family, self._vlm.tokenizer, self._vlm.model
+        self.device, self.dtype = self._vlm.device, self._vlm.dtype
         self._answer_ids = [self._single_token(text) for text in (YES_NO if answers == "yes_no" else RATINGS)]
 
     @cached_property
     def identity(self) -> str:
         """Name, version, weights, prompts and settings: equal identities give equal scores."""
-        prompts = text_hash(*QUESTIONS[self.answers].values(), _FAMILIES[self.family][2])
+        prompts = text_hash(*QUESTIONS[self.answers].values(), FAMILIES[self.family][2])
         return (
-            f"{self.name}:v{self.version}:weights={weights_identity(self._folder)}:prompts={prompts}:{self.answers},"
+            f"{self.name}:v{self.version}:weights={weights_identity(self._vlm.folder)}:prompts={prompts}:{self.answers},"
             f"{str(self.dtype).removeprefix('torch.')},frames={self.num_frames},pixels={self.max_pixels},"
             f"fps={self.fps:g}"
         )
@@ -164,27 +111,17 @@ class QwenVLJudge:
         return [self._score_one(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
 
     def _score_one(self, video: Video, prompt: str) -> dict[str, Any]:
-        vision = self.model.config.vision_config
         frames, indices = sample_frames(
             video,
             self.num_frames,
             evenly_spaced,
-            lambda h, w: size_within(h, w, self.max_pixels, vision.patch_size * vision.spatial_merge_size),
+            lambda h, w: size_within(h, w, self.max_pixels, self._vlm.multiple),
         )
-        mean, std, _ = _FAMILIES[self.family]
-        pixels, grid = patchify(
-            frames,
-            patch=vision.patch_size,
-            temporal_patch=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
-            mean=mean,
-            std=std,
-        )
-        times = indices / frame_rate(video, self.fps)
+        patches = self._vlm.patches(frames, indices / frame_rate(video, self.fps))
         scores: dict[str, float] = {}
         raw: dict[str, Any] = {}
         for question, text in QUESTIONS[self.answers].items():
-            logprobs = self._answer_logprobs(pixels, grid, times, text.format(caption=prompt))
+            logprobs = self._answer_logprobs(patches, text.format(caption=prompt))
             shares = logprobs.softmax(dim=-1).tolist()
             answers = YES_NO if self.answers == "yes_no" else RATINGS
             if self.answers == "yes_no":
@@ -198,49 +135,18 @@ class QwenVLJudge:
         return scores | {"raw": raw}
 
     @torch.inference_mode()
-    def _answer_logprobs(
-        self, pixels: Tensor, grid: tuple[int, int, int], times: NDArray[np.float64], question: str
-    ) -> Tensor:
+    def _answer_logprobs(self, video: Patches, question: str) -> Tensor:
         """`(K,)` float32 log-probabilities of the answers as the next token."""
-        ids = torch.tensor([self._prompt_ids(grid, times, question)], device=self.device)
-        config = self.model.config
-        inputs: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == config.video_token_id).int() * 2,
-            "pixel_values_videos": pixels.to(self.device, self.dtype),
-            "video_grid_thw": torch.tensor([grid], device=self.device),
-        }
-        if self.family == "qwen2_5_vl":  # Qwen3-VL reads the times in the text
-            step = (times[-1] - times[0]) / max(len(times) - 1, 1)
-            seconds = config.vision_config.temporal_patch_size * step
-            inputs["second_per_grid_ts"] = torch.tensor([seconds], device=self.device, dtype=torch.float32)
+        inputs = self._vlm.inputs(video, question)
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0, -1]
         everything = self.model.lm_head(hidden).float().logsumexp(dim=-1)
         return torch.mv(self.model.lm_head.weight[self._answer_ids].float(), hidden.float()) - everything
-
-    def _prompt_ids(self, grid: tuple[int, int, int], times: NDArray[np.float64], question: str) -> list[int]:
-        """The chat up to the answer, with as many places for the video as it has tokens."""
-        vision = self.model.config.vision_config
-        tokens = grid[1] * grid[2] // vision.spatial_merge_size**2  # of one temporal patch
-        if self.family == "qwen2_5_vl":
-            video = f"<|vision_start|>{'<|video_pad|>' * (grid[0] * tokens)}<|vision_end|>"
-        else:
-            padded = np.concatenate([times, np.repeat(times[-1:], -len(times) % vision.temporal_patch_size)])
-            groups = padded.reshape(grid[0], -1)
-            video = "".join(
-                f"<{(group[0] + group[-1]) / 2:.1f} seconds><|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
-                for group in groups
-            )
-        system = _FAMILIES[self.family][2]
-        chat = f"{system}<|im_start|>user\n{video}{question}<|im_end|>\n<|im_start|>assistant\n"
-        return list(self.tokenizer.encode(chat, add_special_tokens=False))
 
     def _single_token(self, text: str) -> int:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise ValueError(
-                f"{self._folder}: expected a tokenizer that has {text!r} as one token, got {len(ids)}. Is this a "
+                f"{self._vlm.folder}: expected a tokenizer that has {text!r} as one token, got {len(ids)}. Is this a "
                 "Qwen-VL model?"
             )
         return int(ids[0])

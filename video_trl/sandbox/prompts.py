@@ -30,6 +30,17 @@ ACTIONS = {
     "pan": "the camera pans",
 }
 
+# Wordings of each action for matching sentences by meaning; none of them is one of the sentences below.
+ACTION_WORDINGS: dict[str, tuple[str, ...]] = {
+    "free_fall": (ACTIONS["free_fall"], "a ball is dropped from above"),
+    "projectile": (ACTIONS["projectile"], "a ball flies through the air in an arc"),
+    "rolling": (ACTIONS["rolling"], "a ball rolls along the floor"),
+    "incline": (ACTIONS["incline"],),
+    "collision": (ACTIONS["collision"], "a ball hits another ball", "a ball at rest is hit"),
+    "pendulum": (ACTIONS["pendulum"], "a ball hangs from a rod and swings"),
+    "buoyancy": (ACTIONS["buoyancy"], "a ball moves in water"),
+}
+
 # `{a}` is the colour of the first body, `{b}` of the second, `{d}` the direction ("right", "left", "up", "down").
 PARAPHRASES: dict[str, tuple[str, ...]] = {
     "free_fall": (
