@@ -140,7 +140,7 @@ def page_path(folders, tmp_path_factory):
         max_prompts=5,
         curves=training_curves(LOG, "ours"),
         votes_path=folder / "votes.jsonl",
-        notes=["made by a test"],
+        notes=["made by a test", "adapter " + "x" * 200],
     )
 
 

@@ -2,13 +2,16 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from ..judges import VideoJudge, load_judge
-from .generating import SANDBOX, generate_run, load_generator
-from .prompts import EvaluationPrompt, check_prompts, load_prompts
+from .generating import SANDBOX, Generator, generate_run, load_generator
+from .prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
 from .run import SCORE_FOLDER, Run, shard
 from .scoring import score_run, slug
 from .tables import RunTable, benchmark_named, tabulate
@@ -76,7 +79,7 @@ def evaluate_model(
     benchmark_named(benchmark)
     if model != SANDBOX and (judge == SANDBOX or prompts is None and benchmark not in _LOADERS):
         raise ValueError(f"Evaluating {model!r} needs `prompts` and `judge`: only the sandbox brings its own.")
-    chosen = _prompts(prompts, num_prompts, benchmark)
+    chosen = evaluation_prompts(prompts, num_prompts, benchmark)
     if isinstance(judge, str):
         judge = load_judge(judge)
     generator = load_generator(
@@ -101,6 +104,62 @@ def evaluate_model(
     return tabulate(run, judge=judge.name)
 
 
+class TrainingEvaluator:
+    """
+    Generates and judges videos in the evaluations of a training: the `evaluator` argument of a trainer.
+
+    ```python
+    evaluator = TrainingEvaluator(sandbox_prompts(14), load_judge("sandbox"), fps=8, call_kwargs=sandbox.call_kwargs)
+    trainer = VideoSFTTrainer("sandbox", args, dataset, eval_dataset, evaluator=evaluator)
+    ```
+
+    It returns the mean scores `sa` and `pc`, and the share `joint` of videos with both at least 0.5. They are logged
+    as `eval_sa`, `eval_pc` and `eval_joint`, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
+    `greater_is_better=True`). Each evaluation leaves a run in `<output_dir>/evaluation/step-<step>`, in place of one
+    that an earlier training left there.
+
+    Args:
+        prompts (list of [`EvaluationPrompt`] or `str`): Never those of the final evaluation: they choose the weights.
+        judge ([`VideoJudge`]): Any judge.
+        fps (`float`): Frames per second that the model generates at.
+        seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each noise seed.
+        call_kwargs (`dict`, *optional*): Size, frames, steps and guidance of the pipeline's call.
+        batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[EvaluationPrompt | str],
+        judge: VideoJudge,
+        *,
+        fps: float,
+        seeds: Sequence[int] = (0,),
+        call_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        self.prompts, self.judge, self.fps, self.seeds = check_prompts(prompts), judge, fps, tuple(seeds)
+        self.call_kwargs, self.batch_size = dict(call_kwargs or {}), batch_size
+
+    def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> dict[str, float]:
+        generator = Generator(pipeline, model=f"training in {output_dir}", fps=self.fps, call_kwargs=self.call_kwargs)
+        folder = os.path.join(output_dir, "evaluation", f"step-{step}")
+        shutil.rmtree(folder, ignore_errors=True)
+        # The trainer calls this on one process of the launch, so the others have no share.
+        run = generate_run(
+            folder,
+            generator,
+            self.prompts,
+            seeds=self.seeds,
+            name=f"step {step}",
+            batch_size=self.batch_size,
+            rank=0,
+            num_ranks=1,
+        )
+        score_run(run.folder, self.judge, rank=0, num_ranks=1)
+        table = tabulate(run, judge=self.judge.name)
+        return {**table.means[ALL], "joint": table.shares[ALL]["joint"].value}
+
+
 def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, ...]:
     """
     Held-out sentences of the sandbox, the laws of motion in turn, each law being a group of the table.
@@ -115,9 +174,17 @@ def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, 
     return tuple(EvaluationPrompt(text, category=motion, groups=(motion,)) for text, motion in motions)
 
 
-def _prompts(
-    prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None, number: int | None, benchmark: str
+def evaluation_prompts(
+    prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None = None,
+    number: int | None = None,
+    benchmark: str = "custom",
 ) -> tuple[EvaluationPrompt, ...]:
+    """
+    The prompts that [`evaluate_model`] would take for these arguments (`number` is its `num_prompts`).
+
+    Raises:
+        ValueError: If the file cannot be read, a prompt repeats, or there are fewer than `number`.
+    """
     if prompts is None and benchmark not in _LOADERS:
         return sandbox_prompts(21 if number is None else number)
     if prompts is None:

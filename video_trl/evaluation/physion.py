@@ -190,12 +190,21 @@ class DiffusionFeatures:
         embeds = self.adapter.encode_prompt(pipeline, [prompt], tokens)
         self.prompt_embeds = self.adapter.pad_prompt_embeds(embeds, tokens)  # (1, L, D)
 
-    @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
         """Features `(B, K, D)`, float32, of clips `(B, T, H, W, 3)`, uint8, at the K noise levels."""
+        return self.of_latents(self.encode(video))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents `(B, C, F, H, W)` of clips: worth keeping where several transformers share a VAE."""
+        pixels = video.to(self.prompt_embeds.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return self.adapter.encode_video(self.pipeline.vae, pixels)
+
+    @torch.no_grad()
+    def of_latents(self, latents: Tensor) -> Tensor:
+        """`__call__` for clips that are encoded already."""
         device = self.prompt_embeds.device
-        pixels = video.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        latents = self.adapter.encode_video(self.pipeline.vae, pixels).to(device)  # (B, C, F, H, W)
+        latents = latents.to(device)
         grid = self.adapter.token_grid(self.transformer, latents.shape)
         conditions = {"prompt_embeds": self.prompt_embeds.expand(len(latents), -1, -1)}
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -391,6 +400,7 @@ def probe(
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
+    c_grid: Sequence[float] = C_GRID,
     name: str = "model",
 ) -> ProbeResult:
     """
@@ -401,6 +411,7 @@ def probe(
         train (`Sequence[ProbeClip]`), test (`Sequence[ProbeClip]`): Clips.
         batch_size (`int`, defaults to `16`): Clips in one call.
         height (`int`, *optional*), width (`int`, *optional*): Size that the clips are brought to.
+        c_grid (`Sequence[float]`, *optional*): As in [`fit_probe`].
         name (`str`, defaults to `"model"`): Shown by the progress bar.
 
     Returns:
@@ -412,7 +423,7 @@ def probe(
         for split, clips in (("train", train), ("test", test))
     )
     results = [
-        replace(fit_probe(train_features[:, kind], train, test_features[:, kind], test), kind=kind)
+        replace(fit_probe(train_features[:, kind], train, test_features[:, kind], test, c_grid=c_grid), kind=kind)
         for kind in range(train_features.shape[1])
     ]
     return max(results, key=lambda result: result.cv_accuracy)

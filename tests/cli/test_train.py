@@ -1,0 +1,167 @@
+"""`video-trl train` and `encode`, on the sandbox at its smallest."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.curation.clips import SMALL, write_clip
+from video_trl.cli import main
+from video_trl.cli.data import METHODS, DataArguments, classes, make_trainer
+from video_trl.cli.train import split_launcher
+from video_trl.hub import LORA_FILE_NAME
+from video_trl.sandbox import build_group_dataset, load_sandbox
+
+
+ROOT = Path(__file__).parents[2]
+COMMON = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "1"]
+SMALL_REPA = ["--align_layer", "4", "--teacher", "sandbox"]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Three groups of a real clip and one generated video, as a saved dataset."""
+    folder = tmp_path_factory.mktemp("groups")
+    build_group_dataset(load_sandbox(), folder / "dataset", num_groups=3, num_rejected=1, batch_size=3)
+    return folder / "dataset" / "table"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoded")
+
+
+def options(name, groups, cache, output_dir):
+    repa = SMALL_REPA if name == "repa" else []
+    return ["--dataset_name", str(groups), "--cache_dir", str(cache), "--output_dir", str(output_dir), *COMMON, *repa]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_leaves_an_adapter(name, groups, cache, tmp_path, capsys):
+    assert main(["train", name, *options(name, groups, cache, tmp_path)]) == 0
+    assert (tmp_path / LORA_FILE_NAME).is_file() and (tmp_path / "README.md").is_file()
+    assert f"1 steps; what was trained is in {tmp_path}" in capsys.readouterr().out
+
+
+def test_encode_prepares_what_training_then_finds(groups, tmp_path, capsys, caplog):
+    argv = options("sft", groups, tmp_path / "encoded", tmp_path)
+    assert main(["encode", "sft", *argv]) == 0
+    assert capsys.readouterr().out.endswith(f"3 rows, latents (16, 4, 8, 8), in {tmp_path / 'encoded'}\n")
+    made = sorted((tmp_path / "encoded").iterdir())
+    caplog.clear()
+    assert main(["train", "sft", *argv]) == 0
+    assert sorted((tmp_path / "encoded").iterdir()) == made
+    assert any("Using the encoded dataset" in message for message in caplog.messages)
+
+
+def test_evaluation_holds_rows_out_and_lets_the_judge_choose_the_best_step(groups, cache, tmp_path):
+    sizes = ["--eval_rows", "1", "--evaluator_judge", "sandbox", "--evaluator_num_prompts", "1"]
+    when = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "eval_pc", "--greater_is_better", "true"]
+    assert main(["train", "sft", *options("sft", groups, cache, tmp_path), *sizes, *when, *best]) == 0
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    (entry,) = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert 0 <= entry["eval_pc"] <= 1 and 0 <= entry["eval_sa"] <= 1 and entry["eval_joint"] in (0.0, 1.0)
+    assert state["best_metric"] == entry["eval_pc"]
+    assert (tmp_path / "evaluation" / "step-1" / "videos" / "00000-0.mp4").is_file()
+    # An evaluation of another training in the same folder is no reason to stop this one.
+    assert main(["train", "sft", *options("sft", groups, cache, tmp_path), *sizes, *when, "--seed", "1"]) == 0
+    assert main(["train", "sft", *options("sft", groups, cache, tmp_path), "--eval_rows", "3"]) == 2
+
+
+@pytest.mark.parametrize(("name", "lora"), [("gdpo", True), ("sft", False)])
+def test_dry_run_says_what_the_trainer_will_do_and_starts_nothing(name, lora, groups, cache, tmp_path, capsys):
+    batch = ["--per_device_train_batch_size", "2", "--max_steps", "-1", "--num_train_epochs", "5"]
+    weights = [] if lora else ["--no_use_peft"]
+    argv = [*options(name, groups, cache, tmp_path / "out"), *batch, *weights]
+    assert main(["train", name, *argv, "--dry_run", "--hub_token", "hf_secret"]) == 0
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and "hf_secret" not in printed and "hub_token" not in printed
+    trainer_class, config = classes(name)
+    args = config(
+        output_dir=str(tmp_path / "out"), cache_dir=str(cache), use_cpu=True, use_peft=lora, report_to="none"
+    )
+    trainer = make_trainer(name, DataArguments(dataset_name=str(groups)), args)
+    grid = trainer.adapter.token_grid(trainer.model, trainer.train_dataset.shapes[0])
+    assert (
+        f"tokens of a video:      {math.prod(grid)} (13 x 64 x 64, latents (16, 4, 8, 8), grid 4 x 4 x 4)" in printed
+    )
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert f"of which trained {trained:,}" in printed
+    assert "rows:                   3\n" in printed
+    assert "steps:                  10 of 2 rows, 5.00 epochs (1 processes)" in printed
+
+
+def test_configuration_of_a_dry_run_gives_the_same_run(groups, tmp_path, capsys):
+    argv = ["--dataset_name", str(groups), "--use_cpu", "--beta", "100", "--learning_rate", "3e-4", "--seed", "5"]
+    assert main(["train", "gdpo", *argv, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "again.yaml"
+    path.write_text(printed.partition("\n")[2].partition("\n\n")[0])
+    assert yaml.safe_load(path.read_text())["beta"] == 100
+    assert main(["train", "gdpo", "--config", str(path), "--dry_run"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_dry_run_lists_the_tokens_of_every_size(groups, capsys):
+    argv = ["--dataset_name", str(groups), "--use_cpu", "--resolution_buckets", "64x64", "64x128"]
+    assert main(["train", "gdpo", *argv, "--dry_run"]) == 0
+    assert "64 (13 x 64 x 64, " in (printed := capsys.readouterr().out) and "; 128 (13 x 64 x 128, " in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("sandbox-sft", "sft"),
+        ("sandbox-dpo", "dpo"),
+        ("sandbox-reg-dpo", "regdpo"),
+        ("sandbox-repa", "repa"),
+    ],
+)
+def test_configurations_of_the_examples_are_those_of_the_command(file, name, capsys):
+    assert (
+        main(["train", name, "--config", str(ROOT / f"examples/configs/{file}.yaml"), "--dry_run", "--use_cpu"]) == 0
+    )
+    assert "rows: " in capsys.readouterr().out
+
+
+def test_options_of_the_launcher_are_told_apart():
+    given = [
+        "--num_processes",
+        "8",
+        "--config",
+        "x.yaml",
+        "--bf16",
+        "--multi_gpu",
+        "--main_process_port=29",
+        "--seed",
+        "1",
+    ]
+    launcher, ours = split_launcher(given)
+    assert launcher == ["--num_processes", "8", "--multi_gpu", "--main_process_port=29"]
+    assert ours == ["--config", "x.yaml", "--bf16", "--seed", "1"]
+    assert split_launcher(["--max_steps", "2", "--deepspeed", "zero.json"])[0] == []
+
+
+@pytest.mark.slow
+def test_launch_passes_everything_on_and_gives_the_exit_code_back(capfd):
+    argv = ["train", "sft", "--num_processes", "1", "--dry_run", "--use_cpu"]
+    assert main([*argv, "--num_clips", "7"]) == 0
+    assert "rows:                   7\n" in capfd.readouterr().out
+    assert main([*argv, "--num_clip", "7"]) != 0
+    assert "did you mean 'num_clips'?" in capfd.readouterr().err
+
+
+def test_curated_pairs_are_a_dataset_to_train_on(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "a.mp4", prompt="A red ball falls.")
+    model = {"model_options": {"sandbox": {"dtype": "float32", "call_kwargs": {"num_inference_steps": 1}}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, **model}))
+    argv = ["--sources", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "out")]
+    assert main(["curate", "gt-pairs", "--config", str(tmp_path / "small.yaml"), *argv]) == 0
+    pairs = str(tmp_path / "out" / "pairs")
+    assert f"dataset: {pairs};" in capsys.readouterr().out
+    assert main(["train", "dpo", "--dataset_name", pairs, "--dry_run", "--use_cpu"]) == 0
+    assert "rows:                   1\n" in capsys.readouterr().out

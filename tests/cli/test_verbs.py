@@ -1,0 +1,173 @@
+"""The verbs around runs, each called as from the shell, on the sandbox or on runs of coloured clips."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import datasets
+import pytest
+
+from tests.evaluation.runs import make_run
+from video_trl.cli import main
+from video_trl.cli.doctor import FAULT, NOTE, OK, disk, versions
+from video_trl.data.video_io import write_video
+from video_trl.evaluation.run import load_run
+from video_trl.evaluation.voting import Vote, VoteFile, open_study
+from video_trl.judges import load_judge
+from video_trl.sandbox import simulate
+
+
+FEW = ["--num_prompts", "2", "--num_inference_steps", "1", "--batch_size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(here):
+    make_run(here / "base", "base", [(0.9, 0.2), (0.2, 0.2), (0.6, 0.6), (0.9, 0.1)])
+    make_run(here / "dpo", "dpo", [(0.9, 0.7), (0.2, 0.6), (0.6, 0.9), (0.9, 0.6)], training_seed=0)
+    return ["base", "dpo"]
+
+
+def test_eval_makes_a_run_and_prints_its_table_and_goes_on(capsys):
+    argv = ["eval", *FEW, "--seeds", "3", "4", "--output_dir", "run", "--name", "tiny"]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("tiny, custom\n") and "\nall " in table
+    run = load_run("run")
+    assert run.seeds == (3, 4) and not run.missing() and run.generation["call_kwargs"]["num_inference_steps"] == 1
+    made = {path.name: path.stat().st_mtime_ns for path in (run.folder / "videos").glob("*.mp4")}
+    assert main(argv) == 0
+    assert capsys.readouterr().out == table
+    assert made == {path.name: path.stat().st_mtime_ns for path in (run.folder / "videos").glob("*.mp4")}
+    assert main(["eval", "--num_prompts", "3", "--output_dir", "run"]) == 1
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_generate_then_score_is_eval(capsys):
+    assert main(["eval", *FEW, "--output_dir", "one", "--name", "tiny"]) == 0
+    table = capsys.readouterr().out
+    assert main(["generate", *FEW, "--output_dir", "two", "--name", "tiny"]) == 0
+    assert capsys.readouterr().out == "2 of 2 videos in two\n"
+    assert main(["score", "two", "--judge_options", '{"fps": 8}']) == 0
+    assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_generate_reads_prompts_from_a_file(capsys):
+    with open("prompts.csv", "w") as file:
+        file.write('prompt,category\n"A ball, ""red"",\nfalls.",fall\nA ball rolls.,roll\n')
+    assert main(["generate", "--prompts", "prompts.csv", *FEW, "--output_dir", "run"]) == 0
+    assert [prompt.text for prompt in load_run("run").prompts] == ['A ball, "red",\nfalls.', "A ball rolls."]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_score_of_a_table_can_be_used_as_a_judge(here, capsys, suffix):
+    clips = [simulate(0, motion="free_fall"), simulate(0, motion="free_fall", violation="teleport")]
+    (here / "clips").mkdir()
+    for name, clip in zip("ab", clips, strict=True):
+        write_video(here / "clips" / f"{name}.mp4", clip.video, clip.fps)
+    rows = [f'{name}.mp4,"{clip.prompt}"\n' for name, clip in zip("ab", clips, strict=True)]
+    (here / "clips" / "table.csv").write_text("".join(["video,prompt\n", *rows]))
+    output = here / f"scores{suffix}"
+    assert main(["score", "clips/table.csv", "--output", str(output), "--batch_size", "1"]) == 0
+    assert "2 of 2 videos scored" in capsys.readouterr().out
+    prompts, paths = [clip.prompt for clip in clips], [here / "clips" / "a.mp4", here / "clips" / "b.mp4"]
+    good, bad = load_judge(output).score(paths, prompts)
+    assert good["pc"] > 0.9 > 0.5 > bad["pc"]
+    (here / "clips" / "b.mp4").unlink()
+    assert main(["score", "clips/table.csv", "--output", "x.csv"]) == 1
+    assert "b.mp4" in capsys.readouterr().err and not (here / "x.csv").exists()
+
+
+def test_eval_counts_the_results_of_other_programs(here, capsys):
+    items = [
+        {"main_category": "Force", "single": 2, "multi_gpt": 3, "video_gpt": 3, "multi_llava": 3, "video_intern": 2}
+    ]
+    (here / "result.json").write_text(json.dumps(items))
+    assert main(["eval", "--benchmark", "phygenbench", "--results", "result.json"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("result.json")]
+    assert [row[1:] for row in rows] == [["published", "1", "0.667", "0.667"], ["exact", "1", "0.833", "0.833"]]
+    from video_trl.evaluation.vbench import DIMENSIONS
+
+    for name, value in (("a", 0.5), ("b", 0.75)):
+        row = [{"video_path": "0.mp4", "video_results": value}]
+        (here / f"{name}.json").write_text(json.dumps({dimension: [value, row] for dimension in DIMENSIONS}))
+    assert main(["eval", "--benchmark", "vbench", "--results", "base=a.json", "dpo=b.json"]) == 0
+    table = capsys.readouterr().out
+    assert "0.75000 ↑ [2]" in table and f" {2 * len(DIMENSIONS)}\n" in table
+    assert main(["eval", "--benchmark", "vbench", "--results", "a.json"]) == 2
+
+
+def test_report_prints_the_comparison_and_writes_the_page(runs, here, capsys):
+    log = {"log_history": [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]}
+    (here / "state.json").write_text(json.dumps(log))
+    argv = ["report", *runs, "--output", "page.html", "--curves", "dpo=state.json", "--title", "A <b> title"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "pc      dpo vs base" in printed and "page.html" in printed
+    page = (here / "page.html").read_text()
+    assert "A &lt;b&gt; title" in page and "dpo: loss" in page and page.count("<video") == 8
+    assert main(["report", "base", "--no_page", "--output", "none.html"]) == 0
+    assert not (here / "none.html").exists()
+    assert main(["report", "dpo", "base", "--baseline", "sft"]) == 1
+    assert "'sft' is not among the methods" in capsys.readouterr().err
+
+
+def test_vote_counts_and_exports(runs, here, capsys):
+    study = open_study(runs)
+    file = VoteFile("votes.jsonl", study)
+    for position, task in enumerate(study.tasks.values()):
+        file.add(
+            Vote(study.identity, "ann", task.key, task.case.prompt.text, task.case.seed, "base", "dpo", "a", position,
+                 {"video_quality": "bad", "prompt_following": "same"}, 1.0, "now")
+        )  # fmt: skip
+    file.close()
+    assert main(["vote", *runs, "--results"]) == 0
+    assert "0/0/4" in capsys.readouterr().out
+    assert main(["vote", *runs, "--export", "votes.parquet"]) == 0
+    table = datasets.Dataset.from_parquet("votes.parquet")
+    assert len(table) == 8 and set(table["choice"]) == {"right", "same"}
+    assert main(["vote", *reversed(runs), "--results"]) == 1
+    assert "other videos" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_vote_serves_until_it_is_interrupted(runs, here):
+    command = [sys.executable, "-m", "video_trl", "vote", *runs, "--port", "0", "--votes", "v.jsonl"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        assert next(line for line in lines if "Vote at http://127.0.0.1:" in line)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+    assert "All votes that were given are in v.jsonl" in rest
+
+
+def test_doctor_finds_this_environment_good_and_shows_no_token(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "No faults found." in printed and "a token is there" in printed and "hf_secret" not in printed
+    assert {"torch", "device", "attention", "mp4", "disk"} <= {line[6:28].strip() for line in printed.splitlines()}
+
+
+def test_doctor_names_what_is_too_old_or_missing_and_what_to_do(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch>=99", "no-such-package>=1", "numpy>=1"])
+    found = {finding.subject: finding for finding in versions()}
+    assert found["torch"].verdict == found["no-such-package"].verdict == FAULT and found["numpy"].verdict == OK
+    assert "pip install 'no-such-package>=1'" in found["no-such-package"].text
+
+
+def test_doctor_looks_at_the_folder_that_will_be_made(monkeypatch, here):
+    (enough,) = disk("not/yet/there")
+    assert str(here) in enough.text
+    monkeypatch.setattr("video_trl.cli.doctor._LEAST_FREE_GIB", 1e9)
+    assert next(disk(".")).verdict == NOTE
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert next(disk(".")).verdict == FAULT

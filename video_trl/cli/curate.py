@@ -1,0 +1,43 @@
+"""
+Examples:
+
+  video-trl curate gt-pairs --config examples/configs/gt-pair.yaml --sources my/clips --output_dir out/pairs
+  video-trl train dpo --dataset_name out/pairs/pairs --output_dir out/dpo
+
+A run that was stopped goes on where it was. docs/gt_pair.md explains every stage.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .frame import UsageError, nearest, parse, required, say
+
+
+def run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:10}{summary}" for name, (summary, _) in RECIPES.items())
+        say(f"usage: video-trl curate RECIPE [options]\n\n{listing}\n\n{__doc__.strip()}\n\nOptions: RECIPE --help")
+        return 0
+    name, *rest = argv
+    if name not in RECIPES:
+        raise UsageError(f"no recipe {name!r}{nearest(name, RECIPES)}; expected one of {', '.join(RECIPES)}.")
+    return RECIPES[name][1](rest)
+
+
+def gt_pairs(argv: Sequence[str]) -> int:
+    from ..curation import GTPairConfig, Shard, run_gt_pair
+
+    (config,) = parse("curate gt-pairs", __doc__, [GTPairConfig], argv)
+    required("sources", config.sources, "my/clips")
+    result = run_gt_pair(config)
+    if Shard.from_environment().index == 0:
+        folder = Path(config.output_dir)
+        for stage, count in result.funnel.items():
+            say(f"{stage:>12} {count:6d}")
+        say(f"dataset: {folder / 'pairs'}; every clip: {folder / 'manifest.parquet'}\n{result.summary}")
+    return 0
+
+
+RECIPES: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "gt-pairs": ("real videos against generated ones (Reg-DPO's GT-Pair)", gt_pairs),
+}

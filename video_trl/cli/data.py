@@ -1,0 +1,201 @@
+"""What `train` and `encode` have in common: the methods, their data, and the trainer made of both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .frame import UsageError, nearest, parse, required
+from .options import load_dataset, mapping
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FIRST_CLIP = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
+
+
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "dpo": "preference pairs (Diffusion-DPO, Flow-DPO)",
+    "gdpo": "groups and physics scores (PhyGDPO)",
+    "regdpo": "pairs with an SFT term against collapse (Reg-DPO)",
+    "repa": "alignment with a video encoder (VideoREPA)",
+}
+_WITHOUT_REJECTED = ("sft", "repa")
+_MONITORED = ("dpo", "regdpo")
+# Options of transformers.TrainingArguments that stand in the short help, beside all of the package's own.
+_COMMON = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "seed", "logging_steps", "save_steps", "eval_strategy",
+    "eval_steps", "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint",
+)  # fmt: skip
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and what to measure on the way."""
+
+    model_name_or_path: str = field(
+        default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    num_groups: int = field(default=256, metadata={"help": "Sandbox, dpo, gdpo, regdpo: rows of its dataset."})
+    num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
+    num_clips: int = field(default=256, metadata={"help": "Sandbox, sft, repa: simulated clips."})
+    eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
+    evaluator_judge: str | None = field(
+        default=None, metadata={"help": "Also generate videos in each evaluation, and let this judge score them."}
+    )
+    evaluator_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that judge, as a mapping in YAML or JSON."}
+    )
+    evaluator_prompts: str | None = field(
+        default=None, metadata={"help": "File of prompts for it. Unset: held-out ones of the sandbox."}
+    )
+    evaluator_num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
+    on_collapse: Literal["warn", "stop"] = field(
+        default="warn",
+        metadata={"help": "dpo, regdpo: what to do when the model gets worse at both videos of a pair."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print configuration, rows, tokens, parameters and steps; start nothing."}
+    )
+
+
+def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[str, list[str]]:
+    """
+    The method after `train` or `encode`, and what follows it; without one, the help.
+
+    Raises:
+        UsageError: If there is no such method.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        from .frame import say
+
+        listing = "\n".join(f"  {name:8}{summary}" for name, summary in METHODS.items())
+        say(f"usage: video-trl {verb} METHOD [options]\n\n{listing}\n\n{text.strip()}\n\nOptions: METHOD --help")
+        raise SystemExit(0)
+    name, *rest = argv
+    if name not in METHODS:
+        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}; expected one of {', '.join(METHODS)}.")
+    return name, rest
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """Trainer and configuration of a method."""
+    from .. import trainer as package
+
+    return {
+        "sft": lambda: (package.VideoSFTTrainer, package.VideoSFTConfig),
+        "dpo": lambda: (package.VideoDPOTrainer, package.VideoDPOConfig),
+        "gdpo": lambda: (package.VideoGroupDPOTrainer, package.VideoGroupDPOConfig),
+        "regdpo": lambda: (package.VideoRegDPOTrainer, package.VideoRegDPOConfig),
+        "repa": lambda: (package.VideoREPATrainer, package.VideoREPAConfig),
+    }[name]()
+
+
+def parse_training(verb: str, name: str, argv: Sequence[str], text: str) -> tuple[DataArguments, Any]:
+    """The data arguments and the method's configuration."""
+    _, config = classes(name)
+    own = {key for kind in config.__mro__ if kind.__module__.startswith("video_trl") for key in kind.__annotations__}
+    brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
+    data, args = parse(f"{verb} {name}", text, [DataArguments, config], argv, brief=brief)
+    if data.dataset_name is None and data.model_name_or_path != "sandbox":
+        raise UsageError(
+            f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
+            "data. Pass a repository id or a folder (docs/dataset_formats.md)."
+        )
+    if data.evaluator_judge is not None:
+        if data.model_name_or_path != "sandbox":
+            required("evaluator_prompts", data.evaluator_prompts, "prompts.txt")
+        if not data.eval_rows:
+            raise UsageError("--evaluator_judge works in evaluations, which need --eval_rows, such as --eval_rows 16.")
+    return data, args
+
+
+def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
+    """The trainer of a method, its data loaded or made, and encoded."""
+    from ..trainer.collapse import CollapseMonitor
+
+    dataset = training_data(name, data, args)
+    held_out = None
+    if data.eval_rows:
+        if not 0 < data.eval_rows < len(dataset):
+            raise UsageError(f"--eval_rows must lie between 1 and {len(dataset) - 1}, got {data.eval_rows}.")
+        first = len(dataset) - data.eval_rows
+        dataset, held_out = dataset.select(range(first)), dataset.select(range(first, len(dataset)))
+    trainer_class, _ = classes(name)
+    return trainer_class(
+        data.model_name_or_path,
+        args,
+        dataset,
+        held_out,
+        callbacks=[CollapseMonitor(data.on_collapse)] if name in _MONITORED else None,
+        evaluator=_evaluator(data, args),
+    )
+
+
+def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
+    """The dataset that was named, or the sandbox's: groups, or for methods without rejected videos simulated clips."""
+    if data.dataset_name is not None:
+        return load_dataset(data.dataset_name, data.dataset_split)
+    from ..sandbox import build_group_dataset, load_sandbox
+
+    folder = Path(args.output_dir)
+    with args.main_process_first():
+        if name in _WITHOUT_REJECTED:
+            return _simulated_clips(data.num_clips, folder / "clips")
+        return build_group_dataset(
+            load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
+        )
+
+
+def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:
+    """How many rows there are, and one of them; the sandbox's are counted without being made."""
+    if data.dataset_name is not None:
+        from ..data.columns import undecoded
+
+        dataset = undecoded(load_dataset(data.dataset_name, data.dataset_split))
+        return len(dataset), dataset[0]
+    from ..sandbox import simulate
+
+    video = simulate(_FIRST_CLIP).video
+    return (data.num_clips, {"video": video}) if name in _WITHOUT_REJECTED else (data.num_groups, {"chosen": video})
+
+
+def _simulated_clips(number: int, folder: Path) -> "Dataset":
+    import datasets
+
+    from ..data.video_io import write_video
+    from ..sandbox import simulate
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(_FIRST_CLIP, _FIRST_CLIP + number):
+        clip = simulate(seed)
+        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
+    return datasets.Dataset.from_list(rows)
+
+
+def _evaluator(data: DataArguments, args: Any) -> Any:
+    if data.evaluator_judge is None:
+        return None
+    from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
+    from ..judges import load_judge
+
+    call = {}
+    if data.model_name_or_path == "sandbox":
+        from ..sandbox import load_sandbox
+
+        call = dict(load_sandbox().call_kwargs)
+    sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
+    return TrainingEvaluator(
+        evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts),
+        load_judge(data.evaluator_judge, **mapping("evaluator_options", data.evaluator_options)),
+        fps=args.fps or 8.0,
+        call_kwargs=call | sizes,
+    )

@@ -1,0 +1,26 @@
+"""
+Encode the videos and prompts of a training once, on one machine, with the options of that training: every later
+`video-trl train` with them finds the result, and so do other methods with the same rows and sizes.
+
+Examples:
+
+  video-trl encode gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --cache_dir /data/enc
+  video-trl encode sft --num_clips 16 --output_dir out/sft                               the sandbox
+"""
+
+from collections.abc import Sequence
+
+from .data import make_trainer, method_named, parse_training
+from .frame import say
+
+
+def run(argv: Sequence[str]) -> int:
+    name, rest = method_named("encode", argv, __doc__)
+    data, args = parse_training("encode", name, rest, __doc__)
+    from ..trainer.rows import encoded_cache_dir
+
+    # Making the trainer encodes, with every setting that the training will have.
+    rows = make_trainer(name, data, args).train_dataset
+    shapes = sorted(set(rows.shapes))
+    say(f"{len(rows)} rows, latents {', '.join(map(str, shapes))}, in {encoded_cache_dir(args)}")
+    return 0

@@ -1,0 +1,165 @@
+"""What the verbs share: options from dataclasses, YAML files and the command line, with help that teaches."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from typing import Any
+
+import yaml
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the exit code says so."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Examples stand as they are written; an option has one spelling here, and its default where it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings[:2]) or super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.option_strings[:1] and action.option_strings[0].startswith("--no_"):
+            return f"The opposite of --{action.dest}."
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def say(text: str) -> None:
+    """A result of the command; what happens on the way is logged."""
+    sys.stdout.write(f"{text.rstrip()}\n")
+    sys.stdout.flush()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"`, or nothing where no known name is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def parse(
+    verb: str,
+    text: str,
+    kinds: Sequence[type],
+    argv: Sequence[str],
+    *,
+    positional: str | None = None,
+    positional_help: str = "",
+    brief: Sequence[str] | None = None,
+) -> tuple[Any, ...]:
+    """
+    Reads the options of a verb.
+
+    Args:
+        verb (`str`): As typed, after the program's name.
+        text (`str`): What it does, with examples; the docstring of its module.
+        kinds (list of dataclasses): Their fields are the options, here and in a YAML file after `--config`.
+        argv (list of `str`): What followed the verb.
+        positional (`str`, *optional*), positional_help (`str`): Name of values without an option, at least one.
+        brief (list of `str`, *optional*): Options that `--help` lists; `--help_all` lists the others too.
+
+    Returns:
+        `tuple`: An object of each kind and, where there are positional values, their list.
+
+    Raises:
+        UsageError: If an option or a key of the file does not exist, or the file is no YAML mapping.
+        OSError: If the file cannot be read.
+    """
+    argv = _separated(argv)
+    options = {field.name: field for kind in kinds for field in fields(kind) if field.init}
+    _check_config(argv, options)
+    _check_options(argv, options)
+    from trl import TrlParser  # seconds: after the cheap checks
+
+    values = f"{positional.upper()} [{positional.upper()} ...] " if positional else ""
+    parser = TrlParser(
+        kinds,
+        prog=f"video-trl {verb}",
+        usage=f"video-trl {verb} {values}[options]",
+        description=text.strip(),
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with options.")
+    if positional is not None:
+        parser.add_argument(positional, nargs="+", help=positional_help)
+    if brief is not None and "--help_all" not in argv:
+        _hide(parser, [name for name in options if name not in brief])
+    if {"-h", "--help", "--help_all"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    parsed = parser.parse_args_and_config(args=argv)
+    if positional is None:
+        return tuple(parsed)
+    *objects, others = parsed
+    return (*objects, vars(others)[positional])
+
+
+def _separated(argv: Sequence[str]) -> list[str]:
+    """`--config=FILE` as two words, which is the only form that the parser below takes."""
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if words[-1:] == ["--config"]:
+        raise UsageError("--config needs a file.")
+    return words
+
+
+def _check_config(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
+    if "--config" not in argv:
+        return
+    path = argv[list(argv).index("--config") + 1]
+    content = read_yaml(path)
+    for key in content:
+        if key not in options and key != "env":
+            raise UsageError(f"{path}: there is no option {key!r}{nearest(str(key), options)}.")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """
+    Raises:
+        UsageError: If the file is no YAML mapping.
+        OSError: If it cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected options as 'name: value', one a line, got {type(content).__name__}.")
+    return content
+
+
+def _check_options(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
+    """Every word after two dashes must be an option: checked before anything slow is imported."""
+    known = {"config", "help", "help_all", *options}
+    known |= {f"no_{name}" for name, field in options.items() if field.default is True}
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known:
+            raise UsageError(f"there is no option --{name}{nearest(name, known)}. --help lists the options.")
+
+
+def _hide(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    hidden = [name for name in names if name != "help"]
+    for action in parser._actions:
+        if action.dest in hidden:
+            action.help = argparse.SUPPRESS
+    parser.epilog = f"{len(hidden)} more options, those of transformers.TrainingArguments: --help_all lists them."
+
+
+def required(name: str, value: Any, example: str) -> Any:
+    """
+    Raises:
+        UsageError: If an option without a default was not given.
+    """
+    if value is None or value == []:
+        raise UsageError(f"--{name} is needed, for example --{name} {example}.")
+    return value

@@ -1,0 +1,134 @@
+"""Groups of options that several verbs have."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .frame import UsageError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..judges import VideoJudge
+
+_CALL = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")
+
+
+@dataclass
+class RunArguments:
+    """A model, what it is asked for, and where the run goes."""
+
+    model_name_or_path: str = field(
+        default="sandbox",
+        metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."},
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Repository id or folder with pytorch_lora_weights.safetensors."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "File of prompts (txt, csv, json, jsonl). Unset: the sandbox's held-out ones."},
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "One video of each prompt for each of these noise seeds."}
+    )
+    output_dir: str = field(default="runs/base", metadata={"help": "Directory of the run; begun, it is finished."})
+    name: str | None = field(
+        default=None, metadata={"help": "How tables call the model. Unset: from model or adapter."}
+    )
+    training_seed: int | None = field(default=None, metadata={"help": "Seed of the training behind the adapter."})
+    batch_size: int = field(default=1, metadata={"help": "Videos generated together."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32, bfloat16 or float16. Unset: bfloat16 on an accelerator."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Unset: the accelerator, else the CPU."})
+    fps: float | None = field(
+        default=None, metadata={"help": "Frames per second that the model generates at (Wan 16, CogVideoX 8)."}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
+    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Unset: the pipeline's default."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Unset: the pipeline's default."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "Unset: the pipeline's default."})
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """What the pipeline's call is given beside the prompt."""
+        return {name: value for name in _CALL if (value := self.__dict__[name]) is not None}
+
+    def shown_name(self) -> str:
+        return self.name or (self.adapter or self.model_name_or_path).rstrip("/").rpartition("/")[2]
+
+
+@dataclass
+class JudgeArguments:
+    """A judge, by the name that `load_judge` takes."""
+
+    judge: str = field(
+        default="sandbox",
+        metadata={
+            "help": "'sandbox', 'videocon-physics', 'videophy2', 'qwen-vl:MODEL', a server's URL, or a table with "
+            "scores (.csv, .jsonl, .parquet)."
+        },
+    )
+    judge_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Options of the judge, as a mapping in YAML or JSON: \'{"model": "..."}\'.'}
+    )
+    judge_cache: str | None = field(default=None, metadata={"help": "SQLite file that remembers scores."})
+
+    def load(self) -> "VideoJudge":
+        """
+        Raises:
+            UsageError: If the judge does not take the options.
+            ValueError: If there is no such judge.
+        """
+        options = mapping("judge_options", self.judge_options)
+        from ..judges import load_judge
+
+        try:
+            return load_judge(self.judge, cache=self.judge_cache, **options)
+        except TypeError as error:
+            raise UsageError(f"--judge_options: {error}") from error
+
+
+def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """
+    A mapping, from YAML or as JSON on the command line.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--{name} must be JSON, got {value!r} ({error}).") from error
+    if not isinstance(found, Mapping | None):
+        raise UsageError(f'--{name} must be a mapping, such as \'{{"model": "name"}}\', got {value!r}.')
+    return dict(found or {})
+
+
+def load_dataset(name: str, split: str) -> "Dataset":
+    """
+    A folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from pathlib import Path
+
+    import datasets
+
+    if (Path(name) / "state.json").is_file():
+        return datasets.load_from_disk(name)
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise ValueError(
+            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
+            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
+            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
+        ) from error

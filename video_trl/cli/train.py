@@ -1,0 +1,80 @@
+"""
+Examples:
+
+  video-trl train gdpo --num_groups 32 --max_steps 20 --output_dir out/phygdpo            the sandbox, minutes on a CPU
+  video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --dry_run
+  video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --num_processes 8
+  video-trl train dpo --dataset_name my/pairs --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+  video-trl train sft --num_clips 64 --eval_rows 14 --eval_strategy steps --eval_steps 50 --evaluator_judge sandbox
+
+Every option can stand in the YAML file. Options of `accelerate launch` (--num_processes, --config_file, --gpu_ids and
+others) are passed on to it. The adapter, its model card and the log are left in --output_dir.
+"""
+
+import argparse
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from .data import make_trainer, method_named, parse_training
+from .frame import say
+
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: Sequence[str]) -> int:
+    name, rest = method_named("train", argv, __doc__)
+    launcher, ours = split_launcher(rest)
+    if launcher:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "video_trl", "train", name]
+        logger.info("Starting through accelerate: %s", " ".join(launcher))
+        return subprocess.run([*command, *ours], check=False).returncode
+    data, args = parse_training("train", name, ours, __doc__)
+    if data.dry_run:
+        from .plan import describe
+
+        say(describe(name, data, args))
+        return 0
+    trainer = make_trainer(name, data, args)
+    # `--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`.
+    words: dict[str, bool | None] = {"true": True, "false": None}
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        say(f"{trainer.state.global_step} steps; what was trained is in {args.output_dir}")
+    return 0
+
+
+def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """
+    Options of `accelerate launch`, and the others. What both know by one name is ours (`--mixed_precision` is not; use
+    `--bf16`), and without any of the first kind training starts in this process.
+    """
+    if not any(word.startswith("--") for word in argv):
+        return [], list(argv)
+    from accelerate.commands.launch import launch_command_parser
+    from transformers import TrainingArguments
+
+    known = {
+        name.lstrip("-").replace("-", "_"): action
+        for action in launch_command_parser()._actions
+        for name in action.option_strings
+        if name.startswith("--") and not isinstance(action, argparse._HelpAction)
+    }
+    for name in (*TrainingArguments.__dataclass_fields__, "config", "num_frames"):
+        known.pop(name, None)
+    launcher: list[str] = []
+    ours: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        action = known.get(word[2:].partition("=")[0].replace("-", "_")) if word.startswith("--") else None
+        (ours if action is None else launcher).append(word)
+        if action is not None and "=" not in word and action.nargs != 0 and words:
+            launcher.append(words.pop(0))
+    return launcher, ours
