@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo test test-slow quality format bench study-regdpo docs clean
+.PHONY: help install demo test test-slow quality format bench study-regdpo study-phygdpo docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -61,6 +61,10 @@ bench: $(INSTALLED)  ## the sandbox comparison over three seeds, for docs/benchm
 study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three seeds, for docs/benchmarks/ (about an hour)
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py --report docs/benchmarks/reg_dpo_stability.md
+
+study-phygdpo: $(INSTALLED)  ## the ablation of PhyGDPO: 8 arms, three seeds, for docs/benchmarks/ (about an hour)
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py --report docs/benchmarks/phygdpo_ablation.md
 
 docs: $(INSTALLED_DOCS)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

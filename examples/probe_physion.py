@@ -39,7 +39,8 @@ class ProbeArguments:
         default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
     )
     adapters: list[str] = field(
-        default_factory=list, metadata={"help": "Folders with LoRA adapters of the model, each probed beside it."}
+        default_factory=list,
+        metadata={"help": "What training left: folders with a LoRA adapter or a `transformer`, each probed."},
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Video encoder to probe as the ceiling. Unset: the sandbox's for the sandbox."}
@@ -77,13 +78,19 @@ def main(argv: list[str]) -> None:
     common: dict[str, Any] = {"batch_size": args.batch_size, "height": args.height, "width": args.width}
     results = {"pixels": probe(PixelFeatures(), train, test, name="pixels", **common)}
     pipeline = load(args.model_name_or_path)
+    base = pipeline.transformer
     for adapter in ("", *args.adapters):
-        if adapter:
+        if adapter and (Path(adapter) / "transformer").is_dir():
+            whole = type(base).from_pretrained(adapter, subfolder="transformer", dtype=base.dtype)
+            pipeline.transformer = whole.to(base.device)
+        elif adapter:
             pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
         features = DiffusionFeatures(pipeline, block=args.block, noise_levels=args.noise_levels, **pooling)
         name = adapter or args.model_name_or_path
         results[name] = probe(features, train, test, name=name, **common)
-        if adapter:
+        if pipeline.transformer is not base:
+            pipeline.transformer = base
+        elif adapter:
             pipeline.unload_lora_weights()
     teacher = args.teacher or ("sandbox" if args.model_name_or_path == "sandbox" else None)
     if teacher is not None:
@@ -101,7 +108,7 @@ def clips_of(args: ProbeArguments) -> tuple[list["ProbeClip"], list["ProbeClip"]
     if args.physion is not None:
         from video_trl.evaluation.physion import read_physion
 
-        frames = {"num_frames": args.num_frames, "frame_step": args.frame_step}
+        frames: dict[str, Any] = {"num_frames": args.num_frames, "frame_step": args.frame_step}
         return read_physion(args.physion, "train", **frames), read_physion(args.physion, "test", **frames)
     if args.model_name_or_path != "sandbox":
         raise ValueError(

@@ -4,24 +4,27 @@
 # ///
 """
 VideoREPA (https://huggingface.co/papers/2505.23656) against its baselines on the sandbox: does alignment with a video
-encoder make the model understand more (probe), and make better videos (judge), than the same training without it?
+encoder make the model understand more, and learn to make videos faster, than the same training without it?
 
-Arms: the base model, SFT on the same clips, REPA (token-wise cosine), TRD; on request TRD on one kind of relations, at
-another block, with another weight. Every arm and seed leaves one result file; what is there is not made again, so that
-the study can be interrupted and continued:
+The shipped model knows as much as the teacher, so that there is nothing to hand on. The study starts from a young
+one: the same architecture and autoencoder, few steps from fresh weights. Arms: that base, SFT on the same clips, REPA
+(token-wise cosine), TRD, TRD on one kind of relations, at other blocks, with other weights. Measured are a probe
+("will the two balls touch?") on hidden states, the denoising error on held-out clips, and on request the judge's
+scores of generated videos. Every arm and seed leaves one result file; what is there is not made again, so that the
+study can be interrupted and continued:
 
     accelerate launch examples/study_repa.py
-    accelerate launch examples/study_repa.py --arms trd-spatial trd-temporal --seeds 0 1 2
+    accelerate launch examples/study_repa.py --arms base sft trd --seeds 0 1 2
 
-and, when the result files are there, its tables:
+and, when the result files are there, its tables and figure:
 
-    accelerate launch examples/study_repa.py --report docs/benchmarks/repa.md
+    accelerate launch examples/study_repa.py --report docs/benchmarks/repa.md --figure docs/assets/repa_study.svg
 """
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,52 +32,71 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    from diffusers import DiffusionPipeline
+    from torch import Tensor
 
     from video_trl import VideoREPAConfig
+    from video_trl.evaluation import PairedDifference
+    from video_trl.evaluation.physion import ProbeClip
+    from video_trl.sandbox import Sandbox
 
 
-SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa.yaml"
-FIRST_SEED = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
-PROMPT_DRAW, NOISE_SEED = 4, 5  # of the held-out evaluation; settings are chosen on other draws
-PROBE_SEEDS = {"train": 11, "test": 12}
-BASE, SFT = "base", "sft"
+STUDY_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa-study.yaml"
+# Clips that neither the sandbox model nor its teacher was trained on, and that training and evaluation do not share
+FIRST_SEED, FIRST_HELD_OUT_SEED = 20_000_000, 21_000_000
+PROMPT_DRAW, NOISE_SEED = 4, 5
+BASE, SFT, TRD = "base", "sft", "trd"
 # Arm -> what differs from the configuration file.
 ARMS: dict[str, dict[str, Any]] = {
     BASE: {},
     SFT: {},
     "repa": {"alignment_loss": "repa"},
-    "trd": {"alignment_loss": "trd"},
+    TRD: {"alignment_loss": "trd"},
     "trd-spatial": {"relations": "spatial"},
     "trd-temporal": {"relations": "temporal"},
     "trd-paper": {"relation_weighting": "paper"},
     "trd-no-projector": {"projector": "none"},
     "trd-block-2": {"align_layer": 2},
-    "trd-block-5": {"align_layer": 5},
+    "trd-block-6": {"align_layer": 6},
     "trd-0.1": {"coefficient": 0.1},
     "trd-2": {"coefficient": 2.0},
+    "trd-8": {"coefficient": 8.0},
 }
-TEACHER, PIXELS = "teacher", "pixels"
-NOISE_LEVELS = (0.1, 0.5)  # shares of the schedule; the probe takes the one that cross-validation favours
+TEACHER, PIXELS, SHIPPED = EXTRAS = ("teacher", "pixels", "shipped model")  # probed beside the base model
+PROBE_BLOCK, PROBE_NOISE = 4, 0.5  # of every arm, wherever it was aligned; noise is a share of the schedule
 EVERY_TOKEN: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)}  # the sandbox has so few that none need be pooled
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0)
+ERROR_LEVELS = (0.125, 0.375, 0.625, 0.875)  # shares of the schedule at which the denoising error is measured
 
 
 @dataclass
-class StudyArguments:
+class ScriptArguments:
     """What is compared and measured; how each arm is trained is said by [`VideoREPAConfig`]."""
 
     model_name_or_path: str = field(default="sandbox", metadata={"help": "The study is about the sandbox alone."})
-    num_clips: int = field(default=256, metadata={"help": "Simulated clips to train on."})
+    base_steps: int = field(
+        default=150, metadata={"help": "Steps from fresh weights that make the base model; 0: the shipped model."}
+    )
+    base_clips: int = field(default=1024, metadata={"help": "Clips of its corpus, 40 % of them violated."})
+    num_clips: int = field(default=512, metadata={"help": "Simulated clips to train the arms on."})
     arms: list[str] = field(
-        default_factory=lambda: [BASE, SFT, "repa", "trd"], metadata={"help": f"Any of {', '.join(ARMS)}."}
+        default_factory=lambda: [
+            *(BASE, SFT, "repa", TRD, "trd-spatial", "trd-temporal"),
+            *("trd-no-projector", "trd-block-2", "trd-block-6", "trd-0.1", "trd-2"),
+        ],
+        metadata={"help": f"Any of {', '.join(ARMS)}."},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds of every arm."})
-    eval_prompts: int = field(default=84, metadata={"help": "Held-out prompts that are judged."})
+    probe_train: int = field(default=900, metadata={"help": "Clips that the probe is fitted on; a multiple of 6."})
+    probe_test: int = field(default=900, metadata={"help": "Clips that it is tested on; a multiple of 6."})
+    probe_seed: int = field(default=21, metadata={"help": "Of the probe's clips; the test clips have the next one."})
+    held_out: int = field(default=140, metadata={"help": "Clips for the denoising error."})
+    eval_prompts: int = field(default=0, metadata={"help": "Held-out prompts whose videos are judged; 0: no judge."})
     eval_seeds: int = field(default=2, metadata={"help": "Videos of each of them."})
-    probe_train: int = field(default=480, metadata={"help": "Clips that the probe is fitted on; a multiple of 6."})
-    probe_test: int = field(default=480, metadata={"help": "Clips that it is tested on; a multiple of 6."})
     report: str | None = field(
         default=None, metadata={"help": "Markdown file to write from the result files, without running anything."}
     )
+    figure: str | None = field(default=None, metadata={"help": "Picture to write beside the report."})
 
 
 def main(argv: list[str]) -> None:
@@ -82,43 +104,68 @@ def main(argv: list[str]) -> None:
 
     from video_trl import VideoREPAConfig
 
-    study, args = TrlParser((StudyArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
+    study, args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
     unknown = [arm for arm in study.arms if arm not in ARMS]
     if unknown or study.model_name_or_path != "sandbox":
         raise ValueError(f"Expected the sandbox and arms of {list(ARMS)}, got {study.model_name_or_path}, {unknown}.")
     folder = Path(args.output_dir)
     if study.report is None:
         run_arms(study, args, folder)
-    else:
-        Path(study.report).write_text(report(folder))
+        return
+    results = read_results(folder)
+    Path(study.report).write_text(report(results))
+    if study.figure is not None:
+        draw(results, study.figure)
 
 
 # ---- Running -------------------------------------------------------------------------------------
 
 
-def run_arms(study: StudyArguments, args: "VideoREPAConfig", folder: Path) -> None:
+def run_arms(study: ScriptArguments, args: "VideoREPAConfig", folder: Path) -> None:
     """Train and measure what has no result file yet."""
-    from video_trl.sandbox.probe import contact_clips
-
+    folder.mkdir(parents=True, exist_ok=True)
+    base = make_base(study, folder)
     clips = simulated_clips(study.num_clips, folder / "clips")
-    numbers = {"train": study.probe_train, "test": study.probe_test}
-    probes = {split: contact_clips(numbers[split], seed=seed) for split, seed in PROBE_SEEDS.items()}
-    for arm in study.arms:
-        for seed in study.seeds if arm != BASE else study.seeds[:1]:
+    material = prepare(study, folder)
+    for seed in study.seeds:  # the outer loop, so that an interruption leaves whole seeds
+        for arm in study.arms:
             path = folder / "results" / f"{arm}-seed{seed}.json"
-            if path.is_file():
+            if path.is_file() or (arm == BASE and seed != study.seeds[0]):
                 continue
             started = time.process_time()
-            adapter = folder / f"{arm}-seed{seed}"
-            log = train(arm, replace(args, seed=seed, data_seed=seed, output_dir=str(adapter)), clips)
-            result = {"arm": arm, "seed": seed, "log": log, **measure(study, args, arm, adapter, probes)}
+            trained = folder / f"{arm}-seed{seed}"
+            own: dict[str, Any] = {"seed": seed, "data_seed": seed, "output_dir": str(trained)}
+            log = train(arm, base, replace(args, **own), clips)
+            seconds = time.process_time() - started
+            measured = measure(study, args, arm, base, trained, material)
+            result = {"arm": arm, "seed": seed, "log": log, "training_seconds": seconds, **measured}
             result["seconds"] = time.process_time() - started
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1))
 
 
-def train(arm: str, args: "VideoREPAConfig", clips: "datasets.Dataset") -> list[dict[str, Any]]:
-    """Train an arm, leave its adapter in `args.output_dir` and return its log; nothing for the base model."""
+def make_base(study: ScriptArguments, folder: Path) -> str:
+    """The base model: the shipped one, or a young one with its autoencoder, trained on a corpus of its own."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from video_trl.sandbox import load_sandbox
+    from video_trl.sandbox.train_base import encode_corpus, train_transformer
+
+    home = folder / "base"
+    if study.base_steps == 0 or (home / "model_index.json").is_file():
+        return str(home) if study.base_steps else "sandbox"
+    pipeline = load_sandbox().pipeline
+    torch.manual_seed(5)
+    pipeline.transformer = WanTransformer3DModel.from_config(pipeline.transformer.config)
+    latents, prompts = encode_corpus(pipeline.vae, study.base_clips, seed=7, measure=False)
+    train_transformer(pipeline, latents, prompts, steps=study.base_steps, seed=7)
+    pipeline.save_pretrained(home)
+    return str(home)
+
+
+def train(arm: str, base: str, args: "VideoREPAConfig", clips: "datasets.Dataset") -> list[dict[str, Any]]:
+    """Train an arm, leave its weights in `args.output_dir` and return its log; nothing for the base model."""
     from video_trl import VideoREPATrainer, VideoSFTConfig, VideoSFTTrainer
 
     trainer: Any
@@ -127,48 +174,12 @@ def train(arm: str, args: "VideoREPAConfig", clips: "datasets.Dataset") -> list[
     if arm == SFT:
         shared = {item.name for item in fields(VideoSFTConfig) if item.init}
         values = {name: value for name, value in vars(args).items() if name in shared}
-        trainer = VideoSFTTrainer("sandbox", VideoSFTConfig(**values), clips)
+        trainer = VideoSFTTrainer(base, VideoSFTConfig(**values), clips)
     else:
-        trainer = VideoREPATrainer("sandbox", replace(args, **ARMS[arm]), clips)
+        trainer = VideoREPATrainer(base, replace(args, **ARMS[arm]), clips)
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history
-
-
-def measure(
-    study: StudyArguments, args: "VideoREPAConfig", arm: str, adapter: Path, probes: dict[str, list[Any]]
-) -> dict[str, Any]:
-    """Judge's scores of held-out prompts, and probes: of the model; with the base model, of teacher and pixels too."""
-    from video_trl.evaluation.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe
-    from video_trl.sandbox import load_sandbox
-    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
-    from video_trl.teachers import load_teacher
-
-    sandbox = load_sandbox()
-    if arm != BASE:  # what is measured is what was saved, loaded the way a user will load it
-        sandbox.pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
-    records = evaluate(
-        sandbox.pipeline,
-        sandbox.judge,
-        prompts=balanced_prompts("heldout", study.eval_prompts, seed=PROMPT_DRAW),
-        seeds=[NOISE_SEED + k for k in range(study.eval_seeds)],
-        call_kwargs=dict(sandbox.call_kwargs),
-        output_dir=adapter / "videos",
-        name=adapter.name,
-    )
-    features: dict[str, Any] = {
-        arm: DiffusionFeatures(
-            sandbox.pipeline, block=int(ARMS[arm].get("align_layer", args.align_layer)), cells=(2, 2)
-        )
-    }
-    if arm == BASE:
-        features[TEACHER] = TeacherFeatures(load_teacher(args.teacher or "sandbox"), **EVERY_TOKEN)
-        features[PIXELS] = PixelFeatures()
-    results = {name: probe(kind, probes["train"], probes["test"], name=name) for name, kind in features.items()}
-    return {
-        "records": [asdict(record) for record in records],
-        "probes": {name: asdict(result) for name, result in results.items()},
-    }
 
 
 def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":
@@ -181,140 +192,310 @@ def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(FIRST_SEED, FIRST_SEED + number):
-        clip = simulate(seed)
-        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
+        path, clip = folder / f"{seed}.mp4", simulate(seed)
+        rows.append({"prompt": clip.prompt, "video": str(write_video(path, clip.video, clip.fps))})
     return datasets.Dataset.from_list(rows)
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every arm is measured on; latents `(N, C, F, H, W)`, for all models of the study share an autoencoder."""
+
+    probe_clips: dict[str, list["ProbeClip"]]
+    probe_latents: dict[str, "Tensor"]
+    held_out_latents: "Tensor"
+    held_out_prompts: list[str]
+
+
+def prepare(study: ScriptArguments, folder: Path) -> Material:
+    import numpy as np
+    import torch
+
+    from video_trl.evaluation.physion import DiffusionFeatures
+    from video_trl.sandbox import load_sandbox, simulate
+    from video_trl.sandbox.probe import contact_clips
+
+    features = DiffusionFeatures(load_sandbox().pipeline, block=PROBE_BLOCK)
+
+    def encoded(name: str, videos: Sequence[Any]) -> "Tensor":
+        path = folder / f"latents-{name}.pt"
+        if not path.is_file():
+            chunks = [np.stack(videos[start : start + 32]) for start in range(0, len(videos), 32)]
+            torch.save(torch.cat([features.encode(torch.from_numpy(chunk)) for chunk in chunks]), path)
+        return torch.load(path, weights_only=True)
+
+    numbers = {"train": (study.probe_train, study.probe_seed), "test": (study.probe_test, study.probe_seed + 1)}
+    probes = {split: contact_clips(number, seed=seed) for split, (number, seed) in numbers.items()}
+    latents = {
+        split: encoded(f"probe-{numbers[split][1]}-{len(clips)}", [clip.video for clip in clips])
+        for split, clips in probes.items()
+    }
+    held_out = [simulate(FIRST_HELD_OUT_SEED + number) for number in range(study.held_out)]
+    return Material(
+        probes,
+        latents,
+        encoded(f"held-out-{study.held_out}", [clip.video for clip in held_out]),
+        [clip.prompt for clip in held_out],
+    )
+
+
+def measure(
+    study: ScriptArguments, args: "VideoREPAConfig", arm: str, base: str, trained: Path, material: Material
+) -> dict[str, Any]:
+    """Probes, denoising errors and, if asked for, judge's scores; with the base model, what it is compared with."""
+    from video_trl.evaluation.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe
+    from video_trl.sandbox import load_sandbox
+    from video_trl.teachers import load_teacher
+
+    sandbox = load_sandbox(base) if base != "sandbox" else load_sandbox()
+    if arm != BASE:  # what is measured is what was saved, loaded the way a user will load it
+        load_trained(sandbox.pipeline, trained)
+
+    def of_pipeline(pipeline: "DiffusionPipeline") -> Any:
+        return DiffusionFeatures(pipeline, block=PROBE_BLOCK, noise_levels=(PROBE_NOISE,), **EVERY_TOKEN)
+
+    probes = {arm: probed(of_pipeline(sandbox.pipeline), material)}
+    if arm == BASE:
+        probes[SHIPPED] = probed(of_pipeline(load_sandbox().pipeline), material)
+        others: dict[str, Any] = {TEACHER: TeacherFeatures(load_teacher(args.teacher or "sandbox"), **EVERY_TOKEN)}
+        for name, features in {**others, PIXELS: PixelFeatures()}.items():
+            clips = material.probe_clips
+            probes[name] = asdict(probe(features, clips["train"], clips["test"], name=name, c_grid=C_GRID))
+    return {
+        "probes": probes,
+        "errors": denoising_errors(sandbox.pipeline, material),
+        "records": judged_videos(study, sandbox, trained) if study.eval_prompts else [],
+    }
+
+
+def load_trained(pipeline: "DiffusionPipeline", trained: Path) -> None:
+    if (trained / "transformer").is_dir():
+        pipeline.transformer = type(pipeline.transformer).from_pretrained(trained, subfolder="transformer")
+    else:
+        pipeline.load_lora_weights(trained, weight_name="pytorch_lora_weights.safetensors")
+
+
+def probed(features: Any, material: Material) -> dict[str, Any]:
+    """Result of a probe on hidden states of the latents at hand."""
+    import torch
+
+    from video_trl.evaluation.physion import fit_probe
+
+    found = {
+        split: torch.cat([features.of_latents(chunk)[:, 0] for chunk in latents.split(64)]).numpy()
+        for split, latents in material.probe_latents.items()
+    }
+    clips = material.probe_clips
+    return asdict(fit_probe(found["train"], clips["train"], found["test"], clips["test"], c_grid=C_GRID))
+
+
+def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[float]:
+    """Velocity error of each held-out clip, mean over the noise levels; the same noise for every model."""
+    import torch
+
+    from video_trl.adapters import adapter_for
+    from video_trl.losses import velocity_error
+    from video_trl.sandbox.pipeline import MAX_PROMPT_TOKENS
+
+    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    latents, prompts = material.held_out_latents, material.held_out_prompts
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(latents), 56):
+            part = slice(start, start + 56)
+            clean, noises = latents[part], noise[part]
+            embeds = adapter.encode_prompt(pipeline, prompts[part], MAX_PROMPT_TOKENS)
+            conditions = {"prompt_embeds": adapter.pad_prompt_embeds(embeds, MAX_PROMPT_TOKENS)}
+            errors = []
+            for level in ERROR_LEVELS:
+                u = torch.full((len(clean),), level, dtype=torch.float64)
+                timesteps = adapter.noise_process.sample_timesteps(u, scheme="uniform")
+                noisy = adapter.noise_process.add_noise(clean, noises, timesteps)
+                prediction = adapter.predict(pipeline.transformer, noisy, timesteps, conditions)
+                target = adapter.noise_process.velocity(clean, noises, timesteps)
+                errors.append(velocity_error(prediction, target))
+            rows += torch.stack(errors).mean(0).tolist()
+    return rows
+
+
+def judged_videos(study: ScriptArguments, sandbox: "Sandbox", trained: Path) -> list[dict[str, Any]]:
+    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
+
+    records = evaluate(
+        sandbox.pipeline,
+        sandbox.judge,
+        prompts=balanced_prompts("heldout", study.eval_prompts, seed=PROMPT_DRAW),
+        seeds=[NOISE_SEED + k for k in range(study.eval_seeds)],
+        call_kwargs=dict(sandbox.call_kwargs),
+        output_dir=trained / "videos",
+        name=trained.name,
+    )
+    return [asdict(record) for record in records]
 
 
 # ---- Reporting -----------------------------------------------------------------------------------
 
 
-def report(folder: Path) -> str:
-    """Tables of all result files: judge, probe, and what the training log says in the end."""
-    results: dict[str, list[dict[str, Any]]] = {}
+Results = dict[str, list[dict[str, Any]]]  # arm -> what its result files hold
+
+
+def read_results(folder: Path) -> Results:
+    found: Results = {}
     for path in sorted((folder / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        results.setdefault(result["arm"], []).append(result)
-    if BASE not in results or SFT not in results:
-        raise ValueError(f"Expected results of {BASE!r} and {SFT!r} in {folder / 'results'}, got {sorted(results)}.")
-    order = [arm for arm in ARMS if arm in results]
+        found.setdefault(result["arm"], []).append(result)
+    if BASE not in found or SFT not in found:
+        raise ValueError(f"Expected results of {BASE!r} and {SFT!r} in {folder / 'results'}, got {sorted(found)}.")
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def report(results: Results) -> str:
+    """Tables of all result files: probe, denoising error, judge, and what the training log says in the end."""
     minutes = sum(result["seconds"] for runs in results.values() for result in runs) / 60
-    count = len(results[SFT])
-    return "\n".join(
-        [
-            "# VideoREPA on the sandbox",
-            "",
-            "```bash",
-            "accelerate launch examples/study_repa.py",
-            f"accelerate launch examples/study_repa.py --report docs/benchmarks/repa.md   # {minutes:.0f} CPU minutes",
-            "```",
-            "",
-            f"{count} training seeds. Differences are paired (same prompts and noise; same clips), pooled over seeds; "
-            "the bootstrap resamples whole prompts or clips, 95 %.",
-            "",
-            "## Judge: generated videos of held-out prompts",
-            "",
-            *judge_table(order, results),
-            "",
-            '## Probe: "will the two balls touch?"',
-            "",
-            "Share of test clips answered right, with its Wilson interval; chance is 0.5. "
-            "`teacher` is the encoder that the model was aligned with, `pixels` the frames at 8 x 8 without a model.",
-            "",
-            *probe_tables(order, results),
-            "",
-            "## End of training",
-            "",
-            *log_table(order, results),
-            "",
-        ]
-    )
-
-
-def judge_table(order: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    from video_trl.evaluation import wilson_interval
-
-    lines = ["| arm | pc | sa | right in both | pc over base | pc over SFT |", "|---" * 6 + "|"]
-    for arm in order:
-        records = [record for result in results[arm] for record in result["records"]]
-        means = [sum(record[name] for record in records) / len(records) for name in ("pc", "sa")]
-        right = int(sum(record["joint"] for record in records))
-        low, high = wilson_interval(right, len(records))
-        over = [
-            "" if other == arm or arm == BASE else difference(*(judged(results[name], "pc") for name in (arm, other)))
-            for other in (BASE, SFT)
-        ]
-        shown = f"{means[0]:.3f} | {means[1]:.3f} | {right}/{len(records)} [{low:.2f}, {high:.2f}]"
-        lines.append(f"| {arm} | {shown} | {over[0]} | {over[1]} |")
-    return lines
-
-
-def probe_tables(order: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    from video_trl.evaluation import wilson_interval
-
-    names = [*order, TEACHER, PIXELS]
-    runs = {name: [result["probes"][name] for result in results.get(name, results[BASE])] for name in names}
-    scenarios = list(dict.fromkeys(runs[BASE][0]["scenarios"]))
+    judged = any(result["records"] for result in results[BASE])
     lines = [
-        "| features | " + " | ".join([*scenarios, "all"]) + " | over base | over SFT |",
-        "|---" * (len(scenarios) + 4) + "|",
+        f"{len(results[SFT])} training seeds, {minutes:.0f} CPU minutes. Differences are paired (same clips and "
+        "noise, of two arms the same seeds) and pooled over seeds; the bootstrap resamples whole clips, 95 %.",
+        "",
+        '## Probe: "will the two balls touch?"',
+        "",
+        "Share of test clips answered right; chance is 0.5.",
+        "",
+        *probe_table(results),
+        "",
+        "## Denoising error of held-out clips",
+        "",
+        *difference_table(results, errors, "mean error", "error below {}"),
+        "",
+        "## End of training",
+        "",
+        *log_table(results),
+        "",
     ]
-    for name in names:
+    if judged:
+        table = difference_table(results, physics, "mean pc", "pc over {}")
+        lines += ["## Judge: generated videos of held-out sentences", "", *table, ""]
+    return "\n".join(lines)
+
+
+Measured = list[tuple[str, float]]  # of one run: what was measured, by clip; larger is better
+Measure = Callable[[dict[str, Any], str], Measured]
+
+
+def answers(result: dict[str, Any], name: str) -> Measured:
+    return [(str(number), float(right)) for number, right in enumerate(result["probes"][name]["correct"])]
+
+
+def errors(result: dict[str, Any], name: str) -> Measured:
+    return [(str(number), -error) for number, error in enumerate(result["errors"])]
+
+
+def physics(result: dict[str, Any], name: str) -> Measured:
+    return [(record["prompt"], record["pc"]) for record in result["records"]]
+
+
+def probe_table(results: Results) -> list[str]:
+    from video_trl.evaluation import wilson_interval
+
+    scenarios = list(dict.fromkeys(results[BASE][0]["probes"][BASE]["scenarios"]))
+    heads = [*scenarios, "all", "all over base", "all over SFT"]
+    lines = ["| features | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in [*results, *EXTRAS]:
+        runs = results.get(name, results[BASE])
+        probes = [run["probes"][name] for run in runs]
         cells = []
         for scenario in (*scenarios, None):
             kept = [
                 right
-                for run in runs[name]
-                for right, where in zip(run["correct"], run["scenarios"], strict=True)
+                for probe in probes
+                for right, where in zip(probe["correct"], probe["scenarios"], strict=True)
                 if scenario in (None, where)
             ]
-            low, high = wilson_interval(sum(kept), len(kept))
-            cells.append(f"{sum(kept) / len(kept):.3f} [{low:.2f}, {high:.2f}]")
-        over = [
-            "" if name in (other, BASE) else difference(answered(runs[name]), answered(runs[other]))
-            for other in (BASE, SFT)
-        ]
-        lines.append(f"| {name} | " + " | ".join([*cells, *over]) + " |")
+            interval = "" if scenario else " [{:.3f}, {:.3f}]".format(*wilson_interval(sum(kept), len(kept)))
+            cells.append(f"{sum(kept) / len(kept):.3f}{interval}")
+        cells += ["" if name in (other, BASE) else compared(results, answers, name, other) for other in (BASE, SFT)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def log_table(order: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Means of the last tenth of every run."""
+def difference_table(results: Results, measured: Measure, head: str, over: str) -> list[str]:
+    """Mean of each arm, and its paired differences from base and SFT."""
+    lines = [f"| arm | {head} | {over.format('base')} | {over.format('SFT')} |", "|---" * 4 + "|"]
+    for arm, runs in results.items():
+        values = [abs(value) for run in runs for _, value in measured(run, arm)]
+        cells = ["" if arm in (other, BASE) else compared(results, measured, arm, other) for other in (BASE, SFT)]
+        lines.append(f"| {arm} | {sum(values) / len(values):.4f} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def log_table(results: Results) -> list[str]:
+    """Means of the last four log entries of every run, and the cost of training."""
     metrics = ("loss/diffusion", "loss/alignment", "trd/raw")
-    lines = ["| arm | loss | " + " | ".join(f"`{name}`" for name in metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
-    for arm in order:
-        ends = [[entry for entry in result["log"] if "loss" in entry][-4:] for result in results[arm]]
-        entries = [entry for end in ends for entry in end]
-        values = [[entry[name] for entry in entries if name in entry] for name in ("loss", *metrics)]
-        cells = [f"{float(sum(map(float, value))) / len(value):.4f}" if value else "" for value in values]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    heads = ["loss", *(f"`{name}`" for name in metrics), "CPU seconds"]
+    lines = ["| arm | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for arm, runs in results.items():
+        if arm == BASE:
+            continue
+        entries = [entry for run in runs for entry in [entry for entry in run["log"] if "loss" in entry][-4:]]
+        values = [[float(entry[name]) for entry in entries if name in entry] for name in ("loss", *metrics)]
+        cells = [f"{sum(value) / len(value):.4f}" if value else "" for value in values]
+        seconds = sum(run["training_seconds"] for run in runs) / len(runs)
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return lines
 
 
-Measured = list[tuple[str, list[float]]]  # of each run: what was measured, by prompt or clip
+def difference(results: Results, measured: Measure, ours: str, theirs: str) -> "PairedDifference":
+    """
+    Paired difference of all runs of two arms; what has no training seeds stands against every seed of the other.
+    Larger is better for everything that is `measured`.
+    """
+    from video_trl.evaluation import paired_bootstrap
 
-
-def judged(runs: Sequence[dict[str, Any]], metric: str) -> list[Measured]:
-    return [[(record["prompt"], [record[metric]]) for record in run["records"]] for run in runs]
-
-
-def answered(runs: Sequence[dict[str, Any]]) -> list[Measured]:
-    return [[(str(number), [float(right)]) for number, right in enumerate(run["correct"])] for run in runs]
-
-
-def difference(ours: list[Measured], theirs: list[Measured]) -> str:
-    """Paired difference of all runs; a model without training seeds stands against every seed of the other."""
-    from video_trl.evaluation import paired_bootstrap, verdict
-
-    number = max(len(ours), len(theirs))
-    a, b = (runs * number if len(runs) == 1 else runs for runs in (ours, theirs))
+    runs = [[measured(run, name) for run in results.get(name, results[BASE])] for name in (ours, theirs)]
+    number = max(map(len, runs))
+    a, b = (found * number if len(found) == 1 else found for found in runs)
     labels = [label for run in a for label, _ in run]
-    values = [[value for run in runs for _, cell in run for value in cell] for runs in (a, b)]
-    found = paired_bootstrap(*values, clusters=labels)
-    text = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{text} {verdict(found, num_seeds=number)}"
+    return paired_bootstrap(*([value for run in runs for _, value in run] for runs in (a, b)), clusters=labels)
+
+
+def compared(results: Results, measured: Measure, ours: str, theirs: str) -> str:
+    from video_trl.evaluation import verdict
+
+    found = difference(results, measured, ours, theirs)
+    number = len(results[theirs]) if ours in EXTRAS else len(results[ours])
+    sizes = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{sizes} {verdict(found, num_seeds=number)}"
+
+
+def draw(results: Results, path: str) -> None:
+    """Paired differences from SFT with their intervals: answers of the probe, and denoising error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = [arm for arm in results if arm not in (BASE, SFT)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.4 * len(arms) + 1.6), sharey=True)
+    titles = ("probe: share of right answers", "denoising error, below SFT's")
+    for axis, measured, title in zip(axes, (answers, errors), titles, strict=True):
+        for row, arm in enumerate(arms):
+            found = difference(results, measured, arm, SFT)
+            axis.plot([found.low, found.high], [row, row], color="tab:blue")
+            axis.plot(found.difference, row, "o", color="tab:blue")
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("difference from SFT on the same clips; right is better")
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    main(given if "--config" in given else ["--config", str(SANDBOX_CONFIG), "--output_dir", "outputs/repa", *given])
+    main(given if "--config" in given else ["--config", str(STUDY_CONFIG), *given])

@@ -32,13 +32,16 @@ MAY_IMPORT = {
     "teachers": set(),
     "data": {"adapters", "teachers"},
     "hub": set(),
-    "curation": {"data", "judges", "adapters"},
+    "curation": {"data", "judges", "adapters", "losses"},
     "evaluation": {"judges", "data", "adapters", "teachers"},
     "sandbox": {"judges", "teachers", "data", "adapters", "evaluation", "diffusion"},
     "trainer": {"losses", "trd", "diffusion", "adapters", "data", "hub", "teachers"},
+    "cli": set(),
+    "__main__": {"cli"},
 }
 # Allowed only inside a function: the default model of the trainers is not loaded unless it is asked for.
 MAY_IMPORT_LAZILY = {
+    "cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"},
     "trainer": {"sandbox"},
     "teachers": {"sandbox"},
     "judges": {"sandbox"},

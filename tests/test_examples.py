@@ -14,7 +14,7 @@ from trl import TrlParser
 from tests.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
-from video_trl.curation import GTPairConfig
+from video_trl.curation import GTPairConfig, PhyAugConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -28,7 +28,8 @@ TRAINING = {
     "repa": ("train_repa", VideoREPAConfig),
     "sft": ("train_sft", VideoSFTConfig),
 }
-CURATION = {"gt-pair": ("curate_gt_pairs", GTPairConfig)}
+CURATION = {"gt-pair": ("curate_gt_pairs", GTPairConfig), "phyaug": ("curate_phyaug", PhyAugConfig)}
+STUDIES = {"repa-study": ("study_repa", VideoREPAConfig)}
 TRAINING_SCRIPTS = ["train_dpo", "train_gdpo", "train_reg_dpo", "train_sft"]  # REPA's needs a teacher: tested apart
 
 
@@ -42,11 +43,11 @@ def _load(name):
 
 
 def _parse(config, *overrides):
-    readers = TRAINING | CURATION
+    readers = TRAINING | STUDIES | CURATION
     method = max((name for name in readers if f"-{config.stem}".endswith(f"-{name}")), key=len)  # -reg-dpo is no -dpo
     script, config_class = readers[method]
     parser = TrlParser((_load(script).ScriptArguments, config_class))
-    device = ["--use_cpu"] if method in TRAINING else []
+    device = ["--use_cpu"] if method in TRAINING | STUDIES else []
     return parser.parse_args_and_config(args=["--config", str(config), *device, *overrides])
 
 
@@ -160,14 +161,17 @@ def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):
 def test_repa_study_end_to_end(tmp_path):
     """Two steps of two arms: to leave every file and table that the full study leaves."""
     script = _load("study_repa")
-    folder = ["--config", str(script.SANDBOX_CONFIG), "--output_dir", str(tmp_path)]
-    sizes = ["--num_clips", "8", "--max_steps", "2", "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12"]
-    run = [*folder, *sizes, "--probe_test", "6", "--use_cpu", "--cache_dir", str(tmp_path / "cache")]
+    folder = ["--config", str(script.STUDY_CONFIG), "--output_dir", str(tmp_path)]
+    sizes = ["--base_steps", "2", "--base_clips", "8", "--num_clips", "8", "--max_steps", "2", "--held_out", "6"]
+    run = [*folder, *sizes, "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12", "--probe_test", "6"]
+    run += ["--use_cpu", "--cache_dir", str(tmp_path / "cache")]
     script.main([*run, "--arms", "base", "sft", "trd", "--seeds", "0", "1"])
     assert len(list((tmp_path / "results").glob("*.json"))) == 5
-    script.main([*folder, "--use_cpu", "--report", str(tmp_path / "repa.md")])
-    page = (tmp_path / "repa.md").read_text()
-    assert page.count("| trd |") == 3 and page.count("| teacher |") == 1 and "better" not in page
+    page, picture = tmp_path / "repa.md", tmp_path / "repa.svg"
+    script.main([*folder, "--use_cpu", "--report", str(page), "--figure", str(picture)])
+    text = page.read_text()
+    assert text.count("| trd |") == 4 and text.count("| teacher |") == 1 and "better" not in text
+    assert "<svg" in picture.read_text()
     with pytest.raises(ValueError, match="arms of"):
         script.main([*run, "--arms", "dpo"])
 

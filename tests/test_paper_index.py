@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from video_trl import VideoGroupDPOConfig
+from video_trl.curation import GTPairConfig, PhyAugConfig
 from video_trl.losses import check_physics_weights
 
 
@@ -19,7 +20,7 @@ def test_code_block_runs(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(BLOCKS[index], names)
-    assert any(isinstance(value, TrainingArguments) for value in names.values())
+    assert any(isinstance(value, (TrainingArguments, GTPairConfig, PhyAugConfig)) for value in names.values())
 
 
 def test_values_of_phygdpo(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 # dependencies = ["video-trl"]
 # ///
 """
-Memory and time of token relation distillation: the fused loss against the same loss as one would write it.
+Memory and time of token relation distillation: the fused loss against the same loss as one would write it ("joint"),
+as the official code does ("expanded"), and beside the form without absolute values ("squared").
 
     python examples/benchmarks/trd.py
 
@@ -57,7 +58,17 @@ def expanded(student: Tensor, teacher: Tensor) -> Tensor:
     return F.relu((relations(student) - relations(teacher)).abs() - MARGIN).mean()
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fused": fused, "joint": joint, "expanded": expanded}
+def squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """Another loss, for comparison: squared differences, which need no matrix of relations."""
+    return trd_loss(student, teacher, margin=0.0, norm="l2")[0]
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fused": fused,
+    "joint": joint,
+    "expanded": expanded,
+    "squared": squared,
+}
 
 
 def measure(form: str, size: str, repeats: int) -> dict[str, float]:
