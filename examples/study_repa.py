@@ -339,7 +339,6 @@ def judged_videos(study: ScriptArguments, sandbox: "Sandbox", trained: Path) -> 
 
 # ---- Reporting -----------------------------------------------------------------------------------
 
-
 Results = dict[str, list[dict[str, Any]]]  # arm -> what its result files hold
 
 
@@ -359,7 +358,7 @@ def report(results: Results) -> str:
     judged = any(result["records"] for result in results[BASE])
     lines = [
         f"{len(results[SFT])} training seeds, {minutes:.0f} CPU minutes. Differences are paired (same clips and "
-        "noise, of two arms the same seeds) and pooled over seeds; the bootstrap resamples whole clips, 95 %.",
+        "noise, of two arms the same seeds) and pooled over seeds; the bootstrap resamples clips, not seeds, 95 %.",
         "",
         '## Probe: "will the two balls touch?"',
         "",
@@ -399,24 +398,23 @@ def physics(result: dict[str, Any], name: str) -> Measured:
 
 
 def probe_table(results: Results) -> list[str]:
-    from video_trl.evaluation import wilson_interval
+    from video_trl.evaluation import share_of
 
     scenarios = list(dict.fromkeys(results[BASE][0]["probes"][BASE]["scenarios"]))
     heads = [*scenarios, "all", "all over base", "all over SFT"]
     lines = ["| features | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in [*results, *EXTRAS]:
-        runs = results.get(name, results[BASE])
-        probes = [run["probes"][name] for run in runs]
+        probes = [run["probes"][name] for run in results.get(name, results[BASE])]
         cells = []
         for scenario in (*scenarios, None):
             kept = [
-                right
+                (number, right)
                 for probe in probes
-                for right, where in zip(probe["correct"], probe["scenarios"], strict=True)
+                for number, (right, where) in enumerate(zip(probe["correct"], probe["scenarios"], strict=True))
                 if scenario in (None, where)
             ]
-            interval = "" if scenario else " [{:.3f}, {:.3f}]".format(*wilson_interval(sum(kept), len(kept)))
-            cells.append(f"{sum(kept) / len(kept):.3f}{interval}")
+            share = share_of([right for _, right in kept], clusters=[number for number, _ in kept])
+            cells.append(f"{share.value:.3f}" + ("" if scenario else f" [{share.low:.3f}, {share.high:.3f}]"))
         cells += ["" if name in (other, BASE) else compared(results, answers, name, other) for other in (BASE, SFT)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -466,7 +464,7 @@ def compared(results: Results, measured: Measure, ours: str, theirs: str) -> str
     from video_trl.evaluation import verdict
 
     found = difference(results, measured, ours, theirs)
-    number = len(results[theirs]) if ours in EXTRAS else len(results[ours])
+    number = max(len(results.get(name, results[BASE])) for name in (ours, theirs))
     sizes = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
     return f"{sizes} {verdict(found, num_seeds=number)}"
 
@@ -488,6 +486,7 @@ def draw(results: Results, path: str) -> None:
             axis.plot(found.difference, row, "o", color="tab:blue")
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_title(title, fontsize=10)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel("difference from SFT on the same clips; right is better")
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()

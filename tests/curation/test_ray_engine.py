@@ -147,4 +147,4 @@ def test_a_node_that_is_lost_costs_no_clip(cluster, tmp_path):
     table = run_stage_on_ray(TABLE, stage(Double(log, 0.5)), tmp_path / "ray", TWO)
     loser.join()
     exactly_once(table, tmp_path / "ray")
-    assert len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
+    assert len(pids(log)) >= 16  # the batch that was under way there was done again
