@@ -478,8 +478,7 @@ def draw(path: Path, results: dict[str, Measured], num_seeds: int) -> None:
     """Change of pc over the base model: intervals over sentences, all seeds pooled, and each seed as a dot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    panel = figure.subplots()
+    panel = (figure := Figure(figsize=(7.5, 3.4), layout="constrained")).subplots()
     arms = [arm for arm in ARMS if arm != BASE]
     for height, arm in enumerate(reversed(arms)):
         found = difference(results, arm, BASE, "pc")
@@ -491,7 +490,8 @@ def draw(path: Path, results: dict[str, Measured], num_seeds: int) -> None:
         panel.plot(seeds, [height - 0.25] * num_seeds, "|", color="black", markersize=8)
     panel.axvline(0, color="gray", linewidth=0.8, linestyle="--")
     panel.set_yticks(range(len(arms)), [spec.shown for spec in reversed(ARMS.values()) if spec is not None])
-    panel.set_xlabel("mean pc over the base model: 95 % interval, and each training seed below it")
+    panel.set_xlabel("mean pc over base: 95 % interval, seeds below")
+    panel.locator_params(axis="x", nbins=6)
     panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 

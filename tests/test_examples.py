@@ -15,6 +15,7 @@ from tests.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
 from video_trl.curation import GTPairConfig, PhyAugConfig
+from video_trl.sandbox import load_sandbox
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -147,11 +148,14 @@ def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
 
 def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):
     sizes = ["--num_train", "12", "--num_test", "6", "--noise_levels", "0.5", "--output", str(tmp_path / "probe.json")]
-    _load("probe_physion").main(sizes)
+    whole = tmp_path / "trained"  # what a training of all weights leaves
+    load_sandbox().pipeline.transformer.save_pretrained(whole / "transformer")
+    _load("probe_physion").main([*sizes, "--adapters", str(whole)])
     printed = capsys.readouterr().out
     assert printed.startswith("| features | roll | chase | bounce | all |")
     results = json.loads((tmp_path / "probe.json").read_text())["results"]
-    assert list(results) == ["pixels", "sandbox", "sandbox (teacher)"]
+    assert list(results) == ["pixels", "sandbox", str(whole), "sandbox (teacher)"]
+    assert results[str(whole)] == results["sandbox"] != results["pixels"]
     assert all(len(result["probabilities"]) == 6 and name in printed for name, result in results.items())
     with pytest.raises(ValueError, match="needs --physion"):
         _load("probe_physion").main(["--model_name_or_path", "no/such-model"])

@@ -30,16 +30,15 @@ class TinyArguments:
     fast: bool = field(default=True, metadata={"help": "Fast."})
 
 
-def examples(module):
-    """Commands in the docstring of a verb, as words after `video-trl`; remarks stand after three spaces."""
-    text = module.__doc__.replace("\\\n", " ")
+def examples(text):
+    """Commands in the docstring of a verb or in a page, as words after `video-trl`; remarks follow three spaces."""
+    text = text.replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("video-trl ")]
     return [shlex.split(re.split(r"(?<=\S)   +(?!--)", line)[0])[1:] for line in lines]
 
 
-COMMANDS = [
-    words for verb in VERBS for words in examples(importlib.import_module(f"video_trl.cli.{verb.replace('-', '_')}"))
-]
+COMMANDS = [words for verb in VERBS for words in examples(importlib.import_module(f"video_trl.cli.{verb}").__doc__)]
+PAGE = examples("\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL)))
 
 
 def test_help_lists_every_verb_and_imports_nothing_slow():
@@ -61,8 +60,8 @@ def test_the_module_and_the_script_are_the_command():
     assert vars(importlib.import_module(module))[name] is main
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_examples_in_the_help_have_options_that_exist(words, capsys, monkeypatch):
+@pytest.mark.parametrize("words", COMMANDS + PAGE, ids=" ".join)
+def test_examples_in_the_help_and_on_the_page_have_options_that_exist(words, capsys, monkeypatch):
     """An unknown option, or an unknown key of a file, is refused before the help is shown."""
     monkeypatch.chdir(ROOT)
     _, words = split_launcher(words) if words[0] == "train" else ([], words)
@@ -71,7 +70,7 @@ def test_examples_in_the_help_have_options_that_exist(words, capsys, monkeypatch
 
 
 def test_every_verb_has_examples():
-    assert {words[0] for words in COMMANDS} >= set(VERBS)
+    assert {words[0] for words in COMMANDS} >= set(VERBS) and len(PAGE) == 7
 
 
 @pytest.mark.parametrize(

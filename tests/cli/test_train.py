@@ -49,6 +49,8 @@ def test_encode_prepares_what_training_then_finds(groups, tmp_path, capsys, capl
     argv = options("sft", groups, tmp_path / "encoded", tmp_path)
     assert main(["encode", "sft", *argv]) == 0
     assert capsys.readouterr().out.endswith(f"3 rows, latents (16, 4, 8, 8), in {tmp_path / 'encoded'}\n")
+    assert main(["encode", "sft", *argv, "--eval_rows", "1"]) == 0
+    assert capsys.readouterr().out.startswith("2 rows, ")  # the third one is held out, and encoded as well
     made = sorted((tmp_path / "encoded").iterdir())
     caplog.clear()
     assert main(["train", "sft", *argv]) == 0

@@ -154,6 +154,7 @@ def test_a_finished_run_does_not_cover_for_a_later_one_that_fails(finished, pool
     folder, _ = finished
     with pytest.raises(ValueError, match="No clip is left after the filter"):
         run_phyaug(config(folder, min_richness=1.0), [pool])
+    assert not (folder / "groups").exists() and not (folder / "manifest.parquet").exists()
     with pytest.raises(ValueError, match="not finished"):
         load_groups(folder)
     run_phyaug(config(folder), [pool])

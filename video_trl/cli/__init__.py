@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .frame import UsageError, nearest, say
 
 
-# Verb -> what it does. The module's name is the verb's, with underscores; it is imported only when the verb is used.
+# Verb -> what it does. Its module has the same name and is imported only when the verb is used.
 VERBS = {
     "train": "train a model: sft, dpo, gdpo, regdpo or repa",
     "curate": "make a preference dataset: gt-pairs",
