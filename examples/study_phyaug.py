@@ -284,6 +284,7 @@ def write_report(page: Path, args: StudyArguments) -> None:
         MARKS[0],
         f"Setting: {', '.join(f'{name} {value}' for name, value in setting.items())}.",
         *score_table(results, hard_motions(difficulty)),
+        *step_table(results, hard_motions(difficulty)),
         *selection_table(results, difficulty),
         MARKS[1],
     ]
@@ -332,6 +333,17 @@ def score_table(results: dict[str, list[dict[str, Any]]], hard: list[str]) -> li
         "videos an arm). Paired differences, bootstrap 95 % intervals over sentences; each stands for itself."
     )
     return ["### Scores on held-out sentences", note, markdown_table(rows)]
+
+
+def step_table(results: dict[str, list[dict[str, Any]]], hard: list[str]) -> list[str]:
+    """Each arm against the one before it: what the paper's table adds up."""
+    rows = [["step", "pc", "pc, hard", "sa"]]
+    arms = [arm for arm in ARMS if arm in results]
+    for before, arm in zip(arms, arms[1:], strict=False):
+        columns: list[tuple[str, list[str] | None]] = [("pc", None), ("pc", hard), ("sa", None)]
+        cells = [compared(results, arm, before, score, motions) for score, motions in columns]
+        rows.append([f"{arm} over {before}", *cells])
+    return ["### Step by step", markdown_table(rows)]
 
 
 def selection_table(results: dict[str, list[dict[str, Any]]], difficulty: dict[str, float]) -> list[str]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 _GIB = 2**30
-_NOT_SHOWN = ("dry_run", "hub_token")
 
 
 def describe(name: str, data: DataArguments, args: Any) -> str:
@@ -33,11 +32,11 @@ def describe(name: str, data: DataArguments, args: Any) -> str:
 
 
 def _configuration(data: DataArguments, args: Any) -> str:
-    """YAML that gives the same run through `--config`, without tokens."""
+    """YAML that gives the same run through `--config`, without tokens, which `to_dict` masks."""
     shown: dict[str, Any] = {}
     for values, usual in ((asdict(data), asdict(DataArguments())), (args.to_dict(), type(args)().to_dict())):
         changed = {name: value for name, value in values.items() if value != usual[name]}
-        shown |= {name: value for name, value in changed.items() if name not in _NOT_SHOWN}
+        shown |= {name: value for name, value in changed.items() if name != "dry_run"}
     return yaml.safe_dump(shown, sort_keys=False)
 
 
