@@ -241,6 +241,37 @@ def test_bad_settings_are_refused_before_anything_runs(tmp_path, changes, messag
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": "sandbx"}, "No judge 'sandbx'"),
+        ({"judge": "videocon-physics:/nowhere"}, "No weights at /nowhere"),
+        ({"judge": "/nowhere/scores.csv"}, "scores.csv"),
+        ({"judge_options": {"speed": 3}}, "Check `judge_options`"),
+        ({"judge": "http://localhost:1/v1"}, "needs `model`"),
+        ({"annotator": "/nowhere/qwen"}, "No weights at /nowhere/qwen"),
+        ({"annotator": "http://localhost:1/v1"}, "Check `annotator_options`"),
+        ({"embedder": "/nowhere/mpnet"}, "No weights at /nowhere/mpnet"),
+        ({"model": "/nowhere/wan"}, "/nowhere/wan: expected a pipeline"),
+    ],
+)
+def test_models_that_are_not_there_are_found_before_anything_runs(pool, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_phyaug(config(tmp_path, **changes), [pool])
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_scores_share_a_budget_evenly_and_one_beyond_the_pool_takes_all(pool, tmp_path, caplog):
+    some = pool.select([0, 2, 3, 5, 6, 8])  # 3 rolling, 2 incline, 1 buoyancy
+    with serving(Step(answer={**JUDGED, "sa": 3})) as server:
+        options = {"judge": server.url, "judge_options": {"model": "judge"}, "seeds": [0], "redistribute": False}
+        three = run_phyaug(config(tmp_path, budget=3, **options), [some])
+        assert [(row.score, row.taken) for row in three.categories] == [(0.5, 1)] * 3
+        every = run_phyaug(config(tmp_path, budget=1000, **options), [some])
+    assert [row.taken for row in every.categories] == [row.found for row in every.categories]
+    assert len(every.groups) == 6 and "The budget of 1000 is larger than what there is, 6 clips" in caplog.text
+
+
 def test_defaults_are_those_of_the_paper():
     made = PhyAugConfig(actions="sandbox")
     assert (made.min_richness, made.tau, made.budget, made.redistribute) == (0.60, 3.0, 20_000, False)

@@ -15,7 +15,7 @@ import pytest
 from tests.curation.phyaug_runs import config, small_pool
 from video_trl.curation.manifest import Stage, new_manifest, run_stage
 from video_trl.curation.phyaug import load_groups, run_phyaug
-from video_trl.curation.ray_engine import MAX_TRIES, RayCluster, run_stage_on_ray
+from video_trl.curation.ray_engine import MAX_TRIES, RayCluster, Worker, check_arrived, run_stage_on_ray
 
 
 ray = pytest.importorskip("ray")
@@ -28,10 +28,12 @@ TWO = RayCluster(max_workers=2)
 
 
 class Double:
-    """Doubles numbers, and writes down which process did."""
+    """Doubles numbers, and writes down which process did; goes on once so many processes have begun."""
 
-    def __init__(self, log: Path, seconds: float = 0.0, poison: int | None = None, fault: bool = False) -> None:
-        self.log, self.seconds, self.poison, self.fault = log, seconds, poison, fault
+    def __init__(
+        self, log: Path, seconds: float = 0.0, poison: int | None = None, fault: bool = False, company: int = 1
+    ) -> None:
+        self.log, self.seconds, self.poison, self.fault, self.company = log, seconds, poison, fault, company
 
     def __call__(self, batch):
         if self.poison in batch["number"]:
@@ -40,6 +42,8 @@ class Double:
             os._exit(7)
         with open(self.log, "a") as file:
             file.write(f"{os.getpid()}\n")
+        while len(set(pids(self.log))) < self.company:  # on a busy machine one would be done before the other is there
+            time.sleep(0.05)
         time.sleep(self.seconds)
         return {"double": [2 * number for number in batch["number"]]}
 
@@ -78,7 +82,7 @@ def pids(log: Path) -> list[int]:
 
 def test_the_result_is_that_of_one_process_and_a_rerun_computes_nothing(cluster, tmp_path):
     log = tmp_path / "log"
-    table = run_stage_on_ray(TABLE, stage(Double(log, 0.2)), tmp_path / "ray", TWO)
+    table = run_stage_on_ray(TABLE, stage(Double(log, company=2)), tmp_path / "ray", TWO)
     exactly_once(table, tmp_path / "ray")
     assert table.equals(run_stage(TABLE, stage(Double(tmp_path / "other")), tmp_path / "local"))
     assert len(pids(log)) == 15 and len(set(pids(log))) == 2  # both nodes worked
@@ -100,6 +104,21 @@ def test_a_worker_that_is_killed_in_the_middle_costs_no_clip(cluster, tmp_path):
     killer.join()
     exactly_once(table, tmp_path / "ray")
     assert len(pids(log)) == 16  # the batch under way was done again
+
+
+def test_a_batch_whose_worker_died_after_the_commit_is_not_computed_again(tmp_path):
+    """What the next worker is given: a batch that is in the store, and of which nobody told the driver."""
+    batch = TABLE.slice(0, 4).to_pydict()
+    for _ in range(2):
+        assert Worker(stage(Double(tmp_path / "log")), str(tmp_path)).compute(batch) == 4
+    assert len(pids(tmp_path / "log")) == 1 and len(list(tmp_path.glob("part-*.parquet"))) == 1
+
+
+def test_a_disk_that_is_not_shared_is_named(tmp_path):
+    Worker(stage(Double(tmp_path / "log")), str(tmp_path)).compute(TABLE.slice(0, 4).to_pydict())
+    check_arrived(tmp_path, "key", {"k0", "k3"}, patience=0.1)
+    with pytest.raises(RuntimeError, match="1 of 2 rows were computed.*a disk that all nodes of the cluster see"):
+        check_arrived(tmp_path, "key", {"k0", "k4"}, patience=0.1)
 
 
 def test_a_fault_comes_back_as_it_was_raised_and_committed_batches_stay(cluster, tmp_path):
@@ -144,7 +163,7 @@ def test_a_node_that_is_lost_costs_no_clip(cluster, tmp_path):
 
     loser = threading.Thread(target=lose_node)
     loser.start()
-    table = run_stage_on_ray(TABLE, stage(Double(log, 0.5)), tmp_path / "ray", TWO)
+    table = run_stage_on_ray(TABLE, stage(Double(log, 0.5, company=2)), tmp_path / "ray", TWO)
     loser.join()
     exactly_once(table, tmp_path / "ray")
     assert len(pids(log)) >= 16  # the batch that was under way there was done again

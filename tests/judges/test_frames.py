@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny_mp4, tiny_video
-from video_trl.data import VideoDecodeError
-from video_trl.data.video_io import read_video_squashed
+from video_trl.data import VideoDecodeError, probe_video
+from video_trl.data.video_io import read_frames_squashed
 from video_trl.judges.frames import check_request, evenly_spaced, sample_frames, segment_starts, size_within
 
 
@@ -71,10 +71,35 @@ def test_frames_are_scaled_as_the_decoder_gives_them(tmp_path):
 
 def test_arrays_are_scaled_in_the_same_way():
     plain = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[None, None, :, None], (2, 64, 64, 3))
-    small = read_video_squashed(plain, 16, 32)
+    small, count = read_frames_squashed(plain, [0, 1], 16, 32)
+    assert count == 2
     assert small.shape == (2, 16, 32, 3) and small.dtype == np.uint8
     assert np.abs(small[0, 8, 1:-1, 0] - plain[0, 0, :, 0].reshape(32, 2).mean(1)[1:-1]).max() <= 4
-    assert np.array_equal(read_video_squashed(plain, 64, 64), plain)
+    assert np.array_equal(read_frames_squashed(plain, [0, 1], 64, 64)[0], plain)
+
+
+def test_frames_come_in_the_order_that_is_asked_for_and_as_often():
+    frames, count = read_frames_squashed(VIDEO, [3, 0, 3, 99], *VIDEO.shape[1:3])
+    assert count == len(VIDEO) and np.array_equal(frames, VIDEO[[3, 0, 3, -1]])
+
+
+def test_a_header_that_counts_wrongly_does_not_choose_the_frames(tmp_path):
+    path = tmp_path / "clip.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for image in tiny_video(0, num_frames=9, height=64, width=96):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    right, _ = sample_frames(path, 3, evenly_spaced, lambda h, w: (h, w))
+    data = bytearray(path.read_bytes())
+    length = data.index(b"strh") + 40  # number of frames, in the header of the stream
+    assert data[length] == 9
+    data[length] = 5
+    path.write_bytes(data)
+    assert probe_video(path).num_frames == 5
+    frames, numbers = sample_frames(path, 3, evenly_spaced, lambda h, w: (h, w))
+    assert numbers.tolist() == [0, 4, 8] and np.array_equal(frames, right)
 
 
 def test_a_damaged_file_is_named(tmp_path):

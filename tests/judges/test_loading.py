@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.judges.server import free_port
 from tests.judges.tiny_owl import tiny_model, write_checkpoint
 from tests.judges.tiny_qwen import write_qwen
 from video_trl.judges import (
@@ -18,6 +19,7 @@ from video_trl.judges import (
     VideoPhy2Judge,
     load_judge,
 )
+from video_trl.judges.loading import check_judge
 from video_trl.sandbox import SandboxJudge, simulate
 
 
@@ -68,6 +70,19 @@ def test_table(tmp_path):
     path = tmp_path / "scores.jsonl"
     path.write_text(json.dumps({"video": "a.mp4", "prompt": "x", "sa": 1, "pc": 0}))
     assert isinstance(load_judge(path), PrecomputedJudge)
+
+
+def test_a_check_reads_no_weights_and_asks_no_server(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    for name in (tmp_path, f"qwen-vl:{tmp_path}", f"videophy2:{tmp_path}", "sandbox"):
+        check_judge(name)
+    check_judge(f"http://127.0.0.1:{free_port()}/v1", model="m")
+    with pytest.raises(ValueError, match="No weights at no/such"):
+        check_judge("videophy2:no/such")
+    with pytest.raises(ValueError, match="No judge 'sandbx'"):
+        check_judge("sandbx")
+    with pytest.raises(TypeError, match="speed"):
+        check_judge("sandbox", speed=3)
 
 
 def test_code_of_the_documentation_runs():

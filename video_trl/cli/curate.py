@@ -4,10 +4,13 @@ Examples:
   video-trl curate gt-pairs --config examples/configs/gt-pair.yaml --sources my/clips --output_dir out/pairs
   video-trl train dpo --dataset_name out/pairs/pairs --output_dir out/dpo
 
-A run that was stopped goes on where it was. docs/gt_pair.md explains every stage.
+  video-trl curate phyaug --config examples/configs/phyaug.yaml --sources my/clips --actions actions.txt
+  video-trl train gdpo --dataset_name outputs/phyaug/groups --output_dir out/gdpo
+
+A run that was stopped goes on where it was. docs/gt_pair.md and docs/phyaug.md explain every stage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .frame import UsageError, nearest, parse, required, say
@@ -31,13 +34,28 @@ def gt_pairs(argv: Sequence[str]) -> int:
     required("sources", config.sources, "my/clips")
     result = run_gt_pair(config)
     if Shard.from_environment().index == 0:
-        folder = Path(config.output_dir)
-        for stage, count in result.funnel.items():
-            say(f"{stage:>12} {count:6d}")
-        say(f"dataset: {folder / 'pairs'}; every clip: {folder / 'manifest.parquet'}\n{result.summary}")
+        _say_where(result.funnel, Path(config.output_dir), "pairs", result.summary)
     return 0
+
+
+def phyaug(argv: Sequence[str]) -> int:
+    from ..curation import PhyAugConfig, Shard, run_phyaug
+
+    (config,) = parse("curate phyaug", __doc__, [PhyAugConfig], argv)
+    required("sources", config.sources, "my/clips")
+    result = run_phyaug(config)
+    if Shard.from_environment().index == 0:
+        _say_where(result.funnel, Path(config.output_dir), "groups", result.summary)
+    return 0
+
+
+def _say_where(funnel: Mapping[str, int], folder: Path, dataset: str, summary: str) -> None:
+    for stage, count in funnel.items():
+        say(f"{stage:>14} {count:6d}")
+    say(f"dataset: {folder / dataset}; every clip: {folder / 'manifest.parquet'}\n{summary}")
 
 
 RECIPES: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "gt-pairs": ("real videos against generated ones (Reg-DPO's GT-Pair)", gt_pairs),
+    "phyaug": ("groups of a real video and generated ones, judged (PhyGDPO's PhyAugPipe)", phyaug),
 }

@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..judges.loading import load_judge
+from ..judges.loading import check_judge, load_judge
 from .generate import check_model, generation_stage, job_table
 from .manifest import (
     Batch,
@@ -39,9 +39,17 @@ from .manifest import (
     write_table,
 )
 from .normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from .phyaug_actions import CLUSTER_VERSION, CLUSTERED, Actions, ClusterBatch, load_embedder, read_actions
+from .phyaug_actions import (
+    CLUSTER_VERSION,
+    CLUSTERED,
+    Actions,
+    ClusterBatch,
+    check_embedder,
+    load_embedder,
+    read_actions,
+)
 from .phyaug_config import PhyAugConfig, public
-from .phyaug_cot import ANNOTATED, AnnotateBatch, load_annotator, prompt_hash
+from .phyaug_cot import ANNOTATED, AnnotateBatch, check_annotator, load_annotator, prompt_hash
 from .phyaug_groups import JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
 from .phyaug_report import write_card, write_funnel
 from .phyaug_sampling import allocate, category_scores, draw, representatives
@@ -148,7 +156,7 @@ def run_phyaug(
     if config.engine == "ray" and shard.count > 1:
         raise ValueError("With `engine='ray'` start one process: Ray brings the workers.")
     actions = read_actions(config.actions)
-    check_model(config.video_model(), config.num_frames, config.fps)
+    check_models(config)
     root = Path(config.output_dir).absolute()
     run = Runner(config, root, shard)
     if shard.index == 0:
@@ -172,6 +180,22 @@ def run_phyaug(
         finish(result, tried, config, root)
     logger.info(result.summary)
     return result
+
+
+def check_models(config: PhyAugConfig) -> None:
+    """
+    Finds now what would stop a run hours later: models, judge or options that are not there. Reads no weights.
+
+    Raises:
+        ValueError: The first of them.
+    """
+    check_annotator(config.annotator, config.options("annotator_options"))
+    check_embedder(config.embedder)
+    check_model(config.video_model(), config.num_frames, config.fps)
+    try:
+        check_judge(config.judge, **config.options("judge_options"))
+    except TypeError as error:
+        raise ValueError(f"judge {config.judge!r}: {error}. Check `judge_options`.") from error
 
 
 def begin(root: Path, config: PhyAugConfig) -> None:

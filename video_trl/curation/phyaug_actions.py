@@ -1,5 +1,6 @@
 """Action clustering of PhyAugPipe: the category of a clip is the action whose wording is nearest to its caption."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from .manifest import Batch
 
 SANDBOX = "sandbox"
 CLUSTER_VERSION = 1
+
+_NO_PACKAGE = "A sentence transformer needs the package sentence-transformers: pip install 'video-trl[curation]'."
 
 #: Columns that clustering adds: the nearest category and its cosine, the next one, and by how much it is further away.
 CLUSTERED: dict[str, pa.DataType] = {
@@ -107,9 +110,7 @@ class SentenceTransformerEmbedder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise ValueError(
-                "A sentence transformer needs the package sentence-transformers: pip install 'video-trl[curation]'."
-            ) from error
+            raise ValueError(_NO_PACKAGE) from error
         self.folder = resolve_weights(model, patterns=("*.json", "*.safetensors", "*.txt", "*.model"))
         try:
             self.model = SentenceTransformer(str(self.folder), local_files_only=True)
@@ -152,6 +153,22 @@ class SandboxEmbedder:
 def load_embedder(name: str) -> Embedder:
     """ "sandbox", or a repository id or folder of a sentence transformer."""
     return SandboxEmbedder() if name == SANDBOX else SentenceTransformerEmbedder(name)
+
+
+def check_embedder(name: str) -> None:
+    """
+    Finds what `load_embedder` would stumble over, without reading weights.
+
+    Raises:
+        ValueError: as `load_embedder`.
+    """
+    if name == SANDBOX:
+        return
+    from ..judges.weights import resolve_weights
+
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ValueError(_NO_PACKAGE)
+    resolve_weights(name, patterns=["modules.json", "config.json"])
 
 
 @dataclass

@@ -313,6 +313,21 @@ def load_annotator(name: str, options: dict[str, Any]) -> Annotator:
         raise ValueError(f"annotator {name!r}: {error}. Check `annotator_options`.") from error
 
 
+def check_annotator(name: str, options: dict[str, Any]) -> None:
+    """
+    Finds what `load_annotator` would stumble over, without reading weights or asking a server.
+
+    Raises:
+        ValueError: as `load_annotator`.
+    """
+    from ..judges.weights import resolve_weights
+
+    if name == "sandbox" or name.startswith(("http://", "https://")):
+        load_annotator(name, options)
+    else:
+        resolve_weights(name, options.get("revision"), ["config.json"])
+
+
 @dataclass
 class AnnotateBatch:
     """

@@ -7,6 +7,7 @@ committed twice has one name. What the driver finds in the store when it starts 
 """
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .manifest import Batch, Stage, alive, collect, commit_batch, committed_keys
 
 
 MAX_TRIES = 4  # workers that a batch may cost
-_PATIENCE = 60.0  # seconds without any worker after which the log says so
+_PATIENCE = 60.0  # seconds without an answer after which the log says so, and that files may take to arrive
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
         cluster ([`RayCluster`]): Where.
 
     Raises:
-        RuntimeError: A batch killed `MAX_TRIES` workers.
+        RuntimeError: A batch killed `MAX_TRIES` workers, or what workers have written is not in `folder` here.
         Exception: Whatever the stage's function raises, on any node. Batches committed before stay.
     """
     store = (Path(folder) / stage.folder).absolute()
@@ -117,10 +118,28 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
         batches = [missing[start : start + stage.batch_size] for start in starts]
         with tqdm(total=len(missing), desc=f"{stage.name} on Ray", unit="row") as progress:
             _Pool(stage, store, cluster).run(todo, batches, progress)
+        check_arrived(store, stage.key, set(keys))
     logger.info(
         "%s: %d rows computed on Ray, %d found in %s", stage.name, len(missing), len(keys) - len(missing), store
     )
     return join_results(table, stage, collect(store, stage, set(keys)))
+
+
+def check_arrived(store: Path, key: str, keys: set[str], patience: float = _PATIENCE) -> None:
+    """
+    What workers have committed must be seen here; a network disk may take its time.
+
+    Raises:
+        RuntimeError: After `patience` seconds it still isn't: the nodes don't share the disk.
+    """
+    deadline = time.monotonic() + patience
+    while missing := keys - committed_keys(store, key):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{len(missing)} of {len(keys)} rows were computed, and {store} does not have them. The output folder "
+                "must be on a disk that all nodes of the cluster see under the same path."
+            )
+        time.sleep(min(1.0, patience / 10))
 
 
 class _Pool:

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -118,28 +118,41 @@ def read_video(
     return video
 
 
-def read_video_squashed(source: VideoSource, height: int, width: int) -> np.ndarray:
+def read_frames_squashed(
+    source: VideoSource, numbers: Sequence[int], height: int, width: int
+) -> tuple[np.ndarray, int]:
     """
-    Every frame of a video at one size, the aspect ratio not kept: how video judges were trained to see.
+    Some frames of a video at one size, the aspect ratio not kept: how video judges were trained to see.
 
     Each frame is scaled (bilinear, antialiased) straight from the colours of the file, as video readers in C do it; a
-    detour over RGB at full size differs by about 1 of 255. Only the small frames are held in memory.
+    detour over RGB at full size differs by about 1 of 255. All frames are decoded, which finds damage; only the wanted
+    ones are scaled, which takes longer, and held in memory.
 
     Args:
         source (`str`, `Path`, `dict` or `numpy.ndarray`): As for [`read_video`].
+        numbers (sequence of `int`): Which frames, from 0, in any order and as often as wanted.
         height, width (`int`): Size in pixels.
 
     Returns:
-        `numpy.ndarray` of shape `(T, height, width, 3)`, uint8.
+        `numpy.ndarray` of shape `(len(numbers), height, width, 3)`, uint8, and the `int` number of frames that the
+            video really has. The last frame stands for numbers beyond it.
 
     Raises:
         VideoDecodeError: As for [`read_video`].
         ValueError: An array has another shape or dtype.
     """
     if isinstance(source, (np.ndarray, list)):
-        frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in _check_array(source))
-        return np.stack([_squash(frame, height, width) for frame in frames])
-    return np.stack([_squash(frame, height, width) for _, _, frame in decode_video(source)])
+        arrays = _check_array(source)
+        frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in arrays)
+    else:
+        frames = (frame for _, _, frame in decode_video(source))
+    wanted, small, count = set(numbers), {}, 0
+    for count, frame in enumerate(frames, start=1):
+        if count - 1 in wanted:
+            small[count - 1] = _squash(frame, height, width)
+    if max(numbers) >= count:
+        small[count - 1] = _squash(frame, height, width)
+    return np.stack([small[min(number, count - 1)] for number in numbers]), count
 
 
 def iterate_video(

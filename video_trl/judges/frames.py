@@ -89,12 +89,16 @@ def sample_frames(
     Raises:
         VideoDecodeError: the file is missing, damaged or no video; the message names it.
     """
-    from ..data.video_io import probe_video, read_video_squashed  # the data package loads diffusers
+    from ..data.video_io import probe_video, read_frames_squashed  # the data package loads diffusers
 
     info = probe_video(video)
-    frames = read_video_squashed(video, *size(info.height, info.width))
-    indices = policy(len(frames), num_frames)
-    return frames[indices], indices
+    height, width = size(info.height, info.width)
+    indices = policy(info.num_frames, num_frames)
+    frames, count = read_frames_squashed(video, indices.tolist(), height, width)
+    if count != info.num_frames:  # the header was wrong
+        indices = policy(count, num_frames)
+        frames, _ = read_frames_squashed(video, indices.tolist(), height, width)
+    return frames, indices
 
 
 def size_within(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:

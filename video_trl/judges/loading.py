@@ -49,38 +49,66 @@ def load_judge(
     return CachedJudge(judge, cache)
 
 
+def check_judge(name_or_path: str | os.PathLike[str], **options: Any) -> None:
+    """
+    Finds what `load_judge` would stumble over at the end of a long run: a name that means nothing, a server without
+    `model`, a table or a checkpoint that is not there. Reads no weights and asks no server.
+
+    Args:
+        name_or_path, options: as for `load_judge`.
+
+    Raises:
+        ValueError, TypeError: as `load_judge`.
+    """
+    name = os.fspath(name_or_path)
+    revision = options.get("revision")
+    kind, weights = _kind_and_weights(name, revision)
+    if kind in _KINDS:
+        resolve_weights(weights, revision, ["config.json"])
+    else:
+        _load(name, options)
+
+
 def _load(name: str, options: dict[str, Any]) -> VideoJudge:
-    if name == "sandbox":
+    kind, weights = _kind_and_weights(name, options.get("revision"))
+    if kind == "sandbox":
         from ..sandbox.judge import SandboxJudge
 
         return SandboxJudge(**options)
-    if name.startswith(("http://", "https://")):
+    if kind == "server":
         from .remote import RemoteJudge
 
         if "model" not in options:
             raise ValueError(f"{name} needs `model`, the model's name on the server, for example 'Qwen3-VL-8B'.")
         return RemoteJudge(name, **options)
-    if Path(name).suffix in _TABLES:
+    if kind == "table":
         from .precomputed import PrecomputedJudge
 
         return PrecomputedJudge(name, **options)
-    kind, _, weights = name.partition(":")
-    if kind not in _KINDS:
-        kind, weights = _REPOSITORIES.get(name, ""), name
-    return _load_weights(kind or _kind_of(name, options.get("revision")), weights, options)
-
-
-def _load_weights(kind: str, weights: str, options: dict[str, Any]) -> VideoJudge:
-    arguments = (weights,) if weights else ()
     if kind == "qwen-vl":
         from .qwen_vl import QwenVLJudge
 
-        if not weights:
-            raise ValueError("Expected a model after 'qwen-vl:', for example 'qwen-vl:Qwen/Qwen2.5-VL-7B-Instruct'.")
         return QwenVLJudge(weights, **options)
     from .mplug_owl import VideoConPhysicsJudge, VideoPhy2Judge
 
-    return (VideoConPhysicsJudge if kind == "videocon-physics" else VideoPhy2Judge)(*arguments, **options)
+    return (VideoConPhysicsJudge if kind == "videocon-physics" else VideoPhy2Judge)(weights, **options)
+
+
+def _kind_and_weights(name: str, revision: str | None) -> tuple[str, str]:
+    """What a name means: "sandbox", "server", "table" or one of `_KINDS`; and the folder or repository of weights."""
+    if name == "sandbox":
+        return "sandbox", ""
+    if name.startswith(("http://", "https://")):
+        return "server", ""
+    if Path(name).suffix in _TABLES:
+        return "table", ""
+    kind, _, weights = name.partition(":")
+    if kind in _KINDS:
+        published = {kind: repository for repository, kind in _REPOSITORIES.items()}
+        if not weights and kind not in published:
+            raise ValueError("Expected a model after 'qwen-vl:', for example 'qwen-vl:Qwen/Qwen2.5-VL-7B-Instruct'.")
+        return kind, weights or published[kind]
+    return _REPOSITORIES.get(name) or _kind_of(name, revision), name
 
 
 def _kind_of(name: str, revision: str | None) -> str:
