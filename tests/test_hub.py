@@ -1,13 +1,6 @@
-import base64
 import copy
-import json
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import peft
@@ -235,75 +228,3 @@ def test_push_of_a_folder_without_adapter_sends_nothing(tmp_path):
     (tmp_path / "README.md").write_text("# nothing here")
     with pytest.raises(ValueError, match="Nothing to push: .* has no pytorch_lora_weights.safetensors"):
         hub.push(tmp_path, "somebody/nothing")
-
-
-class HubOfOneRepository(BaseHTTPRequestHandler):
-    """As much of the Hub's protocol as one upload needs; `received` maps each path in the repository to its bytes."""
-
-    received: dict[str, bytes]
-    blobs: dict[str, bytes]
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        here = f"http://127.0.0.1:{self.server.server_port}"
-        answer: dict = {}
-        if self.path == "/api/repos/create":
-            answer = {"url": f"{here}/somebody/adapter"}
-        elif self.path.endswith("/preupload/main"):
-            modes = {True: "lfs", False: "regular"}
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            answer = {
-                "files": [
-                    {"path": p, "uploadMode": modes[p.endswith(".safetensors")], "shouldIgnore": False} for p in paths
-                ]
-            }
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                o | {"actions": {"upload": {"href": f"{here}/{o['oid']}"}}} for o in json.loads(body)["objects"]
-            ]
-            answer = {"transfer": "basic", "objects": objects}
-        elif self.path.endswith("/commit/main"):
-            for value in (json.loads(line)["value"] for line in body.splitlines()[1:]):
-                stored = self.blobs[value["oid"]] if "oid" in value else base64.b64decode(value["content"])
-                self.received[value["path"]] = stored
-            answer = {"commitUrl": f"{here}/somebody/adapter/commit/{'0' * 40}", "commitOid": "0" * 40}
-        self.answer(json.dumps(answer).encode())
-
-    def do_PUT(self):
-        self.blobs[self.path[1:]] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(b"{}")
-
-    def answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.mark.slow  # huggingface_hub reads its address when it is imported, hence a process of its own
-def test_push_uploads_adapter_and_card_and_nothing_else(tmp_path):
-    path = hub.save_lora(with_adapter().transformer, tmp_path)
-    (tmp_path / "README.md").write_text("# adapter")
-    (tmp_path / "training_args.bin").write_bytes(b"private")
-    (tmp_path / "checkpoint-10").mkdir()
-    (tmp_path / "checkpoint-10" / path.name).write_bytes(b"old")
-    handler = type("Handler", (HubOfOneRepository,), {"received": {}, "blobs": {}})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        settings = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_TOKEN": "hf_of_nobody",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        }
-        code = f"from video_trl import hub; hub.push({str(tmp_path)!r}, 'somebody/adapter')"
-        command = [sys.executable, "-c", code]
-        run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200)
-        server.shutdown()
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert handler.received == {"README.md": b"# adapter", path.name: path.read_bytes()}

@@ -1,38 +1,78 @@
 """
-Upload an adapter, with its model card and sample videos, to the Hub. Checkpoints stay at home.
+Upload an adapter, with its model card and sample videos, or a curated dataset, to the Hub.
 
 Examples:
 
   video-trl push out/phygdpo my-name/wan-phygdpo --private
-  video-trl push out/phygdpo my-name/wan-phygdpo --message "Second run"
+  video-trl push out/phygdpo my-name/wan-phygdpo --evaluation runs/phygdpo --message "With an evaluation"
+  video-trl push out/pairs/pairs my-name/real-against-generated --license cc-by-4.0
 
-The token is that of `hf auth login`, or HF_TOKEN.
+The token is that of `hf auth login`, or HF_TOKEN. Of a run's folder, checkpoints, arguments and data stay at home.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .frame import UsageError, parse, say
 
 
 @dataclass
 class PushArguments:
-    """How it is uploaded."""
+    """What is uploaded, and how."""
 
     private: bool | None = field(
-        default=None, metadata={"help": "Visibility of a new repository. Unset: the account's default."}
+        default=None,
+        metadata={
+            "help": "Visibility of a new repository. Unset: the account's default.",
+            "nargs": "?",  # a bare `--private` means true, also where "not given" is told apart from false
+            "const": True,
+        },
     )
-    message: str = field(default="Upload a video_trl adapter", metadata={"help": "Message of the commit."})
+    message: str = field(default="Upload with video_trl", metadata={"help": "Adapters: message of the commit."})
+    evaluation: str | None = field(
+        default=None,
+        metadata={"help": "Adapters: folder of a scored run, whose numbers and intervals go into the card first."},
+    )
+    judge: str | None = field(default=None, metadata={"help": "Whose scores, where the run has those of several."})
+    license: str | None = field(default=None, metadata={"help": "Datasets: licence identifier, such as cc-by-4.0."})
+    description: str = field(default="", metadata={"help": "Datasets: how they were made, in a sentence."})
 
 
 def run(argv: Sequence[str]) -> int:
     args, where = parse(
         "push", __doc__, [PushArguments], argv, positional="folder_and_repository",
-        positional_help="Folder of the adapter, and repository id 'owner/name'.",
+        positional_help="Folder of the adapter or dataset, and repository id 'owner/name'.",
     )  # fmt: skip
     if len(where) != 2:
         raise UsageError(f"expected a folder and a repository id, got {' '.join(where)}.")
-    from ..hub import push
+    from ..hub import push, push_dataset
 
-    say(push(*where, private=args.private, commit_message=args.message).commit_url)
+    folder, repo_id = Path(where[0]), where[1]
+    if (folder / "run.json").is_file() and (folder / "groups").is_dir():
+        from ..curation.phyaug import push_groups
+
+        say(push_groups(folder, repo_id, private=args.private).commit_url)
+    elif (folder / "state.json").is_file() or (folder / "data").is_dir():
+        details = {"license": args.license, "description": args.description}
+        say(push_dataset(folder, repo_id, private=args.private, **details).commit_url)
+    else:
+        if args.evaluation is not None:
+            add_run(folder, args.evaluation, args.judge)
+        say(push(folder, repo_id, private=args.private, commit_message=args.message).commit_url)
     return 0
+
+
+def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
+    """Put the shares of a scored run, with their intervals, into the card of an adapter."""
+    from ..evaluation.prompts import ALL
+    from ..evaluation.tables import tabulate
+    from ..hub import CARD_NAME, Measurement, add_evaluation
+
+    table = tabulate(run_dir, judge=judge)
+    told = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
+    measurements = [
+        Measurement(name, share.value, share.low, share.high, share.level, told, share.n)
+        for name, share in table.shares[ALL].items()
+    ]
+    add_evaluation(folder / CARD_NAME, measurements)

@@ -27,9 +27,10 @@ class LogVideosCallback(TrainerCallback):
     """
     Generate the same videos, from fixed prompts and seeds, again and again during training.
 
-    They are written to `<output_dir>/samples/step_<N>/<i>.mp4` and sent to TensorBoard (as GIF), Weights & Biases and
-    Trackio when `report_to` names them. The first set, `step_0`, shows the model before training. Videos are made on
-    the main process while the others wait; the random state of training is left untouched.
+    They are written to `<output_dir>/samples/step_<N>/<i>.mp4`, shown on the model card, uploaded with it, and sent to
+    TensorBoard (as GIF), Weights & Biases and Trackio when `report_to` names them. The first set, `step_0`, shows the
+    model before training. Videos are made on the main process while the others wait; the random state of training is
+    left untouched.
 
     ```python
     trainer = VideoGroupDPOTrainer(model, args, dataset, callbacks=[LogVideosCallback(["A red ball falls."])])
@@ -150,7 +151,7 @@ class LogVideosCallback(TrainerCallback):
                     fps = self.fps or trainer.video_fps()
                     _add_gif(callback.tb_writer, f"samples/{number:02d}", video, fps, step)
         for name in {"wandb", "trackio"} & set(trainer.args.report_to):
-            _log_files(name, self.prompts, paths)
+            _log_files(name, self.prompts, paths, step)
 
 
 def _add_gif(writer: Any, tag: str, video: np.ndarray, fps: float, step: int) -> None:
@@ -167,14 +168,13 @@ def _add_gif(writer: Any, tag: str, video: np.ndarray, fps: float, step: int) ->
     writer.flush()
 
 
-def _log_files(tracker: str, prompts: Sequence[str], paths: Sequence[Path]) -> None:
+def _log_files(tracker: str, prompts: Sequence[str], paths: Sequence[Path], step: int) -> None:
     # Both packages offer the same two names; which of them is installed is the user's choice.
     import importlib
 
     module = importlib.import_module(tracker)
-    module.log(
-        {
-            f"samples/{path.stem}": module.Video(str(path), caption=prompt, format="mp4")
-            for prompt, path in zip(prompts, paths, strict=True)
-        }
-    )
+    videos = {
+        f"samples/{path.stem}": module.Video(str(path), caption=prompt, format="mp4")
+        for prompt, path in zip(prompts, paths, strict=True)
+    }
+    module.log({**videos, "train/global_step": step})  # the axis that transformers gives the curves

@@ -1,0 +1,50 @@
+"""
+Bring an adapter into the layout of ComfyUI and of the model's original code, or a file in that layout back.
+
+Examples:
+
+  video-trl export out/phygdpo out/phygdpo/comfyui/wan-phygdpo.safetensors
+  video-trl export my-name/wan-phygdpo wan-phygdpo.safetensors
+  video-trl export somebodys-lora.safetensors out/from-comfyui --to diffusers
+
+Wan's layout is that of ComfyUI; for CogVideoX, ComfyUI takes the adapter as it is. The map of names: docs/comfyui.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .frame import UsageError, parse, say
+
+
+@dataclass
+class ExportArguments:
+    """Which way."""
+
+    to: Literal["comfyui", "diffusers"] = field(
+        default="comfyui",
+        metadata={"help": "Layout to write: a file for 'comfyui', a folder for 'diffusers'."},
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    args, where = parse(
+        "export", __doc__, [ExportArguments], argv, positional="from_and_to",
+        positional_help="What to read (folder, file or repository id) and what to write.",
+    )  # fmt: skip
+    if len(where) != 2:
+        raise UsageError(f"expected what to read and what to write, got {' '.join(where)}.")
+    from ..hub import LORA_FILE_NAME, export_lora, import_lora
+    from ..hub.card import is_repo_id
+
+    source, target = where
+    if args.to == "diffusers":
+        say(str(import_lora(source, target)))
+        return 0
+    if not Path(source).exists() and is_repo_id(source):
+        from huggingface_hub import hf_hub_download
+
+        source = hf_hub_download(source, LORA_FILE_NAME)
+    say(str(export_lora(source, target)))
+    return 0

@@ -1,0 +1,31 @@
+"""
+Weights and datasets on disk and on the Hub: LoRA files that a diffusers pipeline loads, the layout of other tools,
+cards, and uploads.
+"""
+
+from .card import CARD_NAME, DatasetFacts, Measurement, add_evaluation, model_card
+from .dataset import dataset_card, export_dataset, push_dataset
+from .export import export_lora, import_lora
+from .lora import LORA_FILE_NAME, check_lora_config, load_lora_state, save_lora
+from .upload import HubUploadError, inherited_license, push
+
+
+__all__ = [
+    "CARD_NAME",
+    "LORA_FILE_NAME",
+    "DatasetFacts",
+    "HubUploadError",
+    "Measurement",
+    "add_evaluation",
+    "check_lora_config",
+    "dataset_card",
+    "export_dataset",
+    "export_lora",
+    "import_lora",
+    "inherited_license",
+    "load_lora_state",
+    "model_card",
+    "push",
+    "push_dataset",
+    "save_lora",
+]

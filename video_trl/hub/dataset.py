@@ -1,0 +1,296 @@
+"""Curated datasets on the Hub: parquet files that hold their videos, and a card that shows some of them."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from huggingface_hub import CommitInfo, DatasetCardData, HfApi
+
+from ..data.columns import undecoded
+from .card import CARD_NAME, render, settings_table, table
+from .upload import explained, without_conflict
+
+
+_VIDEO = datasets.Video(
+    decode=False
+)  # rows are read without a decoder; the Hub's viewer plays the column all the same
+_IMAGE = datasets.Image(decode=False)
+_VIDEO_COLUMNS, _IMAGE_COLUMNS = ("video", "chosen", "rejected"), ("image", "reference_image")
+_TRAINERS = {"group": "VideoGroupDPO", "preference": "VideoDPO", "video": "VideoSFT"}
+_MEANING = {
+    "prompt": "the sentence that the videos are about",
+    "video": "the video",
+    "chosen": "the better video",
+    "rejected": "the worse video, or a list of them",
+    "rejected_scores": "a judge's scores of each rejected video, in [0, 1]: semantic adherence, physical commonsense",
+    "rejected_generation": "model, revision, seed and settings that each rejected video can be made again with",
+    "seeds": "seed of each rejected video",
+    "generator": "model that made the rejected videos",
+    "category": "kind of motion or action",
+    "provenance": "where the row comes from",
+}
+_SHOWN_ROWS = 3
+_ROWS_PER_FILE, _BYTES_PER_FILE = 256, 400_000_000
+
+
+def export_dataset(
+    dataset: datasets.Dataset,
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    split: str = "train",
+    license: str | None = None,
+    description: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> Path:
+    """
+    Write a dataset as a folder that can go anywhere: `data/*.parquet` with the bytes of the videos in them, a card,
+    and the videos of the first rows for it.
+
+    Args:
+        dataset (`datasets.Dataset`): Rows with videos as features of that type, or as paths in the columns `video`,
+            `chosen` and `rejected`; images (`image`, `reference_image`) likewise.
+        folder (`str` or `Path`): Folder to write; an older export there is replaced.
+        name (`str`): Title of the card: the repository's id, where it is known.
+        split (`str`, defaults to `"train"`): Name of the split.
+        license (`str`, *optional*): Licence identifier.
+        description (`str`, *optional*): How the dataset was made.
+        details (`dict`, *optional*): Table of settings and counts of that.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: There are no rows, no videos, or a file is gone.
+    """
+    folder = Path(folder)
+    features = _features(dataset)
+    media = {column for column, feature in features.items() if _media_type(feature) is not None}
+    if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
+        raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
+    for part in ("data", "samples"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    shards = 0
+    shown: list[dict[str, Any]] = []
+    for rows in _shards(undecoded(dataset), media):
+        shards += 1
+        if not shown:
+            shown = [_show(row, number, media, folder) for number, row in enumerate(rows[:_SHOWN_ROWS])]
+        content = datasets.Dataset.from_list(rows, features=features)
+        pq.write_table(content.with_format("arrow")[:], _shard(folder, split, shards), row_group_size=16)
+    for number in range(1, shards + 1):
+        _shard(folder, split, number).rename(folder / "data" / f"{split}-{number - 1:05d}-of-{shards:05d}.parquet")
+    card = dataset_card(
+        dataset, features, name=name, split=split, shown=shown, license=license, description=description,
+        details=details,
+    )  # fmt: skip
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    return folder
+
+
+def push_dataset(
+    dataset: datasets.Dataset | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **card: Any,
+) -> CommitInfo:
+    """
+    Upload a dataset to the Hub as [`export_dataset`] writes it; the repository is made where needed.
+
+    `load_dataset(repo_id, split="train")` gives it back on any machine, and every trainer takes it as it is.
+
+    Args:
+        dataset (`datasets.Dataset`, `str` or `Path`): The rows, a folder that `save_to_disk` wrote, or one that
+            [`export_dataset`] wrote.
+        repo_id (`str`): Repository, `"user/name"`.
+        folder (`str` or `Path`, *optional*): Where to write the files, and to leave them; a temporary one by default.
+        private (`bool`, *optional*): Visibility of a new repository; the account's default.
+        token (`str`, *optional*): Access token; the one logged in with.
+        **card: `split`, `license`, `description` and `details` of [`export_dataset`].
+
+    Returns:
+        `huggingface_hub.CommitInfo`: The commit, with its URL.
+
+    Raises:
+        ValueError: As [`export_dataset`], or the folder holds no dataset. Raised before anything is sent.
+        HubUploadError: The Hub refused, or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
+        if isinstance(dataset, datasets.Dataset):
+            exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)
+        elif (Path(dataset) / "data").is_dir() and (Path(dataset) / CARD_NAME).is_file():
+            exported = Path(dataset)
+        elif (Path(dataset) / "state.json").is_file():
+            rows = datasets.load_from_disk(str(dataset))
+            exported = export_dataset(rows, folder or temporary, name=repo_id, **card)
+        else:
+            raise ValueError(
+                f"{dataset} holds no dataset: expected a folder that `Dataset.save_to_disk` or `export_dataset` wrote."
+            )
+
+        def send() -> CommitInfo:
+            api = HfApi(token=token)
+            repository = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            return without_conflict(
+                lambda: api.upload_folder(
+                    repo_id=repository,
+                    repo_type="dataset",
+                    folder_path=exported,
+                    commit_message="Upload a dataset with video_trl",
+                    allow_patterns=[CARD_NAME, "data/*.parquet", "samples/*"],
+                    delete_patterns=["data/*.parquet", "samples/*"],
+                )
+            )
+
+        kept = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
+        return explained(send, f"{kept}Call `push_dataset` again later; what was sent is not sent twice.")
+
+
+def dataset_card(
+    dataset: datasets.Dataset,
+    features: datasets.Features,
+    *,
+    name: str,
+    split: str,
+    shown: Sequence[Mapping[str, Any]],
+    license: str | None,
+    description: str,
+    details: Mapping[str, Any] | None,
+) -> str:
+    """README of a dataset: front matter for the Hub's viewer, counts, columns, some rows, and how to train on it."""
+    columns = dataset.column_names
+    row_type = "video" if "chosen" not in columns else "preference"
+    counts = {"rows": len(dataset)}
+    if isinstance(features.get("rejected"), datasets.List):
+        row_type = "group"
+        sizes = Counter(len(row) for row in dataset.select_columns("rejected").with_format("arrow")["rejected"])
+        counts |= {f"rows with {size} rejected videos": number for size, number in sorted(sizes.items())}
+    if "generator" in columns:
+        counts |= {f"made by {made}": number for made, number in Counter(dataset["generator"]).most_common()}
+    front_matter = DatasetCardData(
+        license=license,
+        task_categories=["text-to-video", *(["image-to-video"] if set(_IMAGE_COLUMNS) & set(columns) else [])],
+        tags=["video-trl", row_type, "video", *(["preference"] if row_type != "video" else [])],
+        size_categories=_size(len(dataset)),
+        pretty_name=Path(name).name,
+        configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"}]}],
+    )
+    kinds = [
+        {"column": f"`{column}`", "type": _kind(feature), "what": _MEANING.get(column, "")}
+        for column, feature in features.items()
+    ]
+    return render(
+        "dataset_card.md",
+        front_matter=f"---\n{front_matter.to_yaml()}\n---",
+        title=Path(name).name,
+        name=name,
+        split=split,
+        trainer=_TRAINERS[row_type],
+        description=description,
+        counts=settings_table(counts),
+        columns=table(kinds),
+        shown=shown,
+        details=settings_table(details),
+        license=license,
+    )
+
+
+def _features(dataset: datasets.Dataset) -> datasets.Features:
+    """The features of the export: undecoded videos and images where there were paths or decoders."""
+    found = datasets.Features(dict(dataset.features))
+    for column, feature in dataset.features.items():
+        several = isinstance(feature, datasets.List)
+        inner = feature.feature if several else feature
+        is_text = isinstance(inner, datasets.Value) and inner.dtype == "string"
+        kind = None
+        if isinstance(inner, datasets.Video) or (is_text and column in _VIDEO_COLUMNS):
+            kind = _VIDEO
+        elif isinstance(inner, datasets.Image) or (is_text and column in _IMAGE_COLUMNS):
+            kind = _IMAGE
+        if kind is not None:
+            found[column] = datasets.List(kind) if several else kind
+    return found
+
+
+def _media_type(feature: Any) -> datasets.Video | datasets.Image | None:
+    inner = feature.feature if isinstance(feature, datasets.List) else feature
+    return inner if isinstance(inner, datasets.Video | datasets.Image) else None
+
+
+def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[list[dict[str, Any]]]:
+    """Rows with the bytes of their files, as many at a time as one parquet file should hold."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for number, row in enumerate(dataset):
+        for column in media & row.keys():
+            several = isinstance(row[column], list)
+            cells = [
+                _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number)
+                for k, cell in enumerate(row[column] if several else [row[column]])
+            ]
+            size += sum(len(cell["bytes"]) for cell in cells if cell is not None)
+            row[column] = cells if several else cells[0]
+        rows.append(row)
+        if len(rows) == _ROWS_PER_FILE or size > _BYTES_PER_FILE:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
+    """A file as its bytes and a name that ends as the file does; none of the machine's folders."""
+    if cell is None:
+        return None
+    path, content = (cell, None) if isinstance(cell, str) else (cell["path"], cell["bytes"])
+    if content is None:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
+            ) from error
+    ending = Path(path).suffix if path else (".mp4" if content[4:8] == b"ftyp" else ".png")
+    return {"bytes": content, "path": name + ending}
+
+
+def _show(row: Mapping[str, Any], number: int, media: set[str], folder: Path) -> dict[str, Any]:
+    """A row for the card: its prompt, and the paths of its videos, which are written."""
+    paths = {}
+    for column in sorted(media & row.keys()):
+        for k, cell in enumerate(row[column] if isinstance(row[column], list) else [row[column]]):
+            if cell is None or not cell["path"].endswith((".mp4", ".webm", ".mov", ".mkv")):
+                continue
+            label = f"{column} {k + 1}" if isinstance(row[column], list) else column
+            path = folder / "samples" / f"row_{number}_{label.replace(' ', '_')}{Path(cell['path']).suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cell["bytes"])
+            paths[label] = str(path.relative_to(folder))
+    return {"prompt": row.get("prompt", ""), "videos": paths}
+
+
+def _shard(folder: Path, split: str, number: int) -> Path:
+    return folder / "data" / f"{split}-{number:05d}.parquet"
+
+
+def _kind(feature: Any) -> str:
+    if isinstance(feature, datasets.List):
+        return f"list of {_kind(feature.feature)}"
+    if isinstance(feature, dict):
+        return ", ".join(f"{name}: {_kind(inner)}" for name, inner in feature.items())
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__.lower()
+
+
+def _size(rows: int) -> str:
+    edges = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((text for edge, text in edges if rows < edge), "n>1M")

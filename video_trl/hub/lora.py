@@ -1,0 +1,178 @@
+"""LoRA weights on disk: which adapters are accepted, and files that a diffusers pipeline loads."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import ModelMixin
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors import safe_open
+
+
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
+
+
+def check_lora_config(config: PeftConfig) -> None:
+    """
+    Accept only adapters that leave the base weights alone and that a pipeline reloads to the same numbers.
+
+    Args:
+        config (`peft.PeftConfig`): The adapter's configuration.
+
+    Raises:
+        ValueError: Not a LoRA configuration; an initialisation that changes the base weights (PiSSA, OLoRA, CorDA,
+            LoftQ, ...), so that switching the adapter off would not give the reference back; `modules_to_save`,
+            `trainable_token_indices` or `bias != "none"`, which a LoRA file for diffusers cannot hold.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}: diffusers pipelines would not "
+            "load the saved file. Use `LoraConfig(r=48, lora_alpha=48, target_modules=[...])`."
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` may change the base weights, and the base model with "
+            "its adapter off is the reference; expected True, False or 'gaussian'."
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"`modules_to_save` must be empty, got {config.modules_to_save}: a LoRA file cannot hold whole modules. "
+            "Name them in `target_modules` instead."
+        )
+    if config.layer_replication:
+        raise ValueError("`layer_replication` must be empty: it changes the base model, and with it the reference.")
+    if config.trainable_token_indices:
+        raise ValueError("`trainable_token_indices` must be empty: a video transformer has no token embedding.")
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias` must be 'none', got {config.bias!r}: trained base biases are lost when saving a LoRA."
+        )
+
+
+def save_lora(
+    transformer: ModelMixin,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    base_model: str | None = None,
+) -> Path:
+    """
+    Write an adapter as `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(directory)` finds.
+
+    The file carries rank, alpha and targets as metadata (without it diffusers takes alpha = rank). It is written under
+    a temporary name and then renamed, so a full disk or a kill leaves an older file whole.
+
+    Args:
+        transformer (`ModelMixin`): Model with the adapter, added by `add_adapter`.
+        directory (`str` or `Path`): Folder to write into; made where needed.
+        adapter_name (`str`, defaults to `"default"`): Which adapter to save.
+        base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: No adapter of that name.
+        OSError: The file cannot be written, for instance because the disk is full.
+    """
+    configs: dict[str, LoraConfig] = getattr(
+        transformer, "peft_config", {}
+    )  # diffusers sets it with the first adapter
+    if adapter_name not in configs:
+        raise ValueError(
+            f"No adapter {adapter_name!r} to save; the model has {sorted(configs)}. Call `add_adapter` first."
+        )
+    weights = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+    return write_lora(directory, weights, configs[adapter_name], base_model)
+
+
+def write_lora(
+    directory: str | os.PathLike[str],
+    weights: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    base_model: str | None = None,
+) -> Path:
+    """
+    Write weights and configuration of an adapter as `save_lora` does.
+
+    Args:
+        directory (`str` or `Path`): Folder to write into; made where needed.
+        weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
+        config (`peft.LoraConfig`): Configuration, with rank and alpha.
+        base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        OSError: The file cannot be written, for instance because the disk is full.
+    """
+    # Only what differs from the defaults: another version of PEFT need not know every option of this one.
+    defaults = LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "target_modules")
+    kept = {key: value for key, value in config.to_dict().items() if key in always or value != defaults[key]}
+    if base_model is not None:
+        kept["base_model_name_or_path"] = base_model
+    tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
+    described = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
+    path = Path(directory) / LORA_FILE_NAME
+    write_whole(path, safetensors.torch.save(tensors, header))
+    return path
+
+
+def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    Read what `save_lora` wrote.
+
+    Args:
+        directory (`str` or `Path`): Folder with `pytorch_lora_weights.safetensors`, or that file.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], peft.LoraConfig]`: Weights by name without the `transformer.` prefix, on the
+        CPU, ready for `peft.set_peft_model_state_dict`, and the adapter's configuration.
+
+    Raises:
+        ValueError: No such file, or a file without the prefix or the metadata.
+    """
+    path = Path(directory)
+    path = path / LORA_FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f"No LoRA weights at {path}; expected a folder with {LORA_FILE_NAME} as `save_lora` writes it."
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            names = list(file.keys())
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
+    if METADATA_KEY not in header or not all(name.startswith(PREFIX) for name in names):
+        raise ValueError(
+            f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
+            "Save it with `video_trl.hub.save_lora`."
+        )
+    described = json.loads(header[METADATA_KEY])
+    return tensors, LoraConfig(**{key.removeprefix(PREFIX): value for key, value in described.items()})
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """All of the file or none of it: a temporary name beside it, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only here
+        os.chmod(partial, 0o644)  # mkstemp gives 0600
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

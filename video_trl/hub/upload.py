@@ -1,0 +1,214 @@
+"""Uploads to the Hub: what of a folder is published, and what to do when the Hub refuses or cannot be reached."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from .card import CARD_NAME, is_repo_id
+from .lora import LORA_FILE_NAME
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What leaves a machine, and nothing else: a run's folder also holds checkpoints, arguments, encoded data, and whatever
+# else its owner keeps there.
+PUBLISHED = (CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*")
+CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
+CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
+# Of the videos made during training, those of other steps than the ones that are uploaded.
+OUTDATED = "samples/step_*"
+# Answers that will be the same tomorrow: a person has to do something. All others may pass.
+REFUSALS = (400, 401, 403, 404, 410, 413)
+_CONFLICT_WAITS = (1.0, 4.0, 16.0)  # seconds; another commit was being made at the same time
+
+
+class HubUploadError(OSError):
+    """An upload failed; the message says why, that nothing is lost, and how to do it again."""
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str = "Upload with video_trl",
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Upload trained weights, their card and sample videos to the Hub; the repository is made where needed.
+
+    Everything else in the folder stays at home: checkpoints, arguments, logs and data. A second push replaces what
+    changed and sends nothing twice.
+
+    Args:
+        folder (`str` or `Path`): Folder with `pytorch_lora_weights.safetensors`, or with a `transformer` folder, and
+            as a rule a `README.md`; that of a run or of one checkpoint.
+        repo_id (`str`): Repository, `"user/name"`.
+        private (`bool`, *optional*): Visibility of a new repository; the account's default.
+        commit_message (`str`, *optional*): Message of the commit.
+        revision (`str`, *optional*): Branch; by default the main one.
+        token (`str`, *optional*): Access token; the one logged in with.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: The commit, with its URL.
+
+    Raises:
+        ValueError: There are no weights in the folder. Raised before anything is sent.
+        HubUploadError: The Hub refused, for instance because the token may not write, or cannot be reached.
+    """
+    folder = Path(folder)
+    if not (folder / LORA_FILE_NAME).is_file() and not (folder / "transformer" / "config.json").is_file():
+        raise ValueError(
+            f"Nothing to push: {folder} has no {LORA_FILE_NAME} and no transformer/config.json. Save the adapter with "
+            "`save_lora`, or the trainer's with `trainer.save_model()`, first."
+        )
+
+    def send() -> CommitInfo:
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return upload(api, repository, folder, commit_message, revision=revision)
+
+    return explained(send, again(folder, repo_id))
+
+
+def upload(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    commit_message: str,
+    *,
+    revision: str | None = None,
+    checkpoints: bool = False,
+) -> CommitInfo:
+    """Upload what `PUBLISHED` names, and on request the folder's checkpoints, as one commit of a repository."""
+    steps = [path for path in folder.glob(OUTDATED) if path.is_dir()]
+    card = folder / CARD_NAME
+    shown = card.read_text(encoding="utf-8") if card.is_file() else ""
+    kept = {path for path in steps if f"samples/{path.name}/" in shown} or set(sorted(steps, key=_step)[-1:])
+    kept |= set(sorted(steps, key=_step)[:1])  # the model before training, beside what it is now
+    dropped = [f"samples/{path.name}/*" for path in steps if path not in kept]
+    return without_conflict(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            allow_patterns=[*PUBLISHED, *(CHECKPOINTS if checkpoints else ())],
+            ignore_patterns=dropped,
+            delete_patterns=f"{OUTDATED}/*",
+            revision=revision,
+        )
+    )
+
+
+def without_conflict(send: Callable[[], T], waits: Sequence[float] = _CONFLICT_WAITS) -> T:
+    """The result of an upload, tried again while the Hub answers 409: someone else's commit came first."""
+    for wait in waits:
+        try:
+            return send()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            logger.info("The Hub is busy with another commit; trying again in %g s.", wait)
+            time.sleep(wait)
+    return send()
+
+
+def explained(send: Callable[[], T], way_out: str) -> T:
+    """
+    The result of an upload, its errors in words.
+
+    Args:
+        send (`Callable`): Does the upload.
+        way_out (`str`): What can be done later, appended to the message.
+
+    Raises:
+        HubUploadError: For every error of the Hub or of the connection to it.
+    """
+    try:
+        return send()
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        raise HubUploadError(f"{reason(error)} {way_out}") from error
+
+
+def again(folder: Path, repo_id: str) -> str:
+    """How to upload a folder later."""
+    return f"Everything is in {folder}; `video-trl push {folder} {repo_id}` uploads it later."
+
+
+def reason(error: Exception) -> str:
+    """Why an upload failed, for a person. Holds no token: neither requests nor their headers are shown."""
+    answer = _answer(error)
+    if answer is None:
+        away = isinstance(error, httpx2.HTTPError | ConnectionError | TimeoutError)
+        what = "The Hub cannot be reached" if away else "The upload failed"
+        return f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+    status = answer.response.status_code
+    known = {
+        401: "the Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN",
+        403: "the token may not write there. Make one with the role 'write', or name a repository of your own",
+        404: "there is no such repository, or the token may not see it",
+        409: "another commit was being made at the same time",
+        413: "the files are larger than the account allows",
+        429: "too many requests; the limit passes in minutes",
+    }
+    said = (answer.server_message or "").strip().splitlines()
+    what = known.get(status, "the Hub has a problem" if status >= 500 else "the Hub refused")
+    return f"Upload failed with {status}: {what}{f' ({said[0]})' if said else ''}."
+
+
+def is_refusal(error: HubUploadError) -> bool:
+    """Whether the Hub said no, so that trying again is of no use; else it was only not there."""
+    answer = _answer(error)
+    return answer is not None and answer.response.status_code in REFUSALS
+
+
+def inherited_license(
+    base_model: str, revision: str | None = None, *, ask_hub: bool = True, token: str | None = None
+) -> dict[str, str]:
+    """
+    Licence of a base model, which an adapter of it has to keep to: the entries of its card's front matter.
+
+    Args:
+        base_model (`str`): Repository id, folder, or `"sandbox"`.
+        revision (`str`, *optional*): Revision of the repository.
+        ask_hub (`bool`, defaults to `True`): Whether the Hub may be asked.
+        token (`str`, *optional*): Access token; the one logged in with.
+
+    Returns:
+        `dict[str, str]`: `license` and, where given, `license_name` and `license_link`; empty where not known.
+    """
+    if base_model == "sandbox":
+        return {"license": "apache-2.0"}
+    data = None
+    if (Path(base_model) / CARD_NAME).is_file():
+        data = ModelCard.load(Path(base_model) / CARD_NAME, ignore_metadata_errors=True).data
+    elif ask_hub and is_repo_id(base_model):
+        try:
+            data = HfApi(token=token).model_info(base_model, revision=revision, timeout=10).card_data
+        except (HfHubHTTPError, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+            logger.warning("The licence of %s is not known: %s", base_model, reason(error))
+    found = {} if data is None else data.to_dict()
+    return {name: str(found[name]) for name in ("license", "license_name", "license_link") if found.get(name)}
+
+
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """What the Hub answered, where that is behind an error: uploads of large files wrap it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    return cause
+
+
+def _step(path: Path) -> int:
+    digits = path.name.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else 0
