@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 from tests.tiny import tiny_encoded_group
 from tests.trainer.heads import head_trainer
@@ -22,6 +23,7 @@ from tests.trainer.runs import (
     trained_weights,
     trainer,
 )
+from video_trl.trainer.reference_bank import load_bank
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,18 @@ def test_two_processes_compute_the_step_of_one(two_processes, tmp_path, name):
     for metric, value in made.state.log_history[0].items():
         if "/" in metric or metric in ("alpha", "gamma", "win_gap", "lose_gap"):
             assert report["log"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+
+
+def test_two_processes_fill_the_bank_of_one(two_processes, tmp_path):
+    bank = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "bank")}
+    made, gradients = alone(tmp_path, max_steps=3, **bank)
+    assert_close_weights(weights_of(two_processes, "banked", "gradients"), gradients[0], 1e-5)
+    assert report_of(two_processes, "banked")["losses"] == pytest.approx(losses(made), rel=1e-3)
+    (theirs,), (ours,) = (
+        [load_bank(path) for path in folder.glob("bank/reference_errors/*")] for folder in (two_processes, tmp_path)
+    )
+    assert len(theirs) == len(ours) == 8
+    torch.testing.assert_close(torch.stack(theirs), torch.stack(ours))
 
 
 def test_all_weights_are_trained_alike(two_processes, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import PIL.Image
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess
@@ -76,6 +76,9 @@ class VideoAdapter(Protocol):
 
     def token_grid(self, transformer: nn.Module, latents_shape: Sequence[int]) -> tuple[int, int, int]:
         """Tokens `(F', H', W')` into which latents of shape `(..., C, F, H, W)` are cut; `N = F' * H' * W'`."""
+
+    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
+        """Let the processes of `config` share the tokens of videos, from now on, in every forward of a transformer."""
 
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless the transformer takes latents of shape `(..., C, F, H, W)`."""

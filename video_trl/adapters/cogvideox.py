@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXTransformer3DModel,
+    ContextParallelConfig,
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess, VPrediction
 from .base import module_device, unwrap
+from .context_parallel import share_tokens_of_cogvideox
 
 
 # `AutoencoderKLCogVideoX` decodes two latent frames at a time and gives a first frame of its own only to an odd number
@@ -176,6 +178,10 @@ class CogVideoXAdapter:
         frames, height, width = latents_shape[-3:]
         patch = unwrap(transformer).config.patch_size
         return frames, height // patch, width // patch
+
+    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
+        """Let the processes of `config` share the tokens of videos in every forward; see `context_parallel_size`."""
+        share_tokens_of_cogvideox(transformer, config)
 
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """

@@ -7,7 +7,9 @@ import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    ContextParallelConfig,
     DiffusionPipeline,
+    ModelMixin,
     SchedulerMixin,
     WanTransformer3DModel,
 )
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusion import FlowMatching, NoiseProcess
 from .base import module_device, unwrap
+from .context_parallel import share_tokens_of_wan
 
 
 # `AutoencoderKLWan` encodes the first frame alone and then frames in chunks of four, whatever its temporal factor is,
@@ -181,6 +184,10 @@ class WanAdapter:
         frames, height, width = latents_shape[-3:]
         patch_frames, patch_height, patch_width = unwrap(transformer).config.patch_size
         return frames // patch_frames, height // patch_height, width // patch_width
+
+    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
+        """Let the processes of `config` share the tokens of videos in every forward; see `context_parallel_size`."""
+        share_tokens_of_wan(transformer, config)
 
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """

@@ -1,12 +1,15 @@
 """What a trainer refuses before it looks at a model or a dataset."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 
 from .base_config import _BaseVideoConfig
+from .callbacks import LogVideosCallback
+from .engines import SHARDED, Engine, requested_engine
 
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ def check_arguments(
         `_BaseVideoConfig`: `args`, or the defaults of the trainer's own configuration.
 
     Raises:
-        ValueError: If they do not go together, or ask for a kind of parallelism that is not supported.
+        ValueError: If they do not go together, or ask for a kind of parallelism that is not supported, or that the
+            number of processes does not allow.
     """
     if args is None:
         name = Path(model).name if isinstance(model, str | os.PathLike) else type(model).__name__
@@ -53,10 +57,21 @@ def check_arguments(
             "one, for the module that it trains beside the transformer. Pass `optimizers=(optimizer, None)` and name "
             "the schedule by `lr_scheduler_type`."
         )
-    if args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None:
+    engine = requested_engine(args)
+    if args.quantization is not None and engine != "ddp":
         raise ValueError(
-            "DeepSpeed and FSDP shard the weights, which checkpoints of this version do not gather. Use plain "
-            "data parallelism (`accelerate launch --multi_gpu`)."
+            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
+            f"engine '{engine}'. Drop one of the two."
+        )
+    if args.world_size % args.processes_per_row:
+        raise ValueError(
+            f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
+            f"({args.describe_processes_per_row()}). Launch a multiple of that, or lower the sizes."
+        )
+    if args.context_parallel_size > 1 and kind.has_auxiliary():
+        raise ValueError(
+            f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: the module "
+            "beside the transformer would see a part of the tokens only. Set it to 1."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -64,3 +79,17 @@ def check_arguments(
             "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
         )
     return args
+
+
+def check_generation(
+    engine: Engine, args: _BaseVideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
+) -> None:
+    """Raise a `ValueError` if sample videos are asked for and no process could make them by itself."""
+    wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, LogVideosCallback))]
+    asking = [type(generator).__name__ for generator in wanted if generator is not None]
+    if asking and (engine in SHARDED or args.context_parallel_size > 1):
+        how = f"the engine '{engine}'" if engine in SHARDED else "`context_parallel_size` > 1"
+        raise ValueError(
+            f"{', '.join(asking)} would generate videos on the main process, which with {how} cannot run the "
+            "transformer alone. Evaluate the checkpoints afterwards, with one process."
+        )

@@ -10,25 +10,29 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import save_torch_state_dict
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ..hub import load_lora_state, save_lora
+from ..hub import load_lora_state
+from ..hub.lora import write_lora
 from .auxiliary import AUXILIARY
+from .engines import assign_weight, full_shape, full_weight
 from .lora import adapter_configs
+from .quantization import plain
 
 
 logger = logging.getLogger(__name__)
@@ -172,7 +176,7 @@ def describe_run(
         "reference_weights": None if reference is None else _fingerprint(reference),
         "seed": seed,
     }
-    return json.loads(json.dumps(description))  # tuples become lists, as they do in the file
+    return json.loads(json.dumps(description, default=str))  # tuples become lists, as they do in the file
 
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
@@ -221,42 +225,83 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
         )
 
 
-def save_weights(transformer: ModelMixin, directory: Path, adapter_name: str | None, base_model: str | None) -> None:
+def trained_weights(transformer: ModelMixin, adapter_name: str | None) -> dict[str, Tensor]:
+    """The weights of the adapter, or all weights, under the names that they have in files, whole or sharded."""
+    weights = transformer.state_dict(keep_vars=True)
+    if adapter_name is None:
+        return weights
+    return get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=adapter_name)
+
+
+def gather(weights: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """
+    Weights, whole or sharded, as whole tensors on the CPU. Every process must call this.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): By name.
+        keep (`bool`): Whether this process wants them; the others get an empty dict.
+    """
+    gathered = {}
+    for name, weight in weights.items():
+        whole = full_weight(weight)
+        if keep:
+            whole = whole.detach().cpu().contiguous()
+            padded = whole.untyped_storage().nbytes() > whole.nbytes  # by what made the parts equal; files refuse it
+            gathered[name] = whole.clone() if padded else whole
+    return gathered
+
+
+def save_weights(
+    transformer: ModelMixin,
+    directory: Path,
+    adapter_name: str | None,
+    base_model: str | None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """
     Write the trained weights into a folder.
 
     An adapter becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(directory)`; all weights
     become a `transformer` folder, for `from_pretrained(directory, subfolder="transformer")`.
+
+    Args:
+        transformer (`ModelMixin`): The policy.
+        directory (`Path`): The folder.
+        adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
+        base_model (`str`, *optional*): Where the base weights are from.
+        weights (`dict[str, torch.Tensor]`, *optional*): The gathered `trained_weights`; read from the transformer if
+            not given.
     """
+    if weights is None:
+        weights = gather(trained_weights(transformer, adapter_name), keep=True)
     if adapter_name is not None:
-        save_lora(transformer, directory, adapter_name=adapter_name, base_model=base_model)
-    else:
-        transformer.save_pretrained(directory / TRANSFORMER_FOLDER)
+        write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model)
+        return
+    folder = directory / TRANSFORMER_FOLDER
+    transformer.save_config(folder)
+    name, extension = os.path.splitext(SAFETENSORS_WEIGHTS_NAME)
+    save_torch_state_dict(weights, folder, filename_pattern=f"{name}{{suffix}}{extension}", max_shard_size="10GB")
 
 
 def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | None) -> None:
     """
-    Read what `save_weights` wrote, into a transformer of the same form.
+    Read what `save_weights` wrote, into a transformer of the same form, whole or sharded.
 
     Raises:
         ValueError: If weights are missing, superfluous or of another shape.
     """
     if adapter_name is not None:
         state, _ = load_lora_state(directory)
-        _check_names_and_shapes(state, get_peft_model_state_dict(transformer, adapter_name=adapter_name), directory)
-        set_peft_model_state_dict(transformer, state, adapter_name=adapter_name)
     else:
         state = {}
         for path in sorted((directory / TRANSFORMER_FOLDER).glob("*.safetensors")):
             state.update(safetensors.torch.load_file(path))
-        _check_names_and_shapes(state, transformer.state_dict(), directory)
-        transformer.load_state_dict(state)
+    _assign(state, trained_weights(transformer, adapter_name), directory)
 
 
-def save_auxiliary(module: nn.Module, directory: Path) -> None:
-    """Write what is trained beside the transformer into a checkpoint, as `auxiliary.safetensors`."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    safetensors.torch.save_file(tensors, directory / AUXILIARY_NAME)
+def save_auxiliary(weights: dict[str, Tensor], directory: Path) -> None:
+    """Write what is trained beside the transformer, gathered, into a checkpoint, as `auxiliary.safetensors`."""
+    safetensors.torch.save_file(weights, directory / AUXILIARY_NAME)
 
 
 def load_auxiliary(module: nn.Module, directory: Path) -> None:
@@ -267,19 +312,17 @@ def load_auxiliary(module: nn.Module, directory: Path) -> None:
             f"Expected {AUXILIARY_NAME} in {directory}, for the {type(module).__name__} that is trained beside the "
             f"transformer, got {sorted(os.listdir(directory))}. Pass a `checkpoint-<step>` folder, not a saved model."
         )
-    state = safetensors.torch.load_file(path)
-    _check_names_and_shapes(state, module.state_dict(), directory)
-    module.load_state_dict(state)
+    _assign(safetensors.torch.load_file(path), module.state_dict(keep_vars=True), directory)
 
 
-def _check_names_and_shapes(
-    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], directory: Path
-) -> None:
+def _assign(state: dict[str, Tensor], weights: dict[str, Tensor], directory: Path) -> None:
     found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    expected_shapes = {name: full_shape(weight) for name, weight in weights.items()}
     if found_shapes != expected_shapes:
         difference = _difference(found_shapes, expected_shapes)
         raise ValueError(f"The weights in {directory} do not fit the model (checkpoint / model): {difference}.")
+    for name, weight in weights.items():
+        assign_weight(weight, state[name])
 
 
 def _check_fingerprints(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -298,7 +341,7 @@ def _fingerprint(module: nn.Module, *, only_frozen: bool = False, sample: int = 
     for name, tensor in module.named_parameters():
         if only_frozen and tensor.requires_grad:
             continue
-        flat = tensor.detach().flatten()
+        flat = plain(tensor).flatten()
         values = flat[:: max(flat.numel() // sample, 1)][:sample].float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.numpy().tobytes())

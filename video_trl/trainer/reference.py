@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .engines import engine_of, prepare_reference
 from .lora import REFERENCE_ADAPTER, copy_adapter
 
 
@@ -35,32 +36,28 @@ class AdapterReference:
 
     Args:
         transformer (`ModelMixin`): Transformer with the trained adapter, not wrapped for distributed training.
-        policy_adapter (`str`): Name of the trained adapter.
         reference_adapter (`str`, *optional*): Name of the adapter that is the reference; none: the bare base.
     """
 
-    def __init__(self, transformer: ModelMixin, policy_adapter: str, reference_adapter: str | None = None) -> None:
+    def __init__(self, transformer: ModelMixin, reference_adapter: str | None = None) -> None:
         self._transformer = transformer
-        self._policy_adapter = policy_adapter
         self._reference_adapter = reference_adapter
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
-        # PEFT's switches also flip `requires_grad`, which FSDP2 and the optimizer must not see: put it back at once.
-        flags = [(parameter, parameter.requires_grad) for parameter in self._transformer.parameters()]
+        # PEFT's own switches flip `requires_grad` too, which FSDP2 and the optimizer must not see, not even for a
+        # moment: so only the flags that a layer's forward reads are set, and set back.
+        layers = [module for module in self._transformer.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         try:
-            if self._reference_adapter is None:
-                self._transformer.disable_adapters()
-            else:
-                self._transformer.set_adapter(self._reference_adapter)
-            _restore(flags)
+            for layer in layers:
+                layer._disable_adapters = self._reference_adapter is None
+                if self._reference_adapter is not None:
+                    layer._active_adapter = [self._reference_adapter]
             yield self._transformer
         finally:
-            if self._reference_adapter is None:
-                self._transformer.enable_adapters()
-            else:
-                self._transformer.set_adapter(self._policy_adapter)
-            _restore(flags)
+            for layer, (disabled, active) in zip(layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = disabled, active
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Nothing to do: the reference is part of the policy."""
@@ -76,17 +73,18 @@ class ModuleReference:
 
     def __init__(self, transformer: ModelMixin) -> None:
         self.transformer = transformer.requires_grad_(False).eval()
+        self._prepared: nn.Module | None = None
         self._accelerator: Accelerator | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
-        assert self._accelerator is not None, "the trainer calls prepare"
+        assert self._accelerator is not None and self._prepared is not None, "the trainer calls prepare"
         with self._accelerator.autocast():  # the policy's forward has it built in
-            yield self.transformer
+            yield self._prepared
 
     def prepare(self, accelerator: Accelerator) -> None:
         # Not `accelerator.prepare_model`: the accelerator would then take the policy to be prepared already.
-        self.transformer.to(accelerator.device)
+        self._prepared = prepare_reference(self.transformer, accelerator, engine_of(accelerator))
         self._accelerator = accelerator
 
 
@@ -115,9 +113,9 @@ def make_reference(
         return ModuleReference(_transformer_of(ref_model))
     if adapter_name is not None:
         if not continues_adapter:
-            return AdapterReference(transformer, adapter_name)
+            return AdapterReference(transformer)
         copy_adapter(transformer, adapter_name)
-        return AdapterReference(transformer, adapter_name, REFERENCE_ADAPTER)
+        return AdapterReference(transformer, REFERENCE_ADAPTER)
     gib = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters()) / 2**30
     logger.warning(
         "No `ref_model` given while all weights are trained: the transformer is copied as the reference, which takes "
@@ -156,8 +154,3 @@ def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | DiffusionPi
 
 def _transformer_of(ref_model: ModelMixin | DiffusionPipeline) -> ModelMixin:
     return ref_model.transformer if isinstance(ref_model, DiffusionPipeline) else ref_model
-
-
-def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:
-    for parameter, requires_grad in flags:
-        parameter.requires_grad_(requires_grad)

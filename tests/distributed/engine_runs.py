@@ -1,0 +1,141 @@
+"""
+Short runs that one process and several do alike, by name; each leaves its losses and the update of its weights.
+
+Run by `torchrun`: `engine_runs.py DIRECTORY NAME...`, where a name is `TASK+LAYOUT+ENGINE`, and behind that, for a run
+that is resumed, the name of the run whose checkpoint it takes. The optimizer is plain gradient descent, unless a task
+says otherwise, so that an update is a sum of gradients.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.cpu_engines import FSDP2, engine, zero
+from tests.tiny import (
+    FAMILIES,
+    tiny_cogvideox_pipeline,
+    tiny_cogvideox_transformer,
+    tiny_encoded_group,
+    tiny_pipeline,
+)
+from tests.trainer.runs import config, losses, mixed_shapes
+from video_trl import VideoGroupDPOTrainer
+from video_trl.trainer.checkpointing import gather, trained_weights
+
+
+ENGINES = {
+    "ddp": {"ddp_backend": "gloo"},
+    "fsdp2": FSDP2,
+    "zero2": zero(2, sgd=True),
+    "zero3": zero(3, sgd=True),
+    "zero2-bf16": zero(2, bf16=True, sgd=True),
+    "zero3-bf16": zero(3, bf16=True, sgd=True),
+}
+# What a run does that all processes share: its part of the name before the engine's.
+TASKS: dict[str, dict[str, Any]] = {
+    "concat": {},
+    "group": {"loss_type": "plackett_luce"},  # 1 + 3 videos; of the others the loss compares 2
+    "checkpointed": {"activation_checkpointing": True},
+    "full": {"use_peft": False, "learning_rate": 1e-3},
+    "bf16": {"bf16": True},
+    "adamw": {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    },
+    "adamw-full": {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "use_peft": False,
+    },
+    **{family: {"family": family} for family in FAMILIES},
+    **{f"{family}-full": {"family": family, "use_peft": False, "learning_rate": 1e-3} for family in FAMILIES},
+    "cogvideox-2b-full": {"family": "cogvideox-2b", "use_peft": False, "learning_rate": 1e-3},
+    "mixed": {"max_steps": 4, "mixed": True},
+}
+# How several processes divide a step of four rows.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "rows": {"per_device_train_batch_size": 2},
+    "sequential": {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "step_mode": "sequential",
+    },
+    "tokens": {"per_device_train_batch_size": 4, "context_parallel_size": 2},
+    "tokens-sequential": {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "context_parallel_size": 2,
+        "step_mode": "sequential",
+    },
+    "videos": {"per_device_train_batch_size": 4, "group_parallel_size": 2},
+    "videos-sequential": {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "group_parallel_size": 2,
+        "step_mode": "sequential",
+    },
+    "videos-tokens": {
+        "per_device_train_batch_size": 4,
+        "group_parallel_size": 2,
+        "context_parallel_size": 2,
+    },
+    "rows-tokens": {"per_device_train_batch_size": 2, "context_parallel_size": 2},
+    "alone": {"per_device_train_batch_size": 4},
+}
+
+
+def run(task: str, layout: str, directory: Path, resume: Path | None = None, **arguments: Any) -> dict[str, Tensor]:
+    """Train; returns the update of the weights, with the losses beside them."""
+    settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "beta": 20.0, "max_grad_norm": 0.0}
+    settings |= TASKS[task] | LAYOUTS[layout] | arguments
+    family = settings.pop("family", "wan-t2v")
+    if family == "cogvideox-2b":  # no rotary embeddings
+        family, transformer = "cogvideox-t2v", tiny_cogvideox_transformer(use_rotary_positional_embeddings=False)
+        pipeline = tiny_cogvideox_pipeline(transformer=transformer)
+    else:
+        pipeline = tiny_pipeline(family)
+    rows = mixed_shapes() if settings.pop("mixed", False) else tiny_encoded_group(8, family=family)
+    made = VideoGroupDPOTrainer(pipeline, config(directory, **settings), rows)
+    before = gather(trained_weights(made.model, made.adapter_name), keep=True)
+    before = {name: weight.clone() for name, weight in before.items()}
+    made.train(resume_from_checkpoint=resume and str(resume))
+    after = gather(trained_weights(made.model, made.adapter_name), keep=True)
+    return {
+        **{name: weight - before[name] for name, weight in after.items()},
+        "losses": torch.tensor(losses(made), dtype=torch.float64),
+    }
+
+
+def keep(directory: Path, name: str, results: dict[str, Tensor]) -> None:
+    if dist.get_rank() == 0:
+        safetensors.torch.save_file(results, directory / f"{name}.safetensors")
+
+
+def main() -> None:
+    torch.accelerator.device_count = lambda: 1  # diffusers takes a rank modulo this number, which is 0 on CPUs
+    directory, names = Path(sys.argv[1]), sys.argv[2:]
+    for name in names:
+        task, layout, engine_name, *resumed = name.split("+")
+        with engine(ENGINES[engine_name]):
+            checkpoint = directory / "+".join(resumed) / "checkpoint-2" if resumed else None
+            results = run(task, layout, directory / name, checkpoint, **ENGINES[engine_name])
+            keep(directory, name, results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

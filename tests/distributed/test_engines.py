@@ -1,0 +1,228 @@
+"""
+What several processes with gloo compute, on every engine and however they divide a step, is what one computes alone:
+losses, updates of the weights, checkpoints.
+"""
+
+import functools
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from tests.distributed.engine_runs import run
+from tests.distributed.launch import launch
+from video_trl.hub import LORA_FILE_NAME, load_lora_state
+
+
+# Task, layout of the processes, engine; behind that, the run whose checkpoint is resumed. See engine_runs.py.
+QUICK = [
+    "concat+rows+fsdp2",
+    "concat+sequential+fsdp2",
+    "concat+tokens+ddp",
+    "cogvideox-t2v-full+tokens+ddp",
+    "group+videos-sequential+fsdp2",
+    "adamw+rows+fsdp2",
+    "adamw+rows+fsdp2+adamw+rows+fsdp2",
+]
+SLOW = [
+    "full+rows+fsdp2",
+    "checkpointed+sequential+fsdp2",
+    "mixed+rows+fsdp2",
+    "mixed+sequential+fsdp2",
+    "adamw-full+rows+fsdp2",
+    "adamw-full+rows+fsdp2+adamw-full+rows+fsdp2",
+    "adamw+rows+ddp",
+    "adamw+rows+fsdp2+adamw+rows+ddp",
+    "adamw+rows+ddp+adamw+rows+fsdp2",
+    "concat+videos+ddp",
+    "concat+videos-sequential+ddp",
+    "concat+tokens-sequential+ddp",
+    "checkpointed+tokens+fsdp2",
+    "mixed+tokens+ddp",
+    "wan-t2v-full+tokens+ddp",
+    "wan-i2v+tokens+ddp",
+    "wan-i2v-full+tokens+ddp",
+    "cogvideox-t2v+tokens-sequential+fsdp2",
+    "cogvideox-i2v-full+tokens+ddp",
+    "cogvideox-2b-full+tokens+ddp",
+]
+DEEPSPEED = [
+    "concat+rows+zero2",
+    "concat+sequential+zero2",
+    "concat+tokens+zero2",
+    "concat+videos-sequential+zero2",
+    "full+rows+zero2",
+    "concat+rows+zero3",
+    "checkpointed+sequential+zero3",
+    "concat+tokens-sequential+zero3",
+    "full+rows+zero3",
+    "mixed+sequential+zero3",
+    "adamw+rows+zero2",
+    "adamw+rows+zero2+adamw+rows+zero2",
+    "adamw+rows+zero3",
+    "adamw+rows+zero3+adamw+rows+zero3",
+]
+FOUR = ["concat+rows-tokens+ddp", "concat+rows-tokens+fsdp2", "group+videos-tokens+ddp", "group+videos-tokens+fsdp2"]
+HALF = ["bf16+rows+ddp", "bf16+rows+fsdp2", "bf16+rows+zero2-bf16", "bf16+sequential+zero3-bf16"]
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs video-trl[deepspeed]")
+
+
+@functools.cache
+def alone(task: str) -> dict[str, Tensor]:
+    """What one process computes."""
+    return run(task, "alone", Path(tempfile.mkdtemp()))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("quick")
+    launch("engine_runs.py", directory, *QUICK)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("slow")
+    launch("engine_runs.py", directory, "adamw+rows+fsdp2", *SLOW, seconds=900)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def with_deepspeed(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("deepspeed")
+    launch("engine_runs.py", directory, *DEEPSPEED, *HALF, seconds=1500)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("four")
+    launch("engine_runs.py", directory, *FOUR, processes=4, seconds=900)
+    return directory
+
+
+def distances(directory: Path, name: str) -> tuple[float, float]:
+    """Of the update, relative to its largest entry, and of the losses, to what one process computes."""
+    expected = alone(name.split("+")[0])
+    found = safetensors.torch.load_file(directory / f"{name}.safetensors")
+    assert found.keys() == expected.keys()
+    losses = (found.pop("losses") / expected["losses"] - 1).abs().max()
+    scale = max(update.abs().max() for name, update in expected.items() if name != "losses")
+    assert scale > 1e-3
+    return float(max((update - expected[name]).abs().max() for name, update in found.items()) / scale), float(losses)
+
+
+def check(directory: Path, name: str) -> None:
+    update, losses = distances(directory, name)
+    if name.startswith("adamw"):  # which divides by the size of a gradient, also of a very small one
+        assert update < 2e-3 and losses < 1e-4
+    else:
+        assert update < 1e-5 and losses < 1e-5
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_compute_what_one_computes(quick, name):
+    check(quick, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SLOW)
+def test_every_layout_computes_what_one_process_computes(slow, name):
+    check(slow, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_deepspeed
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_deepspeed_computes_what_one_process_computes(with_deepspeed, name):
+    check(with_deepspeed, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_divide_a_step_in_two_ways_at_once(four, name):
+    check(four, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_deepspeed
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_agrees_to_its_precision(with_deepspeed, name):
+    update, losses = distances(with_deepspeed, name)
+    assert losses < 1e-2
+    assert update < 2e-2  # rounding: two batches of two rows, without any engine, are as far from one of four
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_deepspeed
+def test_bfloat16_with_fsdp2_is_that_of_data_parallelism(with_deepspeed):
+    left, right = (
+        safetensors.torch.load_file(with_deepspeed / f"bf16+rows+{e}.safetensors") for e in ("ddp", "fsdp2")
+    )
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def same_files(directory: Path, straight: str, resumed: str) -> None:
+    """A run in two parts leaves the adapter, or the transformer, of a run in one, to the last bit."""
+    for path in (directory / straight / "checkpoint-4").rglob("*.safetensors"):
+        other = directory / resumed / path.relative_to(directory / straight)
+        left, right = safetensors.torch.load_file(path), safetensors.torch.load_file(other)
+        assert left.keys() == right.keys() and left
+        assert all(torch.equal(left[name], right[name]) for name in left), path
+
+
+def test_resuming_is_bit_exact(quick):
+    same_files(quick, "adamw+rows+fsdp2", "adamw+rows+fsdp2+adamw+rows+fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("straight", "resumed"),
+    [
+        ("adamw-full+rows+fsdp2", "adamw-full+rows+fsdp2+adamw-full+rows+fsdp2"),
+        ("adamw+rows+ddp", "adamw+rows+ddp+adamw+rows+fsdp2"),
+        ("adamw+rows+fsdp2", "adamw+rows+fsdp2+adamw+rows+ddp"),
+    ],
+)
+def test_full_tuning_and_a_change_of_engine_are_resumed_exactly(slow, straight, resumed):
+    same_files(slow, straight, resumed)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_resumes_exactly(with_deepspeed, stage):
+    same_files(with_deepspeed, f"adamw+rows+{stage}", f"adamw+rows+{stage}+adamw+rows+{stage}")
+
+
+def test_the_adapter_of_sharded_weights_is_whole_and_that_of_one_process(quick, tmp_path):
+    run("adamw", "alone", tmp_path)
+    expected, expected_config = load_lora_state(tmp_path / "checkpoint-4")
+    found, found_config = load_lora_state(quick / "adamw+rows+fsdp2" / "checkpoint-4")
+    assert found_config == expected_config and found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
+    names = {path.name for path in (quick / "adamw+rows+fsdp2" / "checkpoint-4").iterdir()}
+    assert {LORA_FILE_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+    assert not [name for name in names if name.startswith("pytorch_model")]  # the base is not saved along
+
+
+@pytest.mark.slow
+def test_fully_tuned_sharded_weights_load_from_their_folder(slow):
+    checkpoint = slow / "adamw-full+rows+fsdp2" / "checkpoint-4"
+    loaded = WanTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
+    found = safetensors.torch.load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {name: weight.shape for name, weight in loaded.state_dict().items()} == {
+        name: weight.shape for name, weight in found.items()
+    }

@@ -1,0 +1,120 @@
+"""What cannot be divided among processes, or is not installed, is refused, before a model is loaded where possible."""
+
+import importlib.util
+
+import pytest
+
+from tests.tiny import tiny_encoded_group, tiny_transformer
+from tests.trainer.runs import config, trainer
+from video_trl import VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
+from video_trl.adapters import adapter_for
+from video_trl.trainer import LogVideosCallback
+from video_trl.trainer.arguments import check_arguments, check_generation
+from video_trl.trainer.context_parallel import check_context_parallelism
+from video_trl.trainer.engines import requested_engine
+
+
+class Loads:
+    """Fails whatever tries to load it."""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"context_parallel_size": 2}, "groups of 2 .*context_parallel_size=2"),
+        ({"group_parallel_size": 4}, "groups of 4 .*group_parallel_size=4"),
+        ({"context_parallel_size": 2, "group_parallel_size": 4}, "groups of 8"),
+    ],
+)
+def test_the_number_of_processes_must_be_a_multiple(tmp_path, sizes, named):
+    with pytest.raises(ValueError, match=named):
+        trainer(config(tmp_path, **sizes), model=Loads())
+
+
+@pytest.mark.parametrize("name", ["context_parallel_size", "group_parallel_size"])
+def test_sizes_must_be_positive(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be positive"):
+        config(tmp_path, **{name: 0})
+
+
+def test_tokens_and_heads_that_cannot_be_divided_are_named_with_what_can():
+    transformer = tiny_transformer(num_attention_heads=6, attention_head_dim=12)
+    adapter = adapter_for(transformer)
+    shapes = [(4, 3, 8, 8)]  # 3 x 4 x 4 = 48 tokens
+    for size in (1, 2, 3, 6):
+        check_context_parallelism(transformer, adapter, shapes, size)
+    with pytest.raises(ValueError, match=r"6 attention heads and the 48 tokens \(3 x 4 x 4\).*\[1, 2, 3, 6\] do"):
+        check_context_parallelism(transformer, adapter, shapes, 4)
+    with pytest.raises(ValueError, match=r"the 45 tokens.*\[1, 3\] do"):
+        check_context_parallelism(transformer, adapter, [*shapes, (4, 5, 6, 6)], 6)
+
+
+def test_videos_of_a_row_that_cannot_be_divided_are_refused(tmp_path):
+    made = trainer(config(tmp_path, loss_type="plackett_luce"), train_dataset=tiny_encoded_group(4, m=2))
+    made.args.group_parallel_size, made.mesh = 2, object()
+    with pytest.raises(ValueError, match=r"must divide the 3 videos .* \[1, 3\]"):
+        _ = made.video_share
+
+
+def test_precomputed_errors_and_shared_rows_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="precompute_ref_errors.*context_parallel_size=2"):
+        config(tmp_path, precompute_ref_errors=2, context_parallel_size=2)
+
+
+def test_relation_distillation_sees_all_tokens_or_none(tmp_path, monkeypatch):
+    args = VideoREPAConfig(output_dir=str(tmp_path), use_cpu=True, context_parallel_size=2)
+    monkeypatch.setattr(VideoREPAConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="context_parallel_size=2.*not supported by VideoREPATrainer"):
+        check_arguments(VideoREPATrainer, "sandbox", args, [{}], None, None, None, (None, None))
+
+
+def test_deepspeed_that_is_not_installed(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name))
+    with pytest.raises(ValueError, match=r"not installed. Run: pip install 'video-trl\[deepspeed\]'"):
+        config(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="not installed"):
+        config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fsdp_config", "named"),
+    [
+        ({"version": 1}, "second version"),
+        ({"version": 2, "cpu_ram_efficient_loading": True}, "`cpu_ram_efficient_loading` is not supported"),
+        ({"version": 2, "activation_checkpointing": True}, "`activation_checkpointing` is not supported"),
+    ],
+)
+def test_kinds_of_fsdp_that_do_not_work(tmp_path, monkeypatch, fsdp_config, named):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "")  # put back what the arguments write into it
+    args = config(tmp_path, fsdp=True, fsdp_config=fsdp_config)
+    with pytest.raises(ValueError, match=named):
+        requested_engine(args)
+
+
+def test_quantised_weights_are_not_sharded(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "")
+    args = config(tmp_path, fsdp=True, fsdp_config={"version": 2})
+    args.quantization = "int8"
+    with pytest.raises(ValueError, match="quantization='int8'.*engine 'fsdp2'"):
+        check_arguments(VideoGroupDPOTrainer, "sandbox", args, [{}], None, None, None, (None, None))
+
+
+def test_videos_are_not_generated_by_one_of_several_sharded_processes(tmp_path):
+    callback, args = LogVideosCallback(["a red ball"]), config(tmp_path)
+    check_generation("ddp", args, None, [callback])
+    check_generation("zero2", args, lambda *_: {}, [])
+    with pytest.raises(ValueError, match="LogVideosCallback .* engine 'fsdp2'"):
+        check_generation("fsdp2", args, None, [callback])
+    with pytest.raises(ValueError, match="context_parallel_size"):
+        check_generation("ddp", config(tmp_path, context_parallel_size=2), None, [callback])
+
+
+def test_one_video_at_a_time_needs_batches_of_one_row_where_passes_are_joint(tmp_path):
+    made = trainer(config(tmp_path, step_mode="sequential", per_device_train_batch_size=2))
+    assert made.step_mode == "sequential"
+    made = trainer(config(tmp_path, step_mode="sequential", per_device_train_batch_size=2))
+    made.engine = "zero3"
+    with pytest.raises(ValueError, match="needs batches of one row, got 2"):
+        _ = made.step_mode
