@@ -237,7 +237,7 @@ class VPrediction:
             )
         dtype = torch.promote_types(latents.dtype, torch.float32)
         shape = (-1, *(1,) * (latents.ndim - 1))
-        signal, noise_scale = (scale.to(timesteps.device, dtype)[timesteps] for scale in _schedule(self))
+        signal, noise_scale = (scale[timesteps] for scale in _schedule_on(self, timesteps.device, dtype))
         return signal.view(shape), noise_scale.view(shape)
 
 
@@ -254,6 +254,13 @@ def _schedule(process: VPrediction) -> tuple[Tensor, Tensor]:
         first, last = signal[0].clone(), signal[-1].clone()
         alphas_bar = ((signal - last) * first / (first - last)) ** 2
     return alphas_bar.sqrt(), (1 - alphas_bar).sqrt()
+
+
+@lru_cache(maxsize=16)
+def _schedule_on(process: VPrediction, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The schedule where it is used: a copy in every step would make the host wait for the device."""
+    signal, noise_scale = _schedule(process)
+    return signal.to(device, dtype), noise_scale.to(device, dtype)
 
 
 def noise_levels(

@@ -7,10 +7,14 @@ Memory and arithmetic of a training step at real sizes, counted without weights:
 
     python examples/benchmarks/step_plans.py                  # all of it, a quarter of an hour on one core
     python examples/benchmarks/step_plans.py --model wan-1.3b
+    python examples/benchmarks/step_plans.py --table policies --model wan-14b
+    python examples/benchmarks/step_plans.py --table clusters --model wan-14b
 """
 
 import argparse
+from typing import Any
 
+from video_trl.trainer.estimate import Placement, Workload, estimate
 from video_trl.trainer.planning import StepPlan, plan_step
 
 
@@ -63,6 +67,52 @@ STEPS = {
 }
 
 
+POLICIES = (None, "ffn", "every_2", "attention", "full", "offload")
+# GPUs, engine, GPUs that share a video
+CLUSTERS = [(8, "ddp", 1), (8, "fsdp2", 1), (8, "fsdp2", 4), (64, "fsdp2", 8), (512, "fsdp2", 8)]
+
+
+def latents(size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    return 16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
+
+
+def steps(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
+    for step, (num_videos, reference, step_mode) in STEPS.items():
+        plan = plan_step(config, latents(size), num_videos=num_videos, reference=reference, step_mode=step_mode)
+        say(row(name, size, step, plan))
+
+
+def policies(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
+    """A pair, its videos one by one, for everything that can be recomputed."""
+    for policy in POLICIES:
+        settings = {"checkpointing": policy is not None, "checkpointing_policy": policy or "full"}
+        pair = {"num_videos": 2, "reference": "adapter", "step_mode": "sequential"}
+        say(row(name, size, policy or "nothing", plan_step(config, latents(size), **pair, **settings)))
+
+
+def clusters(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
+    """A pair on many GPUs, and what each of them sends in a step."""
+    for number, engine, sharing in CLUSTERS:
+        for mode in ("concat", "sequential"):
+            found = estimate(Workload(config, latents(size), 2, "adapter"), Placement(number, engine, sharing, mode))
+            shown = f"{size[0]} x {size[1]} x {size[2]}"
+            cells = [name, shown, str(number), engine, str(sharing), mode, f"{found.peak / 2**30:.1f}"]
+            sent = [found.sent.get(part, 0) / 2**30 for part in ("weights", "gradients", "tokens and heads")]
+            say(f"| {' | '.join([*cells, *(f'{part:.1f}' for part in sent)])} |")
+
+
+HEADERS = {
+    "steps": "model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP",
+    "policies": "model | frames, size | tokens | recomputed | weights, GiB | activations, GiB | peak, GiB | PFLOP",
+    "clusters": "model | frames, size | GPUs | engine | a video | step mode | peak, GiB | weights sent, GiB | "
+    "gradients sent, GiB | tokens and heads sent, GiB",
+}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def row(name: str, size: tuple[int, int, int], step: str, plan: StepPlan) -> str:
     gib = [f"{number / 2**30:.1f}" for number in (plan.weights, plan.activations, plan.peak)]
     frames, height, width = size
@@ -73,17 +123,14 @@ def row(name: str, size: tuple[int, int, int], step: str, plan: StepPlan) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="only this one")
-    chosen = parser.parse_args().model
-    print("| model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP |")
-    print("|---|---|---|---|---|---|---|---|")
+    parser.add_argument("--table", choices=HEADERS, default="steps")
+    args = parser.parse_args()
+    header = HEADERS[args.table]
+    say(f"| {header} |\n|{'---|' * len(header.split(' | '))}")
     for name, (config, sizes) in MODELS.items():
-        if chosen not in (None, name):
-            continue
-        for size in sizes:
-            shape = (16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
-            for step, (num_videos, reference, step_mode) in STEPS.items():
-                plan = plan_step(config, shape, num_videos=num_videos, reference=reference, step_mode=step_mode)
-                print(row(name, size, step, plan), flush=True)
+        if args.model in (None, name):
+            for size in sizes:
+                {"steps": steps, "policies": policies, "clusters": clusters}[args.table](name, config, size)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def repa_config(directory: Path, **changes: Any) -> VideoREPAConfig:
 
 def repa_trainer(directory: Path, family: str = "wan-t2v", **arguments: Any) -> VideoREPATrainer:
     """A trainer of a fresh tiny pipeline on six rows; what is no argument of the trainer goes to its config."""
-    keys = ("callbacks", "train_dataset", "eval_dataset", "model", "teacher")
+    keys = ("callbacks", "train_dataset", "eval_dataset", "evaluator", "model", "teacher")
     given = {name: arguments.pop(name) for name in keys if name in arguments}
     defaults = {"model": tiny_pipeline(family), "train_dataset": aligned_rows(family=family)}
     return VideoREPATrainer(args=repa_config(directory, **arguments), **(defaults | given))

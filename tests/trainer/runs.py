@@ -89,8 +89,10 @@ class StopAfter(TrainerCallback):
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.seen = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = state.global_step
         control.should_training_stop = state.global_step >= self.step
 
 

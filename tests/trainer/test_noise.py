@@ -13,7 +13,7 @@ SHAPE = (2, 3, 4, 5)
 
 
 def draw(indices, *, seed=0, step=0, num_noises=1, num_choices=3):
-    return draw_noise(seed, step, indices, SHAPE, num_noises=num_noises, num_choices=num_choices)
+    return draw_noise(seed, [step] * len(indices), indices, SHAPE, num_noises=num_noises, num_choices=num_choices)
 
 
 def test_shapes_and_ranges():

@@ -21,6 +21,7 @@ from tests.trainer.runs import (
     trainer,
 )
 from video_trl import VideoREPAConfig
+from video_trl.trainer.checkpointing import check_description
 
 
 def run(directory, resume=None, callbacks=(), rows=None, **changes):
@@ -79,12 +80,12 @@ def test_resuming_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, changes):
 
 def test_resuming_with_other_rows_per_step_warns(tmp_path, caplog):
     run(tmp_path, callbacks=[StopAfter(1)], save_strategy="steps", save_steps=1)
-    checkpoint = str(tmp_path / "checkpoint-1")
+    checkpoint = tmp_path / "checkpoint-1"
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     for changes, warned in ((split, False), ({"per_device_train_batch_size": 3}, True)):
         caplog.clear()
         made = trainer(config(tmp_path / "other", **changes), train_dataset=mixed_shapes())
-        made._load_from_checkpoint(checkpoint)
+        check_description(checkpoint, made._description)
         assert ("rows_per_step: 2 / 3. The run goes on at the same step" in caplog.text) == warned
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 _GIB = 2**30
+Shape = tuple[int, int, int, int]
+"""Of the latents of a video: `(C, F, H, W)`."""
 
 
-def describe(name: str, data: DataArguments, args: Any) -> str:
-    """Configuration, rows, tokens, parameters and steps of `video-trl train`."""
+def describe(name: str, data: DataArguments, args: Any, *, processes: int = 1) -> str:
+    """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
     rows, row = training_rows(name, data, args)
     rows -= data.eval_rows
-    adapter, transformer, vae = empty_models(data.model_name_or_path, args)
+    adapter, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
+    shapes = _shapes(adapter, vae, row, args)
     told = {
         "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
-        "tokens of a video": "; ".join(_tokens(adapter, transformer, vae, row, args)),
-        **_weights(transformer, args, uses_reference=classes(name)[0].uses_reference),
-        "steps": _steps(rows, args),
+        "tokens of a video": "; ".join(_tokens(adapter, transformer, shapes)),
+        **_cost(name, transformer, max(shapes.values(), key=math.prod), row, args, processes),
+        "steps": _steps(rows, args, processes),
     }
     lines = [f"{key + ':':24}{value}" for key, value in told.items()]
     return "\n".join(["# configuration, where it is not the default", _configuration(data, args), *lines])
@@ -40,78 +43,110 @@ def _configuration(data: DataArguments, args: Any) -> str:
     return yaml.safe_dump(shown, sort_keys=False)
 
 
-def empty_models(name: str, args: Any) -> tuple[Any, "ModelMixin", "ModelMixin"]:
+def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
     """Adapter, transformer and VAE of a pipeline, the networks without memory (on the device `meta`)."""
+    import diffusers
     import torch
     from diffusers import AutoModel, DiffusionPipeline
-    from peft import LoraConfig
 
     from ..adapters import adapter_for
 
-    kwargs: dict[str, Any] = {key: value for key, value in (args.model_init_kwargs or {}).items() if key == "revision"}
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     if name == "sandbox":
         from ..sandbox.pipeline import PIPELINE_PATH
 
         name = str(PIPELINE_PATH)
-    absent = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"))
-    index = DiffusionPipeline.load_config(name, **kwargs)
-    given = {key: None for key in absent if key in index}
-    scheduler = DiffusionPipeline.from_pretrained(name, **kwargs, **given).scheduler
+    # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
+    _, scheduler_class = DiffusionPipeline.load_config(name, **kwargs)["scheduler"]
+    scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
-        adapter = adapter_for(transformer, scheduler)
-        if args.use_peft:
-            transformer.requires_grad_(False)
-            transformer.add_adapter(
-                LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=adapter.lora_target_modules)
-            )
-    return adapter, transformer, vae
+    return adapter_for(transformer, scheduler), transformer, vae
 
 
-def _tokens(adapter: Any, transformer: Any, vae: Any, row: Mapping[str, Any], args: Any) -> list[str]:
-    """For every size of training: pixels, latents, tokens. The VAE encodes a video without memory."""
+def latents_shape(adapter: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:
+    """
+    Shape `(C, F, H, W)` of the latents of a video of so many frames, height and width.
+
+    Raises:
+        ValueError: If the VAE does not take that size.
+    """
     import torch
 
+    adapter.check_video(vae, size)
+    channels, frames, height, width = adapter.encode_video(vae, torch.empty(1, 3, *size, device="meta")).shape[1:]
+    return channels, frames, height, width
+
+
+def compared_videos(name: str, num_rejected: int, loss_type: str | None) -> int:
+    """Videos of a row that a method's loss looks at together."""
+    if name == "gdpo" and loss_type != "sampled":
+        return 1 + num_rejected
+    return 1 if name in ("sft", "repa") else 2
+
+
+def _shapes(adapter: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
+    """For every size of training, the shape of the latents. The VAE encodes a video without memory."""
     from ..data.columns import as_tensor
     from ..data.video_io import read_video
 
-    shapes: dict[str, tuple[int, ...]] = {}
     latents = next((row[key] for key in ("latents", "chosen_latents") if key in row), None)
     if latents is not None:
-        shapes["encoded"] = tuple(as_tensor(latents).shape)
-    else:
-        video = next(row[key] for key in ("video", "chosen") if key in row)
-        sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
-        for height, width in sizes:
-            frames = read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width)
-            adapter.check_video(vae, frames.shape[:3])
-            pixels = torch.empty(1, 3, *frames.shape[:3], device="meta")
-            shown = " x ".join(map(str, frames.shape[:3]))
-            shapes[shown] = tuple(adapter.encode_video(vae, pixels).shape[1:])
+        channels, frames, height, width = as_tensor(latents).shape
+        return {"encoded": (channels, frames, height, width)}
+    shapes: dict[str, Shape] = {}
+    video = next(row[key] for key in ("video", "chosen") if key in row)
+    sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
+    for height, width in sizes:
+        size = tuple(read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width).shape[:3])
+        shapes[" x ".join(map(str, size))] = latents_shape(adapter, vae, size)
+    return shapes
+
+
+def _tokens(adapter: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[str]:
     grids = {shown: adapter.token_grid(transformer, shape) for shown, shape in shapes.items()}
     return [
-        f"{math.prod(grid)} ({shown}, latents {tuple(shapes[shown])}, grid {grid[0]} x {grid[1]} x {grid[2]})"
+        f"{math.prod(grid)} ({shown}, latents {shapes[shown]}, grid {grid[0]} x {grid[1]} x {grid[2]})"
         for shown, grid in grids.items()
     ]
 
 
-def _weights(transformer: Any, args: Any, *, uses_reference: bool) -> dict[str, str]:
-    parameters = list(transformer.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters) - trained
-    of_frozen = 2 if args.bf16 else 4
-    # What is trained stands in float32 with a gradient and two moments of AdamW; all weights need a copied reference.
-    held = frozen * of_frozen + trained * 16 + (trained * 4 if uses_reference and not args.use_peft else 0)
+def _cost(
+    name: str, transformer: Any, shape: Shape, row: Mapping[str, Any], args: Any, processes: int
+) -> dict[str, str]:
+    """Parameters, and memory by part where data is all that processes divide."""
+    from ..trainer.estimate import Placement, Workload, estimate
+
+    rejected = next((row[key] for key in ("rejected", "rejected_latents") if key in row), ())
+    compared = compared_videos(
+        name, 1 if isinstance(rejected, str) else len(rejected), args.to_dict().get("loss_type")
+    )
+    has_reference = classes(name)[0].uses_reference
+    workload = Workload(
+        config={**transformer.config, "_class_name": type(transformer).__name__},
+        latents_shape=shape,
+        num_videos=compared * args.per_device_train_batch_size,
+        reference="none" if not has_reference else "adapter" if args.use_peft else "copy",
+        lora_rank=args.lora_rank if args.use_peft else None,
+        bf16=bool(args.bf16),
+    )
+    mode: Literal["concat", "sequential"] = (
+        "sequential" if has_reference and args.step_mode == "sequential" else "concat"
+    )
+    policy = args.checkpointing_policy if args.gradient_checkpointing else None
+    found = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in found.parts.items())
     return {
-        "parameters": f"{frozen + trained:,}, of which trained {trained:,}",
-        "memory without videos": f"{held / _GIB:.2f} GiB: weights, gradients, AdamW; activations come on top",
+        "parameters": f"{parameters + found.trained * args.use_peft:,}, of which trained {found.trained:,}",
+        "memory of a step": f"{found.peak / _GIB:.2f} GiB with step_mode={mode}: {parts}",
     }
 
 
-def _steps(rows: int, args: Any) -> str:
+def _steps(rows: int, args: Any, processes: int) -> str:
     """As transformers.Trainer counts them: an epoch ends with a smaller step where batches do not divide it."""
-    each = args.per_device_train_batch_size * args.world_size
+    each = args.per_device_train_batch_size * processes
     epoch = math.ceil(math.ceil(rows / each) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     batch = each * args.gradient_accumulation_steps
-    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({args.world_size} processes)"
+    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({processes} process{'' if processes == 1 else 'es'})"

@@ -5,7 +5,7 @@ time and space, how both sides are brought to one grid, and the head that is tra
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,11 @@ class AlignmentPlan:
     def stride(self) -> tuple[int, int]:
         """Rows and columns of the student's grid that make one of the common grid."""
         return self.student.grid[1] // self.height, self.student.grid[2] // self.width
+
+    def to(self, device: torch.device) -> "AlignmentPlan":
+        """The plan for tokens on a device."""
+        student_frames, teacher_frames = self.student_frames.to(device), self.teacher_frames.to(device)
+        return replace(self, student_frames=student_frames, teacher_frames=teacher_frames)
 
     def align_teacher(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, F', N', D)` of the teacher on the common grid: `(B, F, N, D)`, float32."""

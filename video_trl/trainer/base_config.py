@@ -10,6 +10,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
+from .acceleration import check_attention_backend
+from .engines import check_deepspeed_installed
+from .quantization import Quantization, check_optimizer, check_quantization
+from .recompute import check_policy
 
 
 # Options of `TrainingArguments` that would be ignored, or would break an exactness promise, with a video transformer:
@@ -70,6 +74,35 @@ class _BaseVideoConfig(TrainingArguments):
             **_FLAG,
         },
     )
+    checkpointing_policy: str = field(
+        default="full",
+        metadata={
+            "help": "What activation checkpointing recomputes. 'full': whole blocks. 'offload': the same, with their "
+            "inputs in the host's memory meanwhile. 'attention': blocks without their self-attention, whose "
+            "output is kept. 'ffn': the feed-forward parts. 'every_<k>': every k-th block."
+        },
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel, by diffusers' name: 'flash' (the package flash-attn), '_native_cudnn', "
+            "'_native_flash', ... Unset: the one that torch chooses."
+        },
+    )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the blocks of the transformer, each by itself. The first steps take minutes; training "
+            "stops in the first one if policy and reference do not agree to the last bit."
+        },
+    )
+    quantization: Quantization | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the frozen blocks under the adapter in few bits when the model is named by a string: 'nf4' "
+            "(4 bits, bitsandbytes), 'int8' or 'fp8' (torchao)."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "No effect here: training always stops at a non-finite loss, on or off."}
     )
@@ -103,6 +136,15 @@ class _BaseVideoConfig(TrainingArguments):
     lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
+    )
+
+    # Parameters that control several processes
+    context_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share the tokens of each video (Ulysses). Must divide the number of processes, of "
+            "attention heads and of tokens; the processes that remain share the rows."
+        },
     )
 
     # Parameters that control the noise
@@ -175,9 +217,12 @@ class _BaseVideoConfig(TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.logging_nan_inf_filter = False  # it would wait for the device in every step, to look at a loss
         self._check_base_values()
+        check_deepspeed_installed(self)
         super().__post_init__()
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
+        check_optimizer(self.optim.value)
         for name, (accepted, reason) in _UNSUPPORTED.items():
             value = self.__dict__[name]
             if value != accepted:
@@ -195,12 +240,50 @@ class _BaseVideoConfig(TrainingArguments):
                 "are checkpointed one by one, non-reentrantly, by diffusers. Leave it unset."
             )
 
+    @property
+    def processes_per_row(self) -> int:
+        """Processes that work on a row together."""
+        return self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of parts into which the rows of a step are divided."""
+        return self.world_size // self.processes_per_row
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of these parts this process works on."""
+        return self.process_index // self.processes_per_row
+
+    def describe_processes_per_row(self) -> str:
+        """The options that `processes_per_row` is the product of."""
+        return f"`context_parallel_size={self.context_parallel_size}`"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""
+        values: dict[str, Any] = super().to_dict()
+        options = values["model_init_kwargs"]
+        if isinstance(options, dict):
+            values["model_init_kwargs"] = {
+                name: "<TOKEN>" if "token" in name and isinstance(value, str) else value
+                for name, value in options.items()
+            }
+        return values
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A dataclass would write one that shows every token.
+        cls.__repr__ = _BaseVideoConfig.__str__  # type: ignore[assignment, method-assign]
+
     def buckets(self) -> tuple[AspectBucket, ...]:
         """The sizes in `resolution_buckets`."""
         return tuple(map(AspectBucket.parse, self.resolution_buckets or ()))
 
     def _check_base_values(self) -> None:
-        for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std"):
+        for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size"):
             _check_positive(self, name)
         for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
             if self.__dict__[name] is not None:
@@ -221,6 +304,21 @@ class _BaseVideoConfig(TrainingArguments):
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         _check_choice(self, "on_bad_video", ("raise", "skip"))
+        check_policy(self.checkpointing_policy)
+        if self.attention_backend is not None:
+            check_attention_backend(self.attention_backend)
+        if self.quantization is not None:
+            _check_choice(self, "quantization", get_args(Quantization))
+            check_quantization(self.quantization, use_peft=self.use_peft)
+        if self.compile_blocks and self.buckets():
+            raise ValueError(
+                "`compile_blocks` with `resolution_buckets` would compile anew for every size. Leave one of them out."
+            )
+        if self.compile_blocks and self.checkpointing_policy != "full":
+            raise ValueError(
+                f"`compile_blocks` with `checkpointing_policy={self.checkpointing_policy!r}` is not supported: it "
+                "decides within a block, which is compiled as a whole. Use 'full'."
+            )
 
 
 def _check_positive(config: _BaseVideoConfig, name: str) -> None:

@@ -1,48 +1,43 @@
 """What `transformers.Trainer` cannot do for a video transformer. No loss, no method, no model family in here."""
 
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import DistributedType
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data import check_columns
 from ..data.columns import MapDataset
-from .arguments import check_arguments
+from .acceleration import accelerate, check_acceleration
+from .arguments import check_arguments, check_generation
 from .auxiliary import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
 from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
-from .card import CARD_NAME, adapter_card, base_model_name, copy_published_files
-from .checkpointing import (
-    check_description,
-    checkpoint_directory,
-    describe_run,
-    find_checkpoint,
-    load_auxiliary,
-    load_weights,
-    save_auxiliary,
-    save_weights,
-    write_description,
-    write_trainer_state,
-)
+from .card import ModelCardCallback, base_model_name
+from .checkpointing import describe_run
+from .context_parallel import check_context_parallelism, enable_context_parallelism, make_mesh
+from .engines import SHARDED, check_set_up, requested_engine, whole_weights
+from .estimate import Placement, Workload, advise
+from .evaluator import Evaluator, log_evaluator, run_evaluator
 from .finite import FiniteLossGuard
-from .generation import generation
 from .loaders import MICRO_BATCH, describe_order, make_loader
 from .loading import find_adapter, load_model
 from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
+from .memory import accelerator_memory
 from .metrics import MetricStore
-from .noise import EVALUATION_STEP, NoiseDraw, draw_noise
+from .noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
+from .progress import ProgressReport
 from .reference import ModuleReference, Reference, check_ref_model, make_reference
 from .rows import (
     IndexedDataset,
@@ -54,20 +49,14 @@ from .rows import (
     resolve_timestep_shift,
     video_fps,
 )
+from .sharing import _SharingTrainer
 from .shims import adapt_for_trainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class Evaluator(Protocol):
-    """Measure a pipeline, usually by generating videos and judging them."""
-
-    def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> Mapping[str, float]:
-        """Return metrics by name; they are logged as `eval_<name>` and can select the best checkpoint."""
-
-
-class _BaseVideoTrainer(Trainer):
+class _BaseVideoTrainer(_SharingTrainer):
     """
     Plumbing of all video trainers: model and data preparation, noise streams, the reference, metrics, checkpoints.
 
@@ -96,7 +85,8 @@ class _BaseVideoTrainer(Trainer):
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, as for `transformers.Trainer`.
         evaluator ([`Evaluator`], *optional*):
-            Called in every evaluation, on the main process, with the pipeline.
+            Called once in every evaluation, on the main process, with the pipeline. With one, evaluation needs no
+            `eval_dataset`.
 
     Raises:
         ValueError: If an argument does not fit; always before anything is encoded or trained.
@@ -131,11 +121,15 @@ class _BaseVideoTrainer(Trainer):
             type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
         )
         self.args = args
+        self.engine = requested_engine(args)
+        check_generation(self.engine, args, evaluator, callbacks)
         for dataset in datasets_in(train_dataset, eval_dataset):
             self.check_dataset(dataset)
+        self.begin_sharing(datasets_in(train_dataset, eval_dataset)[0])
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
-        self.pipeline, transformer = load_model(model, args)
+        with whole_weights():
+            self.pipeline, transformer = load_model(model, args)
         self.adapter = find_adapter(self.pipeline, transformer)
         self.base_model = base_model_name(model, transformer)
         self.max_sequence_length = resolve_max_sequence_length(
@@ -146,12 +140,16 @@ class _BaseVideoTrainer(Trainer):
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, args, peft_config)
+        check_acceleration(transformer, args)
         check_ref_model(transformer, ref_model)
 
         prepare = partial(self.prepare_dataset, transformer=transformer)
-        prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
+        with whole_weights():
+            prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
+        shapes = {shape for rows in datasets_in(prepared_train, prepared_eval) for shape in rows.shapes}
+        check_context_parallelism(transformer, self.adapter, shapes, args.context_parallel_size)
 
-        adapt_for_trainer(transformer)
+        adapt_for_trainer(transformer, self.adapter, args.checkpointing_policy)
         self._prepare_weights(transformer, ref_model, peft_config)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         self._description = describe_run(transformer, self.adapter_name, args.seed, separate)
@@ -160,6 +158,7 @@ class _BaseVideoTrainer(Trainer):
         if self.auxiliary is not None:
             attach_auxiliary(transformer, self.auxiliary)
             self._description[AUXILIARY] = describe_auxiliary(self.auxiliary)
+        self._prepare_passes(transformer, separate)
         self._metrics = {"train": MetricStore(), "eval": MetricStore()}
         self._counted = True  # whether the rows at hand count, or stand in for rows that a step lacks
         super().__init__(
@@ -167,16 +166,20 @@ class _BaseVideoTrainer(Trainer):
             args=args,
             data_collator=data_collator or self.collator_class(self.adapter, self.max_sequence_length),
             train_dataset=prepared_train,
-            eval_dataset=prepared_eval,
+            # Without rows an evaluation is the evaluator's; Trainer takes no dataset for a mistake.
+            eval_dataset={} if prepared_eval is None and evaluator is not None else prepared_eval,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_set_up(self.engine, self.accelerator)
         if self.auxiliary is not None and self.optimizer is not None:
             add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        self._guard = FiniteLossGuard(self.accelerator, self._describe_sample)
+        self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
         self.add_callback(self._guard)
+        self.add_callback(self._card)
+        self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LogVideosCallback):
                 callback.set_trainer(self)
@@ -203,6 +206,16 @@ class _BaseVideoTrainer(Trainer):
             self.reference = make_reference(
                 transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
             )
+
+    def _prepare_passes(self, transformer: ModelMixin, separate: ModelMixin | None) -> None:
+        """Decide on which processes and with which kernels policy and reference compute."""
+        self.mesh = make_mesh(self.args)
+        for module in (transformer, separate):
+            if module is not None:
+                if self.args.context_parallel_size > 1:
+                    assert self.mesh is not None
+                    enable_context_parallelism(module, self.adapter, self.mesh)
+                accelerate(module, self.adapter, self.args)
 
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
@@ -254,35 +267,41 @@ class _BaseVideoTrainer(Trainer):
     # ---- Building blocks of compute_loss ----
 
     def draw(
-        self, indices: Tensor, latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
+        self, indices: Iterable[int], latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
     ) -> NoiseDraw:
         """
         Random numbers of a batch, a function of (seed, step, sample index) only.
 
         Args:
-            indices (`torch.Tensor` of shape `(B,)`): The samples' positions in their dataset.
+            indices (`Iterable[int]`): Positions of the B samples in their dataset; a tensor must be on the CPU.
             latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
             num_noises (`int`, defaults to `1`): Independent noises per sample.
             num_choices (`int`, defaults to `1`): Number of options that `choice` selects from.
 
         Returns:
-            [`NoiseDraw`]: On the device of `indices`.
+            [`NoiseDraw`]: Choice and noise on the trainer's device, u on the CPU, where timesteps are made of it.
         """
-        step = self.state.global_step if self.model.training else EVALUATION_STEP
+        numbers = [int(index) for index in indices]
+        steps = self.noise_steps(numbers)
         drawn = draw_noise(
-            self.args.seed, step, indices.tolist(), latents_shape, num_noises=num_noises, num_choices=num_choices
+            self.args.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices
         )
-        return NoiseDraw(*(tensor.to(indices.device) for tensor in (drawn.u, drawn.choice, drawn.noise)))
+        return NoiseDraw(drawn.u, *to_device(self.args.device, drawn.choice, drawn.noise))
+
+    def noise_steps(self, indices: Sequence[int]) -> list[int]:
+        """The step under which each sample draws: the optimizer's in training, always the same one in evaluation."""
+        return [self.state.global_step if self.model.training else EVALUATION_STEP] * len(indices)
 
     def sample_timesteps(self, u: Tensor) -> Tensor:
-        """Timesteps `(B,)` float32 on the model's scale, by the configured law, from uniform numbers `(B,)`."""
-        return self.adapter.noise_process.sample_timesteps(
+        """Timesteps `(B,)` on the model's scale and the trainer's device, by the configured law, from u `(B,)`."""
+        timesteps = self.adapter.noise_process.sample_timesteps(
             u,
             scheme=self.args.timestep_sampling,
             shift=self.timestep_shift,
             logit_mean=self.args.timestep_logit_mean,
             logit_std=self.args.timestep_logit_std,
         )
+        return to_device(self.args.device, timesteps)[0]
 
     def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
@@ -299,12 +318,34 @@ class _BaseVideoTrainer(Trainer):
 
     # ---- Training and evaluation ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `transformers.Trainer`; a `ValueError` if there is nothing to train on or to resume from."""
-        if self.train_dataset is None:
-            raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
-        checkpoint = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
-        return super().train(checkpoint, *args, **kwargs)
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`; where memory runs out, what would fit is logged before the error goes on."""
+        try:
+            return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            logger.error("%s", advise(self.workload(), self.placement(), accelerator_memory(self.args.device)))
+            raise
+
+    def videos_in_step(self) -> int:
+        """Number of videos that the loss of one row looks at."""
+        return 1
+
+    def workload(self) -> Workload:
+        """What is trained, as the planner describes it; of several sizes of videos, the largest."""
+        copied = isinstance(self.reference, ModuleReference)
+        return Workload(
+            config={**self.model.config, "_class_name": type(self.model).__name__},
+            latents_shape=max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod),
+            num_videos=self.videos_in_step() * self.args.per_device_train_batch_size,
+            reference="none" if self.reference is None else "copy" if copied else "adapter",
+            lora_rank=self.args.lora_rank if self.args.use_peft else None,
+            bf16=bool(self.args.bf16),
+        )
+
+    def placement(self) -> Placement:
+        """Where and how it is trained, as the planner describes it."""
+        policy = self.args.checkpointing_policy if self.args.gradient_checkpointing else None
+        return Placement(num_gpus=self.args.world_size, checkpointing_policy=policy)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of one shape, shuffled; see [`~video_trl.data.buckets.BucketBatchSampler`]."""
@@ -316,17 +357,23 @@ class _BaseVideoTrainer(Trainer):
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         return make_loader(rows, self.data_collator, self.args, training=False)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the loader put them on the device; Trainer would round all numbers, scores too, for DeepSpeed in bf16."""
+        return inputs
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         batch = inputs.pop(MICRO_BATCH)
         self._counted = batch.counted
-        if not batch.counted and not self.accelerator.sync_gradients:  # no other process waits for these gradients
-            return torch.zeros((), device=self.args.device)
+        if not batch.counted and not self.accelerator.sync_gradients and self.engine not in SHARDED:
+            return torch.zeros((), device=self.args.device)  # no other process waits for this one
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
-        self.current_gradient_accumulation_steps = batch.divisor(self.args.world_size)
+        self.current_gradient_accumulation_steps = batch.divisor(self.args.data_parallel_size)
+        self._guard.watch_samples(inputs["index"])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._guard.watch(loss, inputs["index"])
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
+            self._guard.watch_loss(loss)
         return loss
 
     def prediction_step(
@@ -352,12 +399,11 @@ class _BaseVideoTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        self._guard.check(self.args, self.state)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        metrics = self._metrics["eval"].pop(self.accelerator)
-        if self.evaluator is not None:
-            metrics.update(self._run_evaluator(self.evaluator))
+        metrics = self._metrics["eval"].pop(self.accelerator) | run_evaluator(self)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -370,20 +416,25 @@ class _BaseVideoTrainer(Trainer):
         """Loss and metrics on a dataset, raw or encoded; on the trainer's own `eval_dataset` if none is given."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Expected an `eval_dataset` to evaluate on, got none, here or when the trainer was made.")
+        if self.engine != "ddp" and self.model_wrapped is self.model and self.optimizer is None:
+            raise ValueError(
+                f"The engine '{self.engine}' evaluates in the course of a training or after it. To evaluate only, "
+                "launch without it."
+            )
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict | IndexedDataset):
             self.check_dataset(eval_dataset)
             eval_dataset = self.prepare_dataset(eval_dataset, self.model)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _run_evaluator(self, evaluator: Evaluator) -> dict[str, float]:
-        assert self.pipeline is not None
-        result: list[dict[str, float]] = [{}]
-        if self.is_world_process_zero():
-            with generation(self.pipeline, self.args.device) as pipeline:
-                result = [dict(evaluator(pipeline, output_dir=self.args.output_dir, step=self.state.global_step))]
-        return broadcast_object_list(result)[0]
+        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        evaluator, self.evaluator = self.evaluator, None  # once for all datasets, not with each of them
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluator = evaluator
+        return metrics | log_evaluator(self, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._guard.check(self.args, self.state)
         # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
         if "loss" in logs:
             logs = {**logs, **self._metrics["train"].pop(self.accelerator)}
@@ -391,79 +442,10 @@ class _BaseVideoTrainer(Trainer):
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)
-        if isinstance(callback, LogVideosCallback):
+        if isinstance(callback, LogVideosCallback | ModelCardCallback):
             callback.set_trainer(self)
 
-    def _describe_sample(self, index: int) -> dict[str, Any]:
-        return {"prompt": self.train_dataset[index].get("prompt")}
-
-    # ---- Saving and resuming ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, directory, self.adapter_name, self.base_model)
-        write_description(directory, self._description)
-        (directory / "training_args.json").write_text(self.args.to_json_string())
-        self._write_card(directory)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `transformers.Trainer`, but under a temporary name until the checkpoint is complete."""
-        self.store_flos()
-        run_directory = Path(self._get_output_dir(trial=trial))
-        final = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with checkpoint_directory(final, self.accelerator, should_save=self.args.should_save) as partial:
-            self.save_model(str(partial), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(partial))
-                self._save_scaler(str(partial))
-                self._save_rng_state(str(partial))
-            if self.args.should_save:
-                if self.auxiliary is not None:
-                    save_auxiliary(self.auxiliary, partial)
-                exportable = [*self.callback_handler.callbacks, self.control]
-                write_trainer_state(self.state, exportable, partial, final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_directory),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        check_description(directory, self._description)
-        self._load_weights(directory)
-
-    def _load_best_model(self) -> None:
-        logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
-        self._load_weights(Path(self.state.best_model_checkpoint))
-
-    def _load_weights(self, directory: Path) -> None:
-        load_weights(self.model, directory, self.adapter_name)
-        if self.auxiliary is not None:
-            load_auxiliary(self.auxiliary, directory)
-
-    # ---- Sharing ----
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, license: str | None = None
-    ) -> None:
-        """
-        Write the model card into `output_dir`. [`~transformers.Trainer.push_to_hub`] hands its keyword arguments here.
-
-        Args:
-            model_name (`str`, *optional*): Title of the card while the repository is not known.
-            dataset_name (`str`, *optional*): What the adapter was trained on, such as a repository id.
-            license (`str`, *optional*): Licence identifier of the adapter, such as `"apache-2.0"`.
-        """
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name=dataset_name, license=license)
+    # ---- Generating ----
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the data."""
@@ -473,27 +455,3 @@ class _BaseVideoTrainer(Trainer):
     def video_fps(self) -> float:
         """Frames per second of the training videos; 16 where that is not known."""
         return video_fps(datasets_in(self.train_dataset, self.eval_dataset)[0], self.args)
-
-    def _write_card(self, directory: Path, model_name: str | None = None, **details: str | None) -> None:
-        if self.adapter_name is None:  # the card describes how to load an adapter
-            return
-        rows = datasets_in(self.train_dataset, self.eval_dataset)[0]
-        card = adapter_card(
-            self.args,
-            repo_id=self.hub_model_id or self.args.hub_model_id or model_name or self.args.output_dir,
-            base_model=self.base_model,
-            method=(self._tag, self._method, self._citation),
-            prompt=rows[0].get("prompt"),
-            pipeline_class=self.adapter.pipeline_classes[0],
-            call_kwargs=self.generation_kwargs(),
-            fps=self.video_fps(),
-            progress={"optimizer steps": self.state.global_step, "processes": self.args.world_size},
-            **details,
-        )
-        (directory / CARD_NAME).write_text(card)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies the files of transformers' models only, and would upload nothing of ours.
-        if self.is_world_process_zero():
-            copy_published_files(Path(checkpoint_folder), Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)

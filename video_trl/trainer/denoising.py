@@ -41,12 +41,15 @@ class Denoising:
         prediction = adapter.predict(transformer, self.noisy_latents, self.timesteps, self.conditions)
         return velocity_error(prediction, self.target)
 
+    def __getitem__(self, videos: slice) -> "Denoising":
+        """Some of its videos."""
+        conditions = {name: values[videos] for name, values in self.conditions.items()}
+        return Denoising(self.noisy_latents[videos], self.timesteps[videos], conditions, self.target[videos])
+
     def one_by_one(self) -> Iterator["Denoising"]:
         """Its videos, each by itself."""
         for number in range(len(self.timesteps)):
-            video = slice(number, number + 1)
-            conditions = {name: values[video] for name, values in self.conditions.items()}
-            yield Denoising(self.noisy_latents[video], self.timesteps[video], conditions, self.target[video])
+            yield self[number : number + 1]
 
 
 class SequentialErrors:
@@ -61,6 +64,8 @@ class SequentialErrors:
         adapter ([`VideoAdapter`]): Of the transformer's family.
         model (`torch.nn.Module`): The policy, as it is wrapped for training.
         no_sync (`Callable`): Makes a context in which processes do not average gradients yet.
+        backward (`Callable`, *optional*): Adds the gradients of a scalar, and is told whether it is the last of the
+            step; the scalar's own backward pass if not given.
 
     Attributes:
         errors (`torch.Tensor` of shape `(N,)`): A leaf of the graph, float32.
@@ -72,8 +77,9 @@ class SequentialErrors:
         adapter: VideoAdapter,
         model: nn.Module,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+        backward: Callable[[Tensor, bool], None] = lambda value, final: value.backward(),
     ) -> None:
-        self._adapter, self._model, self._no_sync = adapter, model, no_sync
+        self._adapter, self._model, self._no_sync, self._backward = adapter, model, no_sync, backward
         *self._others, last = denoising.one_by_one()
         with torch.no_grad():
             known = [video.errors(adapter, model) for video in self._others]
@@ -87,10 +93,13 @@ class SequentialErrors:
         assert coefficients is not None, "the backward pass of the loss comes first"
         # The graph that is alive goes first, and makes room.
         with self._local(final=not self._others):
-            self._last.backward(coefficients[-1:])
+            self._backward((coefficients[-1:] * self._last).sum(), not self._others)
+        del self._last
         for number, video in enumerate(self._others):
-            with self._local(final=number == len(self._others) - 1):
-                video.errors(self._adapter, self._model).backward(coefficients[number : number + 1])
+            final = number == len(self._others) - 1
+            with self._local(final=final):
+                errors = video.errors(self._adapter, self._model)
+                self._backward((coefficients[number : number + 1] * errors).sum(), final)
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""

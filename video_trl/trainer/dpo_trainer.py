@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator
 from ..losses import dgr, dpo_loss, implicit_reward
+from .citations import DIFFUSION_DPO
 from .dpo_config import VideoDPOConfig
 from .preference_base import _PreferenceTrainer
 
@@ -34,6 +35,7 @@ class VideoDPOTrainer(_PreferenceTrainer):
     _name = "DPO"
     _tag = "dpo"
     _method = "preference optimisation ([Diffusion-DPO](https://huggingface.co/papers/2311.12908))"
+    _citation = DIFFUSION_DPO
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
@@ -59,7 +61,7 @@ class VideoDPOTrainer(_PreferenceTrainer):
         conditions = self.conditions(inputs, repeats=2)
         denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising)
+        reference_error = self.reference_error(denoising, inputs["index"])
         policy_error = self.policy_error(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)

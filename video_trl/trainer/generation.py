@@ -34,7 +34,9 @@ def generation(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Di
     before = [(module, module.training, next(module.parameters()).device) for module in modules]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+    forked = torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type)
+    # A few videos are no reason to compile the blocks for their sizes too.
+    with forked, torch.compiler.set_stance("force_eager"):
         try:
             for module in modules:
                 module.eval().to(device)

@@ -14,6 +14,7 @@ from ..losses import (
     implicit_reward,
     physics_weights,
 )
+from .citations import PHYGDPO
 from .group_dpo_config import VideoGroupDPOConfig
 from .preference_base import _PreferenceTrainer
 from .rows import datasets_in
@@ -43,6 +44,7 @@ class VideoGroupDPOTrainer(_PreferenceTrainer):
     _name = "GroupDPO"
     _tag = "group-dpo"
     _method = "groupwise preference optimisation ([PhyGDPO](https://huggingface.co/papers/2512.24551))"
+    _citation = PHYGDPO
     config_class = VideoGroupDPOConfig
     row_type = "group"
     collator_class = GroupCollator
@@ -81,7 +83,7 @@ class VideoGroupDPOTrainer(_PreferenceTrainer):
         conditions = self.conditions(inputs, repeats=group_size)
         denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising)
+        reference_error = self.reference_error(denoising, inputs["index"])
         policy_error = self.policy_error(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)

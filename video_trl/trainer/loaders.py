@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 MICRO_BATCH = "micro_batch"
 """Key of a batch under which its `MicroBatch` stands."""
 
+# What the host itself decides by, such as which noise to draw. On a device it would have to wait to read it back.
+_HOST_COLUMNS = ("index", "teacher_grid", "teacher_frame_times")
+
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 
@@ -35,14 +38,19 @@ class _MicroBatches(Dataset[Any]):
 
 
 class _Collate:
-    """A collator whose batches carry their `MicroBatch`; a class, so that it can be sent to a worker."""
+    """
+    A collator whose batches carry their `MicroBatch`, and lists of numbers where the host reads them; a class, so that
+    it can be sent to a worker.
+    """
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
     def __call__(self, fetched: tuple[list[dict[str, Any]], MicroBatch]) -> dict[str, Any]:
         rows, batch = fetched
-        return {**self.collator(rows), MICRO_BATCH: batch}
+        collated = self.collator(rows)
+        on_host = {name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}
+        return {**collated, **on_host, MICRO_BATCH: batch}
 
 
 def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig, *, training: bool) -> DataLoader:
@@ -59,8 +67,8 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig
         rows.shapes,
         batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
         accumulation=args.gradient_accumulation_steps if training else 1,
-        rank=args.process_index,
-        num_processes=args.world_size,
+        rank=args.data_parallel_rank,
+        num_processes=args.data_parallel_size,
         seed=args.data_seed if training else None,
     )
     if training:
@@ -70,6 +78,7 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig
     return DataLoaderShard(
         _MicroBatches(rows),
         device=args.device,
+        _non_blocking=args.dataloader_pin_memory,  # pinned, so that nobody has to wait for the copy
         batch_sampler=sampler,
         collate_fn=_Collate(collator),
         num_workers=args.dataloader_num_workers,
@@ -86,7 +95,7 @@ def describe_order(rows: IndexedDataset, args: _BaseVideoConfig) -> dict[str, An
     return {
         "rows": len(rows),
         "shapes": len(set(rows.shapes)),
-        "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size,
         "data_seed": args.data_seed,
     }
 

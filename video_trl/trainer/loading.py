@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from ..adapters import VideoAdapter, adapter_for, supported_pipelines
 from .base_config import _BaseVideoConfig
+from .quantization import quantization_config
 
 
 INDEX_NAME = "model_index.json"
@@ -55,6 +56,12 @@ def load_model(
         raise ValueError(
             "`model_init_kwargs` is used when the model is named by a string, but it was passed as a "
             f"{type(model).__name__}. Pass the arguments to `from_pretrained` yourself."
+        )
+    elif args.quantization is not None:
+        raise ValueError(
+            f"`quantization={args.quantization!r}` is applied while a pipeline is loaded, but the model was passed as "
+            f"a {type(model).__name__}. Name it by a string; or quantise it when you load it, with diffusers' "
+            "`quantization_config`, and leave the option unset."
         )
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -100,6 +107,8 @@ def _load_pipeline(name: str, args: _BaseVideoConfig) -> DiffusionPipeline:
     if name == SANDBOX:
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` has no use with `model='sandbox'`, which is part of the package.")
+        if args.quantization is not None:
+            raise ValueError(f"`quantization={args.quantization!r}` has no use with `model='sandbox'`, which is tiny.")
         from ..sandbox import load_sandbox  # the one place where training knows the sandbox
 
         return load_sandbox().pipeline
@@ -113,8 +122,11 @@ def _load_pipeline(name: str, args: _BaseVideoConfig) -> DiffusionPipeline:
         "text_encoder": frozen,
         "default": torch.float32,
     }
+    options: dict[str, Any] = {"dtype": dtypes}
+    if args.quantization is not None:
+        options["quantization_config"] = quantization_config(args.quantization, frozen)
     try:
-        return DiffusionPipeline.from_pretrained(name, **({"dtype": dtypes} | kwargs))
+        return DiffusionPipeline.from_pretrained(name, **(options | kwargs))
     except OSError as error:
         raise ValueError(f"Could not load the pipeline {name!r}: {error}") from error
 

@@ -11,20 +11,23 @@ class MetricStore:
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}  # name -> float64 or float32 (2,): sum, count
+        self._sums: dict[str, Tensor] = {}  # name -> float32 scalar, on the device of the values
+        self._counts: dict[str, int] = {}  # known to the host: copying them to the device would make it wait
 
     def record(self, name: str, values: Tensor) -> None:
         """Add values of any shape and dtype to the mean called `name`."""
-        values = values.detach()
-        total = torch.stack([values.float().sum(), values.new_tensor(values.numel(), dtype=torch.float32)])
-        self._totals[name] = self._totals[name] + total if name in self._totals else total
+        total = values.detach().float().sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all values recorded since the last call, on all processes; every process must call this."""
-        if not self._totals:
+        if not self._sums:
             return {}
-        names = sorted(self._totals)
-        totals = torch.stack([self._totals[name] for name in names])  # (number of metrics, 2)
-        self._totals.clear()
-        sums, counts = accelerator.reduce(totals, reduction="sum").unbind(dim=1)
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        totals = torch.stack([sums, sums.new_tensor([self._counts[name] for name in names])])  # (2, metrics)
+        self._sums.clear()
+        self._counts.clear()
+        sums, counts = accelerator.reduce(totals, reduction="sum").unbind()
         return dict(zip(names, (sums / counts).tolist(), strict=True))

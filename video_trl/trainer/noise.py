@@ -21,7 +21,7 @@ EVALUATION_STEP = -1
 @dataclass(frozen=True)
 class NoiseDraw:
     """
-    Random numbers of a batch, on the CPU.
+    Random numbers of a batch.
 
     Attributes:
         u (`torch.Tensor` of shape `(B,)`): Uniform on (0, 1), float64; becomes the timestep.
@@ -50,25 +50,38 @@ def sample_generator(seed: int, step: int, index: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
+def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors from the CPU on a device, without waiting until it has done what it is doing."""
+    if device.type == "cpu":
+        return tensors
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+
+
 def draw_noise(
-    seed: int, step: int, indices: Iterable[int], latents_shape: Sequence[int], *, num_noises: int, num_choices: int
+    seed: int,
+    steps: Iterable[int],
+    indices: Iterable[int],
+    latents_shape: Sequence[int],
+    *,
+    num_noises: int,
+    num_choices: int,
 ) -> NoiseDraw:
     """
     Draw what a training step needs, for each sample from its own generator, in the order u, choice, noise.
 
     Args:
         seed (`int`): Seed of the run.
-        step (`int`): Optimizer steps done so far, or `EVALUATION_STEP`.
+        steps (`Iterable[int]`): For each sample, the optimizer steps done so far, or `EVALUATION_STEP`.
         indices (`Iterable[int]`): Indices of the B samples of the batch in their dataset.
         latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
         num_noises (`int`): Independent noises K per sample.
         num_choices (`int`): Number of options that `choice` selects from.
 
     Returns:
-        [`NoiseDraw`]: The numbers. The first noise of a sample does not depend on `num_noises`.
+        [`NoiseDraw`]: The numbers, on the CPU. The first noise of a sample does not depend on `num_noises`.
     """
     us, choices, noises = [], [], []
-    for index in indices:
+    for step, index in zip(steps, indices, strict=True):
         generator = sample_generator(seed, step, index)
         us.append(torch.rand((), generator=generator, dtype=torch.float64))
         choices.append(torch.randint(num_choices, (), generator=generator))

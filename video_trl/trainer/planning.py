@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ..adapters import VideoAdapter, adapter_for
 from .denoising import Denoising, SequentialErrors
+from .recompute import check_policy, chosen_every, enable_recompute
 
 
 _CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
@@ -105,6 +106,7 @@ def plan_step(
     reference: Literal["none", "adapter", "copy"] = "none",
     step_mode: Literal["concat", "sequential"] = "concat",
     checkpointing: bool = True,
+    checkpointing_policy: str = "full",
     lora_rank: int | None = 48,
     bf16: bool = True,
     prompt_tokens: int | None = None,
@@ -123,7 +125,8 @@ def plan_step(
         reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): Whether there is a pass of the reference,
             and whether it is the policy with its adapter off or a second set of weights.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
-        checkpointing (`bool`, defaults to `True`): Whether blocks are recomputed in the backward pass.
+        checkpointing (`bool`, defaults to `True`): Whether activations are recomputed in the backward pass.
+        checkpointing_policy (`str`, defaults to `"full"`): Which; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
         bf16 (`bool`, defaults to `True`): Compute in bfloat16, and keep what is frozen in it.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
@@ -138,13 +141,17 @@ def plan_step(
     for name, value in (("num_videos", num_videos), ("lora_rank", lora_rank), ("prompt_tokens", prompt_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    settings = (num_videos, reference, step_mode, checkpointing, lora_rank, bf16, prompt_tokens)
+    check_policy(checkpointing_policy)
+    policy = checkpointing_policy if checkpointing else None
+    settings = (num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
     depth = int(config.get("num_layers", 0))
-    if depth <= max(_DEPTHS):
+    # Blocks are alike, or each k of them are: what more of them cost tells what the rest will.
+    every = chosen_every(policy) if policy else None
+    depths = _DEPTHS if every is None else (2 * every, 3 * every)
+    if depth <= depths[1]:
         return _count(config, latents_shape, *settings)
-    # Blocks are alike: what one more of them costs tells what the rest will.
-    low, high = (_count({**config, "num_layers": layers}, latents_shape, *settings) for layers in _DEPTHS)
-    more = (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
+    low, high = (_count({**config, "num_layers": layers}, latents_shape, *settings) for layers in depths)
+    more = (depth - depths[1]) / (depths[1] - depths[0])
     return StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
 
 
@@ -154,15 +161,15 @@ def _count(
     num_videos: int,
     reference: str,
     step_mode: str,
-    checkpointing: bool,
+    policy: str | None,
     lora_rank: int | None,
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepPlan:
     transformer, adapter = _without_contents(config, lora_rank, torch.bfloat16 if bf16 else torch.float32)
     adapter.check_latents(transformer, latents_shape)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if policy is not None:
+        enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host=_on_host)
     transformer.train()
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     counter = LiveBytes()
@@ -245,6 +252,18 @@ def _without_contents(
                 if weight.requires_grad:
                     weight.data = weight.data.float()
     return transformer, adapter
+
+
+def _on_host() -> AbstractContextManager[None]:
+    """What a graph saves inside is not on the device: only its shape is remembered, for when it is fetched again."""
+
+    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def fetch(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(forget, fetch)
 
 
 @contextmanager

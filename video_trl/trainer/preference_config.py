@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .base_config import _BaseVideoConfig, _check_choice
+from .base_config import _BaseVideoConfig, _check_choice, _check_positive
 
 
 StepMode = Literal["auto", "concat", "sequential"]
@@ -23,6 +23,42 @@ class _PreferenceConfig(_BaseVideoConfig):
         },
     )
 
+    precompute_ref_errors: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw K fixed noises per row instead of new ones in every step, and compute the reference's "
+            "errors on them once, before training; kept in `cache_dir` for later runs. Pays with more than K epochs. "
+            "Unset: off."
+        },
+    )
+
+    group_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share the videos of each pair or group, and exchange their errors only. Must "
+            "divide the number of videos (2 for a pair, 1 + m for a group) and of processes. Each of them may be "
+            "`context_parallel_size` processes."
+        },
+    )
+
+    @property
+    def processes_per_row(self) -> int:
+        return self.context_parallel_size * self.group_parallel_size
+
+    def describe_processes_per_row(self) -> str:
+        return f"{super().describe_processes_per_row()}, `group_parallel_size={self.group_parallel_size}`"
+
     def _check_base_values(self) -> None:
         super()._check_base_values()
+        _check_positive(self, "group_parallel_size")
         _check_choice(self, "step_mode", get_args(StepMode))
+        if self.precompute_ref_errors is not None and self.precompute_ref_errors < 1:
+            raise ValueError(
+                f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "
+                "new noise in every step."
+            )
+        if self.precompute_ref_errors is not None and self.processes_per_row > 1:
+            raise ValueError(
+                f"`precompute_ref_errors` computes each row on one process, but {self.describe_processes_per_row()} "
+                "makes processes share rows. Use one or the other."
+            )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator
 from ..losses import reg_dpo_loss
+from .citations import REG_DPO
 from .preference_base import _PreferenceTrainer
 from .reg_dpo_config import VideoRegDPOConfig
 
@@ -34,6 +35,7 @@ class VideoRegDPOTrainer(_PreferenceTrainer):
     _name = "RegDPO"
     _tag = "reg-dpo"
     _method = "SFT-regularised preference optimisation ([Reg-DPO](https://huggingface.co/papers/2511.01450))"
+    _citation = REG_DPO
     config_class = VideoRegDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
@@ -59,7 +61,7 @@ class VideoRegDPOTrainer(_PreferenceTrainer):
         conditions = self.conditions(inputs, repeats=2)
         denoising = self.denoising(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising).view(batch_size, 2)
+        reference_error = self.reference_error(denoising, inputs["index"]).view(batch_size, 2)
         policy_error = self.policy_error(model, denoising).view(batch_size, 2)
 
         coefficient = self.args.sft_coefficient

@@ -182,6 +182,11 @@ class VideoREPAConfig(_BaseVideoConfig):
         super().__post_init__()
 
     def _check_numbers(self) -> None:
+        if self.compile_blocks:
+            raise ValueError(
+                "`compile_blocks` does not go with this trainer: it looks into a block, which would be compiled anew "
+                "in every step. Leave it off."
+            )
         for name in ("teacher_batch_size", "row_chunk", "projector_width"):
             if self.__dict__[name] < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {self.__dict__[name]}.")

@@ -1,5 +1,6 @@
 """Alignment of a video transformer's hidden states with a teacher's tokens (VideoREPA, and REPA as its baseline)."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from .alignment import (
     tap_alignment,
 )
 from .base_trainer import _BaseVideoTrainer
+from .citations import VIDEOREPA
 from .loading import SANDBOX
 from .repa_config import VideoREPAConfig
 from .rows import IndexedDataset, encoded_cache_dir
@@ -68,6 +70,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
     _name = "REPA"
     _tag = "repa"
     _method = "representation alignment ([VideoREPA](https://huggingface.co/papers/2505.23656))"
+    _citation = VIDEOREPA
     config_class = VideoREPAConfig
     row_type = "video"
     collator_class = TeacherVideoCollator
@@ -132,7 +135,8 @@ class VideoREPATrainer(_BaseVideoTrainer):
             for shape in dict.fromkeys(prepared.shapes):
                 row = prepared.rows[prepared.shapes.index(shape)]
                 self._teacher_width = torch.as_tensor(row["teacher_tokens"]).shape[-1]
-                self._plan(transformer, shape, *(torch.as_tensor(row[name]) for name in TEACHER_COLUMNS[2:]))
+                grid, frame_times = (torch.as_tensor(row[name]).tolist() for name in TEACHER_COLUMNS[2:])
+                self._plan(transformer, shape, grid, frame_times)
         return prepared
 
     def _pixels(self) -> dict[str, Any]:
@@ -166,18 +170,21 @@ class VideoREPATrainer(_BaseVideoTrainer):
         frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
         height, width = (side // self.pipeline.vae_scale_factor_spatial for side in video.shape[1:3])
         self._teacher_width = seen.tokens.shape[-1]
-        self._plan(transformer, (channels, frames, height, width), torch.tensor(seen.grid), seen.frame_times)
+        self._plan(transformer, (channels, frames, height, width), seen.grid, seen.frame_times.tolist())
 
-    def _plan(self, transformer: nn.Module, latents_shape: Any, grid: Tensor, frame_times: Tensor) -> AlignmentPlan:
+    def _plan(
+        self, transformer: nn.Module, latents_shape: Any, grid: Sequence[int], frame_times: Sequence[float]
+    ) -> AlignmentPlan:
         """How the tokens of videos of this shape are aligned; a `ValueError` if they cannot be."""
-        teacher = TokenGeometry(tuple(grid.tolist()), tuple(frame_times.tolist()))
+        frames, height, width = grid
+        teacher = TokenGeometry((frames, height, width), tuple(frame_times))
         key = (tuple(latents_shape[-3:]), teacher)
         if key not in self._plans:
             frames_per_latent = self.pipeline.vae_scale_factor_temporal if self.pipeline else FRAMES_PER_LATENT
             student = student_geometry(self.adapter, transformer, latents_shape, frames_per_latent)
             plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
             self._check_plan(plan)
-            self._plans[key] = plan
+            self._plans[key] = plan.to(self.args.device)
         return self._plans[key]
 
     def _check_plan(self, plan: AlignmentPlan) -> None:
@@ -231,7 +238,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
         target = self.adapter.noise_process.velocity(latents, noise, timesteps)
 
         seen = self.teacher_tokens(inputs)
-        plan = self._plan(self.model, latents.shape, torch.tensor(seen.grid), seen.frame_times)
+        plan = self._plan(self.model, latents.shape, seen.grid, seen.frame_times.tolist())
         with tap_alignment(self.adapter, model, self._block, self.head, plan) as tap:
             prediction = self.adapter.predict(model, noisy_latents, timesteps, self.conditions(inputs))
         error = velocity_error(prediction, target)  # (B,)
@@ -266,8 +273,9 @@ class VideoREPATrainer(_BaseVideoTrainer):
         if "video" in inputs:
             return self._look(inputs["video"])
         tokens = dequantise_tokens(inputs["teacher_tokens"], inputs["teacher_scale"])
-        grid = tuple(inputs["teacher_grid"].tolist())
-        return TeacherTokens(tokens, grid, inputs["teacher_frame_times"])
+        # These two stay on the host, which decides by them; a collator makes tensors of them, the loader lists.
+        grid, frame_times = (torch.as_tensor(inputs[name]) for name in TEACHER_COLUMNS[2:])
+        return TeacherTokens(tokens, tuple(grid.tolist()), frame_times)
 
     def _look(self, video: Tensor) -> TeacherTokens:
         """The teacher's tokens of videos, uint8 `(B, T, H, W, 3)`."""

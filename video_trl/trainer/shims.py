@@ -1,13 +1,14 @@
 """What `transformers.Trainer` asks of a model and a diffusers transformer does not offer."""
 
 import json
-from functools import partial
 from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
+from ..adapters import VideoAdapter
 from .auxiliary import detach_auxiliary
+from .recompute import enable_recompute
 
 
 class _TrackedConfig(FrozenDict):
@@ -20,7 +21,7 @@ class _TrackedConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str)
 
 
-def adapt_for_trainer(transformer: ModelMixin) -> None:
+def adapt_for_trainer(transformer: ModelMixin, adapter: VideoAdapter, checkpointing_policy: str) -> None:
     """Add, to this instance, a configuration that trackers can read and the switch of activation checkpointing."""
     # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's; the
     # trainer itself may have left a module beside the transformer.
@@ -28,10 +29,8 @@ def adapt_for_trainer(transformer: ModelMixin) -> None:
         transformer.__dict__.pop(name, None)
     detach_auxiliary(transformer)
     transformer._internal_dict = _TrackedConfig(transformer.config)
-    transformer.activation_checkpointing_enable = partial(_enable_activation_checkpointing, transformer)
 
+    def activation_checkpointing_enable(**kwargs: Any) -> None:  # the configuration has refused every argument
+        enable_recompute(transformer, list(adapter.blocks(transformer)), checkpointing_policy)
 
-def _enable_activation_checkpointing(transformer: ModelMixin, **kwargs: Any) -> None:
-    # The configuration has refused every argument, so `kwargs` holds defaults. diffusers checkpoints non-reentrantly,
-    # and only while gradients are recorded: the reference and evaluation run without it.
-    transformer.enable_gradient_checkpointing()
+    transformer.activation_checkpointing_enable = activation_checkpointing_enable

@@ -1,0 +1,129 @@
+"""
+Examples:
+
+  video-trl estimate gdpo                                                        the sandbox
+  video-trl estimate gdpo --config examples/configs/wan2.1-14b-gdpo.yaml --num_gpus 8 --card_gib 80
+  video-trl estimate dpo --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num_frames 81 --height 480 \\
+      --width 832 --card_gib 24
+  video-trl estimate dpo --config examples/configs/wan2.1-14b-dpo.yaml --num_gpus 8 --engine fsdp2 \\
+      --context_parallel_size 4
+
+Memory of each GPU by part, operations and communication of a training step, and if that does not fit the card, the
+cheapest way found that does. Nothing of the model's size is allocated and no weights are loaded: only the small JSON
+files of the pipeline are read. The file of --config is that of `video-trl train`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .data import DataArguments, classes, method_named
+from .frame import UsageError, check, parse, read_yaml, required, say
+
+
+if TYPE_CHECKING:
+    from ..trainer.estimate import Placement, Workload
+
+
+@dataclass
+class EstimateArguments:
+    """The options of a training that its memory depends on, with those of the machines."""
+
+    model_name_or_path: str = field(
+        default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of its repository."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
+    height: int | None = field(default=None, metadata={"help": "Its height in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Its width in pixels."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows (videos, pairs, groups) at a time."})
+    num_rejected: int = field(default=3, metadata={"help": "gdpo: rejected videos of a group."})
+    loss_type: str = field(default="sampled", metadata={"help": "gdpo: 'sampled' takes one of them in each step."})
+    relation_tokens: int = field(
+        default=3600, metadata={"help": "repa: tokens of the teacher that the relation loss compares."}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
+    lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
+    bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16."})
+    step_mode: str = field(default="auto", metadata={"help": "'concat', 'sequential', or what fits."})
+    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
+    checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
+    num_gpus: int = field(default=1, metadata={"help": "GPUs in all."})
+    engine: str = field(default="ddp", metadata={"help": "'ddp', 'zero2', 'zero3', 'zero3-offload' or 'fsdp2'."})
+    context_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the tokens of a video."})
+    card_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU, in GiB."})
+
+
+def run(argv: Sequence[str]) -> int:
+    name, rest = method_named("estimate", argv, __doc__)
+    args = _arguments(name, rest)
+    from ..trainer.estimate import HEADROOM, describe_estimate, estimate, recommend
+
+    work = workload(name, args)
+    card = int(args.card_gib * 2**30)
+    found = estimate(work, _placement(args, "concat" if args.step_mode == "auto" else args.step_mode))
+    if args.step_mode == "auto" and work.num_videos > 1 and found.peak > HEADROOM * card:
+        found = estimate(work, _placement(args, "sequential"))
+    say(describe_estimate(found))
+    fits = found.peak <= HEADROOM * card
+    say(f"{'Fits' if fits else 'Does not fit'} {args.card_gib:g} GiB, a tenth of it left free for the allocator.")
+    if not fits:
+        better = recommend(work, card, args.num_gpus)
+        say(
+            f"Nothing that is known fits {args.num_gpus} such GPUs: take more of them, or shorter or smaller videos."
+            if better is None
+            else f"This does:\n{describe_estimate(better)}"
+        )
+    say("Not counted: encoding, which is done before training; sample videos; CUDA itself (about 0.5 GiB).")
+    return 0
+
+
+def workload(name: str, args: EstimateArguments) -> "Workload":
+    """What these options train."""
+    from ..trainer.estimate import Workload
+    from .plan import compared_videos, empty_models, latents_shape
+
+    sizes = (args.num_frames, args.height, args.width)
+    if args.model_name_or_path == "sandbox" and sizes == (None, None, None):
+        sizes = (13, 64, 64)
+    frames, height, width = (
+        required(key, value, example)
+        for key, value, example in zip(("num_frames", "height", "width"), sizes, ("81", "480", "832"), strict=True)
+    )
+    adapter, transformer, vae = empty_models(args.model_name_or_path, args.revision)
+    compared = compared_videos(name, args.num_rejected, args.loss_type)
+    return Workload(
+        config={**transformer.config, "_class_name": type(transformer).__name__},
+        latents_shape=latents_shape(adapter, vae, (frames, height, width)),
+        num_videos=compared * args.per_device_train_batch_size,
+        reference="none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
+        lora_rank=args.lora_rank if args.use_peft else None,
+        bf16=args.bf16,
+        alignment=(1, args.relation_tokens, 1024) if name == "repa" else None,
+    )
+
+
+def _placement(args: EstimateArguments, step_mode: Any) -> "Placement":
+    from ..trainer.estimate import Placement
+
+    policy = args.checkpointing_policy if args.activation_checkpointing else None
+    engine: Any = args.engine
+    return Placement(args.num_gpus, engine, args.context_parallel_size, step_mode, policy)
+
+
+def _arguments(name: str, argv: Sequence[str]) -> EstimateArguments:
+    """Of a file for training, the options that matter here; a misspelt one is refused all the same."""
+    words = list(argv)
+    if any(word.partition("=")[0] == "--config" for word in words):
+        words = check((EstimateArguments, DataArguments, classes(name)[1]), words)
+        place = words.index("--config")
+        content = read_yaml(words[place + 1])
+        known = {item.name for item in fields(EstimateArguments)}
+        given = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
+        words = [*given, *words[:place], *words[place + 2 :]]
+    (args,) = parse(f"estimate {name}", __doc__, [EstimateArguments], words)
+    for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "card_gib"):
+        if not 0 < vars(args)[key] < math.inf:
+            raise UsageError(f"--{key} must be positive, got {vars(args)[key]}.")
+    return args
