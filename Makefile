@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo test test-slow quality format bench study-regdpo study-phygdpo docs clean
+.PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-regdpo study-phygdpo test-min build docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -54,7 +54,12 @@ format: $(INSTALLED)  ## apply ruff's fixes and its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## the sandbox comparison over three seeds, for docs/benchmarks/
+bench: bench-steps bench-sandbox  ## the two below, for docs/benchmarks/
+
+bench-steps: $(INSTALLED)  ## cost of a training step in every arrangement, JSON and markdown in outputs/steps (half an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/benchmarks/steps.py --output_dir outputs/steps
+
+bench-sandbox: $(INSTALLED)  ## the sandbox comparison over three seeds
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
 		--seeds 0 1 2 --output_dir outputs/bench
 
@@ -65,6 +70,15 @@ study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three se
 study-phygdpo: $(INSTALLED)  ## the ablation of PhyGDPO: 8 arms, three seeds, for docs/benchmarks/ (about an hour)
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py --report docs/benchmarks/phygdpo_ablation.md
+
+test-min: $(INSTALLED)  ## fast tests with the oldest versions that pyproject.toml allows, in .venv-min
+	test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
+	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt $(TORCH_ARGS) torch
+	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
+	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 -m "not slow"
+
+build: $(INSTALLED)  ## wheel and sdist, in dist/
+	$(BIN)/python -m build --outdir dist .
 
 docs: $(INSTALLED_DOCS)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -22,13 +22,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from video_trl.evaluation.physion import ProbeClip
 
 
 @dataclass
@@ -68,69 +61,18 @@ class ProbeArguments:
 def main(argv: list[str]) -> None:
     from trl import TrlParser
 
-    from video_trl.evaluation.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe, probe_table
-    from video_trl.teachers import load_teacher
+    from video_trl.evaluation.physion import probe_table
+    from video_trl.evaluation.probing import probe_models
 
     (args,) = TrlParser((ProbeArguments,)).parse_args_and_config(args=argv)
-    train, test = clips_of(args)
-    # The sandbox has so few tokens that none need be pooled.
-    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if args.physion is None else {}
-    common: dict[str, Any] = {"batch_size": args.batch_size, "height": args.height, "width": args.width}
-    results = {"pixels": probe(PixelFeatures(), train, test, name="pixels", **common)}
-    pipeline = load(args.model_name_or_path)
-    base = pipeline.transformer
-    for adapter in ("", *args.adapters):
-        if adapter and (Path(adapter) / "transformer").is_dir():
-            whole = type(base).from_pretrained(adapter, subfolder="transformer", dtype=base.dtype)
-            pipeline.transformer = whole.to(base.device)
-        elif adapter:
-            pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
-        features = DiffusionFeatures(pipeline, block=args.block, noise_levels=args.noise_levels, **pooling)
-        name = adapter or args.model_name_or_path
-        results[name] = probe(features, train, test, name=name, **common)
-        if pipeline.transformer is not base:
-            pipeline.transformer = base
-        elif adapter:
-            pipeline.unload_lora_weights()
-    teacher = args.teacher or ("sandbox" if args.model_name_or_path == "sandbox" else None)
-    if teacher is not None:
-        size = {"height": args.teacher_height, "width": args.teacher_width} if args.teacher_height else {}
-        ceiling = TeacherFeatures(load_teacher(teacher, **size), **pooling)
-        results[f"{teacher} (teacher)"] = probe(ceiling, train, test, name=teacher, **common)
+    chosen = asdict(args)
+    output, height, width = (chosen.pop(name) for name in ("output", "teacher_height", "teacher_width"))
+    size = {"height": height, "width": width} if height else {}
+    results = probe_models(chosen.pop("model_name_or_path"), teacher_kwargs=size, **chosen)
     print(probe_table(results))
-    if args.output:
+    if output:
         content = {"arguments": asdict(args), "results": {name: asdict(result) for name, result in results.items()}}
-        Path(args.output).write_text(json.dumps(content, indent=1))
-
-
-def clips_of(args: ProbeArguments) -> tuple[list["ProbeClip"], list["ProbeClip"]]:
-    """Clips to fit the probe on, and to test it on."""
-    if args.physion is not None:
-        from video_trl.evaluation.physion import read_physion
-
-        frames: dict[str, Any] = {"num_frames": args.num_frames, "frame_step": args.frame_step}
-        return read_physion(args.physion, "train", **frames), read_physion(args.physion, "test", **frames)
-    if args.model_name_or_path != "sandbox":
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path} needs --physion: simulated clips have the sandbox's "
-            "size. Pass the folder that holds `physion_mp4s`."
-        )
-    from video_trl.sandbox.probe import contact_clips
-
-    return contact_clips(args.num_train, seed=11), contact_clips(args.num_test, seed=12)
-
-
-def load(name: str) -> "DiffusionPipeline":
-    """The pipeline, on the accelerator if there is one."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    if name == "sandbox":
-        from video_trl.sandbox import load_sandbox
-
-        return load_sandbox().pipeline
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return DiffusionPipeline.from_pretrained(name, dtype=torch.float32).to(device)
+        Path(output).write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.mkdtemp(prefix="video-trl-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["HF_HOME"] = _cache
+os.environ["TRACKIO_DIR"] = os.path.join(_cache, "trackio")
 
 # Progress bars share a lock between processes by default. A test that kills a forked process in the middle of a bar
 # would leave it locked, and every later bar of the run would wait for ever.

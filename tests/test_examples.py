@@ -157,7 +157,7 @@ def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):
     assert list(results) == ["pixels", "sandbox", str(whole), "sandbox (teacher)"]
     assert results[str(whole)] == results["sandbox"] != results["pixels"]
     assert all(len(result["probabilities"]) == 6 and name in printed for name, result in results.items())
-    with pytest.raises(ValueError, match="needs --physion"):
+    with pytest.raises(ValueError, match="needs `physion`"):
         _load("probe_physion").main(["--model_name_or_path", "no/such-model"])
 
 

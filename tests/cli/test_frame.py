@@ -70,7 +70,7 @@ def test_examples_in_the_help_and_on_the_page_have_options_that_exist(words, cap
 
 
 def test_every_verb_has_examples():
-    assert {words[0] for words in COMMANDS} >= set(VERBS) and len(PAGE) == 7
+    assert {words[0] for words in COMMANDS} >= set(VERBS) and len(PAGE) >= 8
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,23 @@ def test_every_verb_has_examples():
         (["train", "gdpp"], 2, "no method 'gdpp' (did you mean 'gdpo'?)"),
         (["train", "gdpo", "--model_name_or_path", "my/model"], 2, "needs --dataset_name"),
         (["train", "dpo", "--beta", "-1"], 1, "`beta` must be positive"),
-        (["train", "dpo", "--evaluator_judge", "sandbox"], 2, "need --eval_rows"),
+        (["train", "dpo", "--evaluator_judge", "sandbox"], 2, "add --eval_strategy steps"),
+        (["train", "dpo", "--early_stopping_patience", "2"], 2, "needs a metric to watch"),
+        (["train", "sft", "--num_processes", "2", "--config_file", "x.yaml", "--max_step", "1"], 2, "'max_steps'"),
+        (
+            ["train", "sft", "--model_name_or_path", "a/b", "--dataset_name", "c", "--sample_every", "9"],
+            2,
+            "--sample_prompts is needed",
+        ),
+        (["eval", "--benchmark", "physion", "--model_name_or_path", "my/model"], 1, "needs `physion`"),
+        (["eval", "--benchmark", "vbench", "--results", "a=.", "b=scores.csv"], 2, "all files or all runs"),
+        (["eval", "--benchmark", "vbench", "--results", "a=."], 1, "Expected an evaluation run in ."),
         (["push", "folder"], 2, "expected a folder and a repository id"),
         (["push", ".", "me/adapter"], 1, "Nothing to push"),
         (["curate", "gtpairs"], 2, "no recipe 'gtpairs' (did you mean 'gt-pairs'?)"),
         (["curate", "gt-pairs"], 2, "--sources is needed"),
+        (["curate", "phyaug", "--actions", "sandbox"], 2, "--sources is needed"),
+        (["curate", "phyaug", "--sources", "clips"], 1, "`actions` is needed"),
     ],
 )
 def test_errors_are_one_line_with_the_right_code(argv, code, message, capsys, tmp_path, monkeypatch):

@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.curation.clips import SMALL, write_clip
+from tests.curation.phyaug_runs import settings as phyaug_settings
 from video_trl.cli import main
 from video_trl.cli.data import METHODS, DataArguments, classes, make_trainer
 from video_trl.cli.train import split_launcher
+from video_trl.data import write_video
 from video_trl.hub import LORA_FILE_NAME
-from video_trl.sandbox import build_group_dataset, load_sandbox
+from video_trl.sandbox import build_group_dataset, load_sandbox, simulate
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +47,9 @@ def options(name, groups, cache, output_dir):
 def test_every_method_trains_and_leaves_an_adapter(name, groups, cache, tmp_path, capsys):
     assert main(["train", name, *options(name, groups, cache, tmp_path)]) == 0
     assert (tmp_path / LORA_FILE_NAME).is_file() and (tmp_path / "README.md").is_file()
-    assert f"1 steps; what was trained is in {tmp_path}" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].startswith(f"1 steps. In {tmp_path}: {LORA_FILE_NAME} (adapter), README.md (")
+    assert told.err.rstrip().endswith("the trained weights after trainer.save_model().")
 
 
 def test_encode_prepares_what_training_then_finds(groups, tmp_path, capsys, caplog):
@@ -92,8 +99,13 @@ def test_dry_run_says_what_the_trainer_will_do_and_starts_nothing(name, lora, gr
     )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     assert f"of which trained {trained:,}" in printed
+    assert "memory of a step:       0.0" in printed and "other activations" in printed
     assert "rows:                   3\n" in printed
-    assert "steps:                  10 of 2 rows, 5.00 epochs (1 processes)" in printed
+    assert "steps:                  10 of 2 rows, 5.00 epochs (1 process)" in printed
+    (tmp_path / "eight.yaml").write_text("num_processes: 8\n")
+    for launcher in (["--num_processes", "8"], [f"--accelerate_config={tmp_path / 'eight.yaml'}"]):
+        assert main(["train", name, *argv, "--dry_run", *launcher]) == 0
+        assert "steps:                  5 of 16 rows, 5.00 epochs (8 processes)" in capsys.readouterr().out
 
 
 def test_configuration_of_a_dry_run_gives_the_same_run(groups, tmp_path, capsys):
@@ -145,15 +157,43 @@ def test_options_of_the_launcher_are_told_apart():
     assert launcher == ["--num_processes", "8", "--multi_gpu", "--main_process_port=29"]
     assert ours == ["--config", "x.yaml", "--bf16", "--seed", "1"]
     assert split_launcher(["--max_steps", "2", "--deepspeed", "zero.json"])[0] == []
+    assert split_launcher(["--accelerate_config", "fsdp.yaml"])[0] == ["--config_file", "fsdp.yaml"]
+
+
+def test_a_typo_is_told_before_anything_is_launched(capsys):
+    assert main(["train", "sft", "--num_processes", "8", "--num_clip", "7"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did you mean 'num_clips'?" in line
 
 
 @pytest.mark.slow
-def test_launch_passes_everything_on_and_gives_the_exit_code_back(capfd):
-    argv = ["train", "sft", "--num_processes", "1", "--dry_run", "--use_cpu"]
-    assert main([*argv, "--num_clips", "7"]) == 0
-    assert "rows:                   7\n" in capfd.readouterr().out
-    assert main([*argv, "--num_clip", "7"]) != 0
-    assert "did you mean 'num_clips'?" in capfd.readouterr().err
+@pytest.mark.timeout(900)
+def test_launch_passes_everything_on_and_gives_the_exit_code_back(groups, cache, tmp_path):
+    command = [sys.executable, "-m", "video_trl", "train", "sft", "--num_processes", "2", "--multi_gpu"]
+    command += [*options("sft", groups, cache, tmp_path), "--ddp_backend", "gloo"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"1 steps. In {tmp_path}: {LORA_FILE_NAME} (adapter)") == 1  # of two processes
+    assert done.stderr.count("peak memory") == 1
+    done = subprocess.run([*command, "--dataset_name", "nowhere"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "--dataset_name: expected a dataset" in done.stderr
+
+
+def test_sample_videos_and_early_stopping_without_rows_to_evaluate(groups, cache, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A red ball falls to the floor.\n")
+    when = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    best = ["--metric_for_best_model", "eval_pc", "--greater_is_better", "true", "--early_stopping_patience", "1"]
+    videos = ["--sample_every", "2", "--sample_prompts", str(prompts)]
+    judge = ["--evaluator_judge", "sandbox", "--evaluator_num_prompts", "1", "--learning_rate", "0"]
+    argv = [*options("sft", groups, cache, tmp_path), *when, *best, *videos, *judge, "--max_steps", "9"]
+    assert main(["train", "sft", *argv]) == 0
+    state = json.loads(max(tmp_path.glob("checkpoint-*")).joinpath("trainer_state.json").read_text())
+    assert state["global_step"] == 2  # the model stands still: the second evaluation is no better than the first
+    assert not any("eval_loss" in entry for entry in state["log_history"])
+    made = {str(path.relative_to(tmp_path / "samples")) for path in (tmp_path / "samples").glob("step_*/*.mp4")}
+    assert made == {"step_0/00.mp4", "step_2/00.mp4"}
 
 
 def test_curated_pairs_are_a_dataset_to_train_on(tmp_path, capsys):
@@ -166,4 +206,18 @@ def test_curated_pairs_are_a_dataset_to_train_on(tmp_path, capsys):
     pairs = str(tmp_path / "out" / "pairs")
     assert f"dataset: {pairs};" in capsys.readouterr().out
     assert main(["train", "dpo", "--dataset_name", pairs, "--dry_run", "--use_cpu"]) == 0
+    assert "rows:                   1\n" in capsys.readouterr().out
+
+
+def test_curated_groups_are_a_dataset_to_train_on(tmp_path, capsys):
+    clip = simulate(40_000_000, motion="rolling")
+    path = write_video(tmp_path / "clips" / "a.mp4", clip.video, clip.fps)
+    path.with_suffix(".txt").write_text(clip.prompt)
+    output = tmp_path / "out"
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(phyaug_settings(output, seeds=[0], budget=1)))
+    argv = ["curate", "phyaug", "--config", str(tmp_path / "small.yaml"), "--sources", str(tmp_path / "clips")]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert f"dataset: {output / 'groups'};" in printed and "1 clip in = 1 kept" in printed
+    assert main(["train", "gdpo", "--dataset_name", str(output / "groups"), "--dry_run", "--use_cpu"]) == 0
     assert "rows:                   1\n" in capsys.readouterr().out

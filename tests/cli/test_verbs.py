@@ -8,12 +8,16 @@ import sys
 
 import datasets
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
 from tests.evaluation.runs import make_run
+from video_trl import VideoSFTConfig, VideoSFTTrainer
 from video_trl.cli import main
-from video_trl.cli.doctor import FAULT, NOTE, OK, disk, versions
+from video_trl.cli.doctor import FAULT, NOTE, OK, device, disk, memory, python, versions
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.run import load_run
+from video_trl.evaluation.vbench import FrameConsistency
 from video_trl.evaluation.voting import Vote, VoteFile, open_study
 from video_trl.judges import load_judge
 from video_trl.sandbox import simulate
@@ -104,6 +108,47 @@ def test_eval_counts_the_results_of_other_programs(here, capsys):
     assert main(["eval", "--benchmark", "vbench", "--results", "a.json"]) == 2
 
 
+def test_eval_computes_two_dimensions_of_vbench_for_runs(runs, here, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(image_size=224, patch_size=32, **sizes)).save_pretrained(here / "dino")
+    config = CLIPVisionConfig(image_size=224, patch_size=32, projection_dim=8, **sizes)
+    CLIPVisionModelWithProjection(config).save_pretrained(here / "clip")
+    encoders = ["--dino", str(here / "dino"), "--clip", str(here / "clip")]
+    capsys.readouterr()
+    assert main(["eval", "--benchmark", "vbench", "--results", "base=base", "dpo=dpo", *encoders]) == 0
+    header, _, base, *_ = [
+        line for line in capsys.readouterr().out.splitlines() if "consistency" in line or "[" in line
+    ]
+    assert "dino_consistency" in header and "clip_consistency" in header
+    videos = sorted((here / "base" / "videos").glob("*.mp4"))
+    expected = sum(FrameConsistency("dino", here / "dino")(videos)) / len(videos)
+    assert f"{expected:.5f}" in base
+    next((here / "base" / "videos").glob("*.mp4")).unlink()
+    assert main(["eval", "--benchmark", "vbench", "--results", "base=base", *encoders]) == 1
+    assert "1 of 4 videos are missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eval_probes_the_model_and_its_adapter(here, capsys):
+    pytest.importorskip("sklearn")
+    save_adapter(here / "adapter")
+    argv = ["eval", "--benchmark", "physion", "--adapter", str(here / "adapter"), "--probe_clips", "12"]
+    assert main(argv) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "pixels", "sandbox", str(here / "adapter"), "sandbox (teacher)"
+    ]  # fmt: skip
+    assert all(line.rstrip().endswith("/12 |") for line in lines[2:])
+
+
+def save_adapter(folder):
+    """An adapter of the sandbox's model, as training saves it before its first step."""
+    args = VideoSFTConfig(str(folder), use_cpu=True)
+    clip = {"prompt": "A red ball falls to the floor.", "video": simulate(1).video}
+    VideoSFTTrainer("sandbox", args, [clip]).save_model()
+
+
 def test_report_prints_the_comparison_and_writes_the_page(runs, here, capsys):
     log = {"log_history": [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]}
     (here / "state.json").write_text(json.dumps(log))
@@ -154,7 +199,9 @@ def test_doctor_finds_this_environment_good_and_shows_no_token(capsys, monkeypat
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "No faults found." in printed and "a token is there" in printed and "hf_secret" not in printed
-    assert {"torch", "device", "attention", "mp4", "disk"} <= {line[6:28].strip() for line in printed.splitlines()}
+    assert {"Python", "torch", "device", "attention", "memory", "mp4", "disk"} <= {
+        line[6:28].strip() for line in printed.splitlines()
+    }
 
 
 def test_doctor_names_what_is_too_old_or_missing_and_what_to_do(monkeypatch):
@@ -162,6 +209,27 @@ def test_doctor_names_what_is_too_old_or_missing_and_what_to_do(monkeypatch):
     found = {finding.subject: finding for finding in versions()}
     assert found["torch"].verdict == found["no-such-package"].verdict == FAULT and found["numpy"].verdict == OK
     assert "pip install 'no-such-package>=1'" in found["no-such-package"].text
+
+
+def test_doctor_notices_a_gpu_that_torch_cannot_use(monkeypatch, here):
+    if torch.accelerator.is_available():
+        pytest.skip("torch can use the one that is there")
+    (finding,) = device()
+    assert finding.verdict == NOTE and "CPU" in finding.text
+    (here / "version").write_text("NVRM version: NVIDIA UNIX")
+    monkeypatch.setattr("video_trl.cli.doctor._NVIDIA_DRIVER", str(here / "version"))
+    (finding,) = device()
+    assert finding.verdict == FAULT and torch.__version__ in finding.text and "install the torch build" in finding.text
+
+
+def test_doctor_notices_little_memory_and_an_old_python(monkeypatch):
+    assert {finding.subject for finding in memory()} >= {"memory"}
+    monkeypatch.setattr("video_trl.cli.doctor._LEAST_MEMORY_GIB", 1e6)
+    monkeypatch.setattr("video_trl.cli.doctor._LEAST_SHARED_GIB", 1e6)
+    assert {finding.verdict for finding in memory()} == {NOTE}
+    assert next(python()).verdict == OK
+    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
+    assert next(python()).verdict == FAULT
 
 
 def test_doctor_looks_at_the_folder_that_will_be_made(monkeypatch, here):

@@ -9,7 +9,8 @@ import pytest
 
 from tests.evaluation.runs import ColourJudge
 from video_trl.data.video_io import read_video
-from video_trl.evaluation.evaluate import evaluate_model, sandbox_prompts
+from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, sandbox_prompts
+from video_trl.evaluation.run import load_run
 from video_trl.sandbox import load_sandbox
 from video_trl.sandbox.benchmark import evaluate
 from video_trl.sandbox.prompts import MOTIONS
@@ -96,3 +97,20 @@ def test_script_evaluates_and_compares(evaluated, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "unguided, custom" in printed and "unguided vs sandbox" in printed
     assert (tmp_path / "run" / "comparison.html").read_text().count("<video") == 6
+
+
+@pytest.mark.parametrize(("benchmark", "joint"), [("custom", 1.0), ("videophy2", 0.0)])
+def test_an_evaluator_in_training_counts_by_the_rule_of_its_benchmark(benchmark, joint, tmp_path):
+    class Lenient:
+        name = identity = "lenient"
+
+        def score(self, videos, prompts):
+            return [{"sa": 0.6, "pc": 0.6} for _ in videos]  # a rating of 3 of 5
+
+    sandbox = load_sandbox()
+    call = {**sandbox.call_kwargs, **QUICK}
+    evaluator = TrainingEvaluator(sandbox_prompts(1), Lenient(), fps=8, call_kwargs=call, benchmark=benchmark)
+    assert evaluator(sandbox.pipeline, output_dir=str(tmp_path), step=3) == {"sa": 0.6, "pc": 0.6, "joint": joint}
+    assert load_run(tmp_path / "evaluation" / "step-3").benchmark == benchmark
+    with pytest.raises(ValueError, match="vidophy"):
+        TrainingEvaluator(["A ball falls."], Lenient(), fps=8, benchmark="vidophy")

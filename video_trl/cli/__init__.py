@@ -14,14 +14,16 @@ from .frame import UsageError, nearest, say
 # Verb -> what it does. Its module has the same name and is imported only when the verb is used.
 VERBS = {
     "train": "train a model: sft, dpo, gdpo, regdpo or repa",
-    "curate": "make a preference dataset: gt-pairs",
+    "curate": "make a preference dataset: gt-pairs or phyaug",
     "encode": "encode a dataset once, for any number of trainings",
     "generate": "videos of prompts x seeds, as a run",
     "score": "let a judge score a run, or a table of videos",
     "eval": "prompts x seeds -> videos -> scores -> a table with intervals",
     "report": "compare runs: a table, and one HTML page with their videos",
     "vote": "let people compare runs, blind, in the browser",
-    "push": "upload an adapter with its model card to the Hub",
+    "push": "upload an adapter with its model card, or a curated dataset, to the Hub",
+    "export": "an adapter for ComfyUI and other tools, and back",
+    "estimate": "memory and cost of a training, and what fits a card",
     "doctor": "check versions, devices, codecs, disk and Hub login",
 }
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; 0 is success
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("video_trl").setLevel(logging.INFO)
+    # DeepSpeed, which accelerate imports where it is installed, warns on standard output, where results go.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         if verb not in VERBS:
             raise UsageError(f"no verb {verb!r}{nearest(verb, VERBS)}. video-trl --help lists them.")

@@ -12,6 +12,7 @@ from .options import load_dataset, mapping
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SAMPLES = 4  # sample videos of the sandbox
 _FIRST_CLIP = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
 
 
@@ -48,21 +49,39 @@ class DataArguments:
     num_clips: int = field(default=256, metadata={"help": "Sandbox, sft, repa: simulated clips."})
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
-        default=None, metadata={"help": "Also generate videos in each evaluation, and let this judge score them."}
+        default=None,
+        metadata={"help": "Also generate videos in each evaluation, and let this judge score them: eval_sa, eval_pc."},
     )
     evaluator_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of that judge, as a mapping in YAML or JSON."}
     )
     evaluator_prompts: str | None = field(
-        default=None, metadata={"help": "File of prompts for it. Unset: held-out ones of the sandbox."}
+        default=None, metadata={"help": "File of prompts for it. Unset: the sandbox's held-out ones."}
     )
     evaluator_num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
+    evaluator_benchmark: str = field(
+        default="custom",
+        metadata={"help": "Rule for eval_joint, and prompts where none are given: 'custom', 'videophy', 'videophy2'."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when --metric_for_best_model, such as eval_pc, has not improved for so many evaluations."
+        },
+    )
+    sample_every: int | None = field(
+        default=None,
+        metadata={"help": "Every so many steps, make the same videos again: OUTPUT_DIR/samples, trackers."},
+    )
+    sample_prompts: str | None = field(
+        default=None, metadata={"help": "File of prompts for them. Unset: four of the sandbox's held-out ones."}
+    )
     on_collapse: Literal["warn", "stop"] = field(
         default="warn",
         metadata={"help": "dpo, regdpo: what to do when the model gets worse at both videos of a pair."},
     )
     dry_run: bool = field(
-        default=False, metadata={"help": "Print configuration, rows, tokens, parameters and steps; start nothing."}
+        default=False, metadata={"help": "Print configuration, rows, tokens, memory and steps; start nothing."}
     )
 
 
@@ -109,18 +128,23 @@ def parse_training(verb: str, name: str, argv: Sequence[str], text: str) -> tupl
             f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
             "data. Pass a repository id or a folder (docs/dataset_formats.md)."
         )
-    if data.evaluator_judge is not None:
-        if data.model_name_or_path != "sandbox":
+    if data.model_name_or_path != "sandbox":
+        if data.evaluator_judge is not None and data.evaluator_benchmark == "custom":
             required("evaluator_prompts", data.evaluator_prompts, "prompts.txt")
-        if not data.eval_rows:
-            raise UsageError("--evaluator_judge works in evaluations, which need --eval_rows, such as --eval_rows 16.")
+        if data.sample_every is not None:
+            required("sample_prompts", data.sample_prompts, "prompts.txt")
+    if data.evaluator_judge is not None and args.eval_strategy == "no":
+        raise UsageError("--evaluator_judge works in evaluations: add --eval_strategy steps --eval_steps 100.")
+    if data.early_stopping_patience is not None and (args.metric_for_best_model is None or args.eval_strategy == "no"):
+        raise UsageError(
+            "--early_stopping_patience needs a metric to watch: add --metric_for_best_model eval_pc "
+            "--greater_is_better true --eval_strategy steps --eval_steps 100."
+        )
     return data, args
 
 
 def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
     """The trainer of a method, its data loaded or made, and encoded."""
-    from ..trainer.collapse import CollapseMonitor
-
     dataset = training_data(name, data, args)
     held_out = None
     if data.eval_rows:
@@ -134,7 +158,7 @@ def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
         args,
         dataset,
         held_out,
-        callbacks=[CollapseMonitor(data.on_collapse)] if name in _MONITORED else None,
+        callbacks=_callbacks(name, data),
         evaluator=_evaluator(data, args),
     )
 
@@ -181,21 +205,42 @@ def _simulated_clips(number: int, folder: Path) -> "Dataset":
     return datasets.Dataset.from_list(rows)
 
 
+def _callbacks(name: str, data: DataArguments) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    from ..evaluation.evaluate import evaluation_prompts
+    from ..trainer.callbacks import LogVideosCallback
+    from ..trainer.collapse import CollapseMonitor
+
+    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if name in _MONITORED else []
+    if data.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
+    if data.sample_every is not None:
+        prompts = evaluation_prompts(data.sample_prompts, None if data.sample_prompts else _SAMPLES)
+        texts = [prompt.generation_text or prompt.text for prompt in prompts]
+        sampling = _sandbox_call() if data.model_name_or_path == "sandbox" else None
+        callbacks.append(LogVideosCallback(texts, every_steps=data.sample_every, call_kwargs=sampling))
+    return callbacks
+
+
+def _sandbox_call() -> dict[str, Any]:
+    from ..sandbox import load_sandbox
+
+    return dict(load_sandbox().call_kwargs)
+
+
 def _evaluator(data: DataArguments, args: Any) -> Any:
     if data.evaluator_judge is None:
         return None
     from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
     from ..judges import load_judge
 
-    call = {}
-    if data.model_name_or_path == "sandbox":
-        from ..sandbox import load_sandbox
-
-        call = dict(load_sandbox().call_kwargs)
+    call = _sandbox_call() if data.model_name_or_path == "sandbox" else {}
     sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
     return TrainingEvaluator(
-        evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts),
+        evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts, data.evaluator_benchmark),
         load_judge(data.evaluator_judge, **mapping("evaluator_options", data.evaluator_options)),
         fps=args.fps or 8.0,
         call_kwargs=call | sizes,
+        benchmark=data.evaluator_benchmark,
     )

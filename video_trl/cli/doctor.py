@@ -10,6 +10,8 @@ Exit code 1 if something is there that will stop a training.
 """
 
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +23,19 @@ from .frame import parse, say
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
 _LEAST_FREE_GIB = 20  # a model of 1.3 billion parameters with its text encoder, and some videos
+_LEAST_MEMORY_GIB = 16  # the same model in bfloat16 passes through it
+_LEAST_SHARED_GIB = 1  # batches of `dataloader_num_workers`
+_NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 _EXTRAS = {
     "sentencepiece": "the judges VideoCon-Physics and VideoPhy-2: pip install 'video-trl[judges]'",
     "sentence-transformers": "action clustering: pip install 'video-trl[curation]'",
     "scikit-learn": "linear probes: pip install 'video-trl[evaluation]'",
+    "ray": "curation on a cluster: pip install 'video-trl[ray]'",
+    "deepspeed": "sharded training with DeepSpeed: pip install 'video-trl[deepspeed]'",
     "tensorboard": "training curves with --report_to tensorboard: pip install tensorboard",
 }
+
+_KERNELS = ("flash-attn", "sageattention", "xformers")
 
 
 @dataclass
@@ -47,7 +56,7 @@ class Finding:
 
 def run(argv: Sequence[str]) -> int:
     (args,) = parse("doctor", __doc__, [DoctorArguments], argv)
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (versions, device, attention, codecs, hub)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (python, versions, device, attention, memory, codecs, hub)
     found = [finding for check in checks for finding in check()]
     found += disk(args.output_dir)
     for finding in found:
@@ -55,6 +64,17 @@ def run(argv: Sequence[str]) -> int:
     faults = sum(finding.verdict == FAULT for finding in found)
     say(f"\n{faults or 'No'} fault{'' if faults == 1 else 's'} found.")
     return 1 if faults else 0
+
+
+def python() -> Iterator[Finding]:
+    """The interpreter against what this package declares."""
+    from packaging.specifiers import SpecifierSet
+
+    version, needed = platform.python_version(), metadata.metadata("video-trl")["Requires-Python"]
+    fits = SpecifierSet(needed).contains(version, prereleases=True)
+    yield Finding(
+        OK if fits else FAULT, "Python", version if fits else f"{version}, needed {needed}: make a new environment"
+    )
 
 
 def versions() -> Iterator[Finding]:
@@ -74,9 +94,9 @@ def versions() -> Iterator[Finding]:
         advice = "" if fits else f", needed {requirement.specifier}: pip install '{requirement}'"
         yield Finding(OK if fits else FAULT, requirement.name, f"{version}{advice}")
     for name, purpose in _EXTRAS.items():
-        try:
+        if _installed(name):
             yield Finding(OK, name, metadata.version(name))
-        except metadata.PackageNotFoundError:
+        else:
             yield Finding(NOTE, name, f"not installed; it is for {purpose}")
 
 
@@ -84,6 +104,13 @@ def device() -> Iterator[Finding]:
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None and (Path(_NVIDIA_DRIVER).exists() or shutil.which("nvidia-smi")):
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        advice = "install the torch build for the driver's CUDA (see `nvidia-smi`), and look at CUDA_VISIBLE_DEVICES"
+        yield Finding(
+            FAULT, "device", f"an NVIDIA driver, but torch {torch.__version__} {built} and sees no GPU: {advice}"
+        )
+        return
     if accelerator is None:
         advice = "fine for the sandbox; models of a billion parameters need a GPU"
         yield Finding(NOTE, "device", f"CPU, {torch.get_num_threads()} threads: {advice}")
@@ -116,6 +143,30 @@ def attention() -> Iterator[Finding]:
     fast = len(working) > 1
     advice = "" if fast else ": long videos will be slow and may not fit; install a torch build for this device"
     yield Finding(OK if fast else NOTE, "attention", f"{', '.join(working)}{advice}")
+    found = [f"{name} {metadata.version(name)}" for name in _KERNELS if _installed(name)]
+    absent = f"none of {', '.join(_KERNELS)}; not needed, torch's own are used"
+    yield Finding(OK, "attention kernels", ", ".join(found) or absent)
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def memory() -> Iterator[Finding]:
+    """Of the machine, and of what processes share."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    advice = "" if total >= _LEAST_MEMORY_GIB else ": enough for the sandbox, little for a model"
+    yield Finding(NOTE if advice else OK, "memory", f"{total:.0f} GiB{advice}")
+    if os.path.isdir("/dev/shm"):
+        shared = shutil.disk_usage("/dev/shm").total / 2**30
+        advice = (
+            "" if shared >= _LEAST_SHARED_GIB else ": keep --dataloader_num_workers 0, or `docker run --shm-size 8g`"
+        )
+        yield Finding(NOTE if advice else OK, "shared memory", f"{shared:.1f} GiB{advice}")
 
 
 def codecs() -> Iterator[Finding]:

@@ -9,13 +9,19 @@ Examples:
       --benchmark videophy2 --judge videophy2 --output_dir runs/wan  the benchmark's own prompts
   video-trl eval --benchmark phygenbench --results result.json       counts results of PhyGenBench's program
   video-trl eval --benchmark vbench --results base=a.json dpo=b.json the same for VBench; the first is the baseline
+  video-trl eval --benchmark vbench --results base=runs/base dpo=runs/dpo    two of its dimensions, computed here
+  video-trl eval --benchmark physion --adapter out/repa              linear probe of hidden states, on simulated clips
+  video-trl eval --benchmark physion --physion data/physion --model_name_or_path zai-org/CogVideoX-2b \\
+      --probe_block 18 --height 480 --width 720 --adapter out/repa   the same on Physion v1.5
 
 Stopped at any moment it goes on when started again with the same options. Another judge: `video-trl score`;
 side by side: `video-trl report`; people: `video-trl vote`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from .frame import UsageError, parse, required, say
 from .options import JudgeArguments, RunArguments
@@ -31,21 +37,35 @@ class EvalArguments:
     benchmark: str = field(
         default="custom",
         metadata={
-            "help": "Rule that scores are counted by: 'custom', 'videophy', 'videophy2'; or 'phygenbench', 'vbench', "
-            "which read --results. For 'videophy' and 'videophy2' --prompts is the benchmark's CSV. Unset: the Hub's."
+            "help": "Rule to count scores by: 'custom', 'videophy', 'videophy2' (--prompts is their CSV, unset "
+            "the Hub's); or 'phygenbench', 'vbench', which read --results; or 'physion', a probe of the model."
         },
     )
     results: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files that the benchmark's own program wrote; VBench's as NAME=FILE."},
+        metadata={
+            "help": "Files that the benchmark's own program wrote; VBench's as NAME=FILE, or as NAME=RUN to compute "
+            "the consistency of a run's videos here."
+        },
     )
+    dino: str | None = field(default=None, metadata={"help": "vbench on runs: DINO encoder. Unset: VBench's."})
+    clip: str | None = field(default=None, metadata={"help": "vbench on runs: CLIP encoder. Unset: VBench's."})
+    physion: str | None = field(
+        default=None, metadata={"help": "physion: folder with physion_mp4s. Unset: simulated clips, for the sandbox."}
+    )
+    probe_block: int = field(default=4, metadata={"help": "physion: block that is probed, counted from 1."})
+    probe_clips: int = field(default=480, metadata={"help": "physion, simulated: clips to fit on, and to test on."})
+    teacher: str | None = field(default=None, metadata={"help": "physion: video encoder to probe as well."})
 
 
 def run(argv: Sequence[str]) -> int:
     args, run_args, judge_args = parse("eval", __doc__, [EvalArguments, RunArguments, JudgeArguments], argv)
     if args.benchmark in _READ:
         files = required("results", args.results, "result.json" if args.benchmark == "phygenbench" else "base=a.json")
-        say(_phygenbench(files) if args.benchmark == "phygenbench" else _vbench(files))
+        say(_phygenbench(files) if args.benchmark == "phygenbench" else _vbench(files, args))
+        return 0
+    if args.benchmark == "physion":
+        say(_physion(args, run_args))
         return 0
     if args.results:
         raise UsageError(f"--results are read for {' and '.join(_READ)}, not for {args.benchmark!r}.")
@@ -94,13 +114,55 @@ def _phygenbench(files: Sequence[str]) -> str:
     return text_table(Table("PhyGenBench", header, rows, "Share of the points; a prompt has three."))
 
 
-def _vbench(files: Sequence[str]) -> str:
+def _physion(args: EvalArguments, run_args: RunArguments) -> str:
+    from ..evaluation.physion import probe_table
+    from ..evaluation.probing import probe_models
+
+    frames: dict[str, Any] = {} if run_args.num_frames is None else {"num_frames": run_args.num_frames}
+    results = probe_models(
+        run_args.model_name_or_path,
+        [run_args.adapter] if run_args.adapter else [],
+        block=args.probe_block,
+        teacher=args.teacher,
+        physion=args.physion,
+        num_train=args.probe_clips,
+        num_test=args.probe_clips,
+        height=run_args.height,
+        width=run_args.width,
+        **frames,
+    )
+    return probe_table(results)
+
+
+def _vbench(files: Sequence[str], args: EvalArguments) -> str:
     from ..evaluation.tables import text_table
     from ..evaluation.vbench import load_vbench, vbench_table
 
     named = dict(file.partition("=")[::2] for file in files)
     if not all(named.values()) or len(named) < len(files):
         raise UsageError(f"--results of VBench are NAME=FILE with distinct names, got {' '.join(files)}.")
-    return text_table(
-        vbench_table({name: load_vbench(path).values for name, path in named.items()}, baseline=next(iter(named)))
+    folders = [Path(path).is_dir() for path in named.values()]
+    if any(folders) and not all(folders):
+        raise UsageError("--results of VBench are all files or all runs: the two hold different dimensions.")
+    values = (
+        _consistency(named, args) if all(folders) else {key: load_vbench(path).values for key, path in named.items()}
     )
+    return text_table(vbench_table(values, baseline=next(iter(named))))
+
+
+def _consistency(runs: Mapping[str, str], args: EvalArguments) -> dict[str, dict[str, float]]:
+    """Mean `dino_consistency` and `clip_consistency` of the videos of each run."""
+    from statistics import fmean
+
+    from ..evaluation.run import load_run
+    from ..evaluation.vbench import FrameConsistency
+
+    loaded = {name: load_run(folder) for name, folder in runs.items()}  # all of them, before an encoder is loaded
+    for name, run in loaded.items():
+        if run.missing():
+            raise ValueError(f"{name}: {len(run.missing())} of {len(run.cases)} videos are missing in {run.folder}.")
+    measures = [FrameConsistency("dino", args.dino), FrameConsistency("clip", args.clip)]
+    return {
+        name: {measure.name: fmean(measure([run.video(case) for case in run.cases])) for measure in measures}
+        for name, run in loaded.items()
+    }

@@ -71,10 +71,8 @@ def parse(
         UsageError: If an option or a key of the file does not exist, or the file is no YAML mapping.
         OSError: If the file cannot be read.
     """
-    argv = _separated(argv)
-    options = {field.name: field for kind in kinds for field in fields(kind) if field.init}
-    _check_config(argv, options)
-    _check_options(argv, options)
+    argv = check(kinds, argv)
+    options = [field.name for kind in kinds for field in fields(kind) if field.init]
     from trl import TrlParser  # seconds: after the cheap checks
 
     values = f"{positional.upper()} [{positional.upper()} ...] " if positional else ""
@@ -99,6 +97,28 @@ def parse(
         return tuple(parsed)
     *objects, others = parsed
     return (*objects, vars(others)[positional])
+
+
+def check(kinds: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """
+    Refuses an option, or a key of a file, that does not exist; values are not looked at, and nothing slow is imported.
+
+    Args:
+        kinds (list of dataclasses): Their fields are the options.
+        argv (list of `str`): What followed the verb.
+
+    Returns:
+        `list[str]`: The same, with `--config=FILE` as two words.
+
+    Raises:
+        UsageError: If an option or a key of the file does not exist, or the file is no YAML mapping.
+        OSError: If the file cannot be read.
+    """
+    words = _separated(argv)
+    options = {field.name: field for kind in kinds for field in fields(kind) if field.init}
+    _check_config(words, options)
+    _check_options(words, options)
+    return words
 
 
 def _separated(argv: Sequence[str]) -> list[str]:

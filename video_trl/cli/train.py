@@ -5,48 +5,58 @@ Examples:
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --dry_run
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --num_processes 8
   video-trl train dpo --dataset_name my/pairs --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
-  video-trl train sft --num_clips 64 --eval_rows 14 --eval_strategy steps --eval_steps 50 --evaluator_judge sandbox
+  video-trl train sft --num_clips 64 --sample_every 50 --eval_strategy steps --eval_steps 50 --save_steps 50 \\
+      --evaluator_judge sandbox --metric_for_best_model eval_pc --greater_is_better true \\
+      --load_best_model_at_end --early_stopping_patience 3
 
 Every option can stand in the YAML file. Options of `accelerate launch` (--num_processes, --config_file, --gpu_ids and
-others) are passed on to it. The adapter, its model card and the log are left in --output_dir.
+others; --accelerate_config is --config_file) are passed on to it, and it becomes this process: signals and the exit
+code are its own. The adapter, its model card and the log are left in --output_dir.
 """
 
 import argparse
 import logging
-import subprocess
+import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .data import make_trainer, method_named, parse_training
-from .frame import say
+from .data import DataArguments, classes, make_trainer, method_named, parse_training
+from .frame import check, read_yaml, say
 
 
 logger = logging.getLogger(__name__)
+
+_ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the command of TRL calls it
 
 
 def run(argv: Sequence[str]) -> int:
     name, rest = method_named("train", argv, __doc__)
     launcher, ours = split_launcher(rest)
-    if launcher:
+    if launcher and not {"-h", "--help", "--help_all", "--dry_run"} & set(ours):
+        check((DataArguments, classes(name)[1]), ours)  # told here, and not by every process
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "video_trl", "train", name]
         logger.info("Starting through accelerate: %s", " ".join(launcher))
-        return subprocess.run([*command, *ours], check=False).returncode
+        sys.stdout.flush()
+        os.execv(sys.executable, [*command, *ours])
     data, args = parse_training("train", name, ours, __doc__)
     if data.dry_run:
         from .plan import describe
 
-        say(describe(name, data, args))
+        say(describe(name, data, args, processes=num_processes(launcher)))
         return 0
     trainer = make_trainer(name, data, args)
     # `--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`.
     words: dict[str, bool | None] = {"true": True, "false": None}
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
-    trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+    trainer.create_model_card(dataset_name=data.dataset_name)
+    trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():
-        say(f"{trainer.state.global_step} steps; what was trained is in {args.output_dir}")
+        from ..trainer.progress import where_everything_is
+
+        say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
     return 0
 
 
@@ -70,7 +80,7 @@ def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         known.pop(name, None)
     launcher: list[str] = []
     ours: list[str] = []
-    words = list(argv)
+    words = [_ACCELERATE_CONFIG.sub("--config_file", word) for word in argv]
     while words:
         word = words.pop(0)
         action = known.get(word[2:].partition("=")[0].replace("-", "_")) if word.startswith("--") else None
@@ -78,3 +88,20 @@ def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if action is not None and "=" not in word and action.nargs != 0 and words:
             launcher.append(words.pop(0))
     return launcher, ours
+
+
+def num_processes(launcher: Sequence[str]) -> int:
+    """
+    Of a launch with these options: as given, or as the file of `--config_file` says; else 1.
+
+    Raises:
+        UsageError: If that file is no YAML mapping.
+        OSError: If it cannot be read.
+    """
+    words = [part for word in launcher for part in word.split("=", 1)]
+    given = dict(zip(words, words[1:], strict=False))
+    if "--num_processes" in given:
+        return int(given["--num_processes"])
+    if "--config_file" in given:
+        return int(read_yaml(given["--config_file"]).get("num_processes", 1))
+    return 1

@@ -113,7 +113,8 @@ class TrainingEvaluator:
     trainer = VideoSFTTrainer("sandbox", args, dataset, eval_dataset, evaluator=evaluator)
     ```
 
-    It returns the mean scores `sa` and `pc`, and the share `joint` of videos with both at least 0.5. They are logged
+    It returns the mean scores `sa` and `pc`, and the share `joint` of videos that pass both by the benchmark's rule
+    (0.5 and above). They are logged
     as `eval_sa`, `eval_pc` and `eval_joint`, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
     `greater_is_better=True`). Each evaluation leaves a run in `<output_dir>/evaluation/step-<step>`, in place of one
     that an earlier training left there.
@@ -125,6 +126,11 @@ class TrainingEvaluator:
         seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each noise seed.
         call_kwargs (`dict`, *optional*): Size, frames, steps and guidance of the pipeline's call.
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
+        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that `joint` is counted by, as in
+            [`evaluate_model`]; its prompts come from `evaluation_prompts(None, number, benchmark)`.
+
+    Raises:
+        ValueError: If the benchmark is unknown, or the prompts are as `check_prompts` refuses them.
     """
 
     def __init__(
@@ -136,7 +142,10 @@ class TrainingEvaluator:
         seeds: Sequence[int] = (0,),
         call_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 1,
+        benchmark: str = "custom",
     ) -> None:
+        benchmark_named(benchmark)
+        self.benchmark = benchmark
         self.prompts, self.judge, self.fps, self.seeds = check_prompts(prompts), judge, fps, tuple(seeds)
         self.call_kwargs, self.batch_size = dict(call_kwargs or {}), batch_size
 
@@ -151,6 +160,7 @@ class TrainingEvaluator:
             self.prompts,
             seeds=self.seeds,
             name=f"step {step}",
+            benchmark=self.benchmark,
             batch_size=self.batch_size,
             rank=0,
             num_ranks=1,

@@ -1,0 +1,141 @@
+"""What is published: tested versions are declared, wheel and sdist hold what they should, the wheel works alone."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from video_trl import __version__
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def _pins(name):
+    lines = (ROOT / ".ci" / name).read_text("utf-8").splitlines()
+    pins = (line.partition("==") for line in lines if line and not line.startswith("#"))
+    return {_normal(name): Version(version) for name, _, version in pins}
+
+
+def _normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _floors(requirements):
+    parsed = map(Requirement, requirements)
+    return {
+        _normal(item.name): Version(bound.version)
+        for item in parsed
+        for bound in item.specifier
+        if bound.operator == ">="
+    }
+
+
+def test_the_oldest_versions_that_are_declared_are_those_of_the_environment_for_them():
+    extras = PROJECT["optional-dependencies"]
+    declared = _floors([*PROJECT["dependencies"], *extras["judges"], *extras["evaluation"], *extras["curation"]])
+    assert _pins("constraints-min.txt") == declared
+
+
+def test_the_test_environment_lies_within_what_is_declared():
+    pins = _pins("constraints.txt")
+    extras = PROJECT["optional-dependencies"]
+    for text in [*PROJECT["dependencies"], *extras["dev"], *extras["docs"]]:
+        requirement = Requirement(text)
+        assert pins[_normal(requirement.name)] in requirement.specifier, text
+
+
+def test_only_tested_versions_of_python_are_declared():
+    """`.ci/run` and the constraints are for 3.11; a classifier for another one would be a guess."""
+    versions = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert versions == ["3.11"] and PROJECT["requires-python"] == ">=3.11"
+    assert "Python 3.11" in (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()[1]
+
+
+def test_citation_and_changelog_have_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == __version__ and citation["license"] == PROJECT["license"]
+    assert f"## {__version__.partition('.dev')[0]}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name
+)
+def test_issue_templates_are_forms(path):
+    form = yaml.safe_load(path.read_text("utf-8"))
+    if path.name == "config.yml":
+        assert form["blank_issues_enabled"] is False
+        return
+    assert form["name"] and form["description"]
+    identifiers = [item["id"] for item in form["body"] if item["type"] != "markdown"]
+    assert identifiers and len(identifiers) == len(set(identifiers))
+    assert all(item["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes") for item in form["body"])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An sdist, and a wheel that was made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_the_package_and_its_assets(built):
+    wheel, sdist = built
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "video_trl"], cwd=ROOT, text=True, capture_output=True
+    )
+    files = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()}
+    assert "video_trl/py.typed" in files and any(name.endswith(".safetensors") for name in files)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert files <= names, sorted(files - names)
+    assert not [name for name in names if name.startswith(("tests", "examples", "docs"))]
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert files | {"pyproject.toml", "README.md", "LICENSE"} <= inside
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_is_the_command_and_trains(built, tmp_path):
+    """In an environment of its own; only the dependencies are those of this one."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        str(built[0]),
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    variables = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+
+    def run(*words):
+        return subprocess.run(words, cwd=tmp_path, env=variables, check=True, capture_output=True, text=True).stdout
+
+    assert run(python, "-m", "video_trl", "--version").strip() == __version__
+    assert Path(run(python, "-c", "import video_trl; print(video_trl.__file__)").strip()).is_relative_to(environment)
+    argv = ["train", "sft", "--num_clips", "2", "--max_steps", "1", "--use_cpu", "--output_dir", "out"]
+    run(environment / "bin" / "video-trl", *argv)
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert "No faults found." in run(environment / "bin" / "video-trl", "doctor")
