@@ -54,7 +54,7 @@ PURE = {"losses": {"torch"}, "trd": {"torch"}, "diffusion": {"torch"}}
 # Calls of getattr/hasattr in a file, and the foreign interface that forces them.
 DYNAMIC_ATTRIBUTES = {
     "__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
-    "cli/plan.py": (1, "a checkpoint names the class of its scheduler"),
+    "cli/plan.py": (2, "a checkpoint names the classes of its scheduler and text encoder"),
     "curation/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "judges/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "sandbox/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),

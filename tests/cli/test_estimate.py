@@ -29,6 +29,7 @@ def test_parts_and_verdict_of_the_sandbox(capsys):
     assert "one GPU, step_mode=concat, recomputed: full; 64 tokens a video" in printed
     for part in ("weights:", "adapter:", "gradients:", "optimizer:", "block inputs:", "peak:", "PFLOP", "Fits 80 GiB"):
         assert part in printed
+    assert re.search(r"Before training: 0\.\d\d GiB to encode a video, 0\.\d\d GiB of text encoder", printed)
 
 
 def test_a_file_of_a_training_is_read_and_options_win(folder, tmp_path, capsys):

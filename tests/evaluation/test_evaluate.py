@@ -110,7 +110,10 @@ def test_an_evaluator_in_training_counts_by_the_rule_of_its_benchmark(benchmark,
     sandbox = load_sandbox()
     call = {**sandbox.call_kwargs, **QUICK}
     evaluator = TrainingEvaluator(sandbox_prompts(1), Lenient(), fps=8, call_kwargs=call, benchmark=benchmark)
-    assert evaluator(sandbox.pipeline, output_dir=str(tmp_path), step=3) == {"sa": 0.6, "pc": 0.6, "joint": joint}
+    found = evaluator(sandbox.pipeline, output_dir=str(tmp_path), step=3)
+    low, high = found.pop("joint_low"), found.pop("joint_high")
+    assert found == {"sa": 0.6, "pc": 0.6, "joint": joint}
+    assert (low, high) == pytest.approx((0.2065, 1.0) if joint else (0.0, 0.7935), abs=1e-4)  # Wilson's, of one video
     assert load_run(tmp_path / "evaluation" / "step-3").benchmark == benchmark
     with pytest.raises(ValueError, match="vidophy"):
         TrainingEvaluator(["A ball falls."], Lenient(), fps=8, benchmark="vidophy")

@@ -9,34 +9,19 @@ import video_trl
 from tests.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_encoded_video, tiny_wan_pipeline
 from tests.trainer.runs import mixed_shapes
 from tests.trainer.test_planning import SHAPES, configuration
+from video_trl.adapters import adapter_for
 from video_trl.trainer.estimate import (
     HEADROOM,
     Placement,
     Workload,
-    _plan,
     _relation_bytes,
     describe_estimate,
+    encoding_peak,
     estimate,
     recommend,
 )
 from video_trl.trainer.planning import LiveBytes, plan_step
 from video_trl.trd import trd_loss
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counted_once():
-    """The same step is asked for by many tests, and takes a second to count."""
-    plans = {}
-
-    def plan(work, placement):
-        key = (str(work), placement.step_mode, placement.checkpointing_policy)
-        if key not in plans:
-            plans[key] = _plan(work, placement)
-        return plans[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("video_trl.trainer.estimate._plan", plan)
-        yield
 
 
 def workload(**changes) -> Workload:
@@ -175,3 +160,17 @@ def test_a_trainer_describes_its_work(tmp_path):
     full = video_trl.VideoSFTConfig(use_peft=False, activation_checkpointing=True, **settings)
     work = video_trl.VideoSFTTrainer(tiny_wan_pipeline(), full, tiny_encoded_video(2)).workload()
     assert (work.num_videos, work.reference, work.lora_rank) == (2, "none", None)
+
+
+@pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])
+def test_encoding_takes_what_is_counted(pipeline):
+    made = pipeline()
+    adapter = adapter_for(made.transformer, made.scheduler)
+    counter = LiveBytes()
+    for weight in made.vae.parameters():
+        counter.add(weight)
+    with counter, torch.no_grad():
+        adapter.encode_video(made.vae, torch.rand(1, 3, 9, 64, 64))
+    with torch.device("meta"):
+        empty = type(made.vae).from_config(made.vae.config)
+    assert encoding_peak(empty, adapter, (9, 64, 64)) == pytest.approx(counter.peak, rel=0.1)

@@ -75,8 +75,32 @@ def run(argv: Sequence[str]) -> int:
             if better is None
             else f"This does:\n{describe_estimate(better)}"
         )
-    say("Not counted: encoding, which is done before training; sample videos; CUDA itself (about 0.5 GiB).")
+    say(f"Before training: {before(args)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
     return 0
+
+
+def before(args: EstimateArguments) -> str:
+    """Memory of encoding videos and prompts, whose models leave the GPU when training begins."""
+    from ..trainer.estimate import encoding_peak
+    from .plan import empty_models, empty_text_encoder
+
+    adapter, _, vae = empty_models(args.model_name_or_path, args.revision)
+    peak = encoding_peak(vae, adapter, _size(args))
+    text_encoder = empty_text_encoder(args.model_name_or_path, args.revision)
+    weights = sum(weight.numel() for weight in text_encoder.parameters()) * (2 if args.bf16 else 4)
+    return f"{peak / 2**30:.2f} GiB to encode a video, {weights / 2**30:.2f} GiB of text encoder"
+
+
+def _size(args: EstimateArguments) -> tuple[int, int, int]:
+    """Frames, height and width of a video."""
+    sizes = (args.num_frames, args.height, args.width)
+    if args.model_name_or_path == "sandbox" and sizes == (None, None, None):
+        return (13, 64, 64)
+    frames, height, width = (
+        required(key, value, example)
+        for key, value, example in zip(("num_frames", "height", "width"), sizes, ("81", "480", "832"), strict=True)
+    )
+    return frames, height, width
 
 
 def workload(name: str, args: EstimateArguments) -> "Workload":
@@ -84,18 +108,12 @@ def workload(name: str, args: EstimateArguments) -> "Workload":
     from ..trainer.estimate import Workload
     from .plan import compared_videos, empty_models, latents_shape
 
-    sizes = (args.num_frames, args.height, args.width)
-    if args.model_name_or_path == "sandbox" and sizes == (None, None, None):
-        sizes = (13, 64, 64)
-    frames, height, width = (
-        required(key, value, example)
-        for key, value, example in zip(("num_frames", "height", "width"), sizes, ("81", "480", "832"), strict=True)
-    )
+    size = _size(args)
     adapter, transformer, vae = empty_models(args.model_name_or_path, args.revision)
     compared = compared_videos(name, args.num_rejected, args.loss_type)
     return Workload(
         config={**transformer.config, "_class_name": type(transformer).__name__},
-        latents_shape=latents_shape(adapter, vae, (frames, height, width)),
+        latents_shape=latents_shape(adapter, vae, size),
         num_videos=compared * args.per_device_train_batch_size,
         reference="none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
         lora_rank=args.lora_rank if args.use_peft else None,

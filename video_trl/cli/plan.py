@@ -52,16 +52,36 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     from ..adapters import adapter_for
 
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    if name == "sandbox":
-        from ..sandbox.pipeline import PIPELINE_PATH
-
-        name = str(PIPELINE_PATH)
+    name = _folder(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
     _, scheduler_class = DiffusionPipeline.load_config(name, **kwargs)["scheduler"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
     return adapter_for(transformer, scheduler), transformer, vae
+
+
+def empty_text_encoder(name: str, revision: str | None) -> Any:
+    """The text encoder of a pipeline, without memory."""
+    import torch
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+    name = _folder(name)
+    _, encoder_class = DiffusionPipeline.load_config(name, **kwargs)["text_encoder"]
+    config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
+    with torch.device("meta"):
+        return getattr(transformers, encoder_class)(config)
+
+
+def _folder(name: str) -> str:
+    """Repository id or path of a pipeline, that of the sandbox included."""
+    if name != "sandbox":
+        return name
+    from ..sandbox.pipeline import PIPELINE_PATH
+
+    return str(PIPELINE_PATH)
 
 
 def latents_shape(adapter: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:

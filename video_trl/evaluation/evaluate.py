@@ -114,8 +114,8 @@ class TrainingEvaluator:
     ```
 
     It returns the mean scores `sa` and `pc`, and the share `joint` of videos that pass both by the benchmark's rule
-    (0.5 and above). They are logged
-    as `eval_sa`, `eval_pc` and `eval_joint`, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
+    (0.5 and above) with its Wilson interval, `joint_low` and `joint_high`, which the model card shows. They are logged
+    as `eval_sa`, `eval_pc` and so on, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
     `greater_is_better=True`). Each evaluation leaves a run in `<output_dir>/evaluation/step-<step>`, in place of one
     that an earlier training left there.
 
@@ -167,7 +167,8 @@ class TrainingEvaluator:
         )
         score_run(run.folder, self.judge, rank=0, num_ranks=1)
         table = tabulate(run, judge=self.judge.name)
-        return {**table.means[ALL], "joint": table.shares[ALL]["joint"].value}
+        joint = table.shares[ALL]["joint"]
+        return {**table.means[ALL], "joint": joint.value, "joint_low": joint.low, "joint_high": joint.high}
 
 
 def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, ...]:

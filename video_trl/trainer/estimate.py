@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers import ModelMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..adapters import VideoAdapter
 from ..trd import trd_loss
-from .planning import LiveBytes, StepPlan, plan_step
+from .planning import LiveBytes, StepPlan, fake_weights, plan_step
 
 
 EngineName = Literal["ddp", "zero2", "zero3", "zero3-offload", "fsdp2"]
@@ -226,6 +228,24 @@ def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> 
         of_block = 4 * plan.tokens / sharing * width * (2 if workload.bf16 else 4)
         sent["tokens and heads"] = passes * depth * of_block * (sharing - 1) / sharing
     return {name: int(count) for name, count in sent.items()}
+
+
+def encoding_peak(vae: ModelMixin, adapter: VideoAdapter, size: tuple[int, int, int]) -> int:
+    """
+    Bytes at the peak of encoding one video, before training, weights of the VAE included; in float32, as it is done.
+
+    Args:
+        vae (`ModelMixin`): On the device `meta`; its weights are replaced by fake tensors.
+        adapter ([`VideoAdapter`]): Of the pipeline's family.
+        size (`tuple[int, int, int]`): Frames, height and width in pixels.
+    """
+    counter = LiveBytes()
+    with fake_weights(vae), torch.no_grad():
+        for weight in vae.parameters():
+            counter.add(weight)
+        with counter:
+            adapter.encode_video(vae, torch.randn(1, 3, *size))
+    return counter.peak
 
 
 def ways(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[Placement]:

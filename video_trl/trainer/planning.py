@@ -1,10 +1,12 @@
 """What a training step will cost in memory and arithmetic, found by running it on tensors without contents."""
 
+import json
 import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -143,20 +145,22 @@ def plan_step(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     check_policy(checkpointing_policy)
     policy = checkpointing_policy if checkpointing else None
-    settings = (num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
+    shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
+    settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
     depth = int(config.get("num_layers", 0))
     # Blocks are alike, or each k of them are: what more of them cost tells what the rest will.
     every = chosen_every(policy) if policy else None
     depths = _DEPTHS if every is None else (2 * every, 3 * every)
     if depth <= depths[1]:
-        return _count(config, latents_shape, *settings)
-    low, high = (_count({**config, "num_layers": layers}, latents_shape, *settings) for layers in depths)
+        return _count(json.dumps({**config}), *settings)
+    low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in depths)
     more = (depth - depths[1]) / (depths[1] - depths[0])
     return StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
 
 
+@lru_cache(maxsize=64)
 def _count(
-    config: Mapping[str, Any],
+    config: str,
     latents_shape: tuple[int, int, int, int],
     num_videos: int,
     reference: str,
@@ -166,14 +170,14 @@ def _count(
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepPlan:
-    transformer, adapter = _without_contents(config, lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    transformer, adapter = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
     adapter.check_latents(transformer, latents_shape)
     if policy is not None:
         enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host=_on_host)
     transformer.train()
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     counter = LiveBytes()
-    with _fake_weights(transformer):
+    with fake_weights(transformer):
         for weight in transformer.parameters():
             counter.add(weight)
         weights = counter.live
@@ -267,10 +271,10 @@ def _on_host() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _fake_weights(transformer: ModelMixin) -> Iterator[None]:
+def fake_weights(model: nn.Module) -> Iterator[None]:
     """Replace weights and buffers by fake tensors on the CPU, where every operation has its kernel's memory."""
     with FakeTensorMode():
-        for module in transformer.modules():
+        for module in model.modules():
             for name, weight in module._parameters.items():
                 if weight is not None:
                     empty = torch.empty(weight.shape, dtype=weight.dtype)
