@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed.cpu_attention import register_cpu_attention
 from tests.distributed.cpu_engines import FSDP2, engine, zero
 from tests.tiny import (
     FAMILIES,
@@ -63,6 +64,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "cogvideox-2b-full": {"family": "cogvideox-2b", "use_peft": False, "learning_rate": 1e-3},
     "mixed": {"max_steps": 4, "mixed": True},
 }
+RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "rows": {"per_device_train_batch_size": 2},
@@ -93,6 +95,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "group_parallel_size": 2,
         "context_parallel_size": 2,
     },
+    "ring": {"per_device_train_batch_size": 4, "context_parallel_size": 2, **RING},
+    "ring-of-4": {"per_device_train_batch_size": 4, "context_parallel_size": 4, **RING},
+    "rows-ring": {"per_device_train_batch_size": 2, "context_parallel_size": 2, **RING},
     "rows-tokens": {"per_device_train_batch_size": 2, "context_parallel_size": 2},
     "alone": {"per_device_train_batch_size": 4},
 }
@@ -127,6 +132,7 @@ def keep(directory: Path, name: str, results: dict[str, Tensor]) -> None:
 
 def main() -> None:
     torch.accelerator.device_count = lambda: 1  # diffusers takes a rank modulo this number, which is 0 on CPUs
+    register_cpu_attention()
     directory, names = Path(sys.argv[1]), sys.argv[2:]
     for name in names:
         task, layout, engine_name, *resumed = name.split("+")

@@ -25,6 +25,7 @@ QUICK = [
     "concat+sequential+fsdp2",
     "concat+tokens+ddp",
     "cogvideox-t2v-full+tokens+ddp",
+    "checkpointed+ring+ddp",
     "group+videos-sequential+fsdp2",
     "adamw+rows+fsdp2",
     "adamw+rows+fsdp2+adamw+rows+fsdp2",
@@ -50,6 +51,10 @@ SLOW = [
     "cogvideox-t2v+tokens-sequential+fsdp2",
     "cogvideox-i2v-full+tokens+ddp",
     "cogvideox-2b-full+tokens+ddp",
+    "checkpointed+ring+fsdp2",
+    "wan-t2v-full+ring+ddp",
+    "wan-i2v+ring+ddp",
+    "mixed+ring+ddp",
 ]
 DEEPSPEED = [
     "concat+rows+zero2",
@@ -67,7 +72,15 @@ DEEPSPEED = [
     "adamw+rows+zero3",
     "adamw+rows+zero3+adamw+rows+zero3",
 ]
-FOUR = ["concat+rows-tokens+ddp", "concat+rows-tokens+fsdp2", "group+videos-tokens+ddp", "group+videos-tokens+fsdp2"]
+FOUR = [
+    "concat+rows-tokens+ddp",
+    "concat+rows-tokens+fsdp2",
+    "group+videos-tokens+ddp",
+    "group+videos-tokens+fsdp2",
+    "checkpointed+ring-of-4+ddp",
+    "checkpointed+ring-of-4+fsdp2",
+    "concat+rows-ring+ddp",
+]
 HALF = ["bf16+rows+ddp", "bf16+rows+fsdp2", "bf16+rows+zero2-bf16", "bf16+sequential+zero3-bf16"]
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs video-trl[deepspeed]")

@@ -43,6 +43,10 @@ class VideoAdapter(Protocol):
     def lora_target_modules(self) -> list[str]:
         """Query, key, value and output projections of every self-attention, as suffixes of module names."""
 
+    @property
+    def context_parallel_methods(self) -> tuple[str, ...]:
+        """How `share_tokens` can share tokens: `"ulysses"`, `"ring"`."""
+
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:

@@ -44,6 +44,7 @@ class CogVideoXAdapter:
     name: str = "cogvideox"
     pipeline_classes: tuple[str, ...] = ("CogVideoXPipeline",)
     condition_columns: tuple[str, ...] = ("prompt_embeds",)
+    context_parallel_methods: tuple[str, ...] = ("ulysses",)
 
     @property
     def lora_target_modules(self) -> list[str]:

@@ -1,6 +1,7 @@
 """
-Processes that share the tokens of each video (Ulysses): between the blocks every process has a part of the tokens, in
-attention a part of the heads.
+Processes that share the tokens of each video. Between the blocks every process has a part of the tokens; in attention
+a part of the heads of all tokens (Ulysses), or the queries of its tokens and one part of keys and values after the
+other (ring).
 
 The loss is computed from the gathered output, alike on all processes. The gradients of a process are those of its
 part, and sum up to the gradient over the processes.
@@ -32,6 +33,7 @@ def share_tokens_of_cogvideox(transformer: ModelMixin, config: ContextParallelCo
         "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
+    assert config.ring_degree == 1, "the prompt's tokens would count once for every process"
     _share_tokens(transformer, config, plan)
     transformer.set_attn_processor(_JointUlyssesProcessor(config._ulysses_mesh.get_group()))
 
@@ -40,7 +42,7 @@ def _share_tokens(
     transformer: ModelMixin, config: ContextParallelConfig, plan: dict[str, ContextParallelModelPlan]
 ) -> None:
     transformer.enable_parallelism(config=config, cp_plan=plan)
-    degree = config.ulysses_degree
+    degree = config.ring_degree * config.ulysses_degree
 
     def scale_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
         # All engines average gradients over all processes; those of one video are to be added up.

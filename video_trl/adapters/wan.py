@@ -42,6 +42,7 @@ class WanAdapter:
     pipeline_classes: tuple[str, ...] = ("WanPipeline",)
     noise_process: NoiseProcess = FlowMatching()
     condition_columns: tuple[str, ...] = ("prompt_embeds",)
+    context_parallel_methods: tuple[str, ...] = ("ulysses", "ring")
 
     @property
     def lora_target_modules(self) -> list[str]:

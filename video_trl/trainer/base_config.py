@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..adapters.ring_attention import check_ring_backend
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
 from .acceleration import check_attention_backend
@@ -15,6 +16,8 @@ from .engines import check_deepspeed_installed
 from .quantization import Quantization, check_optimizer, check_quantization
 from .recompute import check_policy
 
+
+ContextParallelMethod = Literal["ulysses", "ring"]
 
 # Options of `TrainingArguments` that would be ignored, or would break an exactness promise, with a video transformer:
 # field -> (the only accepted value, why).
@@ -142,8 +145,15 @@ class _BaseVideoConfig(TrainingArguments):
     context_parallel_size: int = field(
         default=1,
         metadata={
-            "help": "Processes that share the tokens of each video (Ulysses). Must divide the number of processes, of "
-            "attention heads and of tokens; the processes that remain share the rows."
+            "help": "Processes that share the tokens of each video. Must divide the number of processes, of tokens "
+            "and (with 'ulysses') of attention heads; the processes that remain share the rows."
+        },
+    )
+    context_parallel_method: ContextParallelMethod = field(
+        default="ulysses",
+        metadata={
+            "help": "How they share them. 'ulysses': in attention each has a part of the heads. 'ring': each has the "
+            "queries of its tokens, and keys and values go round; needs an `attention_backend` that can do it."
         },
     )
 
@@ -305,6 +315,9 @@ class _BaseVideoConfig(TrainingArguments):
         _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         _check_choice(self, "on_bad_video", ("raise", "skip"))
         check_policy(self.checkpointing_policy)
+        _check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
+        if self.context_parallel_size > 1 and self.context_parallel_method == "ring":
+            check_ring_backend(self.attention_backend)
         if self.attention_backend is not None:
             check_attention_backend(self.attention_backend)
         if self.quantization is not None:

@@ -26,7 +26,12 @@ from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
 from .card import ModelCardCallback, base_model_name
 from .checkpointing import describe_run
-from .context_parallel import check_context_parallelism, enable_context_parallelism, make_mesh
+from .context_parallel import (
+    check_context_parallel_method,
+    check_context_parallelism,
+    enable_context_parallelism,
+    make_mesh,
+)
 from .engines import SHARDED, check_set_up, requested_engine, whole_weights
 from .estimate import Placement, Workload, advise
 from .evaluator import Evaluator, log_evaluator, run_evaluator
@@ -132,14 +137,14 @@ class _BaseVideoTrainer(_SharingTrainer):
             self.pipeline, transformer = load_model(model, args)
         self.adapter = find_adapter(self.pipeline, transformer)
         self.base_model = base_model_name(model, transformer)
-        self.max_sequence_length = resolve_max_sequence_length(
-            args, self.pipeline, self.adapter.prompt_length(transformer)
-        )
+        prompt_length = self.adapter.prompt_length(transformer)
+        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, prompt_length)
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
         self.evaluator = evaluator
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, args, peft_config)
+        check_context_parallel_method(self.adapter, args)
         check_acceleration(transformer, args)
         check_ref_model(transformer, ref_model)
 
@@ -147,7 +152,7 @@ class _BaseVideoTrainer(_SharingTrainer):
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         shapes = {shape for rows in datasets_in(prepared_train, prepared_eval) for shape in rows.shapes}
-        check_context_parallelism(transformer, self.adapter, shapes, args.context_parallel_size)
+        check_context_parallelism(transformer, self.adapter, shapes, args)
 
         adapt_for_trainer(transformer, self.adapter, args.checkpointing_policy)
         self._prepare_weights(transformer, ref_model, peft_config)

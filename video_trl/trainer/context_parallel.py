@@ -7,6 +7,7 @@ from diffusers import ContextParallelConfig, ModelMixin
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..adapters import VideoAdapter
+from ..adapters.ring_attention import mend_ring_attention
 from .base_config import _BaseVideoConfig
 
 
@@ -19,46 +20,60 @@ def make_mesh(args: _BaseVideoConfig) -> DeviceMesh | None:
 
     Returns:
         `DeviceMesh`, *optional*: With the dimensions `"data"` (processes with other rows), `"group"` (with other
-        videos of the same rows), and diffusers' `"ring"` (1) and `"ulysses"` (with other tokens of the same videos).
-        `None` if every process works on rows of its own.
+        videos of the same rows), and diffusers' `"ring"` and `"ulysses"` (with other tokens of the same videos), of
+        which one has the size 1. `None` if every process works on rows of its own.
     """
     if args.processes_per_row == 1:
         return None
     tokens = args.context_parallel_size
-    shape = (args.data_parallel_size, args.processes_per_row // tokens, 1, tokens)
+    ring, ulysses = (tokens, 1) if args.context_parallel_method == "ring" else (1, tokens)
+    shape = (args.data_parallel_size, args.processes_per_row // tokens, ring, ulysses)
     return init_device_mesh(args.device.type, shape, mesh_dim_names=("data", "group", "ring", "ulysses"))
 
 
 def enable_context_parallelism(transformer: ModelMixin, adapter: VideoAdapter, mesh: DeviceMesh) -> None:
-    """Let the processes along `"ulysses"` share the tokens of each video in every forward of a transformer."""
-    config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+    """Let the processes along `"ring"` or `"ulysses"` share the tokens of each video in a transformer's forwards."""
+    config = ContextParallelConfig(ring_degree=mesh["ring"].size(), ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+    if config.ring_degree > 1:
+        mend_ring_attention()
     adapter.share_tokens(transformer, config)
 
 
+def check_context_parallel_method(adapter: VideoAdapter, args: _BaseVideoConfig) -> None:
+    """Raise a `ValueError` if the tokens of the adapter's family cannot be shared by the method that is asked for."""
+    methods = adapter.context_parallel_methods
+    if args.context_parallel_size > 1 and args.context_parallel_method not in methods:
+        raise ValueError(
+            f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {adapter.name!r}. Use "
+            f"{' or '.join(map(repr, methods))}."
+        )
+
+
 def check_context_parallelism(
-    transformer: ModelMixin, adapter: VideoAdapter, shapes: Iterable[Sequence[int]], size: int
+    transformer: ModelMixin, adapter: VideoAdapter, shapes: Iterable[Sequence[int]], args: _BaseVideoConfig
 ) -> None:
     """
-    Check that attention heads and tokens can be divided among the processes that share a video.
+    Check that tokens, and with Ulysses attention heads, can be divided among the processes that share a video.
 
     Args:
         transformer (`ModelMixin`): The transformer.
         adapter (`VideoAdapter`): Of its family.
         shapes (`Iterable`): The shapes `(C, F, H, W)` of latents that occur.
-        size (`int`): Number of processes that share a video.
+        args (`_BaseVideoConfig`): Says how many processes share a video, and how: `"ring"` leaves heads whole.
 
     Raises:
         ValueError: If they cannot; names the numbers that would do.
     """
-    heads = transformer.config.num_attention_heads
+    size, heads = args.context_parallel_size, transformer.config.num_attention_heads
+    ring = args.context_parallel_method == "ring"
     for shape in shapes:
         grid = adapter.token_grid(transformer, shape)
         tokens = math.prod(grid)
-        if tokens % size or heads % size:
-            common = math.gcd(tokens, heads)
-            possible = [degree for degree in range(1, common + 1) if common % degree == 0]
+        common = tokens if ring else math.gcd(tokens, heads)
+        if common % size:
+            possible = [degree for degree in range(1, min(common, 64) + 1) if common % degree == 0]
+            also = "" if ring else f"the {heads} attention heads and "
             raise ValueError(
-                f"`context_parallel_size={size}` must divide the {heads} attention heads and the {tokens} tokens "
-                f"({' x '.join(map(str, grid))}) of videos with latents {tuple(shape)}; {possible} do. Use one of "
-                "these, or another video size."
+                f"`context_parallel_size={size}` must divide {also}the {tokens} tokens ({' x '.join(map(str, grid))}) "
+                f"of videos with latents {tuple(shape)}; {possible} do. Use one of these, or another video size."
             )

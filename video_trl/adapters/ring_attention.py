@@ -1,0 +1,106 @@
+"""
+Ring attention with a right backward pass: a remedy for diffusers 0.42.
+
+There every process has the queries of its part of the tokens, and sees the keys and values of one part after the
+other. Diffusers' forward pass is right. Its backward pass
+
+- sends the gradients of keys and values on to the next process where the next part to be seen belongs to the previous
+  one, so that from three processes on they are those of other tokens;
+- reads the saved tensors once for every part, which activation checkpointing, without reentrance, allows only once;
+- holds the output besides, out of activation checkpointing's reach: as much memory as the blocks' inputs.
+
+Other versions are used as they are. Whether they are right is told by `tests/distributed/test_ring_attention.py`,
+which finds these faults in a version that has them, and fails if they are there and not remedied.
+"""
+
+from copy import copy
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed._functional_collectives as collectives
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import TemplatedRingAttention
+from torch import Tensor
+
+
+RING_BACKENDS = (
+    "flash",
+    "flash_hub",
+    "flash_varlen_hub",
+    "_flash_3_hub",
+    "_flash_3_varlen_hub",
+    "_native_cudnn",
+    "_native_flash",
+)
+"""Diffusers' attention back ends that give the log-sum-exp by which parts are put together, and a backward pass."""
+
+_WRONG_VERSION = ["0", "42"]
+
+
+def check_ring_backend(name: str | None) -> None:
+    """Raise a `ValueError` unless ring attention can be made of an attention back end (`None`: torch's choice)."""
+    if name not in RING_BACKENDS:
+        raise ValueError(
+            "`context_parallel_method='ring'` puts parts of attention together by their log-sum-exp, which "
+            f"`attention_backend={name!r}` does not give. Use one that does ({', '.join(map(repr, RING_BACKENDS))}), "
+            "or `context_parallel_method='ulysses'`."
+        )
+
+
+def mend_ring_attention() -> None:
+    """Let ring attention in this process have a right backward pass, if this version of diffusers has a wrong one."""
+    if diffusers.__version__.split(".")[:2] == _WRONG_VERSION:
+        attention_dispatch.TemplatedRingAttention = RingAttention
+
+
+class _Kept:
+    """What a kernel keeps from forward to backward, in place of autograd's context."""
+
+    saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+class RingAttention(TemplatedRingAttention):
+    """Diffusers' ring attention of tensors `(B, N / size, H, D)`, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """As diffusers'; all tensors that the backward pass needs are saved in autograd's way."""
+        kept: Any = _Kept()
+        result = TemplatedRingAttention.forward(kept, *inputs)
+        ctx.save_for_backward(*kept.saved_tensors, kept.ring_out, kept.ring_lse)
+        del kept.saved_tensors, kept.ring_out, kept.ring_lse
+        ctx.kept, ctx.num_inputs = kept, len(inputs)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        """Gradients `(B, N / size, H, D)` of queries, keys and values; none of the other inputs."""
+        *tensors, out, lse = ctx.saved_tensors  # once: with activation checkpointing a second time is an error
+        kept = copy(ctx.kept)
+        kept.saved_tensors = tuple(tensors)
+        query, own_key, own_value, *_ = tensors
+        config = kept._parallel_config.context_parallel_config
+        rank, size, group = config._ring_local_rank, config.ring_degree, config._ring_mesh.get_group()
+        parts = torch.cat([own_key.flatten(), own_value.flatten()])
+        parts = collectives.wait_tensor(collectives.all_gather_tensor(parts, 0, group)).chunk(size)
+
+        dtype = torch.float32 if config.convert_to_fp32 else gradient.dtype
+        grad_query = torch.zeros(kept.q_shape, dtype=dtype, device=gradient.device)
+        grad_part = torch.zeros(parts[0].shape, dtype=dtype, device=gradient.device)
+        to_previous = [(process - 1) % size for process in range(size)]
+        for step in range(size):
+            key, value = (half.view_as(own_key) for half in parts[(rank + step) % size].chunk(2))
+            of_query, of_key, of_value, *_ = kept.backward_op(
+                kept, gradient, query=query, key=key, value=value, out=out, lse=lse
+            )
+            grad_query += of_query
+            # The process before this one comes to the same part next, and the last one before is its owner.
+            grad_part = collectives.wait_tensor(grad_part) + torch.cat([of_key.flatten(), of_value.flatten()])
+            grad_part = collectives.permute_tensor(grad_part, to_previous, group)
+        grad_key, grad_value = (half.view(kept.kv_shape) for half in collectives.wait_tensor(grad_part).chunk(2))
+        gradients = [grad.to(gradient.dtype) for grad in (grad_query, grad_key, grad_value)]
+        return *gradients, *[None] * (ctx.num_inputs - len(gradients))
