@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from diffusers import ContextParallelConfig, ModelMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelModelPlan, ContextParallelOutput
-from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.attention_dispatch import SeqAllToAllDim
 from torch import Tensor, nn
+
+from .joint_attention import JointAttentionProcessor
 
 
 def share_tokens_of_wan(transformer: ModelMixin, config: ContextParallelConfig) -> None:
@@ -52,54 +52,28 @@ def _share_tokens(
     transformer.proj_out.register_forward_hook(scale_gradient)
 
 
-class _JointUlyssesProcessor:
+class _JointUlyssesProcessor(JointAttentionProcessor):
     """
-    Attention of CogVideoX, over the tokens of the prompt and of the video together.
-
-    A process has all tokens of the prompt and a part of the video's, with all heads; for attention it has all tokens
-    of both, with a part of the heads.
+    Joint attention where a process has all tokens of the prompt and a part of the video's, with all heads; for
+    attention it has all tokens of both, with a part of the heads.
 
     Args:
         group (`torch.distributed.ProcessGroup`): The processes that share a video.
     """
 
-    _attention_backend = None  # diffusers writes the chosen one here
-
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs for the video's tokens `(B, N / size, D)` and the prompt's `(B, L, D)`."""
-        assert attention_mask is None, "CogVideoX has none"
-        length = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, L + N / size, D)
-        query, key, value = (
-            projection(tokens).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if image_rotary_emb is not None:
-            cos, sin = (table.chunk(self._size)[self._rank] for table in image_rotary_emb)
-            query, key = (
-                torch.cat([x[:, :length], apply_rotary_emb(x[:, length:], (cos, sin), sequence_dim=1)], dim=1)
-                for x in (query, key)
-            )
+    def own_positions(self, table: Tensor) -> Tensor:
+        return table.chunk(self._size)[self._rank]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
         query, key, value = (self._all_tokens(x, length) for x in (query, key, value))  # (B, L + N, H / size, .)
-        attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        attended = super().attend(query, key, value, length)
         text = _AllHeads.apply(self._group, attended[:, :length].contiguous())
         video = SeqAllToAllDim.apply(self._group, attended[:, length:].contiguous(), 1, 2)
-        tokens = torch.cat([text, video], dim=1).flatten(2)  # (B, L + N / size, D)
-        for layer in attn.to_out:
-            tokens = layer(tokens)
-        return tokens[:, length:], tokens[:, :length]
+        return torch.cat([text, video], dim=1)  # (B, L + N / size, H, .)
 
     def _all_tokens(self, x: Tensor, length: int) -> Tensor:
         text = x[:, :length].chunk(self._size, dim=2)[self._rank]

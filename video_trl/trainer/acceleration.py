@@ -13,10 +13,10 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..adapters import VideoAdapter
+from ..adapters.joint_attention import JointAttentionProcessor
 
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def set_attention_backend(transformer: ModelMixin, name: str) -> None:
     """Let every attention of a transformer run on the back end; nothing else in the process is affected."""
     for module in transformer.modules():
         if isinstance(module, Attention) and type(module.processor) is CogVideoXAttnProcessor2_0:
-            module.set_processor(_JointAttentionProcessor())
+            module.set_processor(JointAttentionProcessor())
     active, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         transformer.set_attention_backend(name)
@@ -114,39 +114,6 @@ def accelerate(transformer: ModelMixin, adapter: VideoAdapter, args: "_BaseVideo
     if args.attention_backend is not None:
         set_attention_backend(transformer, args.attention_backend)
     compile_blocks(list(adapter.blocks(transformer)), enabled=args.compile_blocks)
-
-
-class _JointAttentionProcessor:
-    """CogVideoX's attention over the tokens of prompt and video. Diffusers' own processor has a fixed kernel."""
-
-    _attention_backend = None  # diffusers writes the chosen one here
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs for the video's tokens `(B, N, D)` and the prompt's `(B, L, D)`."""
-        assert attention_mask is None, "CogVideoX has none"
-        length = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (
-            projection(tokens).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query, key = (
-                torch.cat([x[:, :length], apply_rotary_emb(x[:, length:], image_rotary_emb, sequence_dim=1)], dim=1)
-                for x in (query, key)
-            )
-        tokens = dispatch_attention_fn(query, key, value, backend=self._attention_backend).flatten(2)
-        for layer in attn.to_out:
-            tokens = layer(tokens)
-        return tokens[:, length:], tokens[:, :length]
 
 
 def check_compile(device: torch.device) -> None:
