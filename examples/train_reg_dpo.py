@@ -61,11 +61,13 @@ def main(argv: list[str]) -> None:
     from trl import TrlParser
 
     from video_trl import VideoRegDPOConfig, VideoRegDPOTrainer
+    from video_trl.data.tables import load_rows
     from video_trl.trainer import CollapseMonitor
+    from video_trl.trainer.checkpointing import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoRegDPOConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:
-        dataset = load_dataset(script_args.dataset_name, script_args.dataset_split)
+        dataset = load_rows(script_args.dataset_name, script_args.dataset_split)
     elif script_args.model_name_or_path == "sandbox":
         dataset = sandbox_groups(script_args, training_args)
     else:
@@ -76,33 +78,10 @@ def main(argv: list[str]) -> None:
         )
     monitor = CollapseMonitor(script_args.on_collapse)
     trainer = VideoRegDPOTrainer(script_args.model_name_or_path, training_args, dataset, callbacks=[monitor])
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=named_checkpoint(training_args.resume_from_checkpoint))
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def load_dataset(name: str, split: str) -> "datasets.Dataset":
-    """A folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows."""
-    import datasets
-
-    if (Path(name) / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    try:
-        return datasets.load_dataset(name, split=split)
-    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        raise ValueError(
-            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
-            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
-            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
-        ) from error
-
-
-def checkpoint_to_resume(training_args: "VideoRegDPOConfig") -> str | bool | None:
-    """`--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`."""
-    value = training_args.resume_from_checkpoint
-    words = {"true": True, "false": None}
-    return words.get(str(value).lower(), value)
 
 
 def sandbox_groups(script_args: ScriptArguments, training_args: "VideoRegDPOConfig") -> "datasets.Dataset":

@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import datasets
 
-    from video_trl import VideoREPAConfig
-
 
 SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa.yaml"
 FIRST_SEED = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
@@ -56,10 +54,12 @@ def main(argv: list[str]) -> None:
     from trl import TrlParser
 
     from video_trl import VideoREPAConfig, VideoREPATrainer
+    from video_trl.data.tables import load_rows
+    from video_trl.trainer.checkpointing import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:
-        dataset = load_dataset(script_args.dataset_name, script_args.dataset_split)
+        dataset = load_rows(script_args.dataset_name, script_args.dataset_split)
     elif script_args.model_name_or_path == "sandbox":
         dataset = simulated_clips(script_args.num_clips, Path(training_args.output_dir) / "clips")
     else:
@@ -68,33 +68,10 @@ def main(argv: list[str]) -> None:
             "sandbox's size. Pass a repository id or a folder with the columns prompt and video."
         )
     trainer = VideoREPATrainer(script_args.model_name_or_path, training_args, dataset)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=named_checkpoint(training_args.resume_from_checkpoint))
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def load_dataset(name: str, split: str) -> "datasets.Dataset":
-    """A folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows."""
-    import datasets
-
-    if (Path(name) / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    try:
-        return datasets.load_dataset(name, split=split)
-    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        raise ValueError(
-            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
-            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
-            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
-        ) from error
-
-
-def checkpoint_to_resume(training_args: "VideoREPAConfig") -> str | bool | None:
-    """`--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`."""
-    value = training_args.resume_from_checkpoint
-    words = {"true": True, "false": None}
-    return words.get(str(value).lower(), value)
 
 
 def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":

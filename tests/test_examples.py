@@ -1,6 +1,7 @@
 """The example scripts, run as a person runs them: arguments in, files out."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
 from video_trl.curation import GTPairConfig, PhyAugConfig
 from video_trl.sandbox import load_sandbox
+from video_trl.trainer.checkpointing import named_checkpoint
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -141,9 +143,10 @@ def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
 
 @pytest.mark.parametrize("script, config", TRAINING.values())
 def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
-    resume = _load(script).checkpoint_to_resume
+    assert "resume_from_checkpoint=named_checkpoint(" in inspect.getsource(_load(script))
     for value, expected in ((None, None), ("True", True), ("true", True), ("False", None), ("out/c-5", "out/c-5")):
-        assert resume(config(str(tmp_path), use_cpu=True, resume_from_checkpoint=value)) == expected
+        args = config(str(tmp_path), use_cpu=True, resume_from_checkpoint=value)
+        assert named_checkpoint(args.resume_from_checkpoint) == expected
 
 
 def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .frame import UsageError, nearest, parse, required
-from .options import load_dataset, mapping
+from .options import mapping
 
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
 def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
     """The dataset that was named, or the sandbox's: groups, or for methods without rejected videos simulated clips."""
     if data.dataset_name is not None:
-        return load_dataset(data.dataset_name, data.dataset_split)
+        from ..data.tables import load_rows
+
+        return load_rows(data.dataset_name, data.dataset_split)
     from ..sandbox import build_group_dataset, load_sandbox
 
     folder = Path(args.output_dir)
@@ -182,8 +184,9 @@ def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mappi
     """How many rows there are, and one of them; the sandbox's are counted without being made."""
     if data.dataset_name is not None:
         from ..data.columns import undecoded
+        from ..data.tables import load_rows
 
-        dataset = undecoded(load_dataset(data.dataset_name, data.dataset_split))
+        dataset = undecoded(load_rows(data.dataset_name, data.dataset_split))
         return len(dataset), dataset[0]
     from ..sandbox import simulate
 

@@ -9,8 +9,6 @@ from .frame import UsageError
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..judges import VideoJudge
 
 _CALL = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")
@@ -109,26 +107,3 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(found, Mapping | None):
         raise UsageError(f'--{name} must be a mapping, such as \'{{"model": "name"}}\', got {value!r}.')
     return dict(found or {})
-
-
-def load_dataset(name: str, split: str) -> "Dataset":
-    """
-    A folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows.
-
-    Raises:
-        ValueError: If it cannot be loaded.
-    """
-    from pathlib import Path
-
-    import datasets
-
-    if (Path(name) / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    try:
-        return datasets.load_dataset(name, split=split)
-    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        raise ValueError(
-            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
-            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
-            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
-        ) from error

@@ -47,10 +47,9 @@ def run(argv: Sequence[str]) -> int:
         say(describe(name, data, args, processes=num_processes(launcher)))
         return 0
     trainer = make_trainer(name, data, args)
-    # `--resume_from_checkpoint`: a folder, or `true` for the last checkpoint in `output_dir`.
-    words: dict[str, bool | None] = {"true": True, "false": None}
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
+    from ..trainer.checkpointing import named_checkpoint
+
+    trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))
     trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():

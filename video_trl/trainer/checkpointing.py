@@ -121,6 +121,12 @@ def find_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: Pa
     return found
 
 
+def named_checkpoint(value: str | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` means: a folder, or `true` for the last checkpoint in `output_dir`."""
+    words: dict[str, bool | None] = {"true": True, "false": None}
+    return words.get(str(value).lower(), value)
+
+
 def write_trainer_state(state: TrainerState, exportable: Sequence[Any], partial: Path, final: Path) -> None:
     """
     Write what `transformers.Trainer` resumes from into a checkpoint.
