@@ -59,8 +59,11 @@ def run(argv: Sequence[str]) -> int:
     name, rest = method_named("estimate", argv, __doc__)
     args = _arguments(name, rest)
     from ..trainer.estimate import HEADROOM, describe_estimate, estimate, recommend
+    from .plan import empty_models
 
-    work = workload(name, args)
+    size = _size(args)
+    models = empty_models(args.model_name_or_path, args.revision)
+    work = workload(name, args, models, size)
     card = int(args.card_gib * 2**30)
     found = estimate(work, _placement(args, "concat" if args.step_mode == "auto" else args.step_mode))
     if args.step_mode == "auto" and work.num_videos > 1 and found.peak > HEADROOM * card:
@@ -75,17 +78,17 @@ def run(argv: Sequence[str]) -> int:
             if better is None
             else f"This does:\n{describe_estimate(better)}"
         )
-    say(f"Before training: {before(args)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
+    say(f"Before training: {before(args, models, size)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
     return 0
 
 
-def before(args: EstimateArguments) -> str:
+def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]) -> str:
     """Memory of encoding videos and prompts, whose models leave the GPU when training begins."""
     from ..trainer.estimate import encoding_peak
-    from .plan import empty_models, empty_text_encoder
+    from .plan import empty_text_encoder
 
-    adapter, _, vae = empty_models(args.model_name_or_path, args.revision)
-    peak = encoding_peak(vae, adapter, _size(args))
+    adapter, _, vae = models
+    peak = encoding_peak(vae, adapter, size)
     text_encoder = empty_text_encoder(args.model_name_or_path, args.revision)
     weights = sum(weight.numel() for weight in text_encoder.parameters()) * (2 if args.bf16 else 4)
     return f"{peak / 2**30:.2f} GiB to encode a video, {weights / 2**30:.2f} GiB of text encoder"
@@ -103,13 +106,14 @@ def _size(args: EstimateArguments) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def workload(name: str, args: EstimateArguments) -> "Workload":
+def workload(
+    name: str, args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]
+) -> "Workload":
     """What these options train."""
     from ..trainer.estimate import Workload
-    from .plan import compared_videos, empty_models, latents_shape
+    from .plan import compared_videos, latents_shape
 
-    size = _size(args)
-    adapter, transformer, vae = empty_models(args.model_name_or_path, args.revision)
+    adapter, transformer, vae = models
     compared = compared_videos(name, args.num_rejected, args.loss_type)
     return Workload(
         config={**transformer.config, "_class_name": type(transformer).__name__},
