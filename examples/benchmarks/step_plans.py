@@ -8,14 +8,16 @@ Memory and arithmetic of a training step at real sizes, counted without weights:
     python examples/benchmarks/step_plans.py                  # all of it, a quarter of an hour on one core
     python examples/benchmarks/step_plans.py --model wan-1.3b
     python examples/benchmarks/step_plans.py --table policies --model wan-14b
+    python examples/benchmarks/step_plans.py --table quantised --model wan-14b
     python examples/benchmarks/step_plans.py --table clusters --model wan-14b
 """
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from video_trl.trainer.estimate import Placement, Workload, estimate
 from video_trl.trainer.planning import StepPlan, plan_step
+from video_trl.trainer.quantization import Quantization
 
 
 WAN = {
@@ -90,6 +92,13 @@ def policies(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> N
         say(row(name, size, policy or "nothing", plan_step(config, latents(size), **pair, **settings)))
 
 
+def quantised(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
+    """A pair, its videos one by one, on a frozen base in fewer and fewer bits."""
+    for kind in (None, *get_args(Quantization)[::-1]):
+        pair = {"num_videos": 2, "reference": "adapter", "step_mode": "sequential"}
+        say(row(name, size, kind or "bf16", plan_step(config, latents(size), **pair, quantization=kind)))
+
+
 def clusters(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
     """A pair on many GPUs, and what each of them sends in a step."""
     for number, engine, sharing in CLUSTERS:
@@ -104,6 +113,7 @@ def clusters(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> N
 HEADERS = {
     "steps": "model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "policies": "model | frames, size | tokens | recomputed | weights, GiB | activations, GiB | peak, GiB | PFLOP",
+    "quantised": "model | frames, size | tokens | frozen base | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "clusters": "model | frames, size | GPUs | engine | a video | step mode | peak, GiB | weights sent, GiB | "
     "gradients sent, GiB | tokens and heads sent, GiB",
 }
@@ -130,7 +140,8 @@ def main() -> None:
     for name, (config, sizes) in MODELS.items():
         if args.model in (None, name):
             for size in sizes:
-                {"steps": steps, "policies": policies, "clusters": clusters}[args.table](name, config, size)
+                tables = {"steps": steps, "policies": policies, "quantised": quantised, "clusters": clusters}
+                tables[args.table](name, config, size)
 
 
 if __name__ == "__main__":

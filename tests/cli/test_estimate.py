@@ -56,9 +56,9 @@ def test_what_does_not_fit_comes_with_what_does(folder, capsys):
     assert main([*argv, "--card_gib", str(peak)]) == 0
     printed = capsys.readouterr().out
     assert f"Does not fit {peak:g} GiB" in printed
-    assert "step_mode=sequential, recomputed: nothing" in printed.partition("This does:")[2]
+    assert "step_mode=sequential, recomputed: nothing" in printed.partition("This should fit:")[2]
     assert main([*argv, "--card_gib", "0.000001", "--num_gpus", "2"]) == 0
-    assert "Nothing that is known fits 2 such GPUs" in capsys.readouterr().out
+    assert "No way is known to fit 2 such GPU(s)" in capsys.readouterr().out
 
 
 def test_other_engines_and_methods(folder, capsys):

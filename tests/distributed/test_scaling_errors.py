@@ -112,10 +112,16 @@ def test_videos_are_not_generated_by_one_of_several_sharded_processes(tmp_path):
         check_generation("ddp", config(tmp_path, context_parallel_size=2), None, [callback])
 
 
-def test_one_video_at_a_time_needs_batches_of_one_row_where_passes_are_joint(tmp_path):
-    made = trainer(config(tmp_path, step_mode="sequential", per_device_train_batch_size=2))
-    assert made.step_mode == "sequential"
-    made = trainer(config(tmp_path, step_mode="sequential", per_device_train_batch_size=2))
-    made.engine = "zero3"
-    with pytest.raises(ValueError, match="needs batches of one row, got 2"):
-        _ = made.step_mode
+def test_one_video_at_a_time_needs_batches_of_one_row_where_passes_are_joint(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "")
+    rows = {"step_mode": "sequential", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+
+    def check(**changes):
+        args = config(tmp_path, **(rows | changes))
+        return check_arguments(VideoGroupDPOTrainer, "sandbox", args, [{}], None, None, None, (None, None))
+
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2}}
+    for passing in ({}, fsdp | {"step_mode": "auto"}, fsdp | {"per_device_train_batch_size": 1}):
+        check(**passing)
+    with pytest.raises(ValueError, match="under the engine 'fsdp2' needs batches of one row, got 2"):
+        check(**fsdp)

@@ -7,6 +7,7 @@ import torch
 
 import video_trl
 from tests.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_encoded_video, tiny_wan_pipeline
+from tests.trainer.repa_runs import repa_trainer
 from tests.trainer.runs import mixed_shapes
 from tests.trainer.test_planning import SHAPES, configuration
 from video_trl.adapters import adapter_for
@@ -16,6 +17,7 @@ from video_trl.trainer.estimate import (
     Workload,
     _relation_bytes,
     describe_estimate,
+    describe_recommendation,
     encoding_peak,
     estimate,
     recommend,
@@ -44,8 +46,10 @@ def test_one_gpu_is_the_count_itself():
 def test_each_engine_divides_what_it_divides(lora_rank):
     work = workload(lora_rank=lora_rank)
     one = estimate(work, Placement()).parts
-    of = {name: estimate(work, Placement(8, name)) for name in ("ddp", "zero2", "zero3", "zero3-offload", "fsdp2")}
-    ddp, zero2, zero3, host, fsdp2 = (found.parts for found in of.values())
+    engines = ("ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
+    of = {name: estimate(work, Placement(8, name)) for name in engines}
+    ddp, zero1, zero2, zero3, host, fsdp2 = (found.parts for found in of.values())
+    assert zero1 == {**ddp, "optimizer": one["optimizer"] // 8}
     assert {**ddp, "buckets": 0} == {**one, "buckets": 0} and ddp["buckets"] == one["gradients"]
     assert zero2["weights"] == one["weights"] and zero2["optimizer"] == one["optimizer"] // 8
     assert zero2["gradients"] == one["gradients"] // 8 == fsdp2["gradients"]
@@ -108,6 +112,37 @@ def test_the_cheapest_way_that_fits_is_recommended():
     assert recommend(replace(work, num_videos=1, reference="none"), 10**9).placement.step_mode == "concat"
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.13), ("int8", 8.5), ("fp8", 8.5)])
+def test_a_quantised_base_is_smaller_and_not_sharded(kind, bits):
+    work = workload(reference="adapter", quantization=kind)
+    whole, found = estimate(replace(work, quantization=None), Placement()), estimate(work, Placement())
+    transformer = tiny_wan_pipeline().transformer
+    numbers = sum(layer.weight.numel() for layer in transformer.blocks.modules() if type(layer) is torch.nn.Linear)
+    saved = (whole.parts["weights"] - found.parts["weights"]) * 8 / numbers
+    assert 16 - saved == pytest.approx(bits, rel=0.15)  # rows are short here, so that their scales take more
+    assert found.parts["adapter"] == whole.parts["adapter"] and found.activations > whole.activations
+    many = recommend(work, 2 * found.peak, num_gpus=8)
+    assert many.placement.engine == "ddp" and recommend(work, found.parts["weights"], num_gpus=8) is None
+    with pytest.raises(ValueError, match="`quantization='.*'` is for weights under an adapter"):
+        estimate(replace(work, lora_rank=None), Placement())
+
+
+@pytest.mark.slow
+def test_fewer_bits_are_told_of_only_where_nothing_else_fits():
+    config = configuration(tiny_wan_pipeline().transformer, num_layers=4, ffn_dim=16384)  # mostly weights
+    work = workload(config=config, latents_shape=(4, 2, 4, 4), reference="adapter")
+    slowest = Placement(step_mode="sequential", checkpointing_policy="offload")
+    peaks = {kind: estimate(replace(work, quantization=kind), slowest).peak for kind in (None, "int8", "nf4")}
+    cards = {kind: int(peak / HEADROOM) + 1 for kind, peak in peaks.items()}
+    assert cards[None] > cards["int8"] > cards["nf4"]
+    assert "quantization" not in describe_recommendation(work, cards[None], 1)
+    for kind in ("int8", "nf4"):
+        told = describe_recommendation(work, cards[kind], 1)
+        assert "No way is known to fit 1 such GPU(s)" in told and f"Or take `quantization='{kind}'`" in told
+        already = describe_recommendation(replace(work, quantization="int8"), cards["nf4"], 1)
+        assert "No way is known" in already and "Or take" not in already
+
+
 def test_cogvideox_is_estimated_too():
     config = configuration(tiny_cogvideox_pipeline().transformer)
     found = estimate(Workload(config, SHAPES["cogvideox"], 2, "adapter", lora_rank=4), Placement(2, "fsdp2"))
@@ -118,7 +153,7 @@ def test_cogvideox_is_estimated_too():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "fsdp"}, "`engine` must be one of ddp, zero2, zero3, zero3-offload, fsdp2, got 'fsdp'"),
+        ({"engine": "fsdp"}, "`engine` must be one of ddp, zero1, zero2, zero3, zero3-offload, fsdp2, got 'fsdp'"),
         ({"num_gpus": 0}, "positive multiple of `context_parallel`, got 0 and 1"),
         ({"num_gpus": 8, "context_parallel": 3}, "got 8 and 3"),
     ],
@@ -144,7 +179,7 @@ def test_running_out_of_memory_comes_with_advice_and_goes_on(tmp_path, caplog):
         made.train()
     (told,) = [record.message for record in caplog.records if "Memory ran out" in record.message]
     assert "one GPU, step_mode=concat, recomputed: nothing" in told
-    assert "This takes less:" in told and "step_mode=sequential" in told.partition("This takes less:")[2]
+    assert "step_mode=sequential" in told.partition("This should fit:")[2]
 
 
 def test_a_trainer_describes_its_work(tmp_path):
@@ -157,9 +192,21 @@ def test_a_trainer_describes_its_work(tmp_path):
     assert (work.num_videos, work.reference, work.lora_rank, work.bf16) == (8, "adapter", 8, False)
     assert work.latents_shape == (4, 2, 4, 6)  # the larger of the two
     assert made.placement() == Placement(step_mode="sequential", checkpointing_policy=None)
+    made.engine = "fsdp2"
+    assert made.placement().engine == "fsdp2"
     full = video_trl.VideoSFTConfig(use_peft=False, activation_checkpointing=True, **settings)
     work = video_trl.VideoSFTTrainer(tiny_wan_pipeline(), full, tiny_encoded_video(2)).workload()
     assert (work.num_videos, work.reference, work.lora_rank) == (2, "none", None)
+
+
+def test_a_trainer_with_a_teacher_describes_the_tokens_that_are_compared(tmp_path):
+    made = repa_trainer(tmp_path)
+    inputs = made.data_collator([made.train_dataset[0]])
+    (plan,) = made._plans.values()
+    teacher = plan.align_teacher(made.teacher_tokens(inputs).tokens)
+    assert made.workload().alignment == tuple(teacher.shape[1:])
+    assert "relation loss" in estimate(made.workload(), made.placement()).parts
+    assert repa_trainer(tmp_path, alignment_loss="repa").workload().alignment is None
 
 
 @pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])

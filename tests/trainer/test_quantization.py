@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from tests.tiny import tiny_encoded_group, tiny_transformer, tiny_wan_pipeline
 from tests.trainer.runs import assert_equal_weights, losses, trained_weights
 from video_trl import VideoDPOConfig, VideoDPOTrainer
-from video_trl.trainer.quantization import check_optimizer, plain
+from video_trl.trainer.estimate import estimate
+from video_trl.trainer.planning import LiveBytes
+from video_trl.trainer.quantization import check_optimizer, keep_weights_quantised, plain, quantization_config
 
 
 torchao = pytest.importorskip("torchao")
@@ -83,6 +86,59 @@ def test_a_quantised_run_resumes_exactly_and_not_on_another_base(tmp_path, saved
     assert_equal_weights(trained_weights(resumed), trained_weights(straight))
     with pytest.raises(ValueError, match="cannot be resumed by this trainer"):
         made("other", quantization=None).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_no_layer_holds_its_whole_weight_until_the_backward_pass(kind):
+    def layers(*, ours: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        made = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+        made = made.to(torch.bfloat16).requires_grad_(False)
+        rule = quantization_config(kind, torch.bfloat16).quant_mapping["transformer"].quant_type
+        torchao.quantization.quantize_(made, rule)
+        if ours:
+            keep_weights_quantised(made)
+        return made
+
+    whole = 256 * 256 * 2
+    found = []
+    for ours in (False, True):
+        model, counter = layers(ours=ours), LiveBytes()
+        inputs = torch.randn(4, 256, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        with counter:
+            output = model(inputs)
+            saved = counter.live
+            output.float().square().sum().backward()
+        found.append((output.detach(), inputs.grad))
+        assert saved >= 8 * whole if not ours else saved <= 0.6 * 8 * whole
+    (output, gradient), (our_output, our_gradient) = found
+    assert torch.equal(our_output, output)
+    # torchao multiplies 8-bit integers by their scale after the product, we before it: bfloat16 rounds in between.
+    torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=0.02 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("policy", [None, "full"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_training_takes_the_memory_that_was_planned(tmp_path, kind, policy):
+    pipeline = tiny_wan_pipeline()
+    pipeline.transformer = tiny_transformer(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=4)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    changes = {"max_steps": 1, "bf16": True, "optim": "sgd", "activation_checkpointing": policy is not None}
+    args = config(tmp_path, quantization=kind, step_mode="concat", **changes)
+    made = VideoDPOTrainer(str(tmp_path / "pipeline"), args, tiny_encoded_group(1))
+    counter = LiveBytes()
+    for weight in made.model.parameters():
+        counter.add(weight)
+    stored = counter.live
+    with counter:
+        made.train()
+    work = made.workload()
+    assert work.quantization == kind
+    found = estimate(work, made.placement())
+    assert found.parts["weights"] + found.parts["adapter"] == pytest.approx(stored, rel=0.05)  # some stay in float32
+    assert found.peak - found.parts["optimizer"] == pytest.approx(counter.peak, rel=0.1)
+    whole = estimate(replace(work, quantization=None), made.placement())
+    assert found.parts["weights"] < 0.6 * whole.parts["weights"]
 
 
 def test_what_cannot_be_quantised_is_refused_before_anything_is_loaded(tmp_path):

@@ -13,8 +13,7 @@ import video_trl
 from tests.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.trainer.runs import RecordGradients, assert_close_weights, disturb_adapter, losses, mixed_shapes
 from tests.trainer.test_families import rows_for, tiny_pipeline
-from video_trl.adapters import adapter_for
-from video_trl.trainer.memory import activation_bytes, choose_step_mode
+from video_trl.trainer.estimate import HEADROOM, Placement, Workload, estimate, fitting_step_mode
 
 
 LOSSES: list[tuple[str, dict[str, Any]]] = [
@@ -146,34 +145,33 @@ def test_a_group_needs_the_memory_of_one_video(tmp_path):
     assert one <= 0.3 * whole and one <= 0.55 * pair
 
 
-@pytest.mark.parametrize(
-    ("requested", "memory", "needed", "mode"),
-    [
-        ("auto", None, 10**15, "concat"),
-        ("auto", 80 * 2**30, 60 * 2**30, "concat"),
-        ("auto", 80 * 2**30, 75 * 2**30, "sequential"),
-        ("concat", 1, 10**15, "concat"),
-        ("sequential", None, 0, "sequential"),
-    ],
-)
-def test_auto_goes_by_the_memory_of_the_accelerator(requested, memory, needed, mode):
-    assert choose_step_mode(requested, memory, needed) == mode
+@pytest.mark.parametrize("policy", [None, "full", "ffn", "attention", "every_2"])
+def test_auto_takes_all_videos_at_once_where_they_fit(policy):
+    config = {**tiny_wan_pipeline().transformer.config, "_class_name": "WanTransformer3DModel"}
+    work = Workload(config, (4, 4, 16, 16), num_videos=4, reference="adapter", lora_rank=4)
+    at_once = estimate(work, Placement(step_mode="concat", checkpointing_policy=policy)).peak
+    for mode in ("concat", "sequential"):
+        placement = Placement(step_mode=mode, checkpointing_policy=policy)
+        assert fitting_step_mode(work, placement, None) == "concat"
+        assert fitting_step_mode(work, placement, int(at_once / HEADROOM) + 2) == "concat"
+        assert fitting_step_mode(work, placement, int(at_once / HEADROOM) - 2) == "sequential"
+
+
+def test_auto_is_settled_for_the_trainers_own_step(tmp_path, monkeypatch):
+    """On a CPU at once; with the memory of an accelerator, by what the step was estimated to take."""
+    rows = tiny_encoded_group(1, m=3, latents_shape=(4, 4, 16, 16))
+    loss = {"loss_type": "plackett_luce", "physics_rewarding": False, "per_device_train_batch_size": 1}
+    settings = {"rows": rows, "activation_checkpointing": True, "checkpointing_policy": "ffn", **loss}
+    made = make(tmp_path, "GroupDPO", "auto", **settings)
+    assert made.step_mode == "concat"
+    needed = estimate(made.workload(), made.placement()).peak
+    for memory, mode in ((needed / HEADROOM + 2, "concat"), (needed / HEADROOM - 2, "sequential")):
+        monkeypatch.setattr("video_trl.trainer.preference_base.accelerator_memory", lambda _, found=memory: found)
+        made = make(tmp_path, "GroupDPO", "auto", **settings)
+        assert made.step_mode == made.placement().step_mode == mode
+    assert make(tmp_path, "GroupDPO", "concat", **settings).step_mode == "concat"
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`step_mode` must be one of 'auto', 'concat', 'sequential', got 'both'"):
         make(tmp_path, "DPO", "both")
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_grow_with_videos_tokens_and_width_of_the_numbers(checkpointing):
-    pipeline = tiny_wan_pipeline()
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
-
-    def count(shape=(4, 2, 4, 4), num_videos=2, dtype=torch.bfloat16):
-        return activation_bytes(
-            pipeline.transformer, adapter, shape, num_videos=num_videos, dtype=dtype, checkpointing=checkpointing
-        )
-
-    assert count(num_videos=4) == 2 * count() == count(dtype=torch.float32)
-    assert count(shape=(4, 4, 4, 4)) == 2 * count()

@@ -15,8 +15,8 @@ files of the pipeline are read. The file of --config is that of `video-trl train
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from .data import DataArguments, classes, method_named
 from .frame import UsageError, check, parse, read_yaml, required, say
@@ -37,6 +37,9 @@ class EstimateArguments:
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
     height: int | None = field(default=None, metadata={"help": "Its height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Its width in pixels."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt; unset: those of the published checkpoints."}
+    )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows (videos, pairs, groups) at a time."})
     num_rejected: int = field(default=3, metadata={"help": "gdpo: rejected videos of a group."})
     loss_type: str = field(default="sampled", metadata={"help": "gdpo: 'sampled' takes one of them in each step."})
@@ -46,38 +49,38 @@ class EstimateArguments:
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
     lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
     bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16."})
-    step_mode: str = field(default="auto", metadata={"help": "'concat', 'sequential', or what fits."})
+    quantization: Literal["nf4", "int8", "fp8"] | None = field(
+        default=None, metadata={"help": "What frozen weights are kept in: 'nf4', 'int8' or 'fp8'."}
+    )
+    step_mode: Literal["auto", "concat", "sequential"] = field(
+        default="auto", metadata={"help": "'concat', 'sequential', or what fits."}
+    )
     activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
     checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
     num_gpus: int = field(default=1, metadata={"help": "GPUs in all."})
     engine: str = field(default="ddp", metadata={"help": "'ddp', 'zero2', 'zero3', 'zero3-offload' or 'fsdp2'."})
     context_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the tokens of a video."})
+    group_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the videos of a pair or group."})
     card_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU, in GiB."})
 
 
 def run(argv: Sequence[str]) -> int:
     name, rest = method_named("estimate", argv, __doc__)
     args = _arguments(name, rest)
-    from ..trainer.estimate import HEADROOM, describe_estimate, estimate, recommend
+    from ..trainer.estimate import HEADROOM, describe_estimate, describe_recommendation, estimate, fitting_step_mode
     from .plan import empty_models
 
     size = _size(args)
     models = empty_models(args.model_name_or_path, args.revision)
     work = workload(name, args, models, size)
     card = int(args.card_gib * 2**30)
-    found = estimate(work, _placement(args, "concat" if args.step_mode == "auto" else args.step_mode))
-    if args.step_mode == "auto" and work.num_videos > 1 and found.peak > HEADROOM * card:
-        found = estimate(work, _placement(args, "sequential"))
+    mode = fitting_step_mode(work, _placement(args, "concat"), card) if args.step_mode == "auto" else args.step_mode
+    found = estimate(work, _placement(args, mode))
     say(describe_estimate(found))
     fits = found.peak <= HEADROOM * card
     say(f"{'Fits' if fits else 'Does not fit'} {args.card_gib:g} GiB, a tenth of it left free for the allocator.")
     if not fits:
-        better = recommend(work, card, args.num_gpus)
-        say(
-            f"Nothing that is known fits {args.num_gpus} such GPUs: take more of them, or shorter or smaller videos."
-            if better is None
-            else f"This does:\n{describe_estimate(better)}"
-        )
+        say(describe_recommendation(work, card, args.num_gpus))
     say(f"Before training: {before(args, models, size)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
     return 0
 
@@ -114,14 +117,20 @@ def workload(
     from .plan import compared_videos, latents_shape
 
     adapter, transformer, vae = models
-    compared = compared_videos(name, args.num_rejected, args.loss_type)
-    return Workload(
-        config={**transformer.config, "_class_name": type(transformer).__name__},
-        latents_shape=latents_shape(adapter, vae, size),
-        num_videos=compared * args.per_device_train_batch_size,
-        reference="none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
-        lora_rank=args.lora_rank if args.use_peft else None,
-        bf16=args.bf16,
+    videos = compared_videos(name, args.num_rejected, args.loss_type)
+    if videos % args.group_parallel_size:
+        raise UsageError(
+            f"--group_parallel_size={args.group_parallel_size} must divide the {videos} videos that the loss of a row "
+            "compares."
+        )
+    return replace(
+        Workload.of(
+            transformer,
+            latents_shape(adapter, vae, size),
+            videos // args.group_parallel_size,
+            args,
+            "none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
+        ),
         alignment=(1, args.relation_tokens, 1024) if name == "repa" else None,
     )
 
@@ -145,7 +154,7 @@ def _arguments(name: str, argv: Sequence[str]) -> EstimateArguments:
         given = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
         words = [*given, *words[:place], *words[place + 2 :]]
     (args,) = parse(f"estimate {name}", __doc__, [EstimateArguments], words)
-    for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "card_gib"):
+    for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "card_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:
             raise UsageError(f"--{key} must be positive, got {vars(args)[key]}.")
     return args

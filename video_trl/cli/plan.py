@@ -142,14 +142,8 @@ def _cost(
         name, 1 if isinstance(rejected, str) else len(rejected), args.to_dict().get("loss_type")
     )
     has_reference = classes(name)[0].uses_reference
-    workload = Workload(
-        config={**transformer.config, "_class_name": type(transformer).__name__},
-        latents_shape=shape,
-        num_videos=compared * args.per_device_train_batch_size,
-        reference="none" if not has_reference else "adapter" if args.use_peft else "copy",
-        lora_rank=args.lora_rank if args.use_peft else None,
-        bf16=bool(args.bf16),
-    )
+    reference: Any = "none" if not has_reference else "adapter" if args.use_peft else "copy"
+    workload = Workload.of(transformer, shape, compared, args, reference)
     mode: Literal["concat", "sequential"] = (
         "sequential" if has_reference and args.step_mode == "sequential" else "concat"
     )

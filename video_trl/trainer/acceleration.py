@@ -1,4 +1,4 @@
-"""Faster arithmetic for the transformer, the same for policy and reference: attention kernels, compiled blocks."""
+"""Faster or smaller arithmetic of the transformer, the same for policy and reference: kernels, compiled blocks."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import VideoAdapter
 from ..adapters.joint_attention import JointAttentionProcessor
+from .quantization import keep_weights_quantised
 
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def check_acceleration(transformer: ModelMixin, args: "_BaseVideoConfig") -> Non
 
 
 def accelerate(transformer: ModelMixin, adapter: VideoAdapter, args: "_BaseVideoConfig") -> None:
-    """Apply the options to the policy or to a separate reference, once adapters and parallelism are in place."""
+    """Prepare the policy or a separate reference for training, once adapters and parallelism are in place."""
+    keep_weights_quantised(transformer)
     if args.attention_backend is not None:
         set_attention_backend(transformer, args.attention_backend)
     compile_blocks(list(adapter.blocks(transformer)), enabled=args.compile_blocks)

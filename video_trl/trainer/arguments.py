@@ -10,6 +10,7 @@ from peft import PeftConfig
 from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
 from .engines import SHARDED, Engine, requested_engine
+from .preference_config import _PreferenceConfig
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ def check_arguments(
             f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
             f"engine '{engine}'. Drop one of the two."
         )
+    if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
+        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
+        if args.largest_batch > 1:
+            raise ValueError(
+                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
+                f"{args.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
+                "raise `gradient_accumulation_steps`: the steps are the same."
+            )
     if args.world_size % args.processes_per_row:
         raise ValueError(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,14 +33,13 @@ from .context_parallel import (
     enable_context_parallelism,
     make_mesh,
 )
-from .engines import SHARDED, check_set_up, requested_engine, whole_weights
-from .estimate import Placement, Workload, advise
+from .engines import SHARDED, check_set_up, offloads_weights, requested_engine, whole_weights
+from .estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .evaluator import Evaluator, log_evaluator, run_evaluator
 from .finite import FiniteLossGuard
 from .loaders import MICRO_BATCH, describe_order, make_loader
 from .loading import find_adapter, load_model
 from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .memory import accelerator_memory
 from .metrics import MetricStore
 from .noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
 from .progress import ProgressReport
@@ -337,20 +337,22 @@ class _BaseVideoTrainer(_SharingTrainer):
 
     def workload(self) -> Workload:
         """What is trained, as the planner describes it; of several sizes of videos, the largest."""
+        largest = max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod)
         copied = isinstance(self.reference, ModuleReference)
-        return Workload(
-            config={**self.model.config, "_class_name": type(self.model).__name__},
-            latents_shape=max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod),
-            num_videos=self.videos_in_step() * self.args.per_device_train_batch_size,
-            reference="none" if self.reference is None else "copy" if copied else "adapter",
-            lora_rank=self.args.lora_rank if self.args.use_peft else None,
-            bf16=bool(self.args.bf16),
-        )
+        reference: ReferencePass = "none" if self.reference is None else "copy" if copied else "adapter"
+        sharing = self.args.processes_per_row // self.args.context_parallel_size
+        workload = Workload.of(self.model, largest, self.videos_in_step() // sharing, self.args, reference)
+        return replace(workload, prompt_tokens=self.max_sequence_length)
 
     def placement(self) -> Placement:
         """Where and how it is trained, as the planner describes it."""
         policy = self.args.checkpointing_policy if self.args.gradient_checkpointing else None
-        return Placement(num_gpus=self.args.world_size, checkpointing_policy=policy)
+        return Placement(
+            num_gpus=self.args.world_size,
+            engine="zero3-offload" if offloads_weights(self.accelerator) else self.engine,
+            context_parallel=self.args.context_parallel_size,
+            checkpointing_policy=policy,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of one shape, shuffled; see [`~video_trl.data.buckets.BucketBatchSampler`]."""

@@ -73,6 +73,13 @@ def requested_engine(args: TrainingArguments) -> Engine:
     return "fsdp2"
 
 
+def offloads_weights(accelerator: Accelerator) -> bool:
+    """Whether the weights stay in the host's memory, which is ZeRO-3's."""
+    plugin = accelerator.state.deepspeed_plugin
+    offload = {} if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param") or {}
+    return offload.get("device", "none") != "none"
+
+
 def check_set_up(requested: Engine, accelerator: Accelerator) -> None:
     """Raise a `ValueError` if accelerate has set up another engine than the one that was asked for."""
     found = engine_of(accelerator)

@@ -1,8 +1,9 @@
 """What a training takes from every GPU, by part, on one GPU or on many, and what fits a card."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from diffusers import ModelMixin
@@ -10,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters import VideoAdapter
 from ..trd import trd_loss
-from .planning import LiveBytes, StepPlan, fake_weights, plan_step
+from .planning import LiveBytes, StepPlan, class_name, fake_weights, plan_step
+from .quantization import Quantization
 
 
-EngineName = Literal["ddp", "zero2", "zero3", "zero3-offload", "fsdp2"]
+EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
+ReferencePass = Literal["none", "adapter", "copy"]
 HEADROOM = 0.9  # share of a card to plan with: the allocator's gaps and CUDA itself need the rest
 _SHARDS_WEIGHTS = ("zero3", "zero3-offload", "fsdp2")
 # What a step may do to save memory, cheapest in time first: (step mode, recomputed).
@@ -37,10 +40,12 @@ class Workload:
     Attributes:
         config (`Mapping`): Content of the transformer's `config.json`.
         latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
-        num_videos (`int`): Videos in a micro-batch.
+        num_videos (`int`): Videos in a micro-batch on one GPU.
         reference (`"none"`, `"adapter"` or `"copy"`): The pass of the reference.
         lora_rank (`int`, *optional*): Rank of the adapter; `None` trains all weights.
         bf16 (`bool`): Compute in bfloat16.
+        quantization (`str`, *optional*): What frozen weights are kept in.
+        prompt_tokens (`int`, *optional*): Tokens of a prompt; those of the published checkpoints if not given.
         alignment (`tuple[int, int, int]`, *optional*): For VideoREPA: frames, tokens of a frame, and width of the
             teacher's tokens, which the relation loss compares.
     """
@@ -48,10 +53,46 @@ class Workload:
     config: Mapping[str, Any]
     latents_shape: tuple[int, int, int, int]
     num_videos: int
-    reference: Literal["none", "adapter", "copy"] = "none"
+    reference: ReferencePass = "none"
     lora_rank: int | None = 48
     bf16: bool = True
+    quantization: Quantization | None = None
+    prompt_tokens: int | None = None
     alignment: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        transformer: ModelMixin,
+        latents_shape: tuple[int, int, int, int],
+        videos_of_row: int,
+        options: "WorkloadOptions",
+        reference: ReferencePass,
+    ) -> "Workload":
+        """Of a transformer, the videos of a row that are on one GPU, and the configuration of a trainer."""
+        config = json.loads(transformer.to_json_string())  # where dtypes and the like are words
+        config.pop("quantization_config", None)
+        return cls(
+            config={**config, "_class_name": class_name(transformer)},
+            latents_shape=latents_shape,
+            num_videos=videos_of_row * options.per_device_train_batch_size,
+            reference=reference,
+            lora_rank=options.lora_rank if options.use_peft else None,
+            bf16=bool(options.bf16),
+            quantization=options.quantization,
+            prompt_tokens=options.max_sequence_length,
+        )
+
+
+class WorkloadOptions(Protocol):
+    """What a [`Workload`] takes from the configuration of a trainer, or from a command line with the same names."""
+
+    per_device_train_batch_size: int
+    use_peft: bool
+    lora_rank: int
+    bf16: bool
+    quantization: Quantization | None
+    max_sequence_length: int | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +102,7 @@ class Placement:
 
     Attributes:
         num_gpus (`int`): GPUs in all.
-        engine (`str`): `"ddp"`, DeepSpeed's `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
+        engine (`str`): `"ddp"`, DeepSpeed's `"zero1"`, `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
         context_parallel (`int`): GPUs that share the tokens of a video.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
         checkpointing_policy (`str`, *optional*): What is recomputed; nothing if `None`.
@@ -152,6 +193,8 @@ def _plan(workload: Workload, placement: Placement) -> StepPlan:
         checkpointing_policy=policy or "full",
         lora_rank=workload.lora_rank,
         bf16=workload.bf16,
+        quantization=workload.quantization,
+        prompt_tokens=workload.prompt_tokens,
     )
 
 
@@ -173,9 +216,9 @@ def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str
     parts = {
         "weights": (0 if on_host else base // number) + 2 * one_block if sharded else base,
         "adapter": adapter // number if sharded else adapter,
-        "gradients": plan.gradients if engine == "ddp" or number == 1 else plan.gradients // number,
+        "gradients": plan.gradients if engine in ("ddp", "zero1") else plan.gradients // number,
         "optimizer": 0 if on_host else plan.optimizer if engine == "ddp" else plan.optimizer // number,
-        "buckets": plan.gradients if number > 1 and engine in ("ddp", "zero2") else 0,
+        "buckets": plan.gradients if number > 1 and not sharded else 0,
         "block inputs": inputs // placement.context_parallel,
         "other activations": (plan.activations - inputs) // placement.context_parallel,
     }
@@ -280,7 +323,8 @@ def recommend(
     """
     if card < 1:
         raise ValueError(f"`card` must be a positive number of bytes, got {card}.")
-    engines = engines if num_gpus > 1 else ("ddp",)
+    # Quantised weights are trained on as a whole only.
+    engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
     plans: dict[tuple[str, str | None], StepPlan] = {}
     too_large: set[tuple[EngineName, int]] = set()
     for placement in ways(num_gpus, engines, workload.config["num_attention_heads"]):
@@ -295,6 +339,26 @@ def recommend(
         if found.peak - found.activations > HEADROOM * card:  # no way to make a step helps against that
             too_large.add(placement.cluster)
     return None
+
+
+def fitting_step_mode(workload: Workload, placement: Placement, card: int | None) -> Literal["concat", "sequential"]:
+    """
+    The faster step mode, all videos at once, if it fits a card or there is none; else the one that needs less memory.
+
+    Args:
+        workload ([`Workload`]): What is trained.
+        placement ([`Placement`]): Where and how; its own step mode does not matter.
+        card (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
+    """
+    if card is None:
+        return "concat"
+    needed = estimate(workload, replace(placement, step_mode="concat")).peak
+    return "concat" if needed <= HEADROOM * card else "sequential"
+
+
+def accelerator_memory(device: torch.device) -> int | None:
+    """Bytes of memory of an accelerator, free or not, so that plans are the same on every start; none for the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
 
 
 def describe_estimate(found: Estimate) -> str:
@@ -323,12 +387,25 @@ def advise(workload: Workload, placement: Placement, card: int | None) -> str:
     told = [f"Memory ran out. As estimated, a step takes\n{describe_estimate(found)}"]
     # What was estimated to fit did not: something else is on the card, or shares it.
     room = min(card or found.peak, found.peak) - 1
-    better = recommend(workload, room, placement.num_gpus)
-    if better is None:
-        told.append("No way is known that takes less on so many GPUs: take more, or shorter or smaller videos.")
-    else:
-        told.append(f"This takes less:\n{describe_estimate(better)}")
+    told.append(describe_recommendation(workload, room, placement.num_gpus))
     told.append(
         "`step_mode` and `checkpointing_policy` are arguments of the trainer; for engines see docs/scaling.md."
     )
     return "\n".join(told)
+
+
+def describe_recommendation(workload: Workload, card: int, num_gpus: int) -> str:
+    """
+    What `recommend` finds, as text. Where that is nothing, frozen weights in fewer bits are tried, first in 8; not
+    before, because that is another base model.
+    """
+    found = recommend(workload, card, num_gpus)
+    if found is not None:
+        return f"This should fit:\n{describe_estimate(found)}"
+    told = f"No way is known to fit {num_gpus} such GPU(s): take more of them, or shorter or smaller videos."
+    if workload.lora_rank is not None and workload.quantization is None:
+        for kind in ("int8", "nf4"):
+            found = recommend(replace(workload, quantization=kind), card, num_gpus)
+            if found is not None:
+                return f"{told} Or take `quantization='{kind}'`, with which this should:\n{describe_estimate(found)}"
+    return told

@@ -5,7 +5,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,12 +14,13 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, Model
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..adapters import VideoAdapter, adapter_for
 from .denoising import Denoising, SequentialErrors
+from .quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from .recompute import check_policy, chosen_every, enable_recompute
 
 
@@ -58,6 +59,11 @@ class StepPlan:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def class_name(transformer: nn.Module) -> str:
+    """The `_class_name` of a transformer's `config.json`, of the family's where it is of a class derived from that."""
+    return next((name for name, kind in _CLASSES.items() if isinstance(transformer, kind)), type(transformer).__name__)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages while they are alive, and operations; for real tensors and for fake ones."""
 
@@ -69,7 +75,12 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor unless it is counted already."""
+        """Count the storage of a tensor unless it is counted already; of one made of tensors, those of its parts."""
+        subclass: Any = tensor
+        if is_traceable_wrapper_subclass(subclass):
+            for name in subclass.__tensor_flatten__()[0]:
+                self.add(subclass.__dict__[name])
+            return
         storage = tensor.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -111,6 +122,7 @@ def plan_step(
     checkpointing_policy: str = "full",
     lora_rank: int | None = 48,
     bf16: bool = True,
+    quantization: Quantization | None = None,
     prompt_tokens: int | None = None,
 ) -> StepPlan:
     """
@@ -131,18 +143,21 @@ def plan_step(
         checkpointing_policy (`str`, defaults to `"full"`): Which; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
         bf16 (`bool`, defaults to `True`): Compute in bfloat16, and keep what is frozen in it.
+        quantization (`str`, *optional*): What frozen weights are kept in: `"nf4"`, `"int8"` or `"fp8"`.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
 
     Returns:
         [`StepPlan`]: For AdamW; with any optimizer that has no state, subtract `optimizer`.
 
     Raises:
-        ValueError: If the configuration is not of a supported transformer, the latents do not suit it, or a number is
-            not positive.
+        ValueError: If the configuration is not of a supported transformer, the latents do not suit it, a number is
+            not positive, or what is to be quantised is to be trained.
     """
     for name, value in (("num_videos", num_videos), ("lora_rank", lora_rank), ("prompt_tokens", prompt_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if quantization is not None and lora_rank is None:
+        raise ValueError(f"`quantization={quantization!r}` is for weights under an adapter: give a `lora_rank`.")
     check_policy(checkpointing_policy)
     policy = checkpointing_policy if checkpointing else None
     shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
@@ -152,10 +167,21 @@ def plan_step(
     every = chosen_every(policy) if policy else None
     depths = _DEPTHS if every is None else (2 * every, 3 * every)
     if depth <= depths[1]:
-        return _count(json.dumps({**config}), *settings)
-    low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in depths)
-    more = (depth - depths[1]) / (depths[1] - depths[0])
-    return StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+        plan = _count(json.dumps({**config}), *settings)
+    else:
+        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in depths)
+        more = (depth - depths[1]) / (depths[1] - depths[0])
+        plan = StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+    if quantization is None:
+        return plan
+    one_block, _ = _without_contents({**config, "num_layers": 1}, lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    layers = list(quantised_layers(one_block))
+    saved = depth * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in layers)
+    return replace(
+        plan,
+        weights=plan.weights - saved * (2 if reference == "copy" else 1),
+        activations=plan.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
+    )
 
 
 @lru_cache(maxsize=64)

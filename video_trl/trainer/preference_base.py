@@ -15,14 +15,13 @@ from .acceleration import SamePathCheck
 from .base_trainer import _BaseVideoTrainer
 from .denoising import Denoising, SequentialErrors
 from .engines import SHARDED
-from .estimate import Placement
+from .estimate import Placement, accelerator_memory, fitting_step_mode
 from .group_parallel import VideoShare
-from .memory import accelerator_memory, activation_bytes, choose_step_mode
 from .noise import to_device
 from .preference_config import _PreferenceConfig
 from .reference import AdapterReference
 from .reference_bank import ReferenceBank, bank_path, bank_step, fill, load_bank, save_bank
-from .rows import datasets_in, encoded_cache_dir
+from .rows import encoded_cache_dir
 
 
 logger = logging.getLogger(__name__)
@@ -64,16 +63,12 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     @cached_property
     def step_mode(self) -> Literal["concat", "sequential"]:
         """How the videos of a row go through the transformer; `"auto"` is settled here."""
-        needed = self._weight_bytes() + self._activation_bytes()
-        mode = choose_step_mode(self.args.step_mode, accelerator_memory(self.args.device), needed)
-        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        if mode == "sequential" and rows > 1 and self.engine in SHARDED:
-            # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
-            raise ValueError(
-                f"`step_mode='sequential'` under the engine '{self.engine}' needs batches of one row, got {rows}. Set "
-                "`per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and raise "
-                "`gradient_accumulation_steps`: the steps are the same."
-            )
+        if self.args.step_mode != "auto":
+            return self.args.step_mode
+        if self.engine in SHARDED and self.args.largest_batch > 1:  # where "sequential" is refused
+            return "concat"
+        mode = fitting_step_mode(self.workload(), super().placement(), accelerator_memory(self.args.device))
+        logger.info("`step_mode='auto'` is '%s'.", mode)
         return mode
 
     @cached_property
@@ -210,26 +205,6 @@ class _PreferenceTrainer(_BaseVideoTrainer):
             "scheduler": scheduler,
             "step_mode": self.step_mode,
         }
-
-    def _weight_bytes(self) -> int:
-        """Weights, and of the trained ones gradients and the two moments of Adam, in float32."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return weights + 12 * self.get_num_trainable_parameters()
-
-    def _activation_bytes(self) -> int:
-        """Of the largest micro-batch, if all its videos go through the transformer at once."""
-        half = torch.bfloat16 if self.args.bf16 else torch.float16
-        return max(
-            activation_bytes(
-                self.model,
-                self.adapter,
-                shape,
-                num_videos=self.videos_in_step() * self.args.per_device_train_batch_size,
-                dtype=half if self.args.bf16 or self.args.fp16 else self.model.dtype,
-                checkpointing=bool(self.args.gradient_checkpointing),
-            )
-            for shape in set(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes)
-        )
 
     def _errors(self, denoising: Denoising, transformer: nn.Module) -> Tensor:
         own = denoising if self.video_share is None else self.video_share.own(denoising)

@@ -42,6 +42,11 @@ class _PreferenceConfig(_BaseVideoConfig):
     )
 
     @property
+    def largest_batch(self) -> int:
+        """Rows of a batch, of training or evaluation."""
+        return max(self.per_device_train_batch_size, self.per_device_eval_batch_size)
+
+    @property
     def processes_per_row(self) -> int:
         return self.context_parallel_size * self.group_parallel_size
 

@@ -1,11 +1,13 @@
 """Keep the frozen weights under an adapter in few bits. Policy and reference share them, so that both round alike."""
 
 import importlib.util
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 
 Quantization = Literal["nf4", "int8", "fp8"]
@@ -90,7 +92,63 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuant
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
+def quantised_layers(transformer: nn.Module) -> Iterator[nn.Linear]:
+    """The frozen linear layers that `quantization_config` quantises, of any transformer, quantised or not."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            if not any(part in _NOT_QUANTIZED for part in name.split(".")):
+                yield module
+
+
+def quantised_bytes(kind: Quantization, layer: nn.Linear) -> int:
+    """Bytes of a layer's weight once it is quantised."""
+    numbers, rows = layer.weight.numel(), layer.out_features
+    # nf4: a byte of scale for 64 weights, and four bytes for 256 of those.
+    return int(numbers * (0.5 + 1 / 64 + 4 / (64 * 256))) if kind == "nf4" else numbers + 4 * rows
+
+
+def unpacking_bytes(kind: Quantization, layer: nn.Linear) -> int:
+    """Bytes that are alive for a moment while a layer's weight is brought back to what it was, as libraries do it."""
+    copies = {"nf4": 1, "int8": 3, "fp8": 5}  # torchao multiplies by the scale in float32
+    return copies[kind] * layer.weight.nbytes
+
+
+def keep_weights_quantised(transformer: nn.Module) -> None:
+    """
+    Let no linear layer hold its weight in full precision from the forward to the backward pass.
+
+    torchao's own product saves the weight as it was multiplied, so that in the backward pass all layers would be
+    there a second time, in the precision of the computation; bitsandbytes' does not.
+    """
+    for module in transformer.modules():
+        if type(module) is nn.Linear and _by_torchao(module.weight):
+            module.__class__ = _QuantisedLinear
+
+
+class _QuantisedLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler decides by itself what it computes again
+            return super().forward(input)
+        return _Product.apply(input, self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product with a frozen weight, which is brought back to full precision once more for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, inputs.dtype
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (gradient @ plain(ctx.weight).to(gradient.dtype)).to(ctx.dtype), None, None
+
+
 def plain(weight: Tensor) -> Tensor:
     """A weight that a library keeps quantised inside of it, as ordinary numbers; any other as it is."""
-    quantised = type(weight.data).__module__.startswith("torchao.")
-    return weight.data.dequantize() if quantised else weight.detach()
+    return weight.data.dequantize() if _by_torchao(weight) else weight.detach()
+
+
+def _by_torchao(weight: Tensor) -> bool:
+    return type(weight.data).__module__.startswith("torchao.")

@@ -1,6 +1,8 @@
 """Alignment of a video transformer's hidden states with a teacher's tokens (VideoREPA, and REPA as its baseline)."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +28,7 @@ from .alignment import (
 )
 from .base_trainer import _BaseVideoTrainer
 from .citations import VIDEOREPA
+from .estimate import Workload
 from .loading import SANDBOX
 from .repa_config import VideoREPAConfig
 from .rows import IndexedDataset, encoded_cache_dir
@@ -221,6 +224,13 @@ class VideoREPATrainer(_BaseVideoTrainer):
 
     def auxiliary_learning_rate(self) -> float | None:
         return self.args.head_learning_rate
+
+    def workload(self) -> Workload:
+        """With the relation loss, on the grid with the most tokens."""
+        if self.args.alignment_loss != "trd":
+            return super().workload()
+        grids = [(len(plan.student_frames), plan.height * plan.width) for plan in self._plans.values()]
+        return replace(super().workload(), alignment=(*max(grids, key=math.prod), self._teacher_width))
 
     # ---- The loss ----
 
