@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 STUDY_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa-study.yaml"
 # Clips that neither the sandbox model nor its teacher was trained on, and that training and evaluation do not share
-FIRST_SEED, FIRST_HELD_OUT_SEED = 20_000_000, 21_000_000
+FIRST_HELD_OUT_SEED = 21_000_000
 PROMPT_DRAW, NOISE_SEED = 4, 5
 BASE, SFT, TRD = "base", "sft", "trd"
 # Arm -> what differs from the configuration file.
@@ -123,9 +123,11 @@ def main(argv: list[str]) -> None:
 
 def run_arms(study: ScriptArguments, args: "VideoREPAConfig", folder: Path) -> None:
     """Train and measure what has no result file yet."""
+    from video_trl.sandbox import build_clip_dataset
+
     folder.mkdir(parents=True, exist_ok=True)
     base = make_base(study, folder)
-    clips = simulated_clips(study.num_clips, folder / "clips")
+    clips = build_clip_dataset(folder / "clips", num_clips=study.num_clips)
     material = prepare(study, folder)
     for seed in study.seeds:  # the outer loop, so that an interruption leaves whole seeds
         for arm in study.arms:
@@ -180,21 +182,6 @@ def train(arm: str, base: str, args: "VideoREPAConfig", clips: "datasets.Dataset
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history
-
-
-def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":
-    """Clips that obey the laws of motion, written as mp4 files, with their sentences."""
-    import datasets
-
-    from video_trl.data.video_io import write_video
-    from video_trl.sandbox import simulate
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(FIRST_SEED, FIRST_SEED + number):
-        path, clip = folder / f"{seed}.mp4", simulate(seed)
-        rows.append({"prompt": clip.prompt, "video": str(write_video(path, clip.video, clip.fps))})
-    return datasets.Dataset.from_list(rows)
 
 
 # ---- Measuring -----------------------------------------------------------------------------------

@@ -20,15 +20,9 @@ with its baselines, and `examples/probe_physion.py` measures what a model has un
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa.yaml"
-FIRST_SEED = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
 
 
 @dataclass
@@ -55,13 +49,16 @@ def main(argv: list[str]) -> None:
 
     from video_trl import VideoREPAConfig, VideoREPATrainer
     from video_trl.data.tables import load_rows
+    from video_trl.sandbox import build_clip_dataset
     from video_trl.trainer.checkpointing import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_split)
     elif script_args.model_name_or_path == "sandbox":
-        dataset = simulated_clips(script_args.num_clips, Path(training_args.output_dir) / "clips")
+        with training_args.main_process_first():
+            folder = Path(training_args.output_dir) / "clips"
+            dataset = build_clip_dataset(folder, num_clips=script_args.num_clips)
     else:
         raise ValueError(
             f"--model_name_or_path {script_args.model_name_or_path} needs --dataset_name: simulated clips have the "
@@ -72,21 +69,6 @@ def main(argv: list[str]) -> None:
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def simulated_clips(number: int, folder: Path) -> "datasets.Dataset":
-    """Clips that obey the laws of motion, written as mp4 files, with their sentences."""
-    import datasets
-
-    from video_trl.data.video_io import write_video
-    from video_trl.sandbox import simulate
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(FIRST_SEED, FIRST_SEED + number):
-        clip = simulate(seed)
-        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
-    return datasets.Dataset.from_list(rows)
 
 
 if __name__ == "__main__":

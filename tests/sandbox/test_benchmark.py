@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from video_trl.data import check_columns, read_video
-from video_trl.sandbox import build_group_dataset, evaluate, load_sandbox
+from video_trl.sandbox import build_clip_dataset, build_group_dataset, evaluate, load_sandbox, simulate
 from video_trl.sandbox.benchmark import as_columns, balanced_prompts, generate
 from video_trl.sandbox.dataset import REQUEST_NAME
 from video_trl.sandbox.prompts import MOTIONS, all_prompts, parse_prompt
@@ -111,3 +111,15 @@ def test_records_of_two_models_pair_up(sandbox, tmp_path):
     columns = as_columns(first)
     assert len(columns["pc"]) == 4 and all(0 <= value <= 1 for value in columns["pc"] + columns["sa"])
     assert all(r.joint == float(r.sa >= 0.5 and r.pc >= 0.5) for r in first)
+
+
+def test_clips_are_simulated_ones_with_their_sentences(tmp_path):
+    rows = build_clip_dataset(tmp_path / "clips", num_clips=2)
+    assert rows.column_names == ["prompt", "video"] and len(rows) == 2
+    for number, row in enumerate(rows):
+        clip = simulate(20_000_000 + number)
+        assert row["prompt"] == clip.prompt
+        video = read_video(row["video"])
+        assert video.shape == clip.video.shape and abs(video.astype(int) - clip.video).mean() < 3
+    with pytest.raises(ValueError, match="num_clips >= 1, got 0"):
+        build_clip_dataset(tmp_path, num_clips=0)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SAMPLES = 4  # sample videos of the sandbox
-_FIRST_CLIP = 20_000_000  # away from the clips that the sandbox model and its teacher were trained on
 
 
 METHODS = {
@@ -169,12 +168,12 @@ def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
         from ..data.tables import load_rows
 
         return load_rows(data.dataset_name, data.dataset_split)
-    from ..sandbox import build_group_dataset, load_sandbox
+    from ..sandbox import build_clip_dataset, build_group_dataset, load_sandbox
 
     folder = Path(args.output_dir)
     with args.main_process_first():
         if name in _WITHOUT_REJECTED:
-            return _simulated_clips(data.num_clips, folder / "clips")
+            return build_clip_dataset(folder / "clips", num_clips=data.num_clips)
         return build_group_dataset(
             load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
         )
@@ -190,22 +189,8 @@ def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mappi
         return len(dataset), dataset[0]
     from ..sandbox import simulate
 
-    video = simulate(_FIRST_CLIP).video
+    video = simulate(0).video  # all are of one size
     return (data.num_clips, {"video": video}) if name in _WITHOUT_REJECTED else (data.num_groups, {"chosen": video})
-
-
-def _simulated_clips(number: int, folder: Path) -> "Dataset":
-    import datasets
-
-    from ..data.video_io import write_video
-    from ..sandbox import simulate
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(_FIRST_CLIP, _FIRST_CLIP + number):
-        clip = simulate(seed)
-        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
-    return datasets.Dataset.from_list(rows)
 
 
 def _callbacks(name: str, data: DataArguments) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmark import evaluate
-    from .dataset import build_group_dataset
+    from .dataset import build_clip_dataset, build_group_dataset
     from .judge import SandboxJudge
     from .pipeline import Sandbox, load_sandbox
     from .world import Clip, simulate
@@ -19,6 +19,7 @@ _HOME = {
     "Clip": "world",
     "Sandbox": "pipeline",
     "SandboxJudge": "judge",
+    "build_clip_dataset": "dataset",
     "build_group_dataset": "dataset",
     "evaluate": "benchmark",
     "load_sandbox": "pipeline",
@@ -29,6 +30,7 @@ __all__ = [
     "Clip",
     "Sandbox",
     "SandboxJudge",
+    "build_clip_dataset",
     "build_group_dataset",
     "evaluate",
     "load_sandbox",

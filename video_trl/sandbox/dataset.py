@@ -1,6 +1,7 @@
 """
-The sandbox's group dataset: the chosen video is a simulated real one, the rejected ones are what the base model makes
-of the same sentence, judged. It is the data recipe of PhyGDPO at a size that takes a minute or two.
+The sandbox's datasets: simulated clips, and groups. Of a group the chosen video is a simulated real one, the rejected
+ones are what the base model makes of the same sentence, judged. It is the data recipe of PhyGDPO at a size that takes
+a minute or two.
 """
 
 import hashlib
@@ -25,6 +26,32 @@ from .world import FPS, Clip, simulate
 DATASET_VERSION = 1
 REQUEST_NAME = "request.json"
 _FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
+_FIRST_CLIP_SEED = 20_000_000  # away from those, from the teacher's, and from these groups
+
+
+def build_clip_dataset(output_dir: str | Path, *, num_clips: int = 128) -> datasets.Dataset:
+    """
+    Clips that obey the laws of motion, with their sentences: what a model can be fine-tuned on.
+
+    Args:
+        output_dir: receives one mp4 file for each clip.
+        num_clips: rows. Their scenes are those of no other dataset of the sandbox.
+
+    Returns:
+        Row type "video": prompt, and the path of the video.
+
+    Raises:
+        ValueError: `num_clips` below 1.
+    """
+    if num_clips < 1:
+        raise ValueError(f"Expected num_clips >= 1, got {num_clips}.")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(_FIRST_CLIP_SEED, _FIRST_CLIP_SEED + num_clips):
+        clip = simulate(seed)
+        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
+    return datasets.Dataset.from_list(rows)
 
 
 def build_group_dataset(
