@@ -76,6 +76,13 @@ def test_other_engines_and_methods(folder, capsys):
         (["gdpo", "--card_gib", "0"], 2, "--card_gib must be positive, got 0"),
         (["gdpo", "--engine", "horovod"], 1, "`engine` must be one of ddp"),
         (["gdpo", "--num_gpus", "3", "--context_parallel_size", "2"], 1, "positive multiple"),
+        (
+            ["gdpo", "--group_parallel_size", "3"],
+            2,
+            "must divide the number of videos that the loss of a row",
+        ),
+        (["gdpo", "--group_parallel_size", "2"], 2, "the number of GPUs, 1"),
+        (["gdpo", "--quantization", "int8", "--engine", "fsdp2", "--num_gpus", "2"], 1, "got the engine 'fsdp2'"),
         (["gdpo", "--checkpointing_policy", "some"], 1, "`checkpointing_policy` must be one of"),
         (["ppo"], 2, "no method 'ppo'"),
     ],

@@ -117,17 +117,18 @@ def workload(
     from .plan import compared_videos, latents_shape
 
     adapter, transformer, vae = models
-    videos = compared_videos(name, args.num_rejected, args.loss_type)
-    if videos % args.group_parallel_size:
+    videos, sharing = compared_videos(name, args.num_rejected, args.loss_type), args.group_parallel_size
+    if sharing > 1 and (videos % sharing or args.num_gpus % (sharing * args.context_parallel_size)):
         raise UsageError(
-            f"--group_parallel_size={args.group_parallel_size} must divide the {videos} videos that the loss of a row "
-            "compares."
+            f"--group_parallel_size={sharing} must divide the number of videos that the loss of a row compares, "
+            f"{videos}, and times --context_parallel_size={args.context_parallel_size} the number of GPUs, "
+            f"{args.num_gpus}."
         )
     return replace(
         Workload.of(
             transformer,
             latents_shape(adapter, vae, size),
-            videos // args.group_parallel_size,
+            videos // sharing,
             args,
             "none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
         ),

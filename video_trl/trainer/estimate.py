@@ -176,8 +176,16 @@ def estimate(workload: Workload, placement: Placement) -> Estimate:
     Memory by part, operations and communication, from a step counted on tensors without contents (`plan_step`).
 
     Weights, gradients, moments and activations are then divided as the engine divides them: counted is what a rank
-    keeps, and two blocks that are gathered at a time where weights are sharded. Raises what `plan_step` raises.
+    keeps, and two blocks that are gathered at a time where weights are sharded.
+
+    Raises:
+        ValueError: As `plan_step`; or if quantised weights are to be divided, which no trainer does.
     """
+    if workload.quantization is not None and placement.engine != "ddp":
+        raise ValueError(
+            f"`quantization={workload.quantization!r}` is supported with every process holding the weights (engine "
+            f"'ddp'), got the engine '{placement.engine}'. Drop one of the two."
+        )
     return _divided(workload, placement, _plan(workload, placement))
 
 
