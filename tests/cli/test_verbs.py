@@ -185,7 +185,11 @@ def test_vote_counts_and_exports(runs, here, capsys):
 @pytest.mark.slow
 def test_vote_serves_until_it_is_interrupted(runs, here):
     command = [sys.executable, "-m", "video_trl", "vote", *runs, "--port", "0", "--votes", "v.jsonl"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts() -> None:  # a shell lets what it starts in the background ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
         lines = iter(process.stderr.readline, "")
         assert next(line for line in lines if "Vote at http://127.0.0.1:" in line)
         process.send_signal(signal.SIGINT)

@@ -142,8 +142,8 @@ def serve_votes(
     """
     server = VotingServer(run_dirs, votes_path, questions=questions, host=host, port=port, allowed_hosts=allowed_hosts)
     with server:
-        logger.warning("Vote at %s (Ctrl-C ends it; votes go to %s)", server.url, votes_path)
         try:
+            logger.warning("Vote at %s (Ctrl-C ends it; votes go to %s)", server.url, votes_path)
             server.wait()
         except KeyboardInterrupt:
             logger.warning("Stopped. All votes that were given are in %s.", votes_path)
