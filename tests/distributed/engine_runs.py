@@ -23,6 +23,7 @@ from tests.tiny import (
     tiny_cogvideox_transformer,
     tiny_encoded_group,
     tiny_pipeline,
+    tiny_transformer,
 )
 from tests.trainer.runs import config, losses, mixed_shapes
 from video_trl import VideoGroupDPOTrainer
@@ -63,6 +64,14 @@ TASKS: dict[str, dict[str, Any]] = {
     **{f"{family}-full": {"family": family, "use_peft": False, "learning_rate": 1e-3} for family in FAMILIES},
     "cogvideox-2b-full": {"family": "cogvideox-2b", "use_peft": False, "learning_rate": 1e-3},
     "mixed": {"max_steps": 4, "mixed": True},
+    # Tokens that two processes cannot divide: 3 x 3 x 3, 3 x 3 x 5
+    **{
+        f"odd-{family}-full": {"family": family, "use_peft": False, "learning_rate": 1e-3, "latents_shape": shape}
+        for family, shape in (("wan-t2v", (4, 3, 6, 6)), ("wan-i2v", (4, 3, 6, 6)), ("cogvideox-t2v", (4, 3, 6, 10)))
+    },
+    "odd-checkpointed": {"activation_checkpointing": True, "latents_shape": (4, 3, 6, 6)},
+    # 1 x 3 x 3 tokens: the last of four processes has filled up ones only
+    "odd-four-heads": {"heads": 4, "activation_checkpointing": True, "latents_shape": (4, 1, 6, 6)},
 }
 RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
@@ -97,6 +106,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "ring": {"per_device_train_batch_size": 4, "context_parallel_size": 2, **RING},
     "ring-of-4": {"per_device_train_batch_size": 4, "context_parallel_size": 4, **RING},
+    "tokens-of-4": {"per_device_train_batch_size": 4, "context_parallel_size": 4},
     "rows-ring": {"per_device_train_batch_size": 2, "context_parallel_size": 2, **RING},
     "rows-tokens": {"per_device_train_batch_size": 2, "context_parallel_size": 2},
     "alone": {"per_device_train_batch_size": 4},
@@ -113,7 +123,10 @@ def run(task: str, layout: str, directory: Path, resume: Path | None = None, **a
         pipeline = tiny_cogvideox_pipeline(transformer=transformer)
     else:
         pipeline = tiny_pipeline(family)
-    rows = mixed_shapes() if settings.pop("mixed", False) else tiny_encoded_group(8, family=family)
+    if "heads" in settings:
+        pipeline.transformer = tiny_transformer(num_attention_heads=settings.pop("heads"))
+    size = {"latents_shape": settings.pop("latents_shape")} if "latents_shape" in settings else {}
+    rows = mixed_shapes() if settings.pop("mixed", False) else tiny_encoded_group(8, family=family, **size)
     made = VideoGroupDPOTrainer(pipeline, config(directory, **settings), rows)
     before = gather(trained_weights(made.model, made.adapter_name), keep=True)
     before = {name: weight.clone() for name, weight in before.items()}

@@ -145,8 +145,8 @@ class _BaseVideoConfig(TrainingArguments):
     context_parallel_size: int = field(
         default=1,
         metadata={
-            "help": "Processes that share the tokens of each video. Must divide the number of processes, of tokens "
-            "and (with 'ulysses') of attention heads; the processes that remain share the rows."
+            "help": "Processes that share the tokens of each video. Must divide the number of processes, and of "
+            "attention heads (with 'ulysses') or tokens (with 'ring'); the processes that remain share the rows."
         },
     )
     context_parallel_method: ContextParallelMethod = field(

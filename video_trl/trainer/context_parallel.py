@@ -53,27 +53,28 @@ def check_context_parallelism(
     transformer: ModelMixin, adapter: VideoAdapter, shapes: Iterable[Sequence[int]], args: _BaseVideoConfig
 ) -> None:
     """
-    Check that tokens, and with Ulysses attention heads, can be divided among the processes that share a video.
+    Check that attention heads, or with ring attention tokens, can be divided among the processes that share a video.
 
     Args:
         transformer (`ModelMixin`): The transformer.
         adapter (`VideoAdapter`): Of its family.
         shapes (`Iterable`): The shapes `(C, F, H, W)` of latents that occur.
-        args (`_BaseVideoConfig`): Says how many processes share a video, and how: `"ring"` leaves heads whole.
+        args (`_BaseVideoConfig`): Says how many processes share a video, and how: `"ulysses"` fills tokens up.
 
     Raises:
         ValueError: If they cannot; names the numbers that would do.
     """
-    size, heads = args.context_parallel_size, transformer.config.num_attention_heads
-    ring = args.context_parallel_method == "ring"
+    if args.context_parallel_method == "ulysses":
+        heads = transformer.config.num_attention_heads
+        _check_divides(args.context_parallel_size, heads, f"the {heads} attention heads of the transformer")
+        return
     for shape in shapes:
         grid = adapter.token_grid(transformer, shape)
-        tokens = math.prod(grid)
-        common = tokens if ring else math.gcd(tokens, heads)
-        if common % size:
-            possible = [degree for degree in range(1, min(common, 64) + 1) if common % degree == 0]
-            also = "" if ring else f"the {heads} attention heads and "
-            raise ValueError(
-                f"`context_parallel_size={size}` must divide {also}the {tokens} tokens ({' x '.join(map(str, grid))}) "
-                f"of videos with latents {tuple(shape)}; {possible} do. Use one of these, or another video size."
-            )
+        tokens = f"the {math.prod(grid)} tokens ({' x '.join(map(str, grid))}) of videos with latents {tuple(shape)}"
+        _check_divides(args.context_parallel_size, math.prod(grid), tokens)
+
+
+def _check_divides(size: int, number: int, what: str) -> None:
+    if number % size:
+        possible = [degree for degree in range(1, min(number, 64) + 1) if number % degree == 0]
+        raise ValueError(f"`context_parallel_size={size}` must divide {what}: {possible} do. Use one of these.")
