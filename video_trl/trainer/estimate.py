@@ -220,9 +220,10 @@ def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str
     one_block = base // depth // (2 if workload.reference == "copy" else 1)
     sharded = engine in _SHARDS_WEIGHTS and number > 1
     on_host = engine == "zero3-offload"
+    kept = 0 if on_host else base // number if sharded else base
     inputs = min(_block_inputs(workload, placement, plan), plan.activations)
     parts = {
-        "weights": (0 if on_host else base // number) + 2 * one_block if sharded else base,
+        "weights": kept + (2 * one_block if on_host or sharded else 0),
         "adapter": adapter // number if sharded else adapter,
         "gradients": plan.gradients if engine in ("ddp", "zero1") else plan.gradients // number,
         "optimizer": 0 if on_host else plan.optimizer if engine == "ddp" else plan.optimizer // number,
@@ -335,8 +336,9 @@ def recommend(
     engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
     plans: dict[tuple[str, str | None], StepPlan] = {}
     too_large: set[tuple[EngineName, int]] = set()
+    compares = workload.reference != "none"  # other trainers have no step mode
     for placement in ways(num_gpus, engines, workload.config["num_attention_heads"]):
-        if (placement.step_mode == "sequential" and workload.num_videos == 1) or placement.cluster in too_large:
+        if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
             continue
         key = (placement.step_mode, placement.checkpointing_policy)
         if key not in plans:
