@@ -114,6 +114,17 @@ def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
     assert [banks(**change) for change in different] == list(range(2, 2 + len(different)))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("context_parallel_size", 2), ("context_parallel_method", "ring"), ("group_parallel_size", 2)],
+)
+def test_another_division_of_a_row_is_another_bank(name, value, tmp_path):
+    made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
+    before = made._bank_settings()
+    setattr(made.args, name, value)
+    assert made._bank_settings() != before
+
+
 def test_evaluation_is_with_the_reference_itself(tmp_path):
     rows = tiny_encoded_group(3, seed=9)
     settings = {"max_steps": 2, "cache_dir": str(tmp_path)}

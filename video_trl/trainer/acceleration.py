@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from torch import Tensor, nn
 
-from ..adapters import VideoAdapter
 from ..adapters.joint_attention import JointAttentionProcessor
 
 
@@ -107,13 +107,7 @@ def check_acceleration(transformer: ModelMixin, args: "_BaseVideoConfig") -> Non
         probe_attention_backend(args.attention_backend, transformer.config.attention_head_dim, args.device, dtype)
     if args.compile_blocks:
         check_compile(args.device)
-
-
-def accelerate(transformer: ModelMixin, adapter: VideoAdapter, args: "_BaseVideoConfig") -> None:
-    """Apply the options to the policy or to a separate reference, once adapters and parallelism are in place."""
-    if args.attention_backend is not None:
-        set_attention_backend(transformer, args.attention_backend)
-    compile_blocks(list(adapter.blocks(transformer)), enabled=args.compile_blocks)
+        check_compiled_context_parallelism(transformer, args)
 
 
 def check_compile(device: torch.device) -> None:
@@ -124,20 +118,40 @@ def check_compile(device: torch.device) -> None:
         )
 
 
+def check_compiled_context_parallelism(transformer: ModelMixin, args: "_BaseVideoConfig") -> None:
+    """Raise a `ValueError` if tokens are shared by an attention that `torch.compile` cannot follow."""
+    shares = args.context_parallel_size > 1 and args.context_parallel_method == "ulysses"
+    if shares and transformer._cp_plan is not None and args.attention_backend in (None, "native"):
+        raise ValueError(
+            f"`compile_blocks` with `context_parallel_size={args.context_parallel_size}` does not go with torch's own "
+            "choice of attention: diffusers differentiates it inside of its backward pass, which cannot be compiled. "
+            "Use a kernel with a backward pass of its own, such as `attention_backend='_native_flash'` or "
+            "'_native_cudnn', or leave `compile_blocks` off."
+        )
+
+
 def compile_blocks(blocks: Sequence[nn.Module], *, enabled: bool) -> None:
     """
     Compile every block of a transformer by itself, with `torch.compile`; or undo what an earlier trainer has compiled.
 
     Policy and reference share the compiled code of their common module, where the adapter is on in one form and off
-    in another; a separate reference needs a call of its own.
+    in another; a separate reference needs a call of its own. What engines and context parallelism do around a block's
+    forward pass, by hooks that come later, is not compiled.
     """
     if enabled:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_FORMS)
     for block in blocks:
+        if is_compiled(block):
+            del block.forward
         if enabled:
-            block.compile(fullgraph=True, dynamic=False)  # a part that falls back to eager would round otherwise
-        else:
-            block._compiled_call_impl = None
+            # A part that falls back to eager would round otherwise, so there may be none.
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether [`compile_blocks`] has compiled a block."""
+    forward = vars(block).get("forward")
+    return isinstance(forward, FunctionType) and "_torchdynamo_orig_callable" in vars(forward)
 
 
 class SamePathCheck:
@@ -155,6 +169,11 @@ class SamePathCheck:
         self._options = options
         self._reference_error: Tensor | None = None
         self._done = not any(options.values())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the two have yet to be compared."""
+        return not self._done
 
     def see_reference(self, error: Tensor) -> None:
         """The errors `(N,)` of the reference, to compare the next ones of the policy with."""

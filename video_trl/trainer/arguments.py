@@ -58,11 +58,7 @@ def check_arguments(
             "the schedule by `lr_scheduler_type`."
         )
     engine = requested_engine(args)
-    if args.quantization is not None and engine != "ddp":
-        raise ValueError(
-            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
-            f"engine '{engine}'. Drop one of the two."
-        )
+    _check_step_options(args, engine)
     if args.world_size % args.processes_per_row:
         raise ValueError(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
@@ -79,6 +75,29 @@ def check_arguments(
             "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
         )
     return args
+
+
+def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
+    """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
+    if args.quantization is not None and engine != "ddp":
+        raise ValueError(
+            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
+            f"engine '{engine}'. Drop one of the two."
+        )
+    if engine != "zero3":
+        return
+    if args.compile_blocks:
+        raise ValueError(
+            "`compile_blocks` is not supported with the engine 'zero3': DeepSpeed fetches the weights of each layer "
+            "inside of the blocks, which are compiled as a whole. Shard by FSDP2, which fetches a block at a time "
+            "(`fsdp2.yaml`), or leave `compile_blocks` off."
+        )
+    if args.gradient_checkpointing and args.checkpointing_policy == "attention":
+        raise ValueError(
+            "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches weights "
+            "inside of what is recomputed, and not by the same operations the second time. Use 'full', 'offload', "
+            "'ffn' or 'every_<k>', or shard by FSDP2 (`fsdp2.yaml`)."
+        )
 
 
 def check_generation(

@@ -42,6 +42,9 @@ _BANK_ARGUMENTS = (
     "quantization",
     "attention_backend",
     "compile_blocks",
+    "context_parallel_size",
+    "context_parallel_method",
+    "group_parallel_size",
 )
 
 
@@ -105,15 +108,26 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     def reference_error(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         """Velocity errors `(N,)` of the reference on the videos of the rows with these indices; no gradient."""
         if self._bank is not None and self.model.training:
+            if self._in_first_step and self._same_path.is_due:
+                # A bank may have been filled in other batches or on another machine: its last bits promise nothing.
+                self._same_path.see_reference(self._reference_errors(denoising))
             errors = self._bank.look_up(self.state.global_step, [int(index) for index in indices])
             return to_device(self.args.device, errors)[0]
-        with torch.no_grad(), self.reference_policy() as reference:
-            errors = self._errors(denoising, reference)
-        if self.model.training and self.state.global_step == 0:
+        errors = self._reference_errors(denoising)
+        if self._in_first_step:
             self._same_path.see_reference(errors)
         if self._bank_number is not None:
             self._errors_for_bank = errors
         return errors
+
+    def _reference_errors(self, denoising: Denoising) -> Tensor:
+        with torch.no_grad(), self.reference_policy() as reference:
+            return self._errors(denoising, reference)
+
+    @property
+    def _in_first_step(self) -> bool:
+        """Whether this is a pass of the first step of a training, and none for the bank."""
+        return self.model.training and self.state.global_step == 0 and self._bank_number is None
 
     @cached_property
     def _same_path(self) -> SamePathCheck:
@@ -125,7 +139,7 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     def policy_error(self, model: nn.Module, denoising: Denoising) -> Tensor:
         """Velocity errors `(N,)` of the policy. In training, call it once in `compute_loss`."""
         errors = self._policy_error(model, denoising)
-        if self.model.training and self.state.global_step == 0:
+        if self._in_first_step:
             self._same_path.see_policy(errors)
         return errors
 
