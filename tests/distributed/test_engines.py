@@ -19,7 +19,7 @@ from tests.distributed.launch import launch
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
 
 
-# Task and option, layout of the processes, engine; behind that, the run whose checkpoint is resumed. See engine_runs.py.
+# Task and option, layout of the processes, engine; behind that, the run that is resumed. See engine_runs.py.
 QUICK = [
     "concat+rows+fsdp2",
     "concat+sequential+fsdp2",
