@@ -166,6 +166,8 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     ) -> Tensor:
         if self.args.precompute_ref_errors is not None and self._bank is None:
             self._bank = ReferenceBank(self.args.seed, self._errors_of_bank(self.args.precompute_ref_errors))
+        if self._bank is not None and self.reference is not None:
+            self.reference.set_aside()  # until an evaluation
         loss = super().training_step(model, inputs, num_items_in_batch)
         sequential, self._sequential = self._sequential, None
         if sequential is not None:
