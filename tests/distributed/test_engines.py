@@ -113,6 +113,8 @@ COMPILED = [
     "concat:compiled+rows+fsdp2",
     "concat:compiled+sequential+fsdp2",
     "concat:compiled-checkpointed+rows+fsdp2",
+    "full:compiled+rows+fsdp2",
+    "banked:compiled+rows+fsdp2",
     "group:compiled+videos-sequential+ddp",
     "concat:compiled+tokens-flash+fsdp2",
     "concat:compiled-checkpointed+ring+ddp",
