@@ -12,13 +12,18 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 
 
-FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+# Each block of the transformer is a unit, as in examples/accelerate_configs.
+FSDP2: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}
 
 
 def zero(stage: int, *, bf16: bool = False, sgd: bool = False) -> dict[str, Any]:
     """Arguments of a trainer that ask for DeepSpeed."""
     config = {
-        "zero_optimization": {"stage": stage},
+        # Small weights would stay whole on every process, and all of a tiny transformer's are.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

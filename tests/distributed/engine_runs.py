@@ -1,9 +1,9 @@
 """
 Short runs that one process and several do alike, by name; each leaves its losses and the update of its weights.
 
-Run by `torchrun`: `engine_runs.py DIRECTORY NAME...`, where a name is `TASK+LAYOUT+ENGINE`, and behind that, for a run
-that is resumed, the name of the run whose checkpoint it takes. The optimizer is plain gradient descent, unless a task
-says otherwise, so that an update is a sum of gradients.
+Run by `torchrun`: `engine_runs.py DIRECTORY NAME...`, where a name is `TASK+LAYOUT+ENGINE` or
+`TASK:OPTION+LAYOUT+ENGINE`, and behind that, for a run that is resumed, the name of the run whose checkpoint it takes.
+The optimizer is plain gradient descent, unless a task says otherwise, so that an update is a sum of gradients.
 """
 
 import sys
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed.cpu_attention import register_cpu_attention
 from tests.distributed.cpu_engines import FSDP2, engine, zero
@@ -44,6 +45,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "group": {"loss_type": "plackett_luce"},  # 1 + 3 videos; of the others the loss compares 2
     "checkpointed": {"activation_checkpointing": True},
     "full": {"use_peft": False, "learning_rate": 1e-3},
+    "banked": {"precompute_ref_errors": 1},
+    "banked-mixed": {"precompute_ref_errors": 2, "max_steps": 4, "mixed": True},
+    "banked-full": {"precompute_ref_errors": 1, "use_peft": False, "learning_rate": 1e-3},
     "bf16": {"bf16": True},
     "adamw": {
         "optim": "adamw_torch",
@@ -72,6 +76,16 @@ TASKS: dict[str, dict[str, Any]] = {
     "odd-checkpointed": {"activation_checkpointing": True, "latents_shape": (4, 3, 6, 6)},
     # 1 x 3 x 3 tokens: the last of four processes has filled up ones only
     "odd-four-heads": {"heads": 4, "activation_checkpointing": True, "latents_shape": (4, 1, 6, 6)},
+}
+# What changes no number of a task: behind its name and a colon.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "compiled": {"compile_blocks": True},
+    "compiled-checkpointed": {"compile_blocks": True, "activation_checkpointing": True},
+    **{
+        policy: {"activation_checkpointing": True, "checkpointing_policy": policy}
+        for policy in ("attention", "ffn", "every_2", "offload")
+    },
 }
 RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
@@ -116,7 +130,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def run(task: str, layout: str, directory: Path, resume: Path | None = None, **arguments: Any) -> dict[str, Tensor]:
     """Train; returns the update of the weights, with the losses beside them."""
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "beta": 20.0, "max_grad_norm": 0.0}
-    settings |= TASKS[task] | LAYOUTS[layout] | arguments
+    task, _, option = task.partition(":")
+    settings |= TASKS[task] | OPTIONS[option] | LAYOUTS[layout] | arguments
     family = settings.pop("family", "wan-t2v")
     if family == "cogvideox-2b":  # no rotary embeddings
         family, transformer = "cogvideox-t2v", tiny_cogvideox_transformer(use_rotary_positional_embeddings=False)
@@ -126,11 +141,17 @@ def run(task: str, layout: str, directory: Path, resume: Path | None = None, **a
     if "heads" in settings:
         pipeline.transformer = tiny_transformer(num_attention_heads=settings.pop("heads"))
     size = {"latents_shape": settings.pop("latents_shape")} if "latents_shape" in settings else {}
+    if "precompute_ref_errors" in settings:
+        settings["cache_dir"] = str(directory / "cache")
     rows = mixed_shapes() if settings.pop("mixed", False) else tiny_encoded_group(8, family=family, **size)
     made = VideoGroupDPOTrainer(pipeline, config(directory, **settings), rows)
     before = gather(trained_weights(made.model, made.adapter_name), keep=True)
     before = {name: weight.clone() for name, weight in before.items()}
     made.train(resume_from_checkpoint=resume and str(resume))
+    if "fsdp" in settings:
+        assert all(isinstance(block, FSDPModule) for block in made.adapter.blocks(made.model))
+    if settings.get("compile_blocks"):
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     after = gather(trained_weights(made.model, made.adapter_name), keep=True)
     return {
         **{name: weight - before[name] for name, weight in after.items()},

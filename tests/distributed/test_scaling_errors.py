@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from tests.distributed.cpu_engines import reset, zero
 from tests.tiny import tiny_encoded_group, tiny_transformer
 from tests.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
@@ -54,11 +55,6 @@ def test_videos_of_a_row_that_cannot_be_divided_are_refused(tmp_path):
         _ = made.video_share
 
 
-def test_precomputed_errors_and_shared_rows_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match="precompute_ref_errors.*context_parallel_size=2"):
-        config(tmp_path, precompute_ref_errors=2, context_parallel_size=2)
-
-
 def test_relation_distillation_sees_all_tokens_or_none(tmp_path, monkeypatch):
     args = VideoREPAConfig(output_dir=str(tmp_path), use_cpu=True, context_parallel_size=2)
     monkeypatch.setattr(VideoREPAConfig, "world_size", 2)
@@ -97,6 +93,29 @@ def test_quantised_weights_are_not_sharded(tmp_path, monkeypatch):
     args.quantization = "int8"
     with pytest.raises(ValueError, match="quantization='int8'.*engine 'fsdp2'"):
         check_arguments(VideoGroupDPOTrainer, "sandbox", args, [{}], None, None, None, (None, None))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs video-trl[deepspeed]")
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"compile_blocks": True}, "`compile_blocks` .*'zero3'.* inside of the blocks.*FSDP2"),
+        (
+            {"activation_checkpointing": True, "checkpointing_policy": "attention"},
+            "`checkpointing_policy='attention'` .*'zero3'.*Use 'full', 'offload', 'ffn'",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_do_with_weights_fetched_layer_by_layer(tmp_path, asked, named):
+    try:
+        with pytest.raises(ValueError, match=named):
+            trainer(config(tmp_path, **zero(3), **asked), model=Loads())
+        off = {"compile_blocks": False, "activation_checkpointing": False}
+        for allowed in (zero(2) | asked, zero(3) | asked | off):
+            args = config(tmp_path, **allowed)
+            check_arguments(VideoGroupDPOTrainer, "sandbox", args, [{}], None, None, None, (None, None))
+    finally:
+        reset()
 
 
 def test_videos_are_not_generated_by_one_of_several_sharded_processes(tmp_path):

@@ -15,10 +15,11 @@ from video_trl.trainer.acceleration import (
     SamePathCheck,
     attention_backends,
     check_compile,
-    compile_blocks,
+    is_compiled,
     probe_attention_backend,
     set_attention_backend,
 )
+from video_trl.trainer.reference_bank import load_bank, save_bank
 
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -144,6 +145,29 @@ def test_training_stops_if_the_paths_differ_before_anything_is_learned(tmp_path,
         made.train()
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_so_it_does_where_the_errors_of_the_reference_are_looked_up(tmp_path, kept):
+    settings = {"attention_backend": "_native_math", "precompute_ref_errors": 1, "cache_dir": str(tmp_path)}
+    if kept:
+        dpo(tmp_path, **settings).train()
+    made = dpo(tmp_path, **settings)
+    disturb_adapter(made)
+    with pytest.raises(ValueError, match="attention_backend='_native_math' their errors differ"):
+        made.train()
+
+
+def test_looked_up_errors_need_no_equal_bits(tmp_path):
+    """They may come from other batches or another machine; the reference itself runs once more, and is compared."""
+    settings = {"attention_backend": "_native_math", "precompute_ref_errors": 1, "cache_dir": str(tmp_path)}
+    dpo(tmp_path, **settings).train()
+    (path,) = tmp_path.glob("reference_errors/*.safetensors")
+    save_bank(path, [error * (1 + 1e-6) for error in load_bank(path)])
+    made, passes = dpo(tmp_path, **settings), []
+    made.model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    made.train()
+    assert passes == [False, True, True]
+
+
 # ---- compiled blocks ------------------------------------------------------------------------------------------------
 
 
@@ -163,10 +187,14 @@ def test_compiled_blocks_train_alike_and_start_at_log_2(tmp_path, monkeypatch, c
 def test_blocks_are_compiled_of_policy_and_reference_and_not_of_a_later_trainer(tmp_path):
     made = dpo(tmp_path, compile_blocks=True, use_peft=False)
     for transformer in (made.model, made.reference.transformer):
-        assert all(block._compiled_call_impl is not None for block in transformer.blocks)
-    VideoDPOTrainer(made.pipeline, config(tmp_path), tiny_encoded_group(2))
-    assert all(block._compiled_call_impl is None for block in made.model.blocks)
-    compile_blocks(list(made.model.blocks), enabled=False)
+        assert all(map(is_compiled, transformer.blocks))
+    again = VideoDPOTrainer(
+        made.pipeline, config(tmp_path, compile_blocks=True, use_peft=False), tiny_encoded_group(2)
+    )
+    for block in [*again.model.blocks, *again.reference.transformer.blocks]:
+        assert block.forward._torchdynamo_orig_callable.__self__ is block  # also of a copy of compiled ones
+    later = VideoDPOTrainer(made.pipeline, config(tmp_path, use_peft=False), tiny_encoded_group(2))
+    assert not any(map(is_compiled, [*later.model.blocks, *later.reference.transformer.blocks]))
 
 
 def test_what_does_not_go_with_compiled_blocks_is_refused(tmp_path, monkeypatch):

@@ -1,7 +1,12 @@
 """The reference's errors computed ahead: the same training, to the last bit, as with the same noises and no bank."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +119,17 @@ def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
     assert [banks(**change) for change in different] == list(range(2, 2 + len(different)))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("context_parallel_size", 2), ("context_parallel_method", "ring"), ("group_parallel_size", 2)],
+)
+def test_another_division_of_a_row_is_another_bank(name, value, tmp_path):
+    made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
+    before = made._bank_settings()
+    setattr(made.args, name, value)
+    assert made._bank_settings() != before
+
+
 def test_evaluation_is_with_the_reference_itself(tmp_path):
     rows = tiny_encoded_group(3, seed=9)
     settings = {"max_steps": 2, "cache_dir": str(tmp_path)}
@@ -123,6 +139,22 @@ def test_evaluation_is_with_the_reference_itself(tmp_path):
     fresh = make(tmp_path, "DPO", "concat", **settings)
     fresh.model.load_state_dict(made.model.state_dict())
     assert evaluated["eval_loss"] == fresh.evaluate(rows)["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
+    """In a process of its own, on a device that only exists in the tests."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.trainer.reference_moves", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (losses, first), (others, second), (expected, stays) = json.loads(done.stdout.splitlines()[-1])
+    assert losses == others == expected and len(set(losses)) == 5  # three steps, two evaluations
+    step, passes = ["step on cpu"], ["pass on watched"] * 2
+    assert second == step * 2 + passes + step + passes
+    assert first == passes + second  # which fill the bank
+    assert {what.split()[-1] for what in stays} == {"watched"}
 
 
 def test_a_resumed_run_goes_on_with_the_bank(tmp_path):

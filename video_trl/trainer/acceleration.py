@@ -1,7 +1,8 @@
-"""Faster or smaller arithmetic of the transformer, the same for policy and reference: kernels, compiled blocks."""
+"""Faster arithmetic for the transformer, the same for policy and reference: attention kernels, compiled blocks."""
 
 import shutil
 from collections.abc import Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from torch import Tensor, nn
 
-from ..adapters import VideoAdapter
 from ..adapters.joint_attention import JointAttentionProcessor
-from .quantization import keep_weights_quantised
 
 
 if TYPE_CHECKING:
@@ -110,14 +109,6 @@ def check_acceleration(transformer: ModelMixin, args: "_BaseVideoConfig") -> Non
         check_compile(args.device)
 
 
-def accelerate(transformer: ModelMixin, adapter: VideoAdapter, args: "_BaseVideoConfig") -> None:
-    """Prepare the policy or a separate reference for training, once adapters and parallelism are in place."""
-    keep_weights_quantised(transformer)
-    if args.attention_backend is not None:
-        set_attention_backend(transformer, args.attention_backend)
-    compile_blocks(list(adapter.blocks(transformer)), enabled=args.compile_blocks)
-
-
 def check_compile(device: torch.device) -> None:
     """Raise a `ValueError` if blocks cannot be compiled for a device."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
@@ -131,15 +122,23 @@ def compile_blocks(blocks: Sequence[nn.Module], *, enabled: bool) -> None:
     Compile every block of a transformer by itself, with `torch.compile`; or undo what an earlier trainer has compiled.
 
     Policy and reference share the compiled code of their common module, where the adapter is on in one form and off
-    in another; a separate reference needs a call of its own.
+    in another; a separate reference needs a call of its own. What engines and context parallelism do around a block's
+    forward pass, by hooks that come later, is not compiled.
     """
     if enabled:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_FORMS)
     for block in blocks:
+        if is_compiled(block):
+            del block.forward
         if enabled:
-            block.compile(fullgraph=True, dynamic=False)  # a part that falls back to eager would round otherwise
-        else:
-            block._compiled_call_impl = None
+            # A part that falls back to eager would round otherwise, so there may be none.
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether [`compile_blocks`] has compiled a block."""
+    forward = vars(block).get("forward")
+    return isinstance(forward, FunctionType) and "_torchdynamo_orig_callable" in vars(forward)
 
 
 class SamePathCheck:
@@ -157,6 +156,11 @@ class SamePathCheck:
         self._options = options
         self._reference_error: Tensor | None = None
         self._done = not any(options.values())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the two have yet to be compared."""
+        return not self._done
 
     def see_reference(self, error: Tensor) -> None:
         """The errors `(N,)` of the reference, to compare the next ones of the policy with."""

@@ -59,19 +59,7 @@ def check_arguments(
             "the schedule by `lr_scheduler_type`."
         )
     engine = requested_engine(args)
-    if args.quantization is not None and engine != "ddp":
-        raise ValueError(
-            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
-            f"engine '{engine}'. Drop one of the two."
-        )
-    if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
-        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
-        if args.largest_batch > 1:
-            raise ValueError(
-                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
-                f"{args.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
-                "raise `gradient_accumulation_steps`: the steps are the same."
-            )
+    _check_step_options(args, engine)
     if args.world_size % args.processes_per_row:
         raise ValueError(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
@@ -88,6 +76,37 @@ def check_arguments(
             "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
         )
     return args
+
+
+def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
+    """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
+    if args.quantization is not None and engine != "ddp":
+        raise ValueError(
+            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
+            f"engine '{engine}'. Drop one of the two."
+        )
+    if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
+        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
+        if args.largest_batch > 1:
+            raise ValueError(
+                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
+                f"{args.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
+                "raise `gradient_accumulation_steps`: the steps are the same."
+            )
+    if engine != "zero3":
+        return
+    if args.compile_blocks:
+        raise ValueError(
+            "`compile_blocks` is not supported with the engine 'zero3': DeepSpeed fetches the weights of each layer "
+            "inside of the blocks, which are compiled as a whole. Shard by FSDP2, which fetches a block at a time "
+            "(`fsdp2.yaml`), or leave `compile_blocks` off."
+        )
+    if args.gradient_checkpointing and args.checkpointing_policy == "attention":
+        raise ValueError(
+            "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches weights "
+            "inside of what is recomputed, and not by the same operations the second time. Use 'full', 'offload', "
+            "'ffn' or 'every_<k>', or shard by FSDP2 (`fsdp2.yaml`)."
+        )
 
 
 def check_generation(

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data import check_columns
 from ..data.columns import MapDataset
-from .acceleration import accelerate, check_acceleration
+from .acceleration import check_acceleration, compile_blocks, set_attention_backend
 from .arguments import check_arguments, check_generation
 from .auxiliary import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
 from .base_config import _BaseVideoConfig
@@ -43,6 +43,7 @@ from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout,
 from .metrics import MetricStore
 from .noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
 from .progress import ProgressReport
+from .quantization import keep_weights_quantised
 from .reference import ModuleReference, Reference, check_ref_model, make_reference
 from .rows import (
     IndexedDataset,
@@ -217,10 +218,15 @@ class _BaseVideoTrainer(_SharingTrainer):
         self.mesh = make_mesh(self.args)
         for module in (transformer, separate):
             if module is not None:
+                keep_weights_quantised(module)
+                # Compiled first, so that the hooks by which tokens are shared stay outside; kernels are chosen last,
+                # because sharing tokens exchanges what computes attention.
+                compile_blocks(list(self.adapter.blocks(module)), enabled=self.args.compile_blocks)
                 if self.args.context_parallel_size > 1:
                     assert self.mesh is not None
                     enable_context_parallelism(module, self.adapter, self.mesh)
-                accelerate(module, self.adapter, self.args)
+                if self.args.attention_backend is not None:
+                    set_attention_backend(module, self.args.attention_backend)
 
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""

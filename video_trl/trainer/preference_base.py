@@ -41,6 +41,9 @@ _BANK_ARGUMENTS = (
     "quantization",
     "attention_backend",
     "compile_blocks",
+    "context_parallel_size",
+    "context_parallel_method",
+    "group_parallel_size",
 )
 
 
@@ -100,15 +103,26 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     def reference_error(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         """Velocity errors `(N,)` of the reference on the videos of the rows with these indices; no gradient."""
         if self._bank is not None and self.model.training:
+            if self._in_first_step and self._same_path.is_due:
+                # A bank may have been filled in other batches or on another machine: its last bits promise nothing.
+                self._same_path.see_reference(self._reference_errors(denoising))
             errors = self._bank.look_up(self.state.global_step, [int(index) for index in indices])
             return to_device(self.args.device, errors)[0]
-        with torch.no_grad(), self.reference_policy() as reference:
-            errors = self._errors(denoising, reference)
-        if self.model.training and self.state.global_step == 0:
+        errors = self._reference_errors(denoising)
+        if self._in_first_step:
             self._same_path.see_reference(errors)
         if self._bank_number is not None:
             self._errors_for_bank = errors
         return errors
+
+    def _reference_errors(self, denoising: Denoising) -> Tensor:
+        with torch.no_grad(), self.reference_policy() as reference:
+            return self._errors(denoising, reference)
+
+    @property
+    def _in_first_step(self) -> bool:
+        """Whether this is a pass of the first step of a training, and none for the bank."""
+        return self.model.training and self.state.global_step == 0 and self._bank_number is None
 
     @cached_property
     def _same_path(self) -> SamePathCheck:
@@ -120,7 +134,7 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     def policy_error(self, model: nn.Module, denoising: Denoising) -> Tensor:
         """Velocity errors `(N,)` of the policy. In training, call it once in `compute_loss`."""
         errors = self._policy_error(model, denoising)
-        if self.model.training and self.state.global_step == 0:
+        if self._in_first_step:
             self._same_path.see_policy(errors)
         return errors
 
@@ -147,6 +161,8 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     ) -> Tensor:
         if self.args.precompute_ref_errors is not None and self._bank is None:
             self._bank = ReferenceBank(self.args.seed, self._errors_of_bank(self.args.precompute_ref_errors))
+        if self._bank is not None and self.reference is not None:
+            self.reference.set_aside()  # until an evaluation
         loss = super().training_step(model, inputs, num_items_in_batch)
         sequential, self._sequential = self._sequential, None
         if sequential is not None:

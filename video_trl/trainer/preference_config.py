@@ -62,8 +62,3 @@ class _PreferenceConfig(_BaseVideoConfig):
                 f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "
                 "new noise in every step."
             )
-        if self.precompute_ref_errors is not None and self.processes_per_row > 1:
-            raise ValueError(
-                f"`precompute_ref_errors` computes each row on one process, but {self.describe_processes_per_row()} "
-                "makes processes share rows. Use one or the other."
-            )

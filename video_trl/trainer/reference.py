@@ -26,6 +26,9 @@ class Reference(Protocol):
     def prepare(self, accelerator: Accelerator) -> None:
         """Place the reference on the device of the policy, with the same mixed precision."""
 
+    def set_aside(self) -> None:
+        """Make room on the device until the reference is used again, which brings it back by itself."""
+
 
 class AdapterReference:
     """
@@ -62,6 +65,9 @@ class AdapterReference:
     def prepare(self, accelerator: Accelerator) -> None:
         """Nothing to do: the reference is part of the policy."""
 
+    def set_aside(self) -> None:
+        """Nothing to do, for the same reason."""
+
 
 class ModuleReference:
     """
@@ -75,10 +81,14 @@ class ModuleReference:
         self.transformer = transformer.requires_grad_(False).eval()
         self._prepared: nn.Module | None = None
         self._accelerator: Accelerator | None = None
+        self._is_aside = False
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
         assert self._accelerator is not None and self._prepared is not None, "the trainer calls prepare"
+        if self._is_aside:
+            self.transformer.to(self._accelerator.device)
+            self._is_aside = False
         with self._accelerator.autocast():  # the policy's forward has it built in
             yield self._prepared
 
@@ -86,6 +96,12 @@ class ModuleReference:
         # Not `accelerator.prepare_model`: the accelerator would then take the policy to be prepared already.
         self._prepared = prepare_reference(self.transformer, accelerator, engine_of(accelerator))
         self._accelerator = accelerator
+
+    def set_aside(self) -> None:
+        assert self._accelerator is not None, "the trainer calls prepare"
+        if not self._is_aside and engine_of(self._accelerator) == "ddp":  # engines that shard it hold it themselves
+            self.transformer.to("cpu")
+            self._is_aside = True
 
 
 def make_reference(

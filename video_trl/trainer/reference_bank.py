@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -80,14 +81,14 @@ def fill(
         size (`int`): Noises K per row.
         batch_size (`int`): Rows of a micro-batch.
         errors_of (`Callable`): Indices of rows and the number of a noise to errors `(len(indices) * V,)`.
-        rank (`int`), num_ranks (`int`): Which of the shares of the rows this process computes. Every process must
-            call this, and makes as many batches.
+        rank (`int`), num_ranks (`int`): Which of the shares of the rows this process computes, with those with which
+            it shares rows. Every process must call this, and makes as many batches.
     """
     batches = _full_batches(rows, batch_size)
     of_each = -(-len(batches) // num_ranks)
     mine = [batches[(rank + turn * num_ranks) % len(batches)] for turn in range(of_each)]
     found: list[tuple[int, Tensor]] = []
-    for indices in tqdm(mine, desc="Errors of the reference", disable=rank > 0):
+    for indices in tqdm(mine, desc="Errors of the reference", disable=not PartialState().is_main_process):
         errors = [errors_of(indices, number).view(len(indices), -1) for number in range(size)]
         together = torch.stack(errors, dim=1).float().cpu()  # (B, K, V)
         found.extend(zip(indices, together.unbind(), strict=True))
