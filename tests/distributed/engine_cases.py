@@ -71,6 +71,19 @@ def raw(directory: Path, arguments: dict[str, Any]) -> None:
     made.train()
 
 
+def again(directory: Path, arguments: dict[str, Any]) -> None:
+    """A transformer whose tokens are shared is not taken by a second trainer."""
+    pipeline, rows = tiny_wan_pipeline(), tiny_encoded_group(2)
+    args = config(directory, context_parallel_size=2, **arguments)
+    trainer(args, model=pipeline, train_dataset=rows)
+    try:
+        trainer(config(directory, **arguments), model=pipeline, train_dataset=rows)
+    except ValueError as error:
+        assert "load the model again" in str(error)
+    else:
+        raise AssertionError("the second trainer was made")
+
+
 def main() -> None:
     torch.accelerator.device_count = lambda: 1  # diffusers takes a rank modulo this number, which is 0 on CPUs
     directory = Path(sys.argv[1])
@@ -78,7 +91,7 @@ def main() -> None:
         case, engine_name = name.split("+")
         with engine(ENGINES[engine_name]):
             (directory / name).mkdir(exist_ok=True)
-            {"stop": stop, "head": head, "raw": raw}[case](directory / name, ENGINES[engine_name])
+            {"stop": stop, "head": head, "raw": raw, "again": again}[case](directory / name, ENGINES[engine_name])
         if dist.get_rank() == 0:
             (directory / name / "done").touch()
     dist.destroy_process_group()

@@ -19,6 +19,10 @@ def test_fsdp2_stops_at_bad_numbers_and_trains_a_module_beside_the_transformer(t
     run(tmp_path, "stop+fsdp2", "head+fsdp2")
 
 
+def test_shared_tokens_are_not_shared_again(tmp_path):
+    run(tmp_path, "again+ddp")
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs video-trl[deepspeed]")
 def test_deepspeed_stops_at_bad_numbers_trains_a_module_beside_and_leaves_other_networks_whole(tmp_path):
     run(tmp_path, "raw+zero3", "stop+zero2", "stop+zero3", "head+zero2", "head+zero3")

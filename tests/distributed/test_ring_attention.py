@@ -83,8 +83,8 @@ def ring(directory: Path, size: int) -> VideoGroupDPOConfig:
 
 
 def test_families_that_cannot_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
-    args = ring(tmp_path, 2)
-    check_context_parallel_method(adapter_for(tiny_transformer()), args)
+    args, transformer = ring(tmp_path, 2), tiny_transformer()
+    check_context_parallel_method(transformer, adapter_for(transformer), args)
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ValueError, match="'ring'` is not supported for 'cogvideox'. Use 'ulysses'"):
         trainer(args, model=tiny_cogvideox_pipeline(), train_dataset=tiny_encoded_group(2, family="cogvideox-t2v"))

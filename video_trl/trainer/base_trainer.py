@@ -145,7 +145,7 @@ class _BaseVideoTrainer(_SharingTrainer):
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, args, peft_config)
-        check_context_parallel_method(self.adapter, args)
+        check_context_parallel_method(transformer, self.adapter, args)
         check_acceleration(transformer, args)
         check_ref_model(transformer, ref_model)
 

@@ -39,8 +39,17 @@ def enable_context_parallelism(transformer: ModelMixin, adapter: VideoAdapter, m
     adapter.share_tokens(transformer, config)
 
 
-def check_context_parallel_method(adapter: VideoAdapter, args: _BaseVideoConfig) -> None:
-    """Raise a `ValueError` if the tokens of the adapter's family cannot be shared by the method that is asked for."""
+def check_context_parallel_method(transformer: ModelMixin, adapter: VideoAdapter, args: _BaseVideoConfig) -> None:
+    """
+    Raise a `ValueError` if the tokens of the transformer's family cannot be shared by the method that is asked for, or
+    if they are shared already.
+    """
+    if transformer._parallel_config is not None:
+        raise ValueError(
+            "The transformer shares the tokens of its videos among processes, as an earlier trainer's "
+            "`context_parallel_size` or `enable_parallelism` has set it up. That cannot be undone: load the model "
+            "again."
+        )
     methods = adapter.context_parallel_methods
     if args.context_parallel_size > 1 and args.context_parallel_method not in methods:
         raise ValueError(

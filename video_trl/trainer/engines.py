@@ -182,13 +182,20 @@ def assign_weight(weight: Tensor, value: Tensor) -> None:
         weight.copy_(value)
         return
     from deepspeed import zero
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     value = value.to(weight.device)
     with zero.GatheredParameters([weight], modifier_rank=0):
         weight.copy_(value)
-    if _has_master(weight):
+    if not _has_master(weight):
+        return
+    if "ds_id" not in weight.__dict__:
         safe_set_full_fp32_param(weight, value.float())
+        return
+    # Part by part: DeepSpeed cannot set all of a weight that its processes do not divide.
+    size, group = weight.__dict__["ds_tensor"].numel(), weight.__dict__["ds_process_group"]
+    filled = nn.functional.pad(value.float().flatten(), (0, size * dist.get_world_size(group) - value.numel()))
+    safe_set_local_fp32_param(weight, filled.narrow(0, size * dist.get_rank(group), size))
 
 
 def full_shape(weight: Tensor) -> tuple[int, ...]:

@@ -97,6 +97,8 @@ class _SavingTrainer(Trainer):
             self.lr_scheduler.load_state_dict(states[1])
         else:  # weights and optimizer in one; frozen weights are not in the file
             deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=False)
+            if self.auxiliary is not None:  # which is not in the file of the weights either
+                load_auxiliary(self.auxiliary, Path(checkpoint))
             self._load_optimizer_and_scheduler(checkpoint)
         self._load_scaler(checkpoint)
 
