@@ -87,6 +87,19 @@ def test_by_default_videos_are_made_at_each_evaluation(tmp_path):
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_0", "step_3", "step_4"}
 
 
+def test_an_evaluation_on_several_datasets_makes_one_set(tmp_path):
+    def decoded(name: str, eval_dataset) -> int:
+        args = config(tmp_path / name, max_steps=2, eval_strategy="steps", eval_steps=2)
+        made = trainer(args, eval_dataset=eval_dataset, callbacks=[callback(every_steps=None)])
+        calls = []
+        made.pipeline.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+        made.train()
+        return len(calls)
+
+    one = tiny_encoded_group(1)
+    assert decoded("several", {"first": one, "second": one}) == decoded("one", one) > 0
+
+
 def test_generation_leaves_no_trace():
     pipeline = tiny_wan_pipeline()
     pipeline.transformer.train()

@@ -82,6 +82,7 @@ class LogVideosCallback(TrainerCallback):
         self.fps = fps
         self.call_kwargs = dict(call_kwargs or {})
         self._trainer: _BaseVideoTrainer | None = None
+        self._shown: int | None = None  # the step of the last set
 
     def set_trainer(self, trainer: "_BaseVideoTrainer") -> None:
         """Called by the trainer that the callback is given to."""
@@ -100,6 +101,7 @@ class LogVideosCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._shown = None
         if state.global_step == 0:
             self._log_videos(state)
 
@@ -112,11 +114,12 @@ class LogVideosCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every_steps is None:
+        if self.every_steps is None and self._shown != state.global_step:  # of several datasets, at the first
             self._log_videos(state)
 
     def _log_videos(self, state: TrainerState) -> None:
         assert self._trainer is not None, "the trainer calls set_trainer"
+        self._shown = state.global_step
         if state.is_world_process_zero:
             videos = self._generate(self._trainer)
             folder = Path(self._trainer.args.output_dir) / "samples" / f"step_{state.global_step}"
