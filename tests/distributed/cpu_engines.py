@@ -19,11 +19,12 @@ FSDP2: dict[str, Any] = {
 }
 
 
-def zero(stage: int, *, bf16: bool = False, sgd: bool = False) -> dict[str, Any]:
+def zero(stage: int, *, bf16: bool = False, sgd: bool = False, offload: bool = False) -> dict[str, Any]:
     """Arguments of a trainer that ask for DeepSpeed."""
+    on_host = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}} if offload else {}
     config = {
         # Small weights would stay whole on every process, and all of a tiny transformer's are.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **on_host},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

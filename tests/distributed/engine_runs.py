@@ -36,6 +36,7 @@ ENGINES = {
     "fsdp2": FSDP2,
     "zero2": zero(2, sgd=True),
     "zero3": zero(3, sgd=True),
+    "zero3-offload": zero(3, offload=True),
     "zero2-bf16": zero(2, bf16=True, sgd=True),
     "zero3-bf16": zero(3, bf16=True, sgd=True),
 }

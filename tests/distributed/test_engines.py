@@ -101,6 +101,9 @@ DEEPSPEED = [
     "adamw+rows+zero2+adamw+rows+zero2",
     "adamw+rows+zero3",
     "adamw+rows+zero3+adamw+rows+zero3",
+    "adamw+rows+zero3-offload",
+    "adamw+rows+zero3-offload+adamw+rows+zero3-offload",
+    "adamw-full+rows+zero3-offload",
 ]
 FOUR = [
     "concat+rows-tokens+ddp",
@@ -251,13 +254,13 @@ def test_bfloat16_with_fsdp2_is_that_of_data_parallelism(with_deepspeed):
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def same_files(directory: Path, straight: str, resumed: str) -> None:
-    """A run in two parts leaves the adapter, or the transformer, of a run in one, to the last bit."""
+def same_files(directory: Path, straight: str, resumed: str, tolerance: float = 0.0) -> None:
+    """A run in two parts leaves the adapter, or the transformer, of a run in one, to the last bit if not told."""
     for path in (directory / straight / "checkpoint-4").rglob("*.safetensors"):
         other = directory / resumed / path.relative_to(directory / straight)
         left, right = safetensors.torch.load_file(path), safetensors.torch.load_file(other)
         assert left.keys() == right.keys() and left
-        assert all(torch.equal(left[name], right[name]) for name in left), path
+        assert all((left[name] - right[name]).abs().max() <= tolerance for name in left), path
 
 
 def test_resuming_is_bit_exact(quick):
@@ -279,9 +282,13 @@ def test_full_tuning_and_a_change_of_engine_are_resumed_exactly(slow, straight, 
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_deepspeed_resumes_exactly(with_deepspeed, stage):
-    same_files(with_deepspeed, f"adamw+rows+{stage}", f"adamw+rows+{stage}+adamw+rows+{stage}")
+@pytest.mark.parametrize(
+    ("stage", "tolerance"),
+    # DeepSpeed's Adam on the host multiplies powers of beta up step by step, and after a resume takes `pow`.
+    [("zero2", 0.0), ("zero3", 0.0), ("zero3-offload", 1e-6)],
+)
+def test_deepspeed_resumes_exactly(with_deepspeed, stage, tolerance):
+    same_files(with_deepspeed, f"adamw+rows+{stage}", f"adamw+rows+{stage}+adamw+rows+{stage}", tolerance)
 
 
 def test_the_adapter_of_sharded_weights_is_whole_and_that_of_one_process(quick, tmp_path):
