@@ -48,7 +48,6 @@ def run(directory: Path, *, stays: bool) -> tuple[list[float], list[str]]:
     args = config(VideoDPOConfig, directory, **settings)
     made = VideoDPOTrainer(tiny_wan_pipeline(), args, tiny_encoded_group(4), tiny_encoded_group(2, seed=9))
     made.remove_callback(ProgressReport)  # this device has no memory to ask about
-    made.__dict__["step_mode"] = "concat"
     if stays:
         made.reference.set_aside = lambda: None
     places = Places()
