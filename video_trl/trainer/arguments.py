@@ -11,6 +11,7 @@ from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
 from .engines import SHARDED, Engine, requested_engine
 from .preference_config import _PreferenceConfig
+from .quantization import check_quantised_engine
 
 
 if TYPE_CHECKING:
@@ -80,11 +81,7 @@ def check_arguments(
 
 def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
     """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
-    if args.quantization is not None and engine != "ddp":
-        raise ValueError(
-            f"`quantization={args.quantization!r}` is supported with every process holding the weights, not with the "
-            f"engine '{engine}'. Drop one of the two."
-        )
+    check_quantised_engine(args.quantization, engine)
     if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
         # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
         if args.largest_batch > 1:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..adapters import VideoAdapter
 from ..trd import trd_loss
 from .planning import LiveBytes, StepPlan, class_name, fake_weights, plan_step
-from .quantization import Quantization
+from .quantization import Quantization, check_quantised_engine
 
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
@@ -181,11 +181,7 @@ def estimate(workload: Workload, placement: Placement) -> Estimate:
     Raises:
         ValueError: As `plan_step`; or if quantised weights are to be divided, which no trainer does.
     """
-    if workload.quantization is not None and placement.engine != "ddp":
-        raise ValueError(
-            f"`quantization={workload.quantization!r}` is supported with every process holding the weights (engine "
-            f"'ddp'), got the engine '{placement.engine}'. Drop one of the two."
-        )
+    check_quantised_engine(workload.quantization, placement.engine)
     return _divided(workload, placement, _plan(workload, placement))
 
 

@@ -50,6 +50,15 @@ def check_quantization(kind: Quantization, *, use_peft: bool) -> None:
         )
 
 
+def check_quantised_engine(kind: Quantization | None, engine: str) -> None:
+    """Raise a `ValueError` if weights are to be quantised, and divided among processes too."""
+    if kind is not None and engine != "ddp":
+        raise ValueError(
+            f"`quantization={kind!r}` is supported with every process holding the weights (engine 'ddp'), got the "
+            f"engine '{engine}'. Drop one of the two."
+        )
+
+
 def check_optimizer(name: str) -> None:
     """Raise a `ValueError` if `optim` of the configuration keeps its states by a library that is not installed."""
     if name in ("adamw_torch_8bit", "adamw_torch_4bit"):
