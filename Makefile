@@ -57,19 +57,19 @@ format: $(INSTALLED)  ## apply ruff's fixes and its format
 bench: bench-steps bench-sandbox  ## the two below, for docs/benchmarks/
 
 bench-steps: $(INSTALLED)  ## cost of a training step in every arrangement, JSON and markdown in outputs/steps (half an hour)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/benchmarks/steps.py --output_dir outputs/steps
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/studies/steps.py --output_dir outputs/steps
 
 bench-sandbox: $(INSTALLED)  ## the sandbox comparison over three seeds
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
 		--seeds 0 1 2 --output_dir outputs/bench
 
 study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three seeds, for docs/benchmarks/ (about an hour)
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_reg_dpo.py --report docs/benchmarks/reg_dpo_stability.md
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/reg_dpo.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/reg_dpo.py --report docs/benchmarks/reg_dpo_stability.md
 
 study-phygdpo: $(INSTALLED)  ## the ablation of PhyGDPO: 8 arms, three seeds, for docs/benchmarks/ (about an hour)
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/study_phygdpo.py --report docs/benchmarks/phygdpo_ablation.md
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/phygdpo.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/phygdpo.py --report docs/benchmarks/phygdpo_ablation.md
 
 test-min: $(INSTALLED)  ## fast tests with the oldest versions that pyproject.toml allows, in .venv-min
 	test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min

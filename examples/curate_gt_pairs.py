@@ -10,7 +10,7 @@ says how well the pipeline told the clips apart:
 
     accelerate launch examples/curate_gt_pairs.py
 
-With sources it curates them; docs/gt_pair.md explains every stage:
+With sources it curates them; docs/data/gt_pair.md explains every stage:
 
     accelerate launch examples/curate_gt_pairs.py --config examples/configs/gt-pair.yaml --sources my/clips
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     if config.models != ["sandbox"]:
         raise ValueError(
             f"--models {' '.join(config.models)} needs --sources: only the sandbox brings its own clips. Pass "
-            "folders, tars or datasets with captions (docs/gt_pair.md)."
+            "folders, tars or datasets with captions (docs/data/gt_pair.md)."
         )
     if Shard.from_environment().count > 1:
         raise ValueError("The sandbox demonstration draws its footage in one process: use --num_processes 1.")
@@ -84,7 +84,7 @@ def make_folder(root: Path, clips_per_kind: int) -> dict[str, str | None]:
     """Draws the footage, or takes what an earlier run drew. Returns for each file the defect it has, or None."""
     from tqdm.auto import tqdm
 
-    from video_trl.sandbox.footage import KINDS, make_footage
+    from video_trl.sandbox.data.labelled_clips import KINDS, make_footage
 
     listing = root / "labels.json"
     if listing.is_file():

@@ -10,7 +10,7 @@ filter told the clips apart and where the sampling went:
 
     accelerate launch examples/curate_phyaug.py
 
-With sources it curates them; docs/phyaug.md explains every stage:
+With sources it curates them; docs/data/phyaug.md explains every stage:
 
     accelerate launch examples/curate_phyaug.py --config examples/configs/phyaug.yaml --sources my/clips
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from video_trl.curation.phyaug import PhyAugConfig, PhyAugResult
+    from video_trl.curation.phyaug.pipeline import PhyAugConfig, PhyAugResult
 
 
 SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-phyaug.yaml"
@@ -44,8 +44,8 @@ class ScriptArguments:
 def main(argv: list[str]) -> None:
     from trl import TrlParser
 
-    from video_trl.curation.manifest import Shard
-    from video_trl.curation.phyaug import PhyAugConfig, push_groups, run_phyaug
+    from video_trl.curation.engine.manifest import Shard
+    from video_trl.curation.phyaug.pipeline import PhyAugConfig, push_groups, run_phyaug
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     script_args, config = TrlParser((ScriptArguments, PhyAugConfig)).parse_args_and_config(args=argv)
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> None:
     if demonstration and (config.model, config.annotator) != ("sandbox", "sandbox"):
         raise ValueError(
             f"--model {config.model} --annotator {config.annotator} need --sources: only the sandbox brings its own "
-            "clips. Pass folders, tars or datasets with captions (docs/phyaug.md)."
+            "clips. Pass folders, tars or datasets with captions (docs/data/phyaug.md)."
         )
     if demonstration:
         if Shard.from_environment().count > 1:
             raise ValueError("The sandbox demonstration draws its pool in one process: use --num_processes 1.")
-        from video_trl.sandbox.pool import make_pool
+        from video_trl.sandbox.data.clip_pool import make_pool
 
         pool = Path(config.output_dir) / "pool"
         config = replace(config, sources=[str(make_pool(pool, num_clips=script_args.pool_clips))])
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
 
 def compared(result: "PhyAugResult", pool: Path) -> str:
     """Against the labels: what the filter kept, which category it was given, and who is sampled more than before."""
-    from video_trl.sandbox.pool import pool_labels
-    from video_trl.sandbox.prompts import ACTIONS, MOTIONS
+    from video_trl.sandbox.data.clip_pool import pool_labels
+    from video_trl.sandbox.world.prompts import ACTIONS, MOTIONS
 
     labels = pool_labels(pool)
     rows = result.manifest.select(["dropped_by", "physics_label", "category"]).to_pylist()

@@ -79,9 +79,9 @@ CALL = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale"
 def main(argv: list[str]) -> None:
     from trl import TrlParser
 
-    from video_trl.evaluation.comparison import compare_runs, write_comparison
     from video_trl.evaluation.evaluate import evaluate_model
-    from video_trl.evaluation.report import summary_table
+    from video_trl.evaluation.report.comparison import compare_runs, write_comparison
+    from video_trl.evaluation.report.page import summary_table
 
     (args,) = TrlParser((ScriptArguments,)).parse_args_and_config(args=argv)
     table = evaluate_model(

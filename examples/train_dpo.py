@@ -9,7 +9,7 @@ Without arguments it trains the sandbox model on simulated clips against clips t
 
     accelerate launch examples/train_dpo.py
 
-With a model and a dataset of the row type "preference" or "group" (docs/dataset_formats.md) it trains that model:
+With a model and a dataset of the row type "preference" or "group" (docs/data/dataset_formats.md) it trains that model:
 
     accelerate launch examples/train_dpo.py --config examples/configs/wan2.1-14b-dpo.yaml --dataset_name my/pairs
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     from video_trl import VideoDPOConfig, VideoDPOTrainer
     from video_trl.data.tables import load_rows
     from video_trl.trainer import CollapseMonitor
-    from video_trl.trainer.checkpointing import named_checkpoint
+    from video_trl.trainer.checkpoints.weights import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoDPOConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:

@@ -10,7 +10,7 @@ control, evaluates both and the base model on held-out prompts, and leaves every
 
     accelerate launch examples/train_gdpo.py
 
-With a model and a dataset of the row type "group" (docs/dataset_formats.md) it trains that model:
+With a model and a dataset of the row type "group" (docs/data/dataset_formats.md) it trains that model:
 
     accelerate launch examples/train_gdpo.py --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     else:
         raise ValueError(
             f"--model_name_or_path {script_args.model_name_or_path} needs --dataset_name: only the sandbox brings its "
-            "own data. Pass a repository id or a folder of the row type 'group' (docs/dataset_formats.md)."
+            "own data. Pass a repository id or a folder of the row type 'group' (docs/data/dataset_formats.md)."
         )
 
 
@@ -89,7 +89,7 @@ def train(script_args: ScriptArguments, training_args: "VideoGroupDPOConfig") ->
     """Trains on a dataset from the Hub or the disk, and saves the adapter with its model card."""
     from video_trl import VideoGroupDPOTrainer
     from video_trl.data.tables import load_rows
-    from video_trl.trainer.checkpointing import named_checkpoint
+    from video_trl.trainer.checkpoints.weights import named_checkpoint
 
     dataset = load_rows(script_args.dataset_name, script_args.dataset_split)
     trainer = VideoGroupDPOTrainer(script_args.model_name_or_path, training_args, dataset)
@@ -104,7 +104,7 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
     from video_trl.evaluation import summary_table
     from video_trl.sandbox import load_sandbox
     from video_trl.sandbox.benchmark import balanced_prompts, evaluate
-    from video_trl.sandbox.dataset import build_group_dataset
+    from video_trl.sandbox.data.datasets import build_group_dataset
     from video_trl.sandbox.report import Run, compare_runs, save_results, write_sandbox_report
 
     folder = Path(training_args.output_dir)
@@ -157,7 +157,7 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
 
 def refuse_what_needs_one_run(training_args: "VideoGroupDPOConfig") -> None:
     """The experiment trains several adapters: which one would be resumed or pushed is not ours to guess."""
-    from video_trl.trainer.checkpointing import named_checkpoint
+    from video_trl.trainer.checkpoints.weights import named_checkpoint
 
     given = {
         "--push_to_hub": training_args.push_to_hub,

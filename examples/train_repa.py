@@ -9,12 +9,12 @@ Without arguments it aligns the sandbox model with the sandbox teacher on simula
 
     accelerate launch examples/train_repa.py
 
-With a model, a teacher and a dataset of the row type "video" (docs/dataset_formats.md) it trains that model:
+With a model, a teacher and a dataset of the row type "video" (docs/data/dataset_formats.md) it trains that model:
 
     accelerate launch examples/train_repa.py --config examples/configs/cogvideox-5b-repa.yaml --dataset_name my/videos
 
-Every value of a configuration file can be overridden on the command line. `examples/study_repa.py` compares the method
-with its baselines, and `examples/probe_physion.py` measures what a model has understood.
+Every value of a configuration file can be overridden on the command line. `examples/studies/repa.py` compares the
+method with its baselines, and `examples/probe_physion.py` measures what a model has understood.
 """
 
 import sys
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     from video_trl import VideoREPAConfig, VideoREPATrainer
     from video_trl.data.tables import load_rows
     from video_trl.sandbox import build_clip_dataset
-    from video_trl.trainer.checkpointing import named_checkpoint
+    from video_trl.trainer.checkpoints.weights import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:

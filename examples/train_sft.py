@@ -10,7 +10,7 @@ Without arguments it trains the sandbox model on simulated clips:
 
     accelerate launch examples/train_sft.py
 
-With a model and a dataset of the row type "video" (docs/dataset_formats.md) it trains that model:
+With a model and a dataset of the row type "video" (docs/data/dataset_formats.md) it trains that model:
 
     accelerate launch examples/train_sft.py --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --dataset_name my/videos --output_dir wan-sft
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     from video_trl import VideoSFTConfig, VideoSFTTrainer
     from video_trl.data.tables import load_rows
     from video_trl.sandbox import build_clip_dataset
-    from video_trl.trainer.checkpointing import named_checkpoint
+    from video_trl.trainer.checkpoints.weights import named_checkpoint
 
     script_args, training_args = TrlParser((ScriptArguments, VideoSFTConfig)).parse_args_and_config(args=argv)
     if script_args.dataset_name is not None:

@@ -14,10 +14,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.support.paths import ROOT
 from video_trl import __version__
 
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 

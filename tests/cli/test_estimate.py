@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from tests.tiny import tiny_wan_pipeline
+from tests.support.tiny import tiny_wan_pipeline
 from video_trl.cli import main
 
 

@@ -6,11 +6,11 @@ import yaml
 from datasets import load_dataset
 from safetensors import safe_open
 
-from tests.evaluation.runs import make_run
-from tests.hub_server import USER, serving, use
-from tests.test_hub import generate, with_adapter
-from tests.tiny import tiny_group_dataset, tiny_wan_pipeline
-from tests.trainer.runs import config, trainer
+from tests.hub.test_lora_and_card import generate, with_adapter
+from tests.support.evaluation.runs import make_run
+from tests.support.hub_server import USER, serving, use
+from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
+from tests.support.trainer.runs import config, trainer
 from video_trl import hub
 from video_trl.cli import main
 

@@ -5,22 +5,21 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.curation.clips import SMALL, write_clip
-from tests.curation.phyaug_runs import settings as phyaug_settings
+from tests.support.curation.clips import SMALL, write_clip
+from tests.support.curation.phyaug_runs import settings as phyaug_settings
+from tests.support.paths import ROOT
 from video_trl.cli import main
-from video_trl.cli.data import METHODS, DataArguments, classes, make_trainer
+from video_trl.cli.methods import METHODS, DataArguments, classes, make_trainer
 from video_trl.cli.train import split_launcher
 from video_trl.data import write_video
 from video_trl.hub import LORA_FILE_NAME
 from video_trl.sandbox import build_group_dataset, load_sandbox, simulate
 
 
-ROOT = Path(__file__).parents[2]
 COMMON = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "1"]
 SMALL_REPA = ["--align_layer", "4", "--teacher", "sandbox"]
 

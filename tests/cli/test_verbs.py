@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
-from tests.evaluation.runs import make_run
+from tests.support.evaluation.runs import make_run
 from video_trl import VideoSFTConfig, VideoSFTTrainer
 from video_trl.cli import main
 from video_trl.cli.doctor import FAULT, NOTE, OK, device, disk, memory, python, versions
 from video_trl.data.video_io import write_video
-from video_trl.evaluation.run import load_run
-from video_trl.evaluation.vbench import FrameConsistency
-from video_trl.evaluation.voting import Vote, VoteFile, open_study
+from video_trl.evaluation.benchmarks.vbench import FrameConsistency
+from video_trl.evaluation.runs.run import load_run
+from video_trl.evaluation.votes.study import Vote, VoteFile, open_study
 from video_trl.judges import load_judge
 from video_trl.sandbox import simulate
 
@@ -97,7 +97,7 @@ def test_eval_counts_the_results_of_other_programs(here, capsys):
     assert main(["eval", "--benchmark", "phygenbench", "--results", "result.json"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("result.json")]
     assert [row[1:] for row in rows] == [["published", "1", "0.667", "0.667"], ["exact", "1", "0.833", "0.833"]]
-    from video_trl.evaluation.vbench import DIMENSIONS
+    from video_trl.evaluation.benchmarks.vbench import DIMENSIONS
 
     for name, value in (("a", 0.5), ("b", 0.75)):
         row = [{"video_path": "0.mp4", "video_results": value}]

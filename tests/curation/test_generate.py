@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from video_trl.curation.engine.manifest import Shard, alive
 from video_trl.curation.generate import GENERATED, Generator, VideoModel, check_model, job_table, run_jobs
-from video_trl.curation.manifest import Shard, alive
 from video_trl.data import probe_video, read_video
 
 

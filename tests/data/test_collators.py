@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tests.tiny import MAX_SEQUENCE_LENGTH, TEXT_DIM, tiny_encoded_group, tiny_encoded_video
-from video_trl.adapters import WanAdapter
+from tests.support.tiny import MAX_SEQUENCE_LENGTH, TEXT_DIM, tiny_encoded_group, tiny_encoded_video
 from video_trl.data import GroupCollator, VideoCollator
+from video_trl.models import WanAdapter
 
 
 GROUPS = GroupCollator(WanAdapter(), MAX_SEQUENCE_LENGTH)

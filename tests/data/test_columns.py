@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_video
+from tests.support.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_video
 from video_trl.data import check_columns, column_names, group_features, is_encoded
 from video_trl.data.columns import as_scores, as_videos, undecoded
 

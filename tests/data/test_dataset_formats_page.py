@@ -1,11 +1,10 @@
-from pathlib import Path
-
-from tests.tiny import tiny_video, tiny_wan_pipeline
+from tests.support.paths import DOCS
+from tests.support.tiny import tiny_video, tiny_wan_pipeline
 from video_trl.data import write_video
 from video_trl.data.buckets import AspectBucket
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "dataset_formats.md"
+PAGE = DOCS / "data" / "dataset_formats.md"
 
 
 def test_examples_of_the_page_run_as_they_stand(tmp_path, monkeypatch):

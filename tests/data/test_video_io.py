@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_mp4, tiny_video
+from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, probe_video, read_video, video_hash, write_video
 
 

@@ -9,12 +9,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.distributed.cpu_engines import reset
-from tests.trainer.runs import config
-from video_trl.trainer.engines import requested_engine
+from tests.support.distributed.cpu_engines import reset
+from tests.support.paths import EXAMPLES
+from tests.support.trainer.runs import config
+from video_trl.trainer.parallel.engines import requested_engine
 
 
-FOLDER = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+FOLDER = EXAMPLES / "accelerate_configs"
 ENGINES = {
     "ddp": "ddp",
     "fsdp2": "fsdp2",

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.support.distributed.launch import launch
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

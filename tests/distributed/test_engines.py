@@ -14,8 +14,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from tests.distributed.engine_runs import run
-from tests.distributed.launch import launch
+from tests.support.distributed.engine_runs import run
+from tests.support.distributed.launch import launch
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.support.distributed.launch import launch
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.tiny import tiny_encoded_group
-from tests.trainer.heads import head_trainer
-from tests.trainer.runs import (
+from tests.support.paths import ROOT
+from tests.support.tiny import tiny_encoded_group
+from tests.support.trainer.heads import head_trainer
+from tests.support.trainer.runs import (
     RecordGradients,
     assert_close_weights,
     assert_equal_weights,
@@ -23,7 +24,7 @@ from tests.trainer.runs import (
     trained_weights,
     trainer,
 )
-from video_trl.trainer.reference_bank import load_bank
+from video_trl.trainer.step.reference_bank import load_bank
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def two_processes(tmp_path_factory) -> Path:
     """Folder with what two processes have written; `alone` in it is a checkpoint of one process to resume from."""
     directory = tmp_path_factory.mktemp("two")
     alone(directory / "alone", save_strategy="steps", save_steps=3)
-    repository = Path(__file__).parents[2]
+    repository = ROOT
     # `accelerate launch --cpu --num_processes 2` starts a single process; `--standalone` picks a free port.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}

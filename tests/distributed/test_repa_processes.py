@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from tests.distributed.repa_worker import run
-from tests.trainer.runs import assert_close_weights
+from tests.support.distributed.repa_worker import run
+from tests.support.paths import ROOT
+from tests.support.trainer.runs import assert_close_weights
 
 
 def test_two_processes_compute_the_step_of_one(tmp_path):
-    repository = Path(__file__).parents[2]
+    repository = ROOT
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("repa_worker.py")), str(tmp_path)],

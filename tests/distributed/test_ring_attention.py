@@ -1,7 +1,7 @@
 """
 Ring attention as the trainers use it is attention, values and gradients; and as it is in diffusers it is not.
 
-The second is what `video_trl/adapters/ring_attention.py` is there for. A new version of diffusers is used as it is, so
+The second is what `video_trl/models/attention/ring.py` is there for. A new version of diffusers is used as it is, so
 the first test tells whether it may be; where the second fails, diffusers has mended a fault, and the remedy can go.
 """
 
@@ -15,14 +15,14 @@ import diffusers
 import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from tests.distributed.launch import launch
-from tests.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_transformer
-from tests.trainer.runs import config, trainer
+from tests.support.distributed.launch import launch
+from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_transformer
+from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOConfig
-from video_trl.adapters import adapter_for
-from video_trl.adapters.ring_attention import RING_BACKENDS
-from video_trl.trainer.acceleration import attention_backends
-from video_trl.trainer.context_parallel import check_context_parallel_method, check_context_parallelism
+from video_trl.models import adapter_for
+from video_trl.models.attention.ring import RING_BACKENDS
+from video_trl.trainer.parallel.mesh import check_context_parallel_method, check_context_parallelism
+from video_trl.trainer.setup.attention_and_compile import attention_backends
 
 
 PROCESSES = [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]

@@ -4,15 +4,15 @@ import importlib.util
 
 import pytest
 
-from tests.distributed.cpu_engines import reset, zero
-from tests.tiny import tiny_encoded_group, tiny_transformer
-from tests.trainer.runs import config, trainer
+from tests.support.distributed.cpu_engines import reset, zero
+from tests.support.tiny import tiny_encoded_group, tiny_transformer
+from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
-from video_trl.adapters import adapter_for
+from video_trl.models import adapter_for
 from video_trl.trainer import LogVideosCallback
-from video_trl.trainer.arguments import check_arguments, check_generation
-from video_trl.trainer.context_parallel import check_context_parallelism
-from video_trl.trainer.engines import requested_engine
+from video_trl.trainer.parallel.engines import requested_engine
+from video_trl.trainer.parallel.mesh import check_context_parallelism
+from video_trl.trainer.setup.arguments import check_arguments, check_generation
 
 
 class Loads:

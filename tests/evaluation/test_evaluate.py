@@ -3,17 +3,17 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.evaluation.runs import ColourJudge
+from tests.support.evaluation.runs import ColourJudge
+from tests.support.paths import EXAMPLES
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, sandbox_prompts
-from video_trl.evaluation.run import load_run
+from video_trl.evaluation.runs.run import load_run
 from video_trl.sandbox import load_sandbox
 from video_trl.sandbox.benchmark import evaluate
-from video_trl.sandbox.prompts import MOTIONS
+from video_trl.sandbox.world.prompts import MOTIONS
 
 
 QUICK = {"num_inference_steps": 1}
@@ -84,7 +84,7 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path, arguments
 
 
 def test_script_evaluates_and_compares(evaluated, tmp_path, capsys):
-    path = Path(__file__).resolve().parents[2] / "examples" / "evaluate.py"
+    path = EXAMPLES / "evaluate.py"
     spec = importlib.util.spec_from_file_location("example_evaluate", path)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script

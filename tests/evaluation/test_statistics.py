@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.evaluation.reg_dpo_tables import GSB, TOTAL_SCORE
+from tests.support.evaluation.reg_dpo_tables import GSB, TOTAL_SCORE
 from video_trl.evaluation import (
     PairedDifference,
     gsb_score,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_encoded_group
-from tests.trainer.runs import (
+from tests.support.tiny import tiny_encoded_group
+from tests.support.trainer.runs import (
     RecordGradients,
     assert_close_weights,
     assert_equal_weights,

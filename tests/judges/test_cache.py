@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.judges.server import GOOD, Step, serving
+from tests.support.judges.server import GOOD, Step, serving
 from video_trl.data import write_video
 from video_trl.judges import CachedJudge, RemoteJudge, VideoJudge
 from video_trl.sandbox import SandboxJudge, simulate

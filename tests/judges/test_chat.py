@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from tests.judges.server import Step, free_port, serving
-from tests.tiny import tiny_video
+from tests.support.judges.server import Step, free_port, serving
+from tests.support.tiny import tiny_video
 from video_trl.judges.chat import ChatClient, ChatError, ChatUnavailableError, Question
 
 

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_mp4, tiny_video
+from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, probe_video
 from video_trl.data.video_io import read_frames_squashed
 from video_trl.judges.frames import check_request, evenly_spaced, sample_frames, segment_starts, size_within

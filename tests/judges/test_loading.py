@@ -2,14 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.judges.server import free_port
-from tests.judges.tiny_owl import tiny_model, write_checkpoint
-from tests.judges.tiny_qwen import write_qwen
+from tests.support.judges.server import free_port
+from tests.support.judges.tiny_owl import tiny_model, write_checkpoint
+from tests.support.judges.tiny_qwen import write_qwen
+from tests.support.paths import DOCS
 from video_trl.judges import (
     CachedJudge,
     PrecomputedJudge,
@@ -86,7 +86,7 @@ def test_a_check_reads_no_weights_and_asks_no_server(tmp_path):
 
 
 def test_code_of_the_documentation_runs():
-    page = Path(__file__).resolve().parents[2] / "docs" / "judges.md"
+    page = DOCS / "data" / "judges.md"
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(page), "exec"), names)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.judges.tiny_owl import tiny_model, write_checkpoint
-from tests.tiny import tiny_mp4, tiny_video
+from tests.support.judges.tiny_owl import tiny_model, write_checkpoint
+from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.judges import VideoConPhysicsJudge, VideoJudge, VideoPhy2Judge, mplug_owl
 from video_trl.judges.mplug_owl import parse_rating
 from video_trl.judges.mplug_owl_loading import SPLIT_AT_MEDIA, SPLIT_AT_TURNS

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.judges.tiny_owl import CONFIG, published_state_dict, tiny_model, write_checkpoint
+from tests.support.judges.tiny_owl import CONFIG, published_state_dict, tiny_model, write_checkpoint
 from video_trl.judges.candidates import candidate_logprobs
 from video_trl.judges.mplug_owl_loading import convert_state_dict, load_mplug_owl
 from video_trl.judges.mplug_owl_model import VIDEO_TOKEN, LayerNorm32, MplugOwlSizes, MplugOwlVideo

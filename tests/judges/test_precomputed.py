@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.tiny import tiny_mp4, tiny_video
+from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import video_hash
 from video_trl.judges import PrecomputedJudge, VideoJudge
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.judges.tiny_qwen import write_qwen
-from tests.tiny import tiny_video
+from tests.support.judges.tiny_qwen import write_qwen
+from tests.support.tiny import tiny_video
 from video_trl.judges import QwenVLJudge, VideoJudge
 from video_trl.judges.mplug_owl_model import IMAGE_MEAN, IMAGE_STD
 from video_trl.judges.qwen_vl import QUESTIONS

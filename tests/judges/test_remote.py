@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.judges.server import GOOD, Step, free_port, serving
-from tests.tiny import tiny_mp4, tiny_video
+from tests.support.judges.server import GOOD, Step, free_port, serving
+from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, read_video
 from video_trl.judges import RemoteJudge, VideoJudge
 from video_trl.judges.chat import ChatUnavailableError

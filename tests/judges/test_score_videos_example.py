@@ -3,16 +3,16 @@
 import csv
 import importlib.util
 import json
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
-from tests.judges.server import GOOD, Step, serving
+from tests.support.judges.server import GOOD, Step, serving
+from tests.support.paths import EXAMPLES
 from video_trl.judges import load_judge
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "score_videos.py"
+SCRIPT = EXAMPLES / "score_videos.py"
 
 
 @pytest.fixture(scope="module")

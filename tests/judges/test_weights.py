@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.judges.tiny_owl import published_state_dict, tiny_model, write_checkpoint
+from tests.support.judges.tiny_owl import published_state_dict, tiny_model, write_checkpoint
 from video_trl.judges.mplug_owl_loading import convert_state_dict, load_mplug_owl
 from video_trl.judges.weights import read_config, read_state_dict, resolve_weights, weights_identity
 

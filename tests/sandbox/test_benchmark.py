@@ -10,8 +10,8 @@ import torch
 from video_trl.data import check_columns, read_video
 from video_trl.sandbox import build_clip_dataset, build_group_dataset, evaluate, load_sandbox, simulate
 from video_trl.sandbox.benchmark import as_columns, balanced_prompts, generate
-from video_trl.sandbox.dataset import REQUEST_NAME
-from video_trl.sandbox.prompts import MOTIONS, all_prompts, parse_prompt
+from video_trl.sandbox.data.datasets import REQUEST_NAME
+from video_trl.sandbox.world.prompts import MOTIONS, all_prompts, parse_prompt
 
 
 @pytest.fixture(scope="module")

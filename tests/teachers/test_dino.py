@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.teachers import models
+from tests.support.teachers import models
 from video_trl.teachers import DINOTeacher, load_teacher
 from video_trl.teachers.base import normalise
 

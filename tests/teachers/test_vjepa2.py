@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.teachers import models
+from tests.support.teachers import models
 from video_trl.teachers import VJEPA2Teacher, load_teacher
 from video_trl.teachers.base import normalise
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.tiny import PROMPTS, tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
-from tests.trainer.runs import assert_equal_weights, config, losses, trained_weights, trainer
+from tests.support.tiny import PROMPTS, tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
+from tests.support.trainer.runs import assert_equal_weights, config, losses, trained_weights, trainer
 from video_trl.data import probe_video, read_video, write_video
 from video_trl.trainer import LogVideosCallback
-from video_trl.trainer.generation import generation
+from video_trl.trainer.publishing.sampling import generation
 
 
 CALL = {"num_inference_steps": 2}  # the size is that of the training data

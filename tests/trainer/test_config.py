@@ -9,7 +9,7 @@ import torch
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from tests.trainer.runs import config
+from tests.support.trainer.runs import config
 from video_trl import VideoGroupDPOConfig, VideoSFTConfig
 from video_trl.losses import physics_weights
 

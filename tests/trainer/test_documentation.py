@@ -2,16 +2,16 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 from transformers import TrainingArguments
 
-from tests.tiny import tiny_encoded_group
-from tests.trainer.runs import config, trainer
+from tests.support.paths import DOCS
+from tests.support.tiny import tiny_encoded_group
+from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOConfig
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "group_dpo_trainer.md").read_text()
+PAGE = (DOCS / "trainers" / "group_dpo_trainer.md").read_text()
 
 
 def table(heading: str) -> list[list[list[str]]]:

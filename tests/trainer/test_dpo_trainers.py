@@ -6,12 +6,12 @@ import hashlib
 import math
 import re
 import struct
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny import (
+from tests.support.paths import DOCS
+from tests.support.tiny import (
     TEXT_DIM,
     tiny_encoded_group,
     tiny_encoded_video,
@@ -19,7 +19,7 @@ from tests.tiny import (
     tiny_transformer,
     tiny_wan_pipeline,
 )
-from tests.trainer.runs import (
+from tests.support.trainer.runs import (
     RecordGradients,
     assert_close_weights,
     assert_equal_weights,
@@ -31,7 +31,7 @@ from tests.trainer.runs import (
 )
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
 from video_trl.trainer.base_config import _BaseVideoConfig
-from video_trl.trainer.reference import AdapterReference, ModuleReference
+from video_trl.trainer.step.reference import AdapterReference, ModuleReference
 
 
 SHAPE = (4, 2, 4, 4)
@@ -322,7 +322,7 @@ PAGES = {None: ("dpo_trainer.md", VideoDPOConfig), ("dgr", 1.0): ("reg_dpo_train
 
 def documented(page, heading):
     """Rows of the table in a section of a page; of each cell the words in back quotes."""
-    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    text = (DOCS / "trainers" / page).read_text()
     section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     return [[re.findall(r"`([^`]+)`", cell) for cell in row.strip("|").split("|")] for row in rows]

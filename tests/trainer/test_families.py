@@ -1,6 +1,6 @@
 """
 Every trainer on every family of models, with an adapter and with all weights: the cells of the table in
-docs/models.md, which names these tests.
+docs/trainers/models.md, which names these tests.
 """
 
 import json
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 import video_trl
-from tests.tiny import (
+from tests.support.paths import DOCS
+from tests.support.tiny import (
     COGVIDEOX_LATENTS_SHAPE,
     FAMILIES,
     MAX_SEQUENCE_LENGTH,
@@ -30,9 +31,9 @@ from tests.tiny import (
     tiny_video,
     tiny_wan_i2v_pipeline,
 )
-from tests.trainer.runs import assert_equal_weights, frozen_weights, trained_weights
-from video_trl.adapters import adapter_for
+from tests.support.trainer.runs import assert_equal_weights, frozen_weights, trained_weights
 from video_trl.data import read_video
+from video_trl.models import adapter_for
 from video_trl.trainer import LogVideosCallback
 
 
@@ -103,7 +104,7 @@ def first_log(made: Any) -> dict[str, float]:
 
 
 def test_the_table_of_models_names_these_tests():
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    page = (DOCS / "trainers" / "models.md").read_text(encoding="utf-8")
     families, methods = "|".join(FAMILIES), "|".join(TRAINERS)
     named = re.findall(rf"\| `((?:{families})-(?:{methods})-(?:lora|full))`", page)
     assert sorted(named) == sorted(CELL_IDS)

@@ -7,8 +7,8 @@ import struct
 import pytest
 import torch
 
-from tests.tiny import TEXT_DIM, tiny_encoded_group, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
-from tests.trainer.runs import (
+from tests.support.tiny import TEXT_DIM, tiny_encoded_group, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
+from tests.support.trainer.runs import (
     assert_equal_weights,
     config,
     disturb_adapter,

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
-from tests.trainer.repa_runs import aligned_rows, repa_trainer
+from tests.support.paths import DOCS
+from tests.support.trainer.repa_runs import aligned_rows, repa_trainer
 from video_trl import VideoREPAConfig
 from video_trl.trainer.base_config import _BaseVideoConfig
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "repa_trainer.md").read_text()
+PAGE = (DOCS / "trainers" / "repa_trainer.md").read_text()
 
 
 def table(heading: str) -> list[list[list[str]]]:

@@ -7,12 +7,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.tiny import tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
-from tests.trainer.repa_runs import aligned_rows, repa_config, repa_trainer, tiny_teacher, with_tokens
-from tests.trainer.runs import RecordGradients, StopAfter, assert_equal_weights, first_batch, losses, trained_weights
+from tests.support.tiny import tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
+from tests.support.trainer.repa_runs import aligned_rows, repa_config, repa_trainer, tiny_teacher, with_tokens
+from tests.support.trainer.runs import (
+    RecordGradients,
+    StopAfter,
+    assert_equal_weights,
+    first_batch,
+    losses,
+    trained_weights,
+)
 from tests.trainer.test_group_dpo_trainer import generator_of
 from video_trl import VideoREPAConfig, VideoREPATrainer
-from video_trl.data.teacher_tokens import dequantise_tokens
+from video_trl.data.encoding.teacher_tokens import dequantise_tokens
 
 
 SHAPE = (4, 3, 4, 4)  # latents of 9 frames

@@ -1,15 +1,21 @@
 """The loss of `VideoSFTTrainer` against the same computation written out by hand, and the rows it takes."""
 
 import re
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from tests.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
-from tests.trainer.runs import assert_equal_weights, first_batch, frozen_weights, losses, trained_weights
+from tests.support.paths import DOCS
+from tests.support.tiny import (
+    tiny_encoded_group,
+    tiny_encoded_video,
+    tiny_group_dataset,
+    tiny_transformer,
+    tiny_wan_pipeline,
+)
+from tests.support.trainer.runs import assert_equal_weights, first_batch, frozen_weights, losses, trained_weights
 from tests.trainer.test_group_dpo_trainer import error_by_hand, generator_of
 from video_trl import VideoSFTConfig, VideoSFTTrainer
 
@@ -102,7 +108,7 @@ def test_other_rows_are_refused(tmp_path):
 
 
 def test_the_quick_start_of_the_page_runs(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "sft_trainer.md").read_text()
+    page = (DOCS / "trainers" / "sft_trainer.md").read_text()
     block = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1).replace("0_032", "0_002")
     block = block.replace("max_steps=100", f'max_steps=1, use_cpu=True, disable_tqdm=True, cache_dir="{tmp_path}"')
     monkeypatch.chdir(tmp_path)

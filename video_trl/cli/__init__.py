@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .frame import UsageError, nearest, say
+from .parser import UsageError, nearest, say
 
 
 # Verb -> what it does. Its module has the same name and is imported only when the verb is used.

@@ -7,13 +7,13 @@ Examples:
   video-trl curate phyaug --config examples/configs/phyaug.yaml --sources my/clips --actions actions.txt
   video-trl train gdpo --dataset_name outputs/phyaug/groups --output_dir out/gdpo
 
-A run that was stopped goes on where it was. docs/gt_pair.md and docs/phyaug.md explain every stage.
+A run that was stopped goes on where it was. docs/data/gt_pair.md and docs/data/phyaug.md explain every stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .frame import UsageError, nearest, parse, required, say
+from .parser import UsageError, nearest, parse, required, say
 
 
 def run(argv: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from .frame import parse, say
+from .parser import parse, say
 
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"

@@ -10,14 +10,14 @@ Examples:
 
 from collections.abc import Sequence
 
-from .data import make_trainer, method_named, parse_training
-from .frame import say
+from .methods import make_trainer, method_named, parse_training
+from .parser import say
 
 
 def run(argv: Sequence[str]) -> int:
     name, rest = method_named("encode", argv, __doc__)
     data, args = parse_training("encode", name, rest, __doc__)
-    from ..trainer.rows import encoded_cache_dir
+    from ..trainer.setup.rows import encoded_cache_dir
 
     # Making the trainer encodes, with every setting that the training will have.
     rows = make_trainer(name, data, args).train_dataset

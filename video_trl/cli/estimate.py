@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .data import DataArguments, classes, method_named
-from .frame import UsageError, check, parse, read_yaml, required, say
+from .methods import DataArguments, classes, method_named
+from .parser import UsageError, check, parse, read_yaml, required, say
 
 
 if TYPE_CHECKING:
-    from ..trainer.estimate import Placement, Workload
+    from ..trainer.planning.estimate import Placement, Workload
 
 
 @dataclass
@@ -67,8 +67,14 @@ class EstimateArguments:
 def run(argv: Sequence[str]) -> int:
     name, rest = method_named("estimate", argv, __doc__)
     args = _arguments(name, rest)
-    from ..trainer.estimate import HEADROOM, describe_estimate, describe_recommendation, estimate, fitting_step_mode
-    from .plan import empty_models
+    from ..trainer.planning.estimate import (
+        HEADROOM,
+        describe_estimate,
+        describe_recommendation,
+        estimate,
+        fitting_step_mode,
+    )
+    from .dry_run import empty_models
 
     size = _size(args)
     models = empty_models(args.model_name_or_path, args.revision)
@@ -87,8 +93,8 @@ def run(argv: Sequence[str]) -> int:
 
 def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]) -> str:
     """Memory of encoding videos and prompts, whose models leave the GPU when training begins."""
-    from ..trainer.estimate import encoding_peak
-    from .plan import empty_text_encoder
+    from ..trainer.planning.estimate import encoding_peak
+    from .dry_run import empty_text_encoder
 
     adapter, _, vae = models
     peak = encoding_peak(vae, adapter, size)
@@ -113,8 +119,8 @@ def workload(
     name: str, args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]
 ) -> "Workload":
     """What these options train."""
-    from ..trainer.estimate import Workload
-    from .plan import compared_videos, latents_shape
+    from ..trainer.planning.estimate import Workload
+    from .dry_run import compared_videos, latents_shape
 
     adapter, transformer, vae = models
     videos, sharing = compared_videos(name, args.num_rejected, args.loss_type), args.group_parallel_size
@@ -137,7 +143,7 @@ def workload(
 
 
 def _placement(args: EstimateArguments, step_mode: Any) -> "Placement":
-    from ..trainer.estimate import Placement
+    from ..trainer.planning.estimate import Placement
 
     policy = args.checkpointing_policy if args.activation_checkpointing else None
     engine: Any = args.engine

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .frame import UsageError, parse, required, say
 from .options import JudgeArguments, RunArguments
+from .parser import UsageError, parse, required, say
 
 
 _READ = ("phygenbench", "vbench")
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     if args.results:
         raise UsageError(f"--results are read for {' and '.join(_READ)}, not for {args.benchmark!r}.")
     from ..evaluation.evaluate import evaluate_model
-    from ..evaluation.tables import benchmark_named
+    from ..evaluation.runs.tables import benchmark_named
 
     benchmark_named(args.benchmark)  # before a judge is loaded
     if run_args.model_name_or_path != "sandbox" and judge_args.judge == "sandbox":
@@ -99,9 +99,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _phygenbench(files: Sequence[str]) -> str:
-    from ..evaluation.phygenbench import CATEGORIES, load_phygenbench_items, phygenbench_aggregate
-    from ..evaluation.report import Table
-    from ..evaluation.tables import text_table
+    from ..evaluation.benchmarks.phygenbench import CATEGORIES, load_phygenbench_items, phygenbench_aggregate
+    from ..evaluation.report.page import Table
+    from ..evaluation.runs.tables import text_table
 
     names, rows = list(dict.fromkeys(CATEGORIES.values())), []
     for file in files:
@@ -115,8 +115,8 @@ def _phygenbench(files: Sequence[str]) -> str:
 
 
 def _physion(args: EvalArguments, run_args: RunArguments) -> str:
-    from ..evaluation.physion import probe_table
-    from ..evaluation.probing import probe_models
+    from ..evaluation.probes.physion import probe_table
+    from ..evaluation.probes.probe import probe_models
 
     frames: dict[str, Any] = {} if run_args.num_frames is None else {"num_frames": run_args.num_frames}
     results = probe_models(
@@ -135,8 +135,8 @@ def _physion(args: EvalArguments, run_args: RunArguments) -> str:
 
 
 def _vbench(files: Sequence[str], args: EvalArguments) -> str:
-    from ..evaluation.tables import text_table
-    from ..evaluation.vbench import load_vbench, vbench_table
+    from ..evaluation.benchmarks.vbench import load_vbench, vbench_table
+    from ..evaluation.runs.tables import text_table
 
     named = dict(file.partition("=")[::2] for file in files)
     if not all(named.values()) or len(named) < len(files):
@@ -154,8 +154,8 @@ def _consistency(runs: Mapping[str, str], args: EvalArguments) -> dict[str, dict
     """Mean `dino_consistency` and `clip_consistency` of the videos of each run."""
     from statistics import fmean
 
-    from ..evaluation.run import load_run
-    from ..evaluation.vbench import FrameConsistency
+    from ..evaluation.benchmarks.vbench import FrameConsistency
+    from ..evaluation.runs.run import load_run
 
     loaded = {name: load_run(folder) for name, folder in runs.items()}  # all of them, before an encoder is loaded
     for name, run in loaded.items():

@@ -7,7 +7,8 @@ Examples:
   video-trl export my-name/wan-phygdpo wan-phygdpo.safetensors
   video-trl export somebodys-lora.safetensors out/from-comfyui --to diffusers
 
-Wan's layout is that of ComfyUI; for CogVideoX, ComfyUI takes the adapter as it is. The map of names: docs/comfyui.md.
+Wan's layout is that of ComfyUI; for CogVideoX, ComfyUI takes the adapter as it is. The map of names stands in
+docs/sharing/comfyui.md.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .frame import UsageError, parse, say
+from .parser import UsageError, parse, say
 
 
 @dataclass

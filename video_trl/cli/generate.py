@@ -13,8 +13,8 @@ Under `accelerate launch -m video_trl generate ...` the videos are shared among 
 
 from collections.abc import Sequence
 
-from .frame import parse, required, say
 from .options import RunArguments
+from .parser import parse, required, say
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     if args.model_name_or_path != "sandbox":
         required("prompts", args.prompts, "prompts.txt")
     from ..evaluation.evaluate import evaluation_prompts
-    from ..evaluation.generating import generate_run, load_generator
+    from ..evaluation.runs.generate import generate_run, load_generator
 
     prompts = evaluation_prompts(args.prompts, args.num_prompts)
     generator = load_generator(

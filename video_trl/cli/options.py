@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .frame import UsageError
+from .parser import UsageError
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .frame import UsageError, parse, say
+from .parser import UsageError, parse, say
 
 
 @dataclass
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
 
     folder, repo_id = Path(where[0]), where[1]
     if (folder / "run.json").is_file() and (folder / "groups").is_dir():
-        from ..curation.phyaug import push_groups
+        from ..curation.phyaug.pipeline import push_groups
 
         say(push_groups(folder, repo_id, private=args.private).commit_url)
     elif (folder / "state.json").is_file() or (folder / "data").is_dir():
@@ -65,8 +65,8 @@ def run(argv: Sequence[str]) -> int:
 
 def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
     """Put the shares of a scored run, with their intervals, into the card of an adapter."""
-    from ..evaluation.prompts import ALL
-    from ..evaluation.tables import tabulate
+    from ..evaluation.runs.prompts import ALL
+    from ..evaluation.runs.tables import tabulate
     from ..hub import CARD_NAME, Measurement, add_evaluation
 
     table = tabulate(run_dir, judge=judge)

@@ -15,7 +15,7 @@ three of them. The runs need the same prompts and seeds, and scores of one judge
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .frame import UsageError, parse, say
+from .parser import UsageError, parse, say
 
 
 @dataclass
@@ -43,9 +43,9 @@ def run(argv: Sequence[str]) -> int:
     named = [text.partition("=")[::2] for text in args.curves]
     if not all(name and path for name, path in named):
         raise UsageError(f"--curves are NAME=FILE, got {' '.join(args.curves)}.")
-    from ..evaluation.comparison import compare_runs, training_curves, write_comparison
-    from ..evaluation.report import summary_table
-    from ..evaluation.tables import tabulate
+    from ..evaluation.report.comparison import compare_runs, training_curves, write_comparison
+    from ..evaluation.report.page import summary_table
+    from ..evaluation.runs.tables import tabulate
 
     chosen = {"baseline": args.baseline, "judge": args.judge, "benchmark": args.benchmark, "level": args.level}
     comparisons = compare_runs(runs, **chosen)

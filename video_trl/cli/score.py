@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .frame import UsageError, parse, required, say
 from .options import JudgeArguments
+from .parser import UsageError, parse, required, say
 
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def run(argv: Sequence[str]) -> int:
         return _score_table(Path(tables[0]), output, judge_args.load(), args.batch_size)
     if args.output is not None:
         raise UsageError("--output is for a table of videos; scores of a run are kept in the run.")
-    from ..evaluation.run import load_run
-    from ..evaluation.scoring import score_run
-    from ..evaluation.tables import tabulate
+    from ..evaluation.runs.run import load_run
+    from ..evaluation.runs.score import score_run
+    from ..evaluation.runs.tables import tabulate
 
     runs = [load_run(path) for path in paths]  # all of them, before a judge is loaded
     judge = judge_args.load()

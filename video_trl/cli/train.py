@@ -22,8 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data import DataArguments, classes, make_trainer, method_named, parse_training
-from .frame import check, read_yaml, say
+from .methods import DataArguments, classes, make_trainer, method_named, parse_training
+from .parser import check, read_yaml, say
 
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,18 @@ def run(argv: Sequence[str]) -> int:
         os.execv(sys.executable, [*command, *ours])
     data, args = parse_training("train", name, ours, __doc__)
     if data.dry_run:
-        from .plan import describe
+        from .dry_run import describe
 
         say(describe(name, data, args, processes=num_processes(launcher)))
         return 0
     trainer = make_trainer(name, data, args)
-    from ..trainer.checkpointing import named_checkpoint
+    from ..trainer.checkpoints.weights import named_checkpoint
 
     trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))
     trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():
-        from ..trainer.progress import where_everything_is
+        from ..trainer.publishing.progress import where_everything_is
 
         say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
     return 0

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .frame import UsageError, parse, say
+from .parser import UsageError, parse, say
 
 
 @dataclass
@@ -52,8 +52,8 @@ def run(argv: Sequence[str]) -> int:
     if args.export is not None and Path(args.export).suffix not in (".parquet", ".csv"):
         raise UsageError(f"--export must end in .parquet or .csv, got {args.export}.")
     if args.results or args.export is not None:
-        from ..evaluation.tables import text_table
-        from ..evaluation.voting_results import vote_results, votes_dataset, votes_table
+        from ..evaluation.runs.tables import text_table
+        from ..evaluation.votes.results import vote_results, votes_dataset, votes_table
 
         say(text_table(votes_table(vote_results(args.votes, runs))))
         if args.export is not None:
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
             written(args.export)
             say(f"\n{len(table)} answers in {args.export}")
         return 0
-    from ..evaluation.voting_server import serve_votes
+    from ..evaluation.votes.server import serve_votes
 
     serve_votes(
         runs,

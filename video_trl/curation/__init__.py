@@ -6,33 +6,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .annotated import annotated_pairs, read_votes
+    from .clips.measures import measure_clip
+    from .engine.manifest import Rule, Shard, Stage, account, apply_rules, run_stage
     from .generate import VideoModel
-    from .gt_pair import GTPairConfig, GTPairResult, run_gt_pair
-    from .manifest import Rule, Shard, Stage, account, apply_rules, run_stage
-    from .measures import measure_clip
-    from .phyaug import PhyAugConfig, PhyAugResult, allocate, load_groups, push_groups, run_phyaug
+    from .gt_pair.pipeline import GTPairConfig, GTPairResult, run_gt_pair
+    from .phyaug.pipeline import PhyAugConfig, PhyAugResult, load_groups, push_groups, run_phyaug
+    from .phyaug.sampling import allocate
 
 # The manifest needs pyarrow only, the generator diffusers: a worker loads what it uses.
 _HOME = {
-    "GTPairConfig": "gt_pair",
-    "GTPairResult": "gt_pair",
-    "PhyAugConfig": "phyaug",
-    "PhyAugResult": "phyaug",
-    "Rule": "manifest",
-    "Shard": "manifest",
-    "Stage": "manifest",
+    "GTPairConfig": "gt_pair.pipeline",
+    "GTPairResult": "gt_pair.pipeline",
+    "PhyAugConfig": "phyaug.pipeline",
+    "PhyAugResult": "phyaug.pipeline",
+    "Rule": "engine.manifest",
+    "Shard": "engine.manifest",
+    "Stage": "engine.manifest",
     "VideoModel": "generate",
-    "account": "manifest",
-    "allocate": "phyaug",
+    "account": "engine.manifest",
+    "allocate": "phyaug.sampling",
     "annotated_pairs": "annotated",
-    "apply_rules": "manifest",
-    "load_groups": "phyaug",
-    "measure_clip": "measures",
-    "push_groups": "phyaug",
+    "apply_rules": "engine.manifest",
+    "load_groups": "phyaug.pipeline",
+    "measure_clip": "clips.measures",
+    "push_groups": "phyaug.pipeline",
     "read_votes": "annotated",
-    "run_gt_pair": "gt_pair",
-    "run_phyaug": "phyaug",
-    "run_stage": "manifest",
+    "run_gt_pair": "gt_pair.pipeline",
+    "run_phyaug": "phyaug.pipeline",
+    "run_stage": "engine.manifest",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from .manifest import Rule, judge, new_manifest
+from .engine.manifest import Rule, judge, new_manifest
 
 
 #: The five dimensions of Reg-DPO, appendix A.1.

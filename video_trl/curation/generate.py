@@ -20,8 +20,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..data.buckets import AspectBucket
-from .manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
-from .normalise import normalise_video
+from .clips.normalise import normalise_video
+from .engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
 
 
 SANDBOX = "sandbox"
@@ -269,8 +269,8 @@ class Generator:
         if self.pipeline is not None:
             return self.pipeline
         if self.model.name == SANDBOX:
-            from ..sandbox.pipeline import load_sandbox
-            from ..sandbox.world import FPS
+            from ..sandbox.weights.pipeline import load_sandbox
+            from ..sandbox.world.simulate import FPS
 
             sandbox = load_sandbox()
             self.pipeline, self.model_fps = sandbox.pipeline, self.model.fps or FPS

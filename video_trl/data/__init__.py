@@ -2,9 +2,9 @@
 
 from .collators import GroupCollator, VideoCollator
 from .columns import ENCODED_COLUMNS, ROW_TYPES, check_columns, column_names, group_features, is_encoded
-from .encode import encode_dataset
-from .encoded import EncodedDataset, SkippedRow
-from .teacher_tokens import TeacherTokenDataset, dequantise_tokens, encode_teacher, quantise_tokens
+from .encoding.encode import encode_dataset
+from .encoding.store import EncodedDataset, SkippedRow
+from .encoding.teacher_tokens import TeacherTokenDataset, dequantise_tokens, encode_teacher, quantise_tokens
 from .video_io import VideoDecodeError, VideoInfo, probe_video, read_video, video_hash, write_video
 
 

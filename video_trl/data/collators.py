@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.base import VideoAdapter
+from ..models.base import VideoAdapter
 from .columns import as_scores, as_tensor
 
 

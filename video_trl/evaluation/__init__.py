@@ -5,9 +5,7 @@ The names below are arithmetic and tables. Runs, benchmarks and the voting page 
 `comparison`, `videophy`, `videophy2`, `phygenbench`, `vbench`, `voting_server`, `voting_results`, `physion`.
 """
 
-from video_trl.evaluation.agreement import krippendorff_alpha
-from video_trl.evaluation.gsb import GSB, gsb
-from video_trl.evaluation.report import Column, Comparison, Curve, Sample, Table, summary_table, write_report
+from video_trl.evaluation.report.page import Column, Comparison, Curve, Sample, Table, summary_table, write_report
 from video_trl.evaluation.statistics import (
     PairedDifference,
     Share,
@@ -23,6 +21,8 @@ from video_trl.evaluation.statistics import (
     verdict,
     wilson_interval,
 )
+from video_trl.evaluation.votes.agreement import krippendorff_alpha
+from video_trl.evaluation.votes.gsb import GSB, gsb
 
 
 __all__ = [

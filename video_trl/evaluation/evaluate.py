@@ -10,13 +10,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..judges import VideoJudge, load_judge
-from .generating import SANDBOX, Generator, generate_run, load_generator
-from .prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
-from .run import SCORE_FOLDER, Run, shard
-from .scoring import score_run, slug
-from .tables import RunTable, benchmark_named, tabulate
-from .videophy import load_videophy
-from .videophy2 import load_videophy2
+from .benchmarks.videophy import load_videophy
+from .benchmarks.videophy2 import load_videophy2
+from .runs.generate import SANDBOX, Generator, generate_run, load_generator
+from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
+from .runs.run import SCORE_FOLDER, Run, shard
+from .runs.score import score_run, slug
+from .runs.tables import RunTable, benchmark_named, tabulate
 
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, 
         ValueError: If there are fewer sentences than asked for.
     """
     from ..sandbox.benchmark import balanced_prompts
-    from ..sandbox.prompts import parse_prompt
+    from ..sandbox.world.prompts import parse_prompt
 
     motions = [(text, parse_prompt(text).motion) for text in balanced_prompts("heldout", number, seed)]
     return tuple(EvaluationPrompt(text, category=motion, groups=(motion,)) for text, motion in motions)

@@ -72,7 +72,7 @@ def check_judge(name_or_path: str | os.PathLike[str], **options: Any) -> None:
 def _load(name: str, options: dict[str, Any]) -> VideoJudge:
     kind, weights = _kind_and_weights(name, options.get("revision"))
     if kind == "sandbox":
-        from ..sandbox.judge import SandboxJudge
+        from ..sandbox.judge.judge import SandboxJudge
 
         return SandboxJudge(**options)
     if kind == "server":

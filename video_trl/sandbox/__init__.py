@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmark import evaluate
-    from .dataset import build_clip_dataset, build_group_dataset
-    from .judge import SandboxJudge
-    from .pipeline import Sandbox, load_sandbox
-    from .world import Clip, simulate
+    from .data.datasets import build_clip_dataset, build_group_dataset
+    from .judge.judge import SandboxJudge
+    from .weights.pipeline import Sandbox, load_sandbox
+    from .world.simulate import Clip, simulate
 
 _HOME = {
-    "Clip": "world",
-    "Sandbox": "pipeline",
-    "SandboxJudge": "judge",
-    "build_clip_dataset": "dataset",
-    "build_group_dataset": "dataset",
+    "Clip": "world.simulate",
+    "Sandbox": "weights.pipeline",
+    "SandboxJudge": "judge.judge",
+    "build_clip_dataset": "data.datasets",
+    "build_group_dataset": "data.datasets",
     "evaluate": "benchmark",
-    "load_sandbox": "pipeline",
-    "simulate": "world",
+    "load_sandbox": "weights.pipeline",
+    "simulate": "world.simulate",
 }
 
 __all__ = [

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ..data.video_io import write_video
 from ..judges import VideoJudge
-from .prompts import MOTIONS, Split, all_prompts, parse_prompt
-from .world import FPS
+from .world.prompts import MOTIONS, Split, all_prompts, parse_prompt
+from .world.simulate import FPS
 
 
 JOINT_THRESHOLD = 0.5  # a clip counts as right when both scores reach it, as VideoPhy binarises its scores

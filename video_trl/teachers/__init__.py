@@ -53,7 +53,7 @@ def load_teacher(
     dtype = torch.float32 if dtype is None else dtype
     teacher: VideoTeacher
     if name_or_path == "sandbox":
-        from ..sandbox.teacher import load_sandbox_teacher
+        from ..sandbox.weights.teacher import load_sandbox_teacher
 
         teacher = load_sandbox_teacher(dtype=dtype, **options)
     elif Path(name_or_path).suffix in _WEIGHTS_SUFFIXES:

@@ -1,7 +1,7 @@
 """Trainers: one configuration and one trainer per method, on a base that holds plumbing only."""
 
 from .callbacks import LogVideosCallback
-from .collapse import Collapse, CollapseMonitor, find_collapse
+from .collapse_monitor import Collapse, CollapseMonitor, find_collapse
 from .dpo_config import VideoDPOConfig
 from .dpo_trainer import VideoDPOTrainer
 from .group_dpo_config import VideoGroupDPOConfig

@@ -8,13 +8,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..adapters.ring_attention import check_ring_backend
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
-from .acceleration import check_attention_backend
-from .engines import check_deepspeed_installed
-from .quantization import Quantization, check_optimizer, check_quantization
-from .recompute import check_policy
+from ..models.attention.ring import check_ring_backend
+from .parallel.engines import check_deepspeed_installed
+from .setup.activation_checkpointing import check_policy
+from .setup.attention_and_compile import check_attention_backend
+from .setup.quantization import Quantization, check_optimizer, check_quantization
 
 
 ContextParallelMethod = Literal["ulysses", "ring"]

@@ -20,32 +20,30 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data import check_columns
 from ..data.columns import MapDataset
-from .acceleration import check_acceleration, compile_blocks, set_attention_backend
-from .arguments import check_arguments, check_generation
-from .auxiliary import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
 from .base_config import _BaseVideoConfig
 from .callbacks import LogVideosCallback
-from .card import ModelCardCallback, base_model_name
-from .checkpointing import describe_run
-from .context_parallel import (
+from .checkpoints.weights import describe_run
+from .parallel.engines import SHARDED, check_set_up, offloads_weights, requested_engine, whole_weights
+from .parallel.mesh import (
     check_context_parallel_method,
     check_context_parallelism,
     enable_context_parallelism,
     make_mesh,
 )
-from .engines import SHARDED, check_set_up, offloads_weights, requested_engine, whole_weights
-from .estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
-from .evaluator import Evaluator, log_evaluator, run_evaluator
-from .finite import FiniteLossGuard
-from .loaders import MICRO_BATCH, describe_order, make_loader
-from .loading import find_adapter, load_model
-from .lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .metrics import MetricStore
-from .noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
-from .progress import ProgressReport
-from .quantization import keep_weights_quantised
-from .reference import ModuleReference, Reference, check_ref_model, make_reference
-from .rows import (
+from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
+from .publishing.evaluator import Evaluator, log_evaluator, run_evaluator
+from .publishing.progress import ProgressReport
+from .publishing.run_card import ModelCardCallback, base_model_name
+from .publishing.uploader import _SharingTrainer
+from .repa.head import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
+from .setup.adapt import adapt_for_trainer
+from .setup.arguments import check_arguments, check_generation
+from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
+from .setup.loaders import MICRO_BATCH, describe_order, make_loader
+from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
+from .setup.models import find_adapter, load_model
+from .setup.quantization import keep_weights_quantised
+from .setup.rows import (
     IndexedDataset,
     datasets_in,
     for_each,
@@ -55,8 +53,10 @@ from .rows import (
     resolve_timestep_shift,
     video_fps,
 )
-from .sharing import _SharingTrainer
-from .shims import adapt_for_trainer
+from .step.metrics import MetricStore
+from .step.nan_guard import FiniteLossGuard
+from .step.noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
+from .step.reference import ModuleReference, Reference, check_ref_model, make_reference
 
 
 logger = logging.getLogger(__name__)

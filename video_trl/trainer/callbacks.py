@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..data import write_video
-from .generation import first_frame, generation
-from .rows import datasets_in
+from .publishing.sampling import first_frame, generation
+from .setup.rows import datasets_in
 
 
 if TYPE_CHECKING:

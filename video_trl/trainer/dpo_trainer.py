@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator
-from ..losses import dgr, dpo_loss, implicit_reward
-from .citations import DIFFUSION_DPO
+from ..losses.preference import dgr, dpo_loss, implicit_reward
 from .dpo_config import VideoDPOConfig
-from .preference_base import _PreferenceTrainer
+from .preference_trainer import _PreferenceTrainer
+from .publishing.citations import DIFFUSION_DPO
 
 
 class VideoDPOTrainer(_PreferenceTrainer):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..losses import AlphaMode, GammaMode, check_physics_weights
+from ..losses.preference import AlphaMode, GammaMode, check_physics_weights
 from .base_config import _FLAG, _check_choice
 from .preference_config import _PreferenceConfig
 
@@ -117,6 +117,6 @@ class VideoGroupDPOConfig(_PreferenceConfig):
         super().__post_init__()
 
     def physics_weight_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of [`~video_trl.losses.physics_weights`] that this configuration holds."""
+        """Keyword arguments of [`~video_trl.losses.preference.physics_weights`] that stand here."""
         names = ("alpha_min", "lam", "kappa_gamma", "b_gamma", "kappa_alpha", "b_alpha", "alpha_mode", "gamma_mode")
         return {name: self.__dict__[name] for name in names}

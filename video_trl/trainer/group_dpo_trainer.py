@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator, check_columns
 from ..data.columns import MapDataset, as_tensor
-from ..losses import (
+from ..losses.preference import (
     group_dpo_bound,
     group_dpo_loss,
     group_dpo_sampled_bound,
     implicit_reward,
     physics_weights,
 )
-from .citations import PHYGDPO
 from .group_dpo_config import VideoGroupDPOConfig
-from .preference_base import _PreferenceTrainer
-from .rows import datasets_in
+from .preference_trainer import _PreferenceTrainer
+from .publishing.citations import PHYGDPO
+from .setup.rows import datasets_in
 
 
 class VideoGroupDPOTrainer(_PreferenceTrainer):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-from ..losses import SFTWeightMode
+from ..losses.preference import SFTWeightMode
 from .base_config import _check_choice, _check_positive
 from .preference_config import _PreferenceConfig
 

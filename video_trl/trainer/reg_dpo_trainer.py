@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator
-from ..losses import reg_dpo_loss
-from .citations import REG_DPO
-from .preference_base import _PreferenceTrainer
+from ..losses.preference import reg_dpo_loss
+from .preference_trainer import _PreferenceTrainer
+from .publishing.citations import REG_DPO
 from .reg_dpo_config import VideoRegDPOConfig
 
 

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..trd import MarginMode, RelationNorm, Relations, RelationWeighting
-from .alignment import Projector, SpatialPooling, TemporalTarget
+from ..losses.alignment import MarginMode, RelationNorm, Relations, RelationWeighting
 from .base_config import _BaseVideoConfig, _check_choice
+from .repa.alignment import Projector, SpatialPooling, TemporalTarget
 
 
 AlignmentLoss = Literal["trd", "repa"]
@@ -241,6 +241,6 @@ class VideoREPAConfig(_BaseVideoConfig):
         return next((margin for known, margin in _MARGINS if known in name), DEFAULT_MARGIN)
 
     def relation_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of [`~video_trl.losses.trd_loss`] that this configuration holds, except the margin."""
+        """Keyword arguments of [`~video_trl.losses.alignment.trd_loss`] that stand here, except the margin."""
         names = ("margin_mode", "relation_weighting", "relations", "norm", "row_chunk")
         return {name: self.__dict__[name] for name in names}

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from ..data import is_encoded
 from ..data.columns import MapDataset, undecoded
-from ..data.teacher_tokens import dequantise_tokens, encode_teacher
-from ..losses import repa_loss, trd_loss, velocity_error
+from ..data.encoding.teacher_tokens import dequantise_tokens, encode_teacher
+from ..losses.preference import repa_loss, trd_loss, velocity_error
 from ..teachers import TeacherTokens, VideoTeacher, load_teacher
-from .alignment import (
+from .base_trainer import _BaseVideoTrainer
+from .planning.estimate import Workload
+from .publishing.citations import VIDEOREPA
+from .repa.alignment import (
     FRAMES_PER_LATENT,
     AlignmentHead,
     AlignmentPlan,
@@ -26,13 +29,7 @@ from .alignment import (
     student_geometry,
     tap_alignment,
 )
-from .base_trainer import _BaseVideoTrainer
-from .citations import VIDEOREPA
-from .estimate import Workload
-from .loading import SANDBOX
-from .repa_config import VideoREPAConfig
-from .rows import IndexedDataset, encoded_cache_dir
-from .teacher_rows import (
+from .repa.teacher_rows import (
     TEACHER_COLUMNS,
     PixelRows,
     SelectedRows,
@@ -41,7 +38,10 @@ from .teacher_rows import (
     first_readable_video,
     has_teacher_tokens,
 )
-from .video_rows import chosen_as_video
+from .repa_config import VideoREPAConfig
+from .setup.chosen_rows import chosen_as_video
+from .setup.models import SANDBOX
+from .setup.rows import IndexedDataset, encoded_cache_dir
 
 
 class VideoREPATrainer(_BaseVideoTrainer):

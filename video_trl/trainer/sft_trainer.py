@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from ..data import VideoCollator
 from ..data.columns import MapDataset
-from ..losses import velocity_error
+from ..losses.preference import velocity_error
 from .base_trainer import _BaseVideoTrainer
-from .rows import IndexedDataset
+from .setup.chosen_rows import chosen_as_video
+from .setup.rows import IndexedDataset
 from .sft_config import VideoSFTConfig
-from .video_rows import chosen_as_video
 
 
 class VideoSFTTrainer(_BaseVideoTrainer):

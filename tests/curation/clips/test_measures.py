@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from tests.support.curation.clips import SIZE, encode, moving_video, write_clip
+from video_trl.curation.clips.camera_motion import register, warp
+from video_trl.curation.clips.measures import (
+    MEASURES,
+    blended_share,
+    count_flashes,
+    find_cuts,
+    measure_batch,
+    measure_clip,
+)
+from video_trl.curation.clips.text_overlay import StrokeDetector
+from video_trl.curation.engine.manifest import OUTCOME, apply_rules
+from video_trl.curation.gt_pair.pipeline import GTPairConfig
+from video_trl.sandbox.data.labelled_clips import KINDS, make_footage
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One clip of every kind of labelled footage, as a file, measured. Larger than elsewhere: text must be legible."""
+    root, measures = tmp_path_factory.mktemp("footage"), {}
+    for kind in KINDS:
+        clip = make_footage(kind, 1001, height=144, width=144, fps=16, seconds=5.3)
+        measures[kind] = measure_clip(write_clip(root / f"{kind}.mp4", clip.video))
+    return measures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_footage_is_kept_or_dropped_by_its_rule(kind, measured):
+    """The benchmark behind it, on many seeds and at the size the thresholds are for, is docs/benchmarks/gt_pair.md."""
+    batch = {name: [value] for name, value in measured[kind].items()} | {name: [None] for name in OUTCOME}
+    verdict = apply_rules(batch, GTPairConfig(sources=["x"]).filter_rules())
+    assert verdict["dropped_by"] == [KINDS[kind]], measured[kind]
+
+
+def test_a_small_ball_before_a_fixed_camera_moves_little_and_is_seen(measured):
+    """Scores of global motion mark it as static: the mean change is near that of a still with noise."""
+    ball, still = measured["small_ball"], measured["static"]
+    assert ball["camera_motion"] < 0.01 and ball["object_motion"] > 10 * max(still["object_motion"], 1)
+
+
+def test_measurement_adds_the_declared_columns_and_is_repeatable(tmp_path):
+    path = str(write_clip(tmp_path / "clip.mp4"))
+    batch = {"path": [path, str(tmp_path / "gone.mp4")], "offset": [None] * 2, "length": [None] * 2}
+    first = measure_batch(batch)
+    assert set(first) == {*MEASURES, "dropped_by", "detail"}
+    assert first == measure_batch(batch)
+    assert first["dropped_by"] == [None, "missing"] and first["motion"][1] is None
+    assert first["decoded_frames"][0] == 32 and first["decoded_seconds"][0] == pytest.approx(2.0)
+
+
+def test_another_text_detector_decides_the_column(tmp_path):
+    class Reader:
+        name = "reader"
+
+        def __call__(self, frames):
+            assert frames.dtype == np.uint8 and frames.shape == (2, 256, 256, 3)  # one a second
+            return 0.25
+
+    assert measure_clip(write_clip(tmp_path / "clip.mp4"), Reader())["text"] == 0.25
+
+
+def test_a_stall_in_a_clip_of_variable_rate_shows(tmp_path):
+    video = moving_video()
+    times = [*range(0, 500, 50), *range(1500, 2600, 50)]
+    assert measure_clip(encode(tmp_path / "stall.mkv", video[: len(times)], times_ms=times))["longest_gap"] == 1.05
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_clips_of_a_few_frames_are_measured_without_a_fault(tmp_path, frames):
+    measures = measure_clip(write_clip(tmp_path / "clip.mp4", moving_video()[:frames]))
+    assert (
+        measures["decoded_frames"] == frames and measures["cuts"] == 0 and np.isfinite(list(measures.values())).all()
+    )
+
+
+def test_a_very_flat_strip_asks_for_no_more_memory_than_a_picture(tmp_path):
+    strip = np.random.default_rng(0).integers(0, 256, (8, 2, 1024, 3), dtype=np.uint8)
+    assert measure_clip(encode(tmp_path / "strip.mkv", strip, codec="ffv1", pix_fmt="yuv444p"))["decoded_frames"] == 8
+
+
+# ---- cuts, flashes, blending: pictures whose answer is known -----------------------------------------------------
+
+
+def noise_pictures(count, seed=0):
+    """Smooth random pictures `(count, 64, 96)`: as different as scenes are."""
+    pictures = np.random.default_rng(seed).normal(size=(count, 64, 96))
+    return (128 + 600 * ndimage.gaussian_filter(pictures, (0, 4, 4))).clip(0, 255).astype(np.float32)
+
+
+def test_cuts_are_found_at_their_frames():
+    scenes = noise_pictures(4)
+    shown = np.repeat([0, 1, 2, 3], [20, 7, 30, 23])
+    assert find_cuts(scenes[shown], np.arange(80) / 16) == [20, 27, 57]
+
+
+def test_a_flash_is_no_cut_and_a_cut_is_no_flash():
+    scenes = noise_pictures(2)
+    clock = np.arange(80) / 16
+    flash = np.repeat(scenes[:1], 80, axis=0)
+    flash[[20, 21, 50]] = 250
+    assert find_cuts(flash, clock) == [] and count_flashes(flash.mean(axis=(1, 2)), clock) == 2
+    cut = scenes[np.repeat([0, 1], [33, 47])] + np.repeat([0, 60], [33, 47])[:, None, None].astype(np.float32)
+    assert count_flashes(cut.mean(axis=(1, 2)), clock) == 0 and find_cuts(cut, clock) == [33]
+
+
+@pytest.mark.parametrize("length", [6, 12, 30])
+def test_a_dissolve_blends_and_a_cut_does_not(length):
+    first, last = noise_pictures(2)
+    share = ((np.arange(50) - 10) / length).clip(0, 1).astype(np.float32)[:, None, None]
+    clock = np.arange(50) / 10
+    assert blended_share((1 - share) * first + share * last, clock) > 0.6
+    assert blended_share(np.where(share > 0.5, last, first), clock) == 0
+
+
+def test_a_pan_is_no_dissolve():
+    wide = ndimage.zoom(noise_pictures(1)[0], (1, 2), order=1)
+    pan = np.stack([wide[:, shift : shift + 96] for shift in range(0, 90, 2)])
+    assert blended_share(pan, np.arange(45) / 10) < 0.2
+
+
+# ---- camera motion -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_registration_finds_the_map_that_made_the_picture(seed):
+    rng = np.random.default_rng(seed)
+    moving = noise_pictures(1, seed)[0].astype(np.float64)
+    angle, zoom = rng.uniform(-0.05, 0.05), rng.uniform(0.92, 1.08)
+    linear = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift = np.array([32, 48]) - linear @ [32, 48] + rng.uniform(-6, 6, size=2)
+    truth = np.column_stack([linear, shift])
+    fixed, inside = warp(moving, truth)
+    found = register(fixed, moving)
+    corners = np.array([[0, 0, 1], [0, 95, 1], [63, 0, 1], [63, 95, 1]]).T
+    assert np.abs((found - truth) @ corners).max() < 0.5  # pixels
+    seen, _ = warp(moving, found)
+    assert np.abs(seen - fixed)[inside].mean() < 0.5
+
+
+def test_a_body_that_moves_on_its_own_does_not_pull_the_camera():
+    moving = noise_pictures(1)[0].astype(np.float64)
+    fixed = np.roll(moving, -3, axis=1)
+    fixed[20:36, 20:36] = 250
+    found = register(fixed, moving)
+    assert np.abs(found - [[1, 0, 0], [0, 1, 3]])[:, 2].max() < 0.4
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def test_lettering_is_seen_and_texture_is_not():
+    detector = StrokeDetector()
+    clip = make_footage("text", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
+    plain = make_footage("sensor_noise", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
+    assert detector(clip.video[:2]) > 0.08 and detector(plain.video[:2]) == 0

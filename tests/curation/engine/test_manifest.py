@@ -1,0 +1,198 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.paths import ROOT
+from video_trl.curation.engine.manifest import (
+    OUTCOME,
+    Rule,
+    Shard,
+    Stage,
+    account,
+    alive,
+    apply_rules,
+    drop_repeats,
+    judge,
+    new_manifest,
+    run_stage,
+)
+
+
+def table_of(**columns):
+    """A manifest with the columns given: numbers as float64, texts as strings."""
+    count = len(next(iter(columns.values())))
+    columns = {"source_id": [f"clip {row}" for row in range(count)], **columns}
+    text = {name: any(isinstance(value, str) for value in values) for name, values in columns.items()}
+    return new_manifest(columns, {name: pa.string() if text[name] else pa.float64() for name in columns})
+
+
+def squares(batch):
+    return {"square": [float(value) ** 2 for value in batch["x"]]}
+
+
+def stage_of(function=squares, **options):
+    return Stage("squares", function, {"square": pa.float64()}, "source_id", **options)
+
+
+# ---- rules -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_keeps_its_limits_and_drops_everything_outside_or_unknown():
+    table = table_of(x=[0.9, 1.0, 2.0, 2.1, None, float("nan"), 1.5])
+    judged = judge(table, [Rule("range", "x", 1.0, 2.0)])
+    assert judged["dropped_by"].to_pylist() == ["range", None, None, "range", "range", "range", None]
+    assert judged["value"].to_pylist() == [0.9, None, None, 2.1, None, None, None]
+    assert judged["limit"].to_pylist() == [1.0, None, None, 2.0, 1.0, 1.0, None]
+
+
+def test_the_first_broken_rule_names_the_row_and_an_older_verdict_stays():
+    table = table_of(x=[0.0, 0.0, 5.0], y=[0.0, 9.0, 9.0])
+    first = judge(table, [Rule("small x", "x", 1), Rule("small y", "y", 1)])
+    assert first["dropped_by"].to_pylist() == ["small x", "small x", None]
+    second = judge(first, [Rule("large y", "y", maximum=1)])
+    assert second["dropped_by"].to_pylist() == ["small x", "small x", "large y"]
+
+
+def test_rules_are_a_batch_function_for_datasets():
+    rows = datasets.Dataset.from_dict({"x": [0.0, 3.0], **{name: [None, None] for name in OUTCOME}})
+    rules = [Rule("small", "x", 1.0)]
+    mapped = rows.map(apply_rules, batched=True, fn_kwargs={"rules": rules})
+    assert mapped["dropped_by"][:] == ["small", None] and mapped["x"][:] == [0.0, 3.0]
+
+
+def test_of_equal_values_the_best_ranked_and_then_the_first_stays():
+    table = table_of(content=["a", "b", "a", "a", "b"])
+    kept = drop_repeats(table, "content", name="repeated", rank=[1, 0, 0, 0, 0])
+    assert kept["dropped_by"].to_pylist() == ["repeated", None, None, "repeated", "repeated"]
+    assert kept["detail"].to_pylist()[0] == "same as clip 2" and kept["detail"].to_pylist()[4] == "same as clip 1"
+
+
+def test_the_account_adds_up_and_names_every_rule():
+    table = judge(table_of(x=[0.0, 0.0, 5.0, 50.0]), [Rule("small", "x", 1), Rule("large", "x", maximum=10)])
+    assert account(table) == "4 clips in = 1 kept + 2 small + 1 large"
+    assert account(table.slice(0, 1)) == "1 clip in = 0 kept + 1 small"
+    assert len(alive(table)) == 1
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_fills_in_what_is_there_and_leaves_dropped_rows_alone(tmp_path):
+    table = judge(table_of(x=[1.0, 2.0, 3.0]), [Rule("two", "x", maximum=2.5)])
+    done = run_stage(table, stage_of(), tmp_path)
+    assert done["square"].to_pylist() == [1.0, 4.0, None]
+    assert done["dropped_by"].to_pylist() == [None, None, "two"]
+    assert done["source_id"].equals(table["source_id"])
+
+
+def test_a_stage_can_drop_rows_with_value_and_words(tmp_path):
+    def odd(batch):
+        bad = [value % 2 == 1 for value in batch["x"]]
+        return {
+            **squares(batch),
+            "dropped_by": ["odd" if b else None for b in bad],
+            "detail": ["not even" if b else None for b in bad],
+        }
+
+    done = run_stage(table_of(x=[1.0, 2.0]), stage_of(odd), tmp_path)
+    assert done["dropped_by"].to_pylist() == ["odd", None] and done["detail"].to_pylist() == ["not even", None]
+
+
+def test_what_is_committed_is_never_computed_again_whatever_interrupts(tmp_path):
+    seen = []
+
+    def fragile(batch):
+        if len(seen) == 4 and batch["source_id"][0] not in seen:
+            raise OSError("disk full")
+        seen.extend(batch["source_id"])
+        return squares(batch)
+
+    table = table_of(x=[float(x) for x in range(7)])
+    with pytest.raises(OSError, match="disk full"):
+        run_stage(table, stage_of(fragile, batch_size=2), tmp_path)
+    first = list(seen)
+    seen.append("the run goes on")
+    done = run_stage(table, stage_of(fragile, batch_size=3), tmp_path)
+    assert done["square"].to_pylist() == [float(x * x) for x in range(7)]
+    assert first + seen[5:] == table["source_id"].to_pylist()  # every row once, in two runs of other batch sizes
+
+
+def test_new_rows_are_added_and_other_settings_start_afresh(tmp_path):
+    seen = []
+
+    def counted(batch):
+        seen.extend(batch["x"])
+        return squares(batch)
+
+    run_stage(table_of(x=[1.0, 2.0]), stage_of(counted), tmp_path)
+    grown = run_stage(table_of(x=[1.0, 2.0, 3.0]), stage_of(counted), tmp_path)
+    assert seen == [1.0, 2.0, 3.0] and grown["square"].to_pylist() == [1.0, 4.0, 9.0]
+    run_stage(table_of(x=[1.0]), stage_of(counted, settings={"version": 2}), tmp_path)
+    assert seen == [1.0, 2.0, 3.0, 1.0]
+
+
+def test_a_half_written_part_is_no_part(tmp_path):
+    table = table_of(x=[1.0, 2.0])
+    store = tmp_path / stage_of().folder
+    run_stage(table, stage_of(), tmp_path)
+    (whole,) = store.glob("part-*")
+    whole.rename(store / f".{whole.name}.123")  # as a kill between writing and renaming leaves it
+    assert run_stage(table, stage_of(), tmp_path)["square"].to_pylist() == [1.0, 4.0]
+
+
+def test_keys_that_repeat_are_a_fault_of_the_caller(tmp_path):
+    table = table_of(x=[1.0, 2.0], name=["a", "a"])
+    stage = Stage("squares", squares, {"square": pa.float64()}, "name")
+    with pytest.raises(AssertionError, match="`name` must be unique"):
+        run_stage(table, stage, tmp_path)
+
+
+def test_processes_share_the_rows_and_all_get_the_whole_result(tmp_path):
+    """Two real processes, with nothing between them but the disk."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        import pyarrow as pa
+        from video_trl.curation.engine.manifest import Stage, new_manifest, run_stage
+
+        def squares(batch):
+            with open(f"{sys.argv[1]}/rows-{os.environ['RANK']}", "a") as file:
+                file.writelines(name + "\\n" for name in batch["source_id"])
+            return {"square": [float(name) ** 2 for name in batch["source_id"]]}
+
+        table = new_manifest({"source_id": [str(row) for row in range(11)]}, {"source_id": pa.string()})
+        stage = Stage("squares", squares, {"square": pa.float64()}, "source_id", batch_size=2)
+        done = run_stage(table, stage, sys.argv[1])
+        assert done["square"].to_pylist() == [float(row * row) for row in range(11)]
+        """
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    shares = [(tmp_path / f"rows-{rank}").read_text().splitlines() for rank in range(2)]
+    assert shares == [[str(row) for row in range(rank, 11, 2)] for rank in range(2)]
+    parts = [pq.read_table(part) for part in (tmp_path / stage_of().folder).glob("part-*")]
+    committed = [name for part in parts for name in part["source_id"].to_pylist()]
+    assert sorted(committed) == sorted(shares[0] + shares[1])
+
+
+def test_shard_comes_from_the_launcher(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Shard.from_environment() == Shard(0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert Shard.from_environment() == Shard(2, 3)
+    with pytest.raises(ValueError, match=r"index in \[0, 2\), got 2"):
+        Shard(2, 2)

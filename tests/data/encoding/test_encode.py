@@ -1,0 +1,474 @@
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import resource
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
+from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
+from video_trl.data.encoding.store import EncodedWriter
+from video_trl.models import WanAdapter
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingAdapter(WanAdapter):
+    """Wan's adapter, which also notes what it was asked to encode."""
+
+    videos: list[int] = dataclasses.field(default_factory=list)  # batch sizes
+    prompts: list[str] = dataclasses.field(default_factory=list)
+
+    def encode_video(self, vae, video):
+        self.videos.append(len(video))
+        return super().encode_video(vae, video)
+
+    def encode_prompt(self, pipeline, prompts, max_sequence_length):
+        self.prompts.extend(prompts)
+        return super().encode_prompt(pipeline, prompts, max_sequence_length)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_wan_pipeline()
+
+
+def encode(dataset, pipeline, cache_dir, *, adapter=None, row_type="group", **options) -> EncodedDataset:
+    options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": "cpu"} | options
+    return encode_dataset(dataset, pipeline, adapter or CountingAdapter(), row_type, cache_dir=cache_dir, **options)
+
+
+def array_rows(n: int = 2, m: int = 2) -> list[dict]:
+    """Group rows of distinct arrays."""
+    return [
+        {
+            "prompt": f"a {colour} ball falls",
+            "chosen": tiny_video(row * (m + 1)),
+            "rejected": [tiny_video(row * (m + 1) + j) for j in range(1, m + 1)],
+        }
+        for row, colour in zip(range(n), ("red", "blue", "green"), strict=False)
+    ]
+
+
+def by_hand(pipeline, source) -> torch.Tensor:
+    """Latents of one video as diffusers' own training scripts compute them."""
+    video = torch.from_numpy(read_video(source)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    config = pipeline.vae.config
+    with torch.no_grad():
+        latents = pipeline.vae.encode(video).latent_dist.mode()
+    shape = (1, -1, 1, 1, 1)
+    return ((latents - torch.tensor(config.latents_mean).view(shape)) / torch.tensor(config.latents_std).view(shape))[
+        0
+    ]
+
+
+def test_every_video_and_prompt_equals_encoding_it_by_hand(pipeline, tmp_path):
+    raw = tiny_group_dataset(n=3, m=2)
+    encoded = encode(raw, pipeline, tmp_path, batch_size=4)
+    assert len(encoded) == 3 and encoded.skipped == []
+    for row, example in zip(raw, encoded, strict=True):
+        assert list(example) == ["prompt", "chosen_latents", "rejected_latents", "prompt_embeds", "rejected_scores"]
+        assert example["prompt"] == row["prompt"]
+        assert example["chosen_latents"].dtype == torch.float32
+        torch.testing.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), atol=1e-5, rtol=1e-5)
+        for latents, video in zip(example["rejected_latents"], row["rejected"], strict=True):
+            torch.testing.assert_close(latents, by_hand(pipeline, video), atol=1e-5, rtol=1e-5)
+        padded, _ = pipeline.encode_prompt(
+            row["prompt"], do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
+        )
+        length = len(row["prompt"].split()) + 1
+        assert example["prompt_embeds"].shape[0] == length
+        torch.testing.assert_close(example["prompt_embeds"], padded[0, :length], atol=1e-6, rtol=1e-6)
+        scores = [[score["sa"], score["pc"]] for score in row["rejected_scores"]]
+        assert example["rejected_scores"].tolist() == scores
+
+
+def test_video_and_preference_rows(pipeline, tmp_path):
+    videos = [{"prompt": "a red ball falls", "video": tiny_video(0)}]
+    example = encode(videos, pipeline, tmp_path, row_type="video")[0]
+    assert list(example) == ["prompt", "latents", "prompt_embeds"]
+    pairs = [{"prompt": "a red ball falls", "chosen": tiny_video(0), "rejected": tiny_video(1)}]
+    pair = encode(pairs, pipeline, tmp_path, row_type="preference")[0]
+    assert pair["rejected_latents"].shape == (1, 4, 2, 4, 4) and "rejected_scores" not in pair
+    torch.testing.assert_close(pair["chosen_latents"], example["latents"], atol=1e-6, rtol=1e-6)
+
+
+def test_files_bytes_and_arrays_encode_to_the_same_latents(pipeline, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", tiny_video(0), fps=8)
+    cells = [str(path), path, {"path": "x", "bytes": path.read_bytes()}, read_video(path)]
+    rows = [{"prompt": "a red ball falls", "video": cell} for cell in cells]
+    encoded = encode(rows, pipeline, tmp_path / "cache", row_type="video")
+    for example in encoded:
+        torch.testing.assert_close(example["latents"], encoded[0]["latents"], atol=1e-6, rtol=1e-6)
+
+
+def test_size_options_reach_the_pixels(pipeline, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", tiny_video(0, num_frames=12, height=48, width=64), fps=8)
+    rows = [{"prompt": "a red ball falls", "video": path}]
+    options = {"num_frames": 5, "fps": 4, "height": 16, "width": 24}
+    example = encode(rows, pipeline, tmp_path / "cache", row_type="video", **options)[0]
+    expected = by_hand(pipeline, read_video(path, **options))
+    assert expected.shape == (4, 2, 2, 3)
+    torch.testing.assert_close(example["latents"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_distinct_video_and_prompt_is_encoded_once(pipeline, tmp_path):
+    """The same content under several names and in several rows; the same prompt in several rows."""
+    files = [write_video(tmp_path / f"{k}.mp4", tiny_video(k % 3), fps=8) for k in range(6)]  # 3 contents
+    rows = [
+        {"prompt": prompt, "chosen": files[a], "rejected": [files[b], files[c]]}
+        for prompt, a, b, c in (("a ball", 0, 1, 2), ("a red ball", 3, 4, 5), ("a ball", 1, 3, 2))
+    ]
+    adapter = CountingAdapter()
+    encoded = encode(rows, pipeline, tmp_path / "cache", adapter=adapter, batch_size=2)
+    assert sum(adapter.videos) == 3 and max(adapter.videos) == 2
+    assert sorted(adapter.prompts) == ["a ball", "a red ball"]
+    assert torch.equal(encoded[0]["chosen_latents"], encoded[1]["chosen_latents"])
+    assert torch.equal(encoded[0]["chosen_latents"], encoded[2]["rejected_latents"][0])
+    assert not torch.equal(encoded[0]["chosen_latents"], encoded[2]["chosen_latents"])
+
+
+def test_second_call_does_no_encoding(pipeline, tmp_path):
+    first = encode(tiny_group_dataset(n=2), pipeline, tmp_path)
+    adapter = CountingAdapter()
+    second = encode(tiny_group_dataset(n=2), tiny_wan_pipeline(), tmp_path, adapter=adapter)
+    assert adapter.videos == [] and adapter.prompts == []
+    assert second.directory == first.directory
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one if name != "prompt")
+
+
+def test_batch_size_and_device_are_not_part_of_the_fingerprint(pipeline, tmp_path):
+    rows = array_rows()
+    assert encode(rows, pipeline, tmp_path, batch_size=1).fingerprint == encode(rows, pipeline, tmp_path).fingerprint
+
+
+def changed_vae(pipeline):
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).view(-1)[0] += 1e-2
+
+
+def changed_text_encoder(pipeline):
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters())[1, 0] += 1e-2  # one number of the embedding of </s>
+
+
+def changed_latent_statistics(pipeline):
+    pipeline.vae.register_to_config(latents_mean=[0.0, 0.0, 0.0, 0.5])
+
+
+@pytest.mark.parametrize("change", [changed_vae, changed_text_encoder, changed_latent_statistics])
+def test_other_weights_are_another_fingerprint(pipeline, tmp_path, change):
+    other = tiny_wan_pipeline()
+    before = encode(array_rows(1), pipeline, tmp_path)
+    change(other)
+    after = encode(array_rows(1), other, tmp_path)
+    assert after.fingerprint != before.fingerprint
+    name = "prompt_embeds" if change is changed_text_encoder else "chosen_latents"
+    assert not torch.equal(after[0][name], before[0][name])
+
+
+def test_other_data_or_settings_are_another_fingerprint(pipeline, tmp_path):
+    rows = array_rows()
+    fingerprints = [encode(rows, pipeline, tmp_path).fingerprint]
+    variants = [
+        [rows[0] | {"prompt": "the green ball bounces"}, rows[1]],
+        [rows[0] | {"rejected": rows[0]["rejected"][::-1]}, rows[1]],
+        [rows[0] | {"chosen": tiny_video(99)}, rows[1]],
+        [row | {"rejected_scores": [{"sa": 0.5, "pc": 0.5}] * 2} for row in rows],
+        [row | {"rejected_scores": [{"sa": 0.5, "pc": 0.6}] * 2} for row in rows],
+        rows[::-1],
+        rows[:1],
+    ]
+    fingerprints += [encode(variant, pipeline, tmp_path).fingerprint for variant in variants]
+    options = [{"num_frames": 1}, {"height": 16, "width": 16}, {"max_sequence_length": 8}, {"on_bad_video": "skip"}]
+    fingerprints += [encode(rows, pipeline, tmp_path, **option).fingerprint for option in options]
+    assert len(set(fingerprints)) == 1 + len(variants) + len(options)
+
+
+def test_a_file_that_changes_under_the_same_name_is_another_fingerprint(pipeline, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", tiny_video(0), fps=8)
+    rows = [{"prompt": "a red ball falls", "video": path}]
+    before = encode(rows, pipeline, tmp_path / "cache", row_type="video")
+    stat = path.stat()
+    write_video(path, tiny_video(1), fps=8)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # time stamps prove nothing
+    after = encode(rows, pipeline, tmp_path / "cache", row_type="video")
+    assert not torch.equal(before[0]["latents"], after[0]["latents"])
+
+
+def test_vae_and_text_encoder_end_on_the_cpu_untouched(tmp_path):
+    pipeline = tiny_wan_pipeline()
+    pipeline.vae.train()
+    before = {name: tensor.clone() for name, tensor in pipeline.vae.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in pipeline.vae.parameters()]
+    encode(array_rows(1), pipeline, tmp_path)
+    for module in (pipeline.vae, pipeline.text_encoder):
+        assert not module.training
+        assert {(p.device.type, p.dtype, p.grad) for p in module.parameters()} == {("cpu", torch.float32, None)}
+    assert trainable == [parameter.requires_grad for parameter in pipeline.vae.parameters()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.vae.state_dict().items())
+
+
+def test_wrong_frame_count_is_found_before_any_encoding(pipeline, tmp_path):
+    rows = array_rows()
+    rows[1]["rejected"][1] = rows[1]["rejected"][0] = rows[1]["chosen"] = tiny_video(0, num_frames=7)
+    adapter = CountingAdapter()
+    with pytest.raises(ValueError, match=r"row 1, chosen .*4 \* k \+ 1 frames.*got 7\. Set `num_frames` to 5 or 9"):
+        encode(rows, pipeline, tmp_path, adapter=adapter)
+    assert adapter.videos == [] and adapter.prompts == [] and list(tmp_path.iterdir()) == []
+
+
+def test_side_that_the_vae_cannot_divide(pipeline, tmp_path):
+    rows = [{"prompt": "a ball", "video": tiny_video(0, height=36)}]
+    with pytest.raises(ValueError, match=r"row 0, video .*divisible by 8.*got 36x32"):
+        encode(rows, pipeline, tmp_path, row_type="video")
+
+
+def test_sizes_may_differ_between_rows_but_not_within_one(pipeline, tmp_path):
+    small = [tiny_video(seed, height=16) for seed in range(3)]
+    rows = [*array_rows(1), {"prompt": "a ball", "chosen": small[0], "rejected": small[1:]}]
+    encoded = encode(rows, pipeline, tmp_path)
+    assert [tuple(example["chosen_latents"].shape) for example in encoded] == [(4, 2, 4, 4), (4, 2, 2, 4)]
+    rows[1]["rejected"] = [small[1], tiny_video(7)]
+    with pytest.raises(ValueError, match=r"row 1, rejected\[1\] .*expected .*\(5, 16, 32\).*got \(5, 32, 32\)"):
+        encode(rows, pipeline, tmp_path)
+
+
+def bad_file(path: Path, kind: str) -> Path:
+    if kind == "corrupt":
+        path.write_bytes(b"no video" * 200)
+    elif kind == "truncated":
+        video = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+        data = write_video(path, video, fps=8).read_bytes()
+        path.write_bytes(data[: 3 * len(data) // 4])
+    elif kind == "empty":
+        path.touch()
+    elif kind == "short":
+        write_video(path, tiny_video(0, num_frames=3), fps=8)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "truncated", "empty", "missing", "short"])
+def test_bad_video_stops_the_run_before_any_encoding(pipeline, tmp_path, kind):
+    rows = array_rows()
+    rows[1]["rejected"][0] = bad_file(tmp_path / "broken.mp4", kind)
+    adapter = CountingAdapter()
+    with pytest.raises(VideoDecodeError, match=r"row 1, rejected\[0\] \(.*broken\.mp4\): .*on_bad_video='skip'"):
+        encode(rows, pipeline, tmp_path / "cache", adapter=adapter, num_frames=5)
+    assert adapter.videos == [] and adapter.prompts == [] and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "truncated", "empty", "missing", "short"])
+def test_bad_video_is_skipped_by_option_and_reported(pipeline, tmp_path, kind, caplog):
+    rows = array_rows(3)
+    rows[1]["rejected"][0] = bad_file(tmp_path / "broken.mp4", kind)
+    for _ in range(2):  # the second time from the cache: the report must not depend on it
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="video_trl"):
+            encoded = encode(rows, pipeline, tmp_path / "cache", on_bad_video="skip", num_frames=5)
+        assert [example["prompt"] for example in encoded] == [rows[0]["prompt"], rows[2]["prompt"]]
+        assert [skipped.row for skipped in encoded.skipped] == [1]
+        assert encoded.skipped[0].video == f"row 1, rejected[0] ({tmp_path / 'broken.mp4'})"
+        assert "Left out 1 of 3 rows" in caplog.text and "broken.mp4" in caplog.text
+    good = encode(rows[::2], pipeline, tmp_path / "cache", num_frames=5)
+    for example, expected in zip(encoded, good, strict=True):
+        assert torch.equal(example["chosen_latents"], expected["chosen_latents"])
+
+
+def test_equal_damage_is_reported_under_each_name(pipeline, tmp_path, caplog):
+    """Two empty files have one content and two names; both rows must be findable."""
+    rows = array_rows(3)
+    rows[0]["chosen"] = bad_file(tmp_path / "first.mp4", "empty")
+    rows[2]["rejected"][1] = bad_file(tmp_path / "second.mp4", "empty")
+    with caplog.at_level(logging.WARNING, logger="video_trl"):
+        encoded = encode(rows, pipeline, tmp_path / "cache", on_bad_video="skip")
+    assert [skipped.row for skipped in encoded.skipped] == [0, 2]
+    assert "first.mp4" in encoded.skipped[0].video and "second.mp4" in encoded.skipped[1].video
+    assert "Left out 2 of 3 rows" in caplog.text and "first.mp4" in caplog.text and "second.mp4" in caplog.text
+
+
+def test_a_cache_made_by_skipping_does_not_silence_raise(pipeline, tmp_path):
+    rows = array_rows()
+    rows[0]["chosen"] = bad_file(tmp_path / "broken.mp4", "corrupt")
+    encode(rows, pipeline, tmp_path / "cache", on_bad_video="skip")
+    with pytest.raises(VideoDecodeError, match="broken.mp4"):
+        encode(rows, pipeline, tmp_path / "cache")
+
+
+def test_nothing_left_after_skipping(pipeline, tmp_path):
+    rows = [{"prompt": "a ball", "video": bad_file(tmp_path / "broken.mp4", "empty")}]
+    with pytest.raises(ValueError, match=r"No row is left: all 1 .*broken\.mp4"):
+        encode(rows, pipeline, tmp_path / "cache", row_type="video", on_bad_video="skip")
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path):
+    pipeline = tiny_wan_pipeline()
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"row 0, chosen .*not finite.*float32"):
+        encode(array_rows(1), pipeline, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_and_components_are_checked_first(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`on_bad_video` must be 'raise' or 'skip', got 'replace'"):
+        encode(array_rows(), pipeline, tmp_path, on_bad_video="replace")
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        encode(array_rows(), pipeline, tmp_path, batch_size=0)
+    bare = tiny_wan_pipeline()
+    bare.register_modules(text_encoder=None)
+    with pytest.raises(ValueError, match="no 'text_encoder' to encode with"):
+        encode(array_rows(), bare, tmp_path)
+
+
+def test_shards_split_and_read_back_and_survive_pickling(tmp_path):
+    tensors = {f"videos/{k}": torch.full((4, 2, 2, 2), float(k)) for k in range(5)}
+    rows = [{"prompt": "a", "video": key, "prompt_embeds": key} for key in tensors]
+    with EncodedWriter(tmp_path / "video-x", "video", "x", shard_bytes=200) as writer:
+        for key, tensor in tensors.items():
+            writer.add(key, tensor)
+        writer.finish(rows, [])
+    assert len(list((tmp_path / "video-x").glob("*.safetensors"))) == 3  # 128 bytes each, two a shard
+    encoded = EncodedDataset(tmp_path / "video-x")
+    encoded[0]
+    for copy in (encoded, pickle.loads(pickle.dumps(encoded))):  # as a DataLoader worker gets it
+        assert [example["latents"].mean().item() for example in copy] == [0, 1, 2, 3, 4]
+    loader = torch.utils.data.DataLoader(encoded, batch_size=None, num_workers=1)
+    assert [example["latents"].mean().item() for example in loader] == [0, 1, 2, 3, 4]
+
+
+def test_folder_that_lost_a_piece_is_not_read(pipeline, tmp_path):
+    encoded = encode(array_rows(), pipeline, tmp_path)
+    shard = next(encoded.directory.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name}: expected \d+ bytes, got \d+\. Delete .* and encode again"):
+        encode(array_rows(), pipeline, tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match="bytes, got None"):
+        EncodedDataset(encoded.directory)
+    with pytest.raises(ValueError, match="is not an encoded dataset"):
+        EncodedDataset(tmp_path)
+
+
+def test_another_process_that_finishes_first_wins(tmp_path):
+    target = tmp_path / "video-x"
+    row = {"prompt": "a", "video": "videos/0", "prompt_embeds": "videos/0"}
+    with EncodedWriter(target, "video", "x") as slow:
+        slow.add("videos/0", torch.zeros(1))
+        with EncodedWriter(target, "video", "x") as fast:
+            fast.add("videos/0", torch.ones(1))
+            fast.finish([row], [])
+        slow.finish([row], [])
+    assert EncodedDataset(target)[0]["latents"].item() == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process of its own, forked: importing everything again would take longer than the test."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def video_rows(n: int) -> list[dict]:
+    return [{"prompt": "a ball falls", "video": tiny_video(seed, num_frames=9)} for seed in range(n)]
+
+
+def encode_slowly(cache_dir: Path) -> None:
+    encode(video_rows(3000), tiny_wan_pipeline(), cache_dir, row_type="video", batch_size=1)
+
+
+def test_kill_in_the_middle_leaves_no_cache(tmp_path, caplog):
+    process = start(encode_slowly, tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    (leftover,) = tmp_path.iterdir()
+    target = tmp_path / leftover.name.removeprefix(".").split(".")[0]
+    assert leftover.name.startswith(".video-") and not target.exists()
+    with caplog.at_level(logging.WARNING, logger="video_trl"), EncodedWriter(target, "video", "x") as writer:
+        writer.finish([], [])
+    assert leftover.name in caplog.text and target.is_dir()
+
+
+def encode_on_a_full_disk(folder: Path) -> None:
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # captured in a file, and that is about to be full
+    pipeline = tiny_wan_pipeline()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        encode(video_rows(8), pipeline, folder / "cache", row_type="video")
+    except OSError as error:
+        (folder / "error.txt").write_text(str(error))
+
+
+def test_full_disk_raises_and_leaves_nothing(tmp_path):
+    start(encode_on_a_full_disk, tmp_path).join()
+    assert "File too large" in (tmp_path / "error.txt").read_text()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def encode_in_every_process(rank: int, folder: Path, rows: list[dict]) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    adapter = CountingAdapter()
+    try:
+        encoded = encode(rows, tiny_wan_pipeline(), folder / "cache", adapter=adapter, row_type="video")
+        result = [sum(adapter.videos), encoded[3]["latents"].sum().item(), encoded.directory.name]
+    except ValueError as error:
+        result = [str(error)]
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder: Path, rows: list[dict]) -> tuple[list, list]:
+    processes = [start(encode_in_every_process, rank, folder, rows) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return tuple(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+
+
+def test_of_two_processes_one_encodes_and_both_load(tmp_path):
+    first, second = in_two_processes(tmp_path, video_rows(4))
+    assert first[0] == 4 and second[0] == 0
+    assert first[1:] == second[1:]
+
+
+def test_of_two_processes_both_fail_when_one_does(tmp_path):
+    """The second one must not wait for a cache that never comes."""
+    rows = video_rows(4)
+    rows[2]["video"] = "gone.mp4"
+    for error in in_two_processes(tmp_path, rows):
+        assert "row 2, video (gone.mp4)" in error[0]
+
+
+def test_embedded_parquet_of_a_stranger_trains_as_it_is(pipeline, tmp_path):
+    """Columns as `load_dataset` gives them: video features that want torchcodec, bytes inside, a numpy format."""
+    row = {
+        "prompt": "a red ball",
+        "chosen": {"path": "a.mp4", "bytes": tiny_mp4(0)},
+        "rejected": [{"bytes": tiny_mp4(1)}],
+    }
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "chosen": datasets.Video(), "rejected": datasets.List(datasets.Video())}
+    )
+    dataset = datasets.Dataset.from_list([row], features=features).with_format("numpy")
+    example = encode(dataset, pipeline, tmp_path)[0]
+    torch.testing.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), atol=1e-5, rtol=1e-5)

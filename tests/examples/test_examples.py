@@ -1,0 +1,264 @@
+"""The example scripts, run as a person runs them: arguments in, files out."""
+
+import importlib.util
+import inspect
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from trl import TrlParser
+
+from tests.support.paths import EXAMPLES
+from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
+from tests.support.trainer.repa_runs import tiny_teacher
+from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
+from video_trl.curation import GTPairConfig, PhyAugConfig
+from video_trl.sandbox import load_sandbox
+from video_trl.trainer.checkpoints.weights import named_checkpoint
+
+
+CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+# Last word of a configuration's name -> the script that reads it, and its arguments.
+TRAINING = {
+    "dpo": ("train_dpo", VideoDPOConfig),
+    "gdpo": ("train_gdpo", VideoGroupDPOConfig),
+    "reg-dpo": ("train_reg_dpo", VideoRegDPOConfig),
+    "repa": ("train_repa", VideoREPAConfig),
+    "sft": ("train_sft", VideoSFTConfig),
+}
+CURATION = {"gt-pair": ("curate_gt_pairs", GTPairConfig), "phyaug": ("curate_phyaug", PhyAugConfig)}
+STUDIES = {"repa-study": ("studies/repa", VideoREPAConfig)}
+TRAINING_SCRIPTS = ["train_dpo", "train_gdpo", "train_reg_dpo", "train_sft"]  # REPA's needs a teacher: tested apart
+
+
+def _load(name):
+    """An example as a module: scripts are no package, and their dataclasses need a module to be looked up in."""
+    spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parse(config, *overrides):
+    readers = TRAINING | STUDIES | CURATION
+    method = max((name for name in readers if f"-{config.stem}".endswith(f"-{name}")), key=len)  # -reg-dpo is no -dpo
+    script, config_class = readers[method]
+    parser = TrlParser((_load(script).ScriptArguments, config_class))
+    device = ["--use_cpu"] if method in TRAINING | STUDIES else []
+    return parser.parse_args_and_config(args=["--config", str(config), *device, *overrides])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_is_understood_to_the_last_key(config):
+    """The parser raises at a key that no dataclass has; what it has read must be what the file says."""
+    script_args, args = _parse(config)
+    values = {**vars(script_args), **vars(args)}
+    for key, value in yaml.safe_load(config.read_text()).items():
+        expected = [value] if key == "report_to" and isinstance(values[key], list) else value
+        assert values[key] == ([] if expected == ["none"] else expected), key
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    _, training_args = _parse(EXAMPLES / "configs" / "sandbox-gdpo.yaml", "--max_steps", "3", "--beta", "50")
+    assert (training_args.max_steps, training_args.beta) == (3, 50)
+
+
+def test_a_misspelt_key_is_refused(tmp_path):
+    config = tmp_path / "typo-gdpo.yaml"
+    config.write_text("output_dir: x\nlearning_rte: 1.0e-5\n")
+    with pytest.raises(ValueError, match="learning_rte"):
+        _parse(config)
+
+
+def test_the_14b_configuration_holds_the_numbers_of_the_paper():
+    _, args = _parse(EXAMPLES / "configs" / "wan2.1-14b-gdpo.yaml")
+    assert (args.height, args.width, args.max_steps) == (480, 832, 10_000)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.999, 0.01)
+    assert (args.learning_rate, args.lr_scheduler_kwargs["min_lr"]) == (1e-5, 1e-6)
+    assert (args.lora_rank, args.lora_alpha) == (48, 48)
+    assert (args.alpha_min, args.lam, args.kappa_gamma, args.b_gamma) == (0.5, 0.6, 2.0, 0.4)
+    assert (args.kappa_alpha, args.b_alpha) == (5.0, 0.5)
+    assert args.bf16 and args.activation_checkpointing
+
+
+@pytest.mark.parametrize("method", ["dpo", "reg-dpo"])
+def test_the_14b_pair_configurations_hold_the_numbers_of_the_paper(method):
+    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-14b-{method}.yaml")
+    assert (args.height, args.width, args.num_frames, args.fps) == (720, 1280, 81, 16)
+    assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.beta) == (16, 32, 5e-6, 500)
+    assert (args.per_device_train_batch_size, args.optim.value, args.save_steps) == (1, "adamw_torch", 300)
+    if method == "reg-dpo":
+        assert (args.sft_weight_mode, args.sft_coefficient) == ("dgr", 1.0)
+
+
+@pytest.mark.parametrize("size", ["2b", "5b"])
+def test_the_cogvideox_configurations_hold_the_numbers_of_the_paper(size):
+    script_args, args = _parse(EXAMPLES / "configs" / f"cogvideox-{size}-repa.yaml")
+    assert script_args.model_name_or_path == f"zai-org/CogVideoX-{size}"
+    assert (args.height, args.width, args.num_frames) == (480, 720, 49)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+    assert (args.coefficient, args.margin, args.align_layer, args.projector_width) == (0.5, 0.1, 18, 2048)
+    if size == "2b":
+        assert (args.use_peft, args.learning_rate, args.max_steps) == (False, 2e-6, 4000)
+    else:
+        assert (args.use_peft, args.lora_rank, args.lora_alpha) == (True, 128, 64)
+        assert (args.learning_rate, args.max_steps) == (1e-4, 2000)
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
+    """81 frames are 5 s at 16 fps; without a common rate, real clips of 24 or 30 fps become slow motion."""
+    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-{size}-gdpo.yaml")
+    assert (args.num_frames, args.fps) == (81, 16)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_script_starts_with_its_requirements_and_says_how_to_run_it(script):
+    text = script.read_text()
+    assert text.startswith("# /// script\n")
+    assert f"accelerate launch examples/{script.name}" in text or f"python examples/{script.name}" in text
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_a_model_without_a_dataset_is_refused_before_anything_is_loaded(script, tmp_path):
+    arguments = ["--model_name_or_path", "no/such-model", "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match="needs --dataset_name"):
+        _load(script).main(arguments)
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("name", ["no-such/dataset", "no/such/folder"])
+def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
+    arguments = ["--dataset_name", name, "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match=rf"got '{name}', which cannot be loaded.*Check the spelling"):
+        _load(script).main(arguments)
+
+
+@pytest.mark.parametrize("script, config", TRAINING.values())
+def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
+    assert "resume_from_checkpoint=named_checkpoint(" in inspect.getsource(_load(script))
+    for value, expected in ((None, None), ("True", True), ("true", True), ("False", None), ("out/c-5", "out/c-5")):
+        args = config(str(tmp_path), use_cpu=True, resume_from_checkpoint=value)
+        assert named_checkpoint(args.resume_from_checkpoint) == expected
+
+
+def test_probe_prints_a_table_and_keeps_every_answer(tmp_path, capsys):
+    sizes = ["--num_train", "12", "--num_test", "6", "--noise_levels", "0.5", "--output", str(tmp_path / "probe.json")]
+    whole = tmp_path / "trained"  # what a training of all weights leaves
+    load_sandbox().pipeline.transformer.save_pretrained(whole / "transformer")
+    _load("probe_physion").main([*sizes, "--adapters", str(whole)])
+    printed = capsys.readouterr().out
+    assert "| features | roll | chase | bounce | all |" in printed.splitlines()
+    results = json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert list(results) == ["pixels", "sandbox", str(whole), "sandbox (teacher)"]
+    assert results[str(whole)] == results["sandbox"] != results["pixels"]
+    assert all(len(result["probabilities"]) == 6 and name in printed for name, result in results.items())
+    with pytest.raises(ValueError, match="needs `physion`"):
+        _load("probe_physion").main(["--model_name_or_path", "no/such-model"])
+
+
+@pytest.mark.slow
+def test_repa_study_end_to_end(tmp_path):
+    """Two steps of two arms: to leave every file and table that the full study leaves."""
+    script = _load("studies/repa")
+    folder = ["--config", str(script.STUDY_CONFIG), "--output_dir", str(tmp_path)]
+    sizes = ["--base_steps", "2", "--base_clips", "8", "--num_clips", "8", "--max_steps", "2", "--held_out", "6"]
+    run = [*folder, *sizes, "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12", "--probe_test", "6"]
+    run += ["--use_cpu", "--cache_dir", str(tmp_path / "cache")]
+    script.main([*run, "--arms", "base", "sft", "trd", "--seeds", "0", "1"])
+    assert len(list((tmp_path / "results").glob("*.json"))) == 5
+    page, picture = tmp_path / "repa.md", tmp_path / "repa.svg"
+    script.main([*folder, "--use_cpu", "--report", str(page), "--figure", str(picture)])
+    text = page.read_text()
+    assert text.count("| trd |") == 4 and text.count("| teacher |") == 1 and "better" not in text
+    assert "<svg" in picture.read_text()
+    with pytest.raises(ValueError, match="arms of"):
+        script.main([*run, "--arms", "dpo"])
+
+
+@pytest.mark.parametrize("option", ["--push_to_hub", "--resume_from_checkpoint"])
+def test_sandbox_experiment_refuses_the_options_of_a_single_run(option, tmp_path):
+    arguments = [option, "true", "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match=rf"got {option}\. .*--dataset_name .*table"):
+        _load("train_gdpo").main(arguments)
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """The tiny pipeline as a folder in diffusers layout, as a repository would be."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+def _two_steps(tiny_model, dataset, output_dir):
+    return [
+        *("--model_name_or_path", str(tiny_model), "--dataset_name", str(dataset), "--output_dir", str(output_dir)),
+        *("--max_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--lora_rank", "4"),
+        *("--cache_dir", str(output_dir / "cache"), "--use_cpu", "--report_to", "none"),
+    ]
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(script, tiny_model, tmp_path):
+    groups = tiny_group_dataset(n=4, m=2)
+    if script == "train_sft":
+        groups = groups.select_columns(["prompt", "chosen"]).rename_column("chosen", "video")
+    groups.save_to_disk(tmp_path / "data")
+    teacher = []
+    if script == "train_repa":
+        tiny_teacher().model.save_pretrained(tmp_path / "teacher")
+        teacher = ["--teacher", str(tmp_path / "teacher"), "--fps", "8"]
+    _load(script).main([*_two_steps(tiny_model, tmp_path / "data", tmp_path / "out"), *teacher])
+
+    assert (tmp_path / "out" / "README.md").is_file()
+    pipeline = tiny_wan_pipeline()
+    call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    before = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
+    pipeline.load_lora_weights(tmp_path / "out")
+    after = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
+    assert np.isfinite(after).all() and not np.array_equal(before, after)
+
+
+def test_sandbox_experiment_end_to_end(tmp_path, capsys):
+    """Few clips and two steps: not to learn anything, but to leave every file that the full run leaves."""
+    script = _load("train_gdpo")
+    arguments = [
+        *(
+            "--num_groups",
+            "4",
+            "--num_rejected",
+            "2",
+            "--eval_prompts",
+            "4",
+            "--eval_seeds",
+            "1",
+            "--max_steps",
+            "2",
+            "--seeds",
+            "0",
+            "1",
+        ),
+        *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"),
+    ]
+    script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])
+
+    for method in ("phygdpo", "sft"):
+        for seed in (0, 1):
+            folder = tmp_path / f"{method}-seed{seed}"
+            assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
+    assert (tmp_path / "report.html").read_text().count("<video") == 4 * 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == [
+        ("PhyGDPO", 0), ("PhyGDPO", 1), ("SFT", 0), ("SFT", 1),
+    ]  # fmt: skip
+    assert len(results["base"]) == 4
+    printed = capsys.readouterr().out
+    assert "PhyGDPO vs base" in printed and "PhyGDPO vs SFT" in printed and "better" not in printed

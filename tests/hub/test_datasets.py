@@ -1,0 +1,147 @@
+"""Curated datasets on a Hub on this machine: parquet with playable videos, a card, and back on another machine."""
+
+import io
+import json
+from pathlib import Path
+
+import av
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+
+from tests.support.hub_server import TOKEN, USER, serving, use
+from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_mp4
+from tests.support.trainer.runs import config, trainer
+from video_trl import hub
+from video_trl.data import read_video
+
+
+REPOSITORY = f"{USER}/groups"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with serving() as made:
+        use(made, monkeypatch)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", made.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        yield made
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Rows as GT-Pair leaves them: paths, some as text."""
+    rows = []
+    for number in range(3):
+        for name in ("chosen", "rejected"):
+            (tmp_path / f"{name}{number}.mp4").write_bytes(tiny_mp4(number + 10 * (name == "rejected")))
+        rows.append(
+            {
+                "prompt": f"{PROMPTS[number]} | {number}",
+                "chosen": str(tmp_path / f"chosen{number}.mp4"),
+                "rejected": str(tmp_path / f"rejected{number}.mp4"),
+                "generator": "tiny/model",
+                "provenance": json.dumps({"route": "gt-pair"}),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def test_a_dataset_comes_back_on_another_machine_and_trains(server, tmp_path):
+    groups = tiny_group_dataset(4, 2)
+    hub.push_dataset(groups, REPOSITORY, license="cc-by-4.0", description="Tiny groups.", details={"seed": 0})
+    there = load_dataset(REPOSITORY, split="train", cache_dir=str(tmp_path / "another-machine"))
+    assert there.features == groups.features and there["prompt"] == groups["prompt"]
+    for mine, theirs in zip(groups, there, strict=True):
+        assert theirs["chosen"]["bytes"] == mine["chosen"]["bytes"]
+        assert [video["bytes"] for video in theirs["rejected"]] == [video["bytes"] for video in mine["rejected"]]
+        assert read_video(theirs["rejected"][1]).shape == (5, 32, 32, 3)
+    args = config(tmp_path / "run", max_steps=1, per_device_train_batch_size=1, cache_dir=str(tmp_path / "cache"))
+    made = trainer(args, train_dataset=there)
+    made.train()
+    made.create_model_card()
+    front, card = _card(made.args.output_dir)
+    revision = server.dataset("groups").commits[-1][0]
+    assert front["datasets"] == [REPOSITORY] and f"from {REPOSITORY} (revision `{revision}`)" in card
+    assert "4 rows" in card and card.count("samples/data/row_") == 9  # three rows of three videos
+    assert (tmp_path / "run" / "samples" / "data" / "row_2_rejected_2.mp4").read_bytes() == (
+        groups[2]["rejected"][1]["bytes"]
+    )
+
+
+def test_the_hub_can_play_the_columns_and_reads_the_card(server):
+    hub.push_dataset(tiny_group_dataset(2, 2), REPOSITORY, license="cc-by-4.0")
+    files = server.dataset("groups").files
+    assert set(files) == {
+        "README.md",
+        "data/train-00000-of-00001.parquet",
+        *(f"samples/row_{row}_{name}.mp4" for row in (0, 1) for name in ("chosen", "rejected_1", "rejected_2")),
+    }
+    table = pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"]))
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["chosen"]["_type"] == "Video" and features["rejected"]["feature"]["_type"] == "Video"
+    cell = table["chosen"][1].as_py()
+    assert cell["path"] == "000001-chosen.mp4"  # the viewer goes by the ending
+    with av.open(io.BytesIO(cell["bytes"])) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+    front = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert front["license"] == "cc-by-4.0" and front["task_categories"] == ["text-to-video"]
+    assert front["tags"] == ["video-trl", "group", "video", "preference"] and front["size_categories"] == "n<1K"
+    assert front["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
+    card = files["README.md"].decode()
+    assert "| rows with 2 rejected videos | 2 |" in card and "| `rejected` | list of video |" in card
+    assert 'src="samples/row_1_rejected_2.mp4"' in card and "VideoGroupDPOTrainer" in card
+
+
+def test_files_are_embedded_and_no_folder_of_this_machine_leaks(server, pairs, tmp_path):
+    pairs.save_to_disk(str(tmp_path / "saved"))
+    hub.push_dataset(tmp_path / "saved", REPOSITORY, folder=tmp_path / "export")
+    for path, data in server.dataset("groups").files.items():
+        assert str(tmp_path).encode() not in data, path
+    for number in range(3):
+        (tmp_path / f"chosen{number}.mp4").unlink()
+    there = load_dataset(REPOSITORY, split="train", cache_dir=str(tmp_path / "another-machine"))
+    assert there[2]["chosen"] == {"path": "000002-chosen.mp4", "bytes": tiny_mp4(2)}
+    card = server.dataset("groups").files["README.md"].decode()
+    assert "| made by tiny/model | 3 |" in card and "a red ball falls to the floor \\| 0" in card
+    assert "VideoDPOTrainer" in card and (tmp_path / "export" / "README.md").is_file()
+    hub.push_dataset(tmp_path / "export", f"{USER}/copy")  # an export is sent as it is
+    assert server.dataset("copy").files == server.dataset("groups").files
+
+
+def test_shards_hold_so_many_rows_and_an_older_export_goes(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("video_trl.hub.dataset._ROWS_PER_FILE", 2)
+    hub.push_dataset(tiny_group_dataset(5, 1), REPOSITORY)
+    names = [f"data/train-{n:05d}-of-00003.parquet" for n in range(3)]
+    assert [path for path in server.dataset("groups").files if path.startswith("data/")] == names
+    loaded = load_dataset(REPOSITORY, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["prompt"] == tiny_group_dataset(5, 1)["prompt"]
+    hub.push_dataset(tiny_group_dataset(1, 1), REPOSITORY)
+    assert [path for path in server.dataset("groups").files if path.startswith("data/")] == [
+        "data/train-00000-of-00001.parquet"
+    ]
+
+
+def test_a_failed_upload_leaves_the_files_and_says_so(server, pairs, tmp_path):
+    server.fail("*/commit/main", 403)
+    with pytest.raises(hub.HubUploadError, match="403.*The files are in .*export. Call `push_dataset` again"):
+        hub.push_dataset(pairs, REPOSITORY, folder=tmp_path / "export", token=TOKEN)
+    assert len(pq.read_table(tmp_path / "export" / "data")) == 3
+
+
+def test_what_is_no_dataset_is_refused_before_anything_is_sent(server, pairs, tmp_path):
+    with pytest.raises(ValueError, match="holds no dataset"):
+        hub.push_dataset(tmp_path, REPOSITORY)
+    with pytest.raises(ValueError, match="Expected rows with videos, got 1 rows with"):
+        hub.push_dataset(Dataset.from_list([{"prompt": "a"}]), REPOSITORY)
+    (tmp_path / "rejected1.mp4").unlink()
+    with pytest.raises(ValueError, match="Row 1: .*rejected1.mp4 cannot be read"):
+        hub.push_dataset(pairs, REPOSITORY)
+    assert not server.repositories
+
+
+def _card(folder):
+    text = (Path(folder) / "README.md").read_text()
+    return yaml.safe_load(text.split("---\n")[1]), text

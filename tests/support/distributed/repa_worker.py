@@ -1,0 +1,35 @@
+"""What each of two processes does in the test of `VideoREPATrainer`; run by `torchrun --nproc_per_node 2`."""
+
+import json
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch.distributed as dist
+
+from tests.support.trainer.repa_runs import repa_trainer
+from tests.support.trainer.runs import RecordGradients
+
+
+SETTINGS = {"max_steps": 3, "max_grad_norm": 0.0, "spatial_pooling": "conv", "activation_checkpointing": True}
+
+
+def run(directory: Path, **settings: object) -> tuple[list[dict], RecordGradients]:
+    """Train on six rows; the log and the gradients of every step."""
+    recorder = RecordGradients()
+    made = repa_trainer(directory, callbacks=[recorder], **SETTINGS, **settings)
+    made.train()
+    return [entry for entry in made.state.log_history if "trd/raw" in entry], recorder
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    log, recorder = run(directory / "run", per_device_train_batch_size=1, ddp_backend="gloo")
+    if dist.get_rank() == 0:
+        safetensors.torch.save_file(recorder.steps[0], directory / "gradients.safetensors")
+        (directory / "log.json").write_text(json.dumps(log))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What each of two processes does in the distributed tests; one launch for all of them, because starting is slow.
+
+Run by `torchrun --nproc_per_node 2`. The first process writes what it has seen for the tests to read.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch.distributed as dist
+
+from tests.support.tiny import PROMPTS, tiny_encoded_group
+from tests.support.trainer.heads import head_trainer
+from tests.support.trainer.runs import RecordGradients, config, losses, mixed_shapes, trained_weights, trainer
+from video_trl.trainer import LogVideosCallback
+from video_trl.trainer.step.nan_guard import NonFiniteLossError
+
+
+def train(name: str, directory: Path, resume: Path | None = None, **settings: Any) -> None:
+    """Train on eight groups and keep the gradients, the final weights and the log."""
+    recorder, arguments = RecordGradients(), {}
+    for argument in ("callbacks", "eval_dataset", "train_dataset"):
+        if argument in settings:
+            arguments[argument] = settings.pop(argument)
+    arguments["callbacks"] = [recorder, *arguments.get("callbacks", [])]
+    made = trainer(config(directory / name, ddp_backend="gloo", max_grad_norm=0.0, **settings), rows=8, **arguments)
+    made.train(resume_from_checkpoint=resume and str(resume))
+    keep(name, directory, made, recorder)
+
+
+def train_head(directory: Path) -> None:
+    """A module beside the transformer, trained on eight videos."""
+    recorder = RecordGradients()
+    settings = {"ddp_backend": "gloo", "max_grad_norm": 0.0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    made = head_trainer(directory / "head", rows=8, callbacks=[recorder], **settings)
+    made.train()
+    keep("head", directory, made, recorder)
+
+
+def keep(name: str, directory: Path, made: Any, recorder: RecordGradients) -> None:
+    if dist.get_rank() == 0:
+        safetensors.torch.save_file(recorder.steps[0], directory / f"{name}-gradients.safetensors")
+        safetensors.torch.save_file(trained_weights(made), directory / f"{name}-weights.safetensors")
+        evaluations = [entry for entry in made.state.log_history if "eval_loss" in entry]
+        report = {"losses": losses(made), "log": made.state.log_history[0], "evaluations": evaluations}
+        (directory / f"{name}.json").write_text(json.dumps(report))
+
+
+def stop_together(directory: Path) -> None:
+    """One bad sample, seen by one of the processes in some step: both stop in that step."""
+    rows = tiny_encoded_group(8)
+    rows[5]["chosen_latents"].fill_(float("nan"))
+    made = trainer(config(directory / "bad", ddp_backend="gloo", per_device_train_batch_size=1), train_dataset=rows)
+    try:
+        made.train()
+    except NonFiniteLossError:
+        (directory / f"stopped-{dist.get_rank()}-{made.state.global_step}").touch()
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    train("split", directory, per_device_train_batch_size=2, max_steps=3)
+    train(
+        "accumulated",
+        directory,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        activation_checkpointing=True,
+    )
+    train(
+        "sequential",
+        directory,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        step_mode="sequential",
+    )
+    bank = {"precompute_ref_errors": 2, "cache_dir": str(directory / "bank")}
+    train("banked", directory, per_device_train_batch_size=2, max_steps=3, **bank)
+    train(
+        "watched",
+        directory,
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_dataset=tiny_encoded_group(3, seed=9),
+        callbacks=[LogVideosCallback(PROMPTS[:1], call_kwargs={"num_inference_steps": 1})],
+    )
+    train("resumed", directory, directory / "watched" / "checkpoint-3", per_device_train_batch_size=2, max_steps=6)
+    train("grown", directory, directory / "alone" / "checkpoint-3", per_device_train_batch_size=2, max_steps=6)
+    train("full", directory, per_device_train_batch_size=2, max_steps=2, use_peft=False, learning_rate=1e-3)
+    train(
+        "mixed",
+        directory,
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=6,
+        train_dataset=mixed_shapes(),
+        eval_dataset=mixed_shapes(),
+    )
+    train_head(directory)
+    stop_together(directory)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

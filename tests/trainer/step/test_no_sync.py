@@ -1,0 +1,52 @@
+"""Between two logs, no trainer makes the host wait for the device: shown on a device that writes waits down."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+
+FAST = ("sft", "dpo cogvideox-t2v", "reg-dpo sequential", "group-dpo", "repa")
+SLOW = ("dpo wan-t2v", "dpo wan-i2v", "dpo cogvideox-i2v", "group-dpo full")
+
+
+def waits(directory: Path, *names: str) -> dict[str, dict[str, list]]:
+    """What `host_reads` reports; it registers a backend, which a process cannot take back."""
+    command = [sys.executable, "-m", "tests.support.trainer.host_reads", str(directory), *names]
+    root = ROOT
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(report: dict[str, list]) -> None:
+    first, second, third = report["steps"]
+    # The start of a run makes constants: the sum of losses, the noise schedule. No result is read.
+    assert all(wait.startswith("copy from cpu to watched at ") for wait in first)
+    assert second == third == []
+    # The log looks at the losses, the gradient norm and the metrics: the device does write waits down.
+    places = " ".join(report["log"])
+    assert "finite.py" in places and "aten._local_scalar_dense" in places
+
+
+def test_no_step_waits_for_the_device(tmp_path):
+    reports = waits(tmp_path, *FAST, "with a reader")
+    assert set(reports) == {*FAST, "with a reader"}
+    reader = reports.pop("with a reader")
+    assert [len(step) for step in reader["steps"][1:]] == [1, 1]
+    for report in reports.values():
+        check(report)
+
+
+@pytest.mark.slow
+def test_no_step_of_the_other_families_waits_for_the_device(tmp_path):
+    reports = waits(tmp_path, *SLOW)
+    assert set(reports) == set(SLOW)
+    for report in reports.values():
+        check(report)

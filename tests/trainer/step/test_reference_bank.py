@@ -1,0 +1,194 @@
+"""The reference's errors computed ahead: the same training, to the last bit, as with the same noises and no bank."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import video_trl
+from tests.support.paths import ROOT
+from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
+from tests.support.trainer.runs import (
+    RecordGradients,
+    StopAfter,
+    assert_equal_weights,
+    losses,
+    mixed_shapes,
+    trained_weights,
+)
+from tests.trainer.step.test_step_modes import make
+from video_trl.trainer.step.reference_bank import ReferenceBank, bank_step, load_bank
+
+
+LOSSES: list[tuple[str, dict[str, Any]]] = [
+    ("GroupDPO", {"loss_type": "sampled", "shared_noise": False}),
+    ("GroupDPO", {"loss_type": "plackett_luce", "physics_rewarding": False}),
+    ("DPO", {"use_peft": False, "learning_rate": 1e-4}),
+    ("RegDPO", {}),
+]
+
+
+def count_forwards(made: Any) -> Counter[str]:
+    """How often the policy's transformer runs, with the adapter and without, that is as the reference."""
+    counts: Counter[str] = Counter()
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        counts["with gradient" if torch.is_grad_enabled() else "without"] += 1
+
+    made.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["concat", "sequential"])
+@pytest.mark.parametrize(("name", "changes"), LOSSES, ids=str)
+def test_training_is_that_with_the_same_noises(name, changes, mode, tmp_path):
+    def run(*, precomputed: bool) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+        recorder = RecordGradients()
+        cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "cache")} if precomputed else {}
+        made = make(tmp_path, name, mode, callbacks=[recorder], max_steps=4, **cached, **changes)
+        if not precomputed:
+            bank = ReferenceBank(made.args.seed, [torch.zeros(2, 2)] * 4)
+            made.noise_steps = lambda indices: [
+                bank_step(bank.number(made.state.global_step, index)) for index in indices
+            ]
+        made.train()
+        return losses(made), recorder.steps
+
+    ours, expected = run(precomputed=True), run(precomputed=False)
+    assert ours[0] == expected[0] and len(ours[1]) == 4
+    for gradients, others in zip(ours[1], expected[1], strict=True):
+        assert_equal_weights(gradients, others)
+
+
+def test_every_error_is_that_of_the_reference_on_its_noise(tmp_path):
+    """Eleven rows of two shapes in batches of four: the last ones are filled up."""
+    rows = mixed_shapes()
+    changes = {"rows": rows, "loss_type": "sum", "physics_rewarding": False, "per_device_train_batch_size": 4}
+    cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path)}
+    made = make(tmp_path, "GroupDPO", "concat", max_steps=1, **changes, **cached)
+    made.train()
+    (path,) = tmp_path.glob("reference_errors/*.safetensors")
+    errors = load_bank(path)
+    assert [tuple(row.shape) for row in errors] == [(2, 4)] * 11
+    made._bank = None
+    for index in (0, 1, 10):
+        for number in range(2):
+            made._bank_number = number
+            inputs = {**made.data_collator([made.train_dataset[index]]), "index": [index]}
+            with torch.no_grad():
+                made.compute_loss(made.model, inputs)
+            torch.testing.assert_close(errors[index][number], made._errors_for_bank)
+
+
+def test_the_first_loss_is_log_2(tmp_path):
+    made = make(tmp_path, "DPO", "concat", max_steps=1, precompute_ref_errors=3, cache_dir=str(tmp_path))
+    made.train()
+    assert losses(made) == [pytest.approx(math.log(2), abs=1e-7)] and made.state.log_history[0]["s_theta"] == 0.0
+
+
+def test_the_reference_runs_k_times_a_row_and_in_the_next_run_not_at_all(tmp_path):
+    settings = {
+        "cache_dir": str(tmp_path / "cache"),
+        "precompute_ref_errors": 2,
+        "num_train_epochs": 5,
+        "max_steps": -1,
+    }
+    made = make(tmp_path, "DPO", "concat", **settings)  # four rows in batches of two
+    counts = count_forwards(made)
+    made.train()
+    assert counts == {"with gradient": 10, "without": 2 * 2}
+    again = make(tmp_path, "DPO", "concat", **settings)
+    counts = count_forwards(again)
+    again.train()
+    assert counts == {"with gradient": 10} and losses(again) == losses(made)
+
+
+def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
+    def banks(**changes: Any) -> int:
+        settings = {"max_steps": 1, "precompute_ref_errors": 1, "cache_dir": str(tmp_path), **changes}
+        make(tmp_path, "DPO", "concat", **settings).train()
+        return len(list(tmp_path.glob("reference_errors/*")))
+
+    rows = tiny_encoded_group(4)
+    rows[2]["chosen_latents"] = rows[2]["chosen_latents"] + 1e-6
+    other = tiny_wan_pipeline()
+    with torch.no_grad():
+        other.transformer.proj_out.weight.add_(1e-3)
+    assert banks() == banks() == banks(learning_rate=0.5, lora_rank=2) == 1
+    different = [{"seed": 1}, {"timestep_sampling": "logit_normal"}, {"rows": rows}, {"model": other}]
+    different += [{"shared_noise": False}, {"step_mode": "sequential"}, {"precompute_ref_errors": 2}]
+    assert [banks(**change) for change in different] == list(range(2, 2 + len(different)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("context_parallel_size", 2), ("context_parallel_method", "ring"), ("group_parallel_size", 2)],
+)
+def test_another_division_of_a_row_is_another_bank(name, value, tmp_path):
+    made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
+    before = made._bank_settings()
+    setattr(made.args, name, value)
+    assert made._bank_settings() != before
+
+
+def test_evaluation_is_with_the_reference_itself(tmp_path):
+    rows = tiny_encoded_group(3, seed=9)
+    settings = {"max_steps": 2, "cache_dir": str(tmp_path)}
+    made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1, **settings)
+    made.train()
+    evaluated = made.evaluate(rows)
+    fresh = make(tmp_path, "DPO", "concat", **settings)
+    fresh.model.load_state_dict(made.model.state_dict())
+    assert evaluated["eval_loss"] == fresh.evaluate(rows)["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
+    """In a process of its own, on a device that only exists in the tests."""
+    root = ROOT
+    command = [sys.executable, "-m", "tests.support.trainer.reference_moves", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (losses, first), (others, second), (expected, stays) = json.loads(done.stdout.splitlines()[-1])
+    assert losses == others == expected and len(set(losses)) == 5  # three steps, two evaluations
+    step, passes = ["step on cpu"], ["pass on watched"] * 2
+    assert second == step * 2 + passes + step + passes
+    assert first == passes + second  # which fill the bank
+    assert {what.split()[-1] for what in stays} == {"watched"}
+
+
+def test_a_resumed_run_goes_on_with_the_bank(tmp_path):
+    settings = {"max_steps": 4, "cache_dir": str(tmp_path / "cache"), "precompute_ref_errors": 2, "save_steps": 2}
+    settings |= {"save_strategy": "steps"}
+    whole = make(tmp_path / "whole", "DPO", "concat", **settings)
+    whole.train()
+    stopped = make(tmp_path / "stopped", "DPO", "concat", callbacks=[StopAfter(2)], **settings)
+    stopped.train()
+    resumed = make(tmp_path / "stopped", "DPO", "concat", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal_weights(trained_weights(resumed), trained_weights(whole))
+
+
+def test_rows_see_all_noises_alike():
+    bank = ReferenceBank(0, [torch.zeros(4, 2)] * 3)
+    numbers = [bank.number(step, index) for step in range(1000) for index in range(3)]
+    assert set(numbers) == {0, 1, 2, 3} and max(abs(numbers.count(number) - 750) for number in range(4)) < 100
+    assert numbers != [ReferenceBank(1, [torch.zeros(4, 2)] * 3).number(s, i) for s in range(1000) for i in range(3)]
+    errors = [torch.arange(8.0).view(4, 2) + 10 * index for index in range(3)]
+    looked_up = ReferenceBank(0, errors).look_up(5, [2, 0])
+    expected = [errors[index][bank.number(5, index)] for index in (2, 0)]
+    assert torch.equal(looked_up, torch.cat(expected))
+    assert len({bank_step(number) for number in range(9)} | {-1, 0}) == 11
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_bank_without_noises_is_refused(size, tmp_path):
+    with pytest.raises(ValueError, match=f"`precompute_ref_errors` must be at least 1, got {size}"):
+        video_trl.VideoDPOConfig(output_dir=str(tmp_path), use_cpu=True, precompute_ref_errors=size)

@@ -1,0 +1,166 @@
+"""What a training would be, from configurations and the first row alone: no weights are loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from .methods import DataArguments, classes, training_rows
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+_GIB = 2**30
+Shape = tuple[int, int, int, int]
+"""Of the latents of a video: `(C, F, H, W)`."""
+
+
+def describe(name: str, data: DataArguments, args: Any, *, processes: int = 1) -> str:
+    """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
+    rows, row = training_rows(name, data, args)
+    rows -= data.eval_rows
+    adapter, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
+    shapes = _shapes(adapter, vae, row, args)
+    told = {
+        "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
+        "tokens of a video": "; ".join(_tokens(adapter, transformer, shapes)),
+        **_cost(name, transformer, max(shapes.values(), key=math.prod), row, args, processes),
+        "steps": _steps(rows, args, processes),
+    }
+    lines = [f"{key + ':':24}{value}" for key, value in told.items()]
+    return "\n".join(["# configuration, where it is not the default", _configuration(data, args), *lines])
+
+
+def _configuration(data: DataArguments, args: Any) -> str:
+    """YAML that gives the same run through `--config`, without tokens, which `to_dict` masks."""
+    shown: dict[str, Any] = {}
+    for values, usual in ((asdict(data), asdict(DataArguments())), (args.to_dict(), type(args)().to_dict())):
+        changed = {name: value for name, value in values.items() if value != usual[name]}
+        shown |= {name: value for name, value in changed.items() if name != "dry_run"}
+    return yaml.safe_dump(shown, sort_keys=False)
+
+
+def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
+    """Adapter, transformer and VAE of a pipeline, the networks without memory (on the device `meta`)."""
+    import diffusers
+    import torch
+    from diffusers import AutoModel, DiffusionPipeline
+
+    from ..models import adapter_for
+
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+    name = _folder(name)
+    # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
+    _, scheduler_class = DiffusionPipeline.load_config(name, **kwargs)["scheduler"]
+    scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
+    with torch.device("meta"):
+        transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
+    return adapter_for(transformer, scheduler), transformer, vae
+
+
+def empty_text_encoder(name: str, revision: str | None) -> Any:
+    """The text encoder of a pipeline, without memory."""
+    import torch
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+    name = _folder(name)
+    _, encoder_class = DiffusionPipeline.load_config(name, **kwargs)["text_encoder"]
+    config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
+    with torch.device("meta"):
+        return getattr(transformers, encoder_class)(config)
+
+
+def _folder(name: str) -> str:
+    """Repository id or path of a pipeline, that of the sandbox included."""
+    if name != "sandbox":
+        return name
+    from ..sandbox.weights.pipeline import PIPELINE_PATH
+
+    return str(PIPELINE_PATH)
+
+
+def latents_shape(adapter: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:
+    """
+    Shape `(C, F, H, W)` of the latents of a video of so many frames, height and width.
+
+    Raises:
+        ValueError: If the VAE does not take that size.
+    """
+    import torch
+
+    adapter.check_video(vae, size)
+    channels, frames, height, width = adapter.encode_video(vae, torch.empty(1, 3, *size, device="meta")).shape[1:]
+    return channels, frames, height, width
+
+
+def compared_videos(name: str, num_rejected: int, loss_type: str | None) -> int:
+    """Videos of a row that a method's loss looks at together."""
+    if name == "gdpo" and loss_type != "sampled":
+        return 1 + num_rejected
+    return 1 if name in ("sft", "repa") else 2
+
+
+def _shapes(adapter: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
+    """For every size of training, the shape of the latents. The VAE encodes a video without memory."""
+    from ..data.columns import as_tensor
+    from ..data.video_io import read_video
+
+    latents = next((row[key] for key in ("latents", "chosen_latents") if key in row), None)
+    if latents is not None:
+        channels, frames, height, width = as_tensor(latents).shape
+        return {"encoded": (channels, frames, height, width)}
+    shapes: dict[str, Shape] = {}
+    video = next(row[key] for key in ("video", "chosen") if key in row)
+    sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
+    for height, width in sizes:
+        size = tuple(read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width).shape[:3])
+        shapes[" x ".join(map(str, size))] = latents_shape(adapter, vae, size)
+    return shapes
+
+
+def _tokens(adapter: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[str]:
+    grids = {shown: adapter.token_grid(transformer, shape) for shown, shape in shapes.items()}
+    return [
+        f"{math.prod(grid)} ({shown}, latents {shapes[shown]}, grid {grid[0]} x {grid[1]} x {grid[2]})"
+        for shown, grid in grids.items()
+    ]
+
+
+def _cost(
+    name: str, transformer: Any, shape: Shape, row: Mapping[str, Any], args: Any, processes: int
+) -> dict[str, str]:
+    """Parameters, and memory by part where data is all that processes divide."""
+    from ..trainer.planning.estimate import Placement, Workload, estimate
+
+    rejected = next((row[key] for key in ("rejected", "rejected_latents") if key in row), ())
+    compared = compared_videos(
+        name, 1 if isinstance(rejected, str) else len(rejected), args.to_dict().get("loss_type")
+    )
+    has_reference = classes(name)[0].uses_reference
+    reference: Any = "none" if not has_reference else "adapter" if args.use_peft else "copy"
+    workload = Workload.of(transformer, shape, compared, args, reference)
+    mode: Literal["concat", "sequential"] = (
+        "sequential" if has_reference and args.step_mode == "sequential" else "concat"
+    )
+    policy = args.checkpointing_policy if args.gradient_checkpointing else None
+    found = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in found.parts.items())
+    return {
+        "parameters": f"{parameters + found.trained * args.use_peft:,}, of which trained {found.trained:,}",
+        "memory of a step": f"{found.peak / _GIB:.2f} GiB with step_mode={mode}: {parts}",
+    }
+
+
+def _steps(rows: int, args: Any, processes: int) -> str:
+    """As transformers.Trainer counts them: an epoch ends with a smaller step where batches do not divide it."""
+    each = args.per_device_train_batch_size * processes
+    epoch = math.ceil(math.ceil(rows / each) / args.gradient_accumulation_steps)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    batch = each * args.gradient_accumulation_steps
+    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({processes} process{'' if processes == 1 else 'es'})"

@@ -1,0 +1,234 @@
+"""What `train` and `encode` have in common: the methods, their data, and the trainer made of both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import mapping
+from .parser import UsageError, nearest, parse, required
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SAMPLES = 4  # sample videos of the sandbox
+
+
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "dpo": "preference pairs (Diffusion-DPO, Flow-DPO)",
+    "gdpo": "groups and physics scores (PhyGDPO)",
+    "regdpo": "pairs with an SFT term against collapse (Reg-DPO)",
+    "repa": "alignment with a video encoder (VideoREPA)",
+}
+_WITHOUT_REJECTED = ("sft", "repa")
+_MONITORED = ("dpo", "regdpo")
+# Options of transformers.TrainingArguments that stand in the short help, beside all of the package's own.
+_COMMON = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "seed", "logging_steps", "save_steps", "eval_strategy",
+    "eval_steps", "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint",
+)  # fmt: skip
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and what to measure on the way."""
+
+    model_name_or_path: str = field(
+        default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    num_groups: int = field(default=256, metadata={"help": "Sandbox, dpo, gdpo, regdpo: rows of its dataset."})
+    num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
+    num_clips: int = field(default=256, metadata={"help": "Sandbox, sft, repa: simulated clips."})
+    eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
+    evaluator_judge: str | None = field(
+        default=None,
+        metadata={"help": "Also generate videos in each evaluation, and let this judge score them: eval_sa, eval_pc."},
+    )
+    evaluator_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that judge, as a mapping in YAML or JSON."}
+    )
+    evaluator_prompts: str | None = field(
+        default=None, metadata={"help": "File of prompts for it. Unset: the sandbox's held-out ones."}
+    )
+    evaluator_num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
+    evaluator_benchmark: str = field(
+        default="custom",
+        metadata={"help": "Rule for eval_joint, and prompts where none are given: 'custom', 'videophy', 'videophy2'."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when --metric_for_best_model, such as eval_pc, has not improved for so many evaluations."
+        },
+    )
+    sample_every: int | None = field(
+        default=None,
+        metadata={"help": "Every so many steps, make the same videos again: OUTPUT_DIR/samples, trackers."},
+    )
+    sample_prompts: str | None = field(
+        default=None, metadata={"help": "File of prompts for them. Unset: four of the sandbox's held-out ones."}
+    )
+    on_collapse: Literal["warn", "stop"] = field(
+        default="warn",
+        metadata={"help": "dpo, regdpo: what to do when the model gets worse at both videos of a pair."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print configuration, rows, tokens, memory and steps; start nothing."}
+    )
+
+
+def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[str, list[str]]:
+    """
+    The method after `train` or `encode`, and what follows it; without one, the help.
+
+    Raises:
+        UsageError: If there is no such method.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        from .parser import say
+
+        listing = "\n".join(f"  {name:8}{summary}" for name, summary in METHODS.items())
+        say(f"usage: video-trl {verb} METHOD [options]\n\n{listing}\n\n{text.strip()}\n\nOptions: METHOD --help")
+        raise SystemExit(0)
+    name, *rest = argv
+    if name not in METHODS:
+        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}; expected one of {', '.join(METHODS)}.")
+    return name, rest
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """Trainer and configuration of a method."""
+    from .. import trainer as package
+
+    return {
+        "sft": lambda: (package.VideoSFTTrainer, package.VideoSFTConfig),
+        "dpo": lambda: (package.VideoDPOTrainer, package.VideoDPOConfig),
+        "gdpo": lambda: (package.VideoGroupDPOTrainer, package.VideoGroupDPOConfig),
+        "regdpo": lambda: (package.VideoRegDPOTrainer, package.VideoRegDPOConfig),
+        "repa": lambda: (package.VideoREPATrainer, package.VideoREPAConfig),
+    }[name]()
+
+
+def parse_training(verb: str, name: str, argv: Sequence[str], text: str) -> tuple[DataArguments, Any]:
+    """The data arguments and the method's configuration."""
+    _, config = classes(name)
+    own = {key for kind in config.__mro__ if kind.__module__.startswith("video_trl") for key in kind.__annotations__}
+    brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
+    data, args = parse(f"{verb} {name}", text, [DataArguments, config], argv, brief=brief)
+    if data.dataset_name is None and data.model_name_or_path != "sandbox":
+        raise UsageError(
+            f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
+            "data. Pass a repository id or a folder (docs/data/dataset_formats.md)."
+        )
+    if data.model_name_or_path != "sandbox":
+        if data.evaluator_judge is not None and data.evaluator_benchmark == "custom":
+            required("evaluator_prompts", data.evaluator_prompts, "prompts.txt")
+        if data.sample_every is not None:
+            required("sample_prompts", data.sample_prompts, "prompts.txt")
+    if data.evaluator_judge is not None and args.eval_strategy == "no":
+        raise UsageError("--evaluator_judge works in evaluations: add --eval_strategy steps --eval_steps 100.")
+    if data.early_stopping_patience is not None and (args.metric_for_best_model is None or args.eval_strategy == "no"):
+        raise UsageError(
+            "--early_stopping_patience needs a metric to watch: add --metric_for_best_model eval_pc "
+            "--greater_is_better true --eval_strategy steps --eval_steps 100."
+        )
+    return data, args
+
+
+def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
+    """The trainer of a method, its data loaded or made, and encoded."""
+    dataset = training_data(name, data, args)
+    held_out = None
+    if data.eval_rows:
+        if not 0 < data.eval_rows < len(dataset):
+            raise UsageError(f"--eval_rows must lie between 1 and {len(dataset) - 1}, got {data.eval_rows}.")
+        first = len(dataset) - data.eval_rows
+        dataset, held_out = dataset.select(range(first)), dataset.select(range(first, len(dataset)))
+    trainer_class, _ = classes(name)
+    return trainer_class(
+        data.model_name_or_path,
+        args,
+        dataset,
+        held_out,
+        callbacks=_callbacks(name, data),
+        evaluator=_evaluator(data, args),
+    )
+
+
+def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
+    """The dataset that was named, or the sandbox's: groups, or for methods without rejected videos simulated clips."""
+    if data.dataset_name is not None:
+        from ..data.tables import load_rows
+
+        return load_rows(data.dataset_name, data.dataset_split)
+    from ..sandbox import build_clip_dataset, build_group_dataset, load_sandbox
+
+    folder = Path(args.output_dir)
+    with args.main_process_first():
+        if name in _WITHOUT_REJECTED:
+            return build_clip_dataset(folder / "clips", num_clips=data.num_clips)
+        return build_group_dataset(
+            load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
+        )
+
+
+def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:
+    """How many rows there are, and one of them; the sandbox's are counted without being made."""
+    if data.dataset_name is not None:
+        from ..data.columns import undecoded
+        from ..data.tables import load_rows
+
+        dataset = undecoded(load_rows(data.dataset_name, data.dataset_split))
+        return len(dataset), dataset[0]
+    from ..sandbox import simulate
+
+    video = simulate(0).video  # all are of one size
+    return (data.num_clips, {"video": video}) if name in _WITHOUT_REJECTED else (data.num_groups, {"chosen": video})
+
+
+def _callbacks(name: str, data: DataArguments) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    from ..evaluation.evaluate import evaluation_prompts
+    from ..trainer.callbacks import LogVideosCallback
+    from ..trainer.collapse_monitor import CollapseMonitor
+
+    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if name in _MONITORED else []
+    if data.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
+    if data.sample_every is not None:
+        prompts = evaluation_prompts(data.sample_prompts, None if data.sample_prompts else _SAMPLES)
+        texts = [prompt.generation_text or prompt.text for prompt in prompts]
+        sampling = _sandbox_call() if data.model_name_or_path == "sandbox" else None
+        callbacks.append(LogVideosCallback(texts, every_steps=data.sample_every, call_kwargs=sampling))
+    return callbacks
+
+
+def _sandbox_call() -> dict[str, Any]:
+    from ..sandbox import load_sandbox
+
+    return dict(load_sandbox().call_kwargs)
+
+
+def _evaluator(data: DataArguments, args: Any) -> Any:
+    if data.evaluator_judge is None:
+        return None
+    from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
+    from ..judges import load_judge
+
+    call = _sandbox_call() if data.model_name_or_path == "sandbox" else {}
+    sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
+    return TrainingEvaluator(
+        evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts, data.evaluator_benchmark),
+        load_judge(data.evaluator_judge, **mapping("evaluator_options", data.evaluator_options)),
+        fps=args.fps or 8.0,
+        call_kwargs=call | sizes,
+        benchmark=data.evaluator_benchmark,
+    )

@@ -1,0 +1,56 @@
+"""Stage 1: what a clip's container says, and a hash of its content. Decodes one frame."""
+
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from ...data.video_io import VideoDecodeError, probe_video, video_hash
+from ..engine.manifest import Batch
+from .sources import open_clip
+
+
+#: Columns that probing adds. Sizes are those on screen, after the rotation that phones write into the file.
+PROBED: dict[str, pa.DataType] = {
+    "content": pa.string(),  # hash of the bytes
+    "fps": pa.float64(),  # average; null where the container has no clock
+    "num_frames": pa.int64(),
+    "seconds": pa.float64(),
+    "height": pa.int64(),
+    "width": pa.int64(),
+    "short_edge": pa.int64(),
+}
+PROBE_VERSION = 1
+
+
+def probe_batch(batch: Batch) -> Batch:
+    """
+    Stage "probe" as a batch function.
+
+    Args:
+        batch (`dict`): Columns `path`, `offset`, `length`.
+
+    Returns:
+        `dict`: The columns `PROBED`; a file that is missing, empty, truncated, without a video stream or otherwise
+            unreadable is dropped, by the kind of its fault (`VideoDecodeError.kind`).
+    """
+    added: Batch = {name: [] for name in (*PROBED, "dropped_by", "detail")}
+    for path, offset, length in zip(batch["path"], batch["offset"], batch["length"], strict=True):
+        row: dict[str, Any] = dict.fromkeys(added)
+        try:
+            clip = open_clip(path, offset, length)
+            row["content"] = video_hash(clip)
+            info = probe_video(clip)
+            row |= {
+                "fps": None if math.isnan(info.fps) else info.fps,
+                "num_frames": info.num_frames,
+                "seconds": None if math.isnan(info.duration) else info.duration,
+                "height": info.height,
+                "width": info.width,
+                "short_edge": min(info.height, info.width),
+            }
+        except VideoDecodeError as error:
+            row |= {"dropped_by": error.kind, "detail": str(error)}
+        for name, values in added.items():
+            values.append(row[name])
+    return added

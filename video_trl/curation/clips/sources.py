@@ -1,0 +1,281 @@
+"""
+Where clips come from: folders, WebDataset tars, `datasets`. Listing reads names and captions, no pixels.
+
+Every source becomes rows of the same columns (`SOURCE`); [`open_clip`] gets a row's bytes back.
+"""
+
+import csv
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from ...data.video_io import video_hash
+from ..engine.manifest import OUTCOME, Batch, digest, new_manifest, with_columns
+
+
+logger = logging.getLogger(__name__)
+
+#: What is known of a clip before it is opened. `offset` and `length` say where it lies inside a tar (null: the whole
+#: file); `listing` changes when the file does.
+SOURCE: dict[str, pa.DataType] = {
+    "source_id": pa.string(),
+    "path": pa.string(),
+    "offset": pa.int64(),
+    "length": pa.int64(),
+    "prompt": pa.string(),
+    "listing": pa.string(),
+}
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .webm .wmv".split()
+)
+CAPTION_KEYS = ("prompt", "caption", "text")
+_METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+
+Row = dict[str, Any]
+
+
+def list_clips(
+    sources: Sequence[str | os.PathLike[str] | datasets.Dataset],
+    *,
+    spool: str | os.PathLike[str],
+    split: str = "train",
+    video_column: str = "video",
+    prompt_column: str = "prompt",
+) -> pa.Table:
+    """
+    The manifest before the first stage: one row for every clip of every source, in a fixed order.
+
+    Args:
+        sources (`list`):
+            Each one a folder (searched through, tars in it included), a `.tar` file in WebDataset layout, a video
+            file, a `datasets.Dataset`, a folder written by `save_to_disk`, or the id of a dataset on the Hub.
+        spool (`str` or `Path`): Folder for videos whose bytes lie inside a dataset; named by content, written once.
+        split (`str`, defaults to `"train"`): Split of datasets that are named.
+        video_column, prompt_column (`str`): Columns of datasets. A video cell is a path or `{"path", "bytes"}`; rows
+            without a prompt column have no caption yet.
+
+    Returns:
+        `pyarrow.Table`: Columns `SOURCE` and those of `OUTCOME`. A name that is no UTF-8 is dropped here, by name.
+
+    Raises:
+        ValueError: A source is nothing of these, holds no clip, or is given twice.
+    """
+    rows: list[Row] = []
+    for source in sources:
+        found = list(_list_source(source, Path(spool), split, video_column, prompt_column))
+        if not found:
+            raise ValueError(
+                f"{_name(source)}: no video found. Expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, or "
+                "tars of them. Of a folder of parquet files, pass what `datasets.load_dataset` makes of it."
+            )
+        logger.info("%s: %d clips", _name(source), len(found))
+        rows += found
+    twice = [name for name, count in Counter(row["source_id"] for row in rows).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} clips are listed twice, the first is {twice[0]}. Name each source once.")
+    undecodable = [not _is_text(row["path"]) for row in rows]
+    for row, bad in zip(rows, undecodable, strict=True):
+        if bad:
+            row["source_id"] = row["source_id"].encode("utf-8", "backslashreplace").decode()
+            row["path"] = None
+    table = new_manifest({name: [row[name] for row in rows] for name in SOURCE}, SOURCE)
+    words = "the file's name is not valid UTF-8; rename it"
+    outcome: Batch = {name: [None] * len(rows) for name in OUTCOME}
+    outcome["dropped_by"] = ["file_name" if bad else None for bad in undecodable]
+    outcome["detail"] = [words if bad else None for bad in undecodable]
+    return with_columns(table, outcome, OUTCOME)
+
+
+def open_clip(path: str, offset: int | None, length: int | None) -> str | dict[str, Any]:
+    """What `read_video` takes: the path, or for a clip inside a tar its bytes."""
+    if offset is None or length is None:
+        return path
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return {"path": f"{path}@{offset}", "bytes": file.read(length)}
+
+
+def _name(source: str | os.PathLike[str] | datasets.Dataset) -> str:
+    return f"dataset {source._fingerprint}" if isinstance(source, datasets.Dataset) else os.fspath(source)
+
+
+def _list_source(
+    source: str | os.PathLike[str] | datasets.Dataset, spool: Path, split: str, video_column: str, prompt_column: str
+) -> Iterator[Row]:
+    if isinstance(source, datasets.Dataset):
+        return _list_dataset(source, _name(source), spool, video_column, prompt_column)
+    path = Path(source)
+    if (path / "state.json").is_file():
+        return _list_dataset(datasets.load_from_disk(str(path)), str(path), spool, video_column, prompt_column)
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f"{path}: expected a split out of {list(splits)}, got {split!r}.")
+        return _list_dataset(splits[split], f"{path}/{split}", spool, video_column, prompt_column)
+    if path.is_dir():
+        return _list_folder(path)
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return _list_tar(path)
+    if path.is_file():
+        return iter([_file_row(path, str(path), {})])
+    try:
+        loaded = datasets.load_dataset(str(source), split=split)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"Expected a folder, a tar, a video file or a dataset, got {source}, which is none that can be loaded "
+            f"({error}). Check the spelling; relative paths start at {Path.cwd()}."
+        ) from error
+    return _list_dataset(loaded, str(source), spool, video_column, prompt_column)
+
+
+def _list_folder(root: Path) -> Iterator[Row]:
+    """Videos and tars below a folder, in the order of their names; hidden ones and other files are left out."""
+    captions = _metadata_captions(root)
+    ignored: Counter[str] = Counter()
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            yield _file_row(path, f"{root}/{relative.as_posix()}", captions, relative.as_posix())
+        elif path.suffix.lower() == ".tar":
+            yield from _list_tar(path)
+        elif path.suffix not in (".txt", ".json") and path.name not in _METADATA_NAMES:
+            ignored[path.suffix] += 1
+    if ignored:
+        kinds = ", ".join(f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(ignored.items()))
+        logger.warning("%s: files that are no videos by their suffix are left out: %s", root, kinds)
+
+
+def _file_row(path: Path, source_id: str, captions: Mapping[str, str], name: str = "") -> Row:
+    status = path.stat()
+    return {
+        "source_id": source_id,
+        "path": str(path.absolute()),
+        "offset": None,
+        "length": None,
+        "prompt": captions.get(name) or _caption_beside(path),
+        "listing": digest(f"{source_id}\0{status.st_size}\0{status.st_mtime_ns}"),
+    }
+
+
+def _caption_beside(path: Path) -> str | None:
+    """`clip.txt` or `clip.json` (WebDataset's layout) beside `clip.mp4`."""
+    for suffix in (".txt", ".json"):
+        sidecar = path.with_suffix(suffix)
+        if sidecar.is_file():
+            return _caption_in(sidecar.read_bytes(), suffix)
+    return None
+
+
+def _caption_in(data: bytes, suffix: str) -> str | None:
+    text = data.decode("utf-8", "replace")
+    if suffix == ".txt":
+        return text.strip() or None
+    try:
+        return _caption_of(json.loads(text))
+    except json.JSONDecodeError as error:
+        logger.warning("A caption is no JSON and is not used (%s): %.60r", error, text)
+        return None
+
+
+def _caption_of(record: Any) -> str | None:
+    """The first of the usual keys that holds a text."""
+    if not isinstance(record, Mapping):
+        return None
+    texts = (str(record[key]).strip() for key in CAPTION_KEYS if record.get(key))
+    return next((text for text in texts if text), None)
+
+
+def _metadata_captions(root: Path) -> dict[str, str]:
+    """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
+    captions: dict[str, str | None] = {}
+    for name in _METADATA_NAMES:
+        if (root / name).is_file():
+            with open(root / name, encoding="utf-8", newline="") as file:
+                records = list(csv.DictReader(file)) if name.endswith(".csv") else [json.loads(line) for line in file]
+            captions |= {record["file_name"]: _caption_of(record) for record in records if record.get("file_name")}
+    return {name: caption for name, caption in captions.items() if caption}
+
+
+def _list_tar(path: Path) -> Iterator[Row]:
+    """Members of a WebDataset tar: `key.mp4` with an optional `key.txt` or `key.json`. Nothing is unpacked."""
+    status = path.stat()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar if member.isfile()]
+            captions: dict[str, str | None] = {}
+            for member in members:
+                stem, suffix = os.path.splitext(member.name)
+                data = tar.extractfile(member) if suffix in (".txt", ".json") else None
+                if data is not None:
+                    captions[stem] = _caption_in(data.read(), suffix)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not an uncompressed tar, or cut off ({error}). Fetch it again.") from error
+    for member in members:
+        stem, suffix = os.path.splitext(member.name)
+        if suffix.lower() in VIDEO_SUFFIXES:
+            yield {
+                "source_id": f"{path}/{member.name}",
+                "path": str(path.absolute()),
+                "offset": member.offset_data,
+                "length": member.size,
+                "prompt": captions.get(stem),
+                "listing": digest(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{member.offset_data}"),
+            }
+
+
+def _list_dataset(
+    dataset: datasets.Dataset, name: str, spool: Path, video_column: str, prompt_column: str
+) -> Iterator[Row]:
+    if video_column not in dataset.column_names:
+        raise ValueError(
+            f"{name}: expected a column {video_column!r} with videos, got {dataset.column_names}. Name yours as "
+            "`video_column`."
+        )
+    if isinstance(dataset.features[video_column], datasets.Video):
+        dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
+    columns = [column for column in (video_column, prompt_column) if column in dataset.column_names]
+    for index, row in enumerate(dataset.with_format(None).select_columns(columns)):
+        cell = row[video_column]
+        if isinstance(cell, Mapping) and cell.get("bytes") is not None:
+            path = _spool(cell, spool)
+        else:
+            path = Path(str(cell["path"] if isinstance(cell, Mapping) else cell))
+        source_id = f"{name}[{index}]"
+        status = path.stat() if path.is_file() else None
+        yield {
+            "source_id": source_id,
+            "path": str(path.absolute()),
+            "offset": None,
+            "length": None,
+            "prompt": str(row.get(prompt_column) or "").strip() or None,
+            "listing": digest(f"{source_id}\0{path}\0{status and (status.st_size, status.st_mtime_ns)}"),
+        }
+
+
+def _spool(cell: Mapping[str, Any], folder: Path) -> Path:
+    """The bytes of a dataset's cell as a file named by them."""
+    path = folder / f"{video_hash(cell)}{Path(cell.get('path') or 'clip.mp4').suffix}"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_bytes(cell["bytes"])
+        os.replace(partial, path)
+    return path
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""How a stage runs over many rows: a resumable table on one machine, or Ray on a cluster."""

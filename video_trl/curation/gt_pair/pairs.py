@@ -1,0 +1,123 @@
+"""Stage 5: rows for the trainers. The real clip is chosen, what models made of it is rejected."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from ...data.video_io import VideoInfo, probe_video
+from ..engine.manifest import alive, digest
+
+
+_GENERATION = {
+    "model": datasets.Value("string"),
+    "revision": datasets.Value("string"),
+    "seed": datasets.Value("int64"),
+    "settings": datasets.Value("string"),
+}
+
+
+def pair_features(row_type: str) -> datasets.Features:
+    """Columns of `"preference"` or `"group"` rows; a group has lists where a preference row has single values."""
+    several = row_type == "group"
+    video = datasets.Video(decode=False)
+    return datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "chosen": video,
+            "rejected": datasets.List(video) if several else video,
+            "rejected_generation": datasets.List(_GENERATION) if several else _GENERATION,
+            "seeds": datasets.List(datasets.Value("int64")),
+            "generator": datasets.Value("string"),
+            "reference_image": datasets.Value("string"),
+            "provenance": datasets.Value("string"),
+        }
+    )
+
+
+def build_pairs(
+    clips: pa.Table, generations: pa.Table, root: Path, row_type: str, settings: Mapping[str, Any]
+) -> datasets.Dataset:
+    """
+    The dataset of a run.
+
+    Args:
+        clips (`pyarrow.Table`): The manifest with the columns of normalisation.
+        generations (`pyarrow.Table`): Jobs with their files.
+        root (`Path`): The run's folder, which paths are relative to; those of the dataset are absolute.
+        row_type (`str`): "preference" (a row for each generated video), "group" (a row for each clip) or "auto":
+            "group" where clips have several generated videos.
+        settings (`dict`): The run's configuration; its hash goes into `provenance`.
+
+    Returns:
+        `datasets.Dataset`: Undecoded videos, as files.
+
+    Raises:
+        ValueError: Chosen and rejected video of a row differ in size, length or clock, or a file is gone.
+    """
+    made: dict[str, list[dict[str, Any]]] = {}
+    for job in alive(generations).to_pylist():
+        made.setdefault(job["content"], []).append(job)
+    config = digest(json.dumps(dict(settings), sort_keys=True, default=str))
+    rows = []
+    for clip in alive(clips).to_pylist():
+        jobs = made[clip["content"]]
+        _check_formats(root, clip, jobs)
+        rows.append(_group_row(root, clip, jobs, config))
+    if row_type == "auto":
+        row_type = "group" if any(len(row["rejected"]) > 1 for row in rows) else "preference"
+    if row_type == "preference":
+        rows = [single for row in rows for single in _split(row)]
+    features = pair_features(row_type)
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def _check_formats(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]]) -> None:
+    """A model that is trained on pairs of two formats learns the format."""
+    wanted = probe_video(root / clip["video"])
+    for job in jobs:
+        found = probe_video(root / job["rejected"])
+        if _format(found) != _format(wanted):
+            raise ValueError(
+                f"{root / job['rejected']}: expected the format of {root / clip['video']}, {_format(wanted)}, got "
+                f"{_format(found)} (frames, fps, height, width). Delete the file and run again."
+            )
+
+
+def _format(info: VideoInfo) -> tuple[int, float, int, int]:
+    return info.num_frames, round(info.fps, 3), info.height, info.width
+
+
+def _group_row(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]], config: str) -> dict[str, Any]:
+    generation = [
+        {"model": job["model"], "revision": job["revision"], "seed": job["seed"], "settings": job["generation"]}
+        for job in jobs
+    ]
+    told = {"source": clip["source_id"], "content": clip["content"], "seconds": clip["seconds"], "fps": clip["fps"]}
+    return {
+        "prompt": clip["prompt"],
+        "chosen": str(root / clip["video"]),
+        "rejected": [str(root / job["rejected"]) for job in jobs],
+        "rejected_generation": generation,
+        "seeds": [job["seed"] for job in jobs],
+        "generator": ", ".join(dict.fromkeys(job["model"] for job in jobs)),
+        "reference_image": str(root / clip["reference_image"]),
+        "provenance": json.dumps({"route": "gt-pair", "config": config, **told}),
+    }
+
+
+def _split(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A group as preference rows, one for each rejected video."""
+    return [
+        {
+            **row,
+            "rejected": rejected,
+            "rejected_generation": generation,
+            "seeds": [generation["seed"]],
+            "generator": generation["model"],
+        }
+        for rejected, generation in zip(row["rejected"], row["rejected_generation"], strict=True)
+    ]

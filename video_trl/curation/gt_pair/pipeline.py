@@ -1,0 +1,390 @@
+"""
+GT-Pair (Reg-DPO, https://huggingface.co/papers/2511.01450): preference pairs of real videos and what models make of
+their prompts and first frames. Acquisition, filtering, normalisation, generation, pair construction.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow as pa
+
+from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
+from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
+from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
+from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
+from ..clips.sources import list_clips
+from ..clips.text_overlay import StrokeDetector, TextDetector
+from ..engine.manifest import (
+    Rule,
+    Shard,
+    Stage,
+    account,
+    alive,
+    count_outcomes,
+    digest,
+    drop_repeats,
+    drop_where,
+    judge,
+    run_stage,
+    with_columns,
+    write_table,
+)
+from ..generate import VideoModel, check_model, job_table, run_jobs
+from .pairs import build_pairs
+
+
+logger = logging.getLogger(__name__)
+
+# 150 frames at 29.97 fps are 5.005 s, and nobody means to exclude them from "5 seconds".
+DURATION_TOLERANCE = 0.05
+RATIOS = tuple(f"{across}:{down}" for across, down in ASPECT_RATIOS)
+
+
+class Captioner(Protocol):
+    """
+    Writes captions for clips that have none.
+
+    Attributes:
+        name: model and version; another name makes new captions.
+    """
+
+    name: str
+
+    def __call__(self, videos: Sequence[str]) -> list[str]:
+        """One caption for each file."""
+
+
+@dataclass
+class GTPairConfig:
+    """What to curate and how. Defaults are the paper's; where it has none, docs/data/gt_pair.md says why ours."""
+
+    sources: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders, WebDataset tars, saved datasets or dataset ids to take real clips from."},
+    )
+    output_dir: str = field(
+        default="outputs/gt-pairs",
+        metadata={"help": "Folder of the run: stores, videos, manifest, pairs. A run that was stopped goes on here."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of sources that are dataset ids."})
+    video_column: str = field(default="video", metadata={"help": "Column of datasets with videos or paths."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of datasets with captions."})
+
+    min_fps: float = field(default=16.0, metadata={"help": "Acquisition: lowest frame rate."})
+    max_fps: float = field(default=45.0, metadata={"help": "Acquisition: highest frame rate."})
+    min_seconds: float = field(default=5.0, metadata={"help": "Acquisition: shortest clip."})
+    max_seconds: float = field(default=6.0, metadata={"help": "Acquisition: longest clip."})
+    min_edge: int = field(default=512, metadata={"help": "Acquisition: shortest side in pixels."})
+    ratios: list[str] = field(
+        default_factory=lambda: list(RATIOS),
+        metadata={"help": "Aspect ratios, width:height, that clips are cropped to: any of 9:16 3:4 1:1 16:9."},
+    )
+    max_crop: float = field(
+        default=0.15, metadata={"help": "Acquisition: largest share of the picture that the nearest ratio cuts off."}
+    )
+
+    min_motion: float = field(default=2.0, metadata={"help": "Filter 'static': least `motion` (grey levels)."})
+    min_object_motion: float = field(
+        default=8.5, metadata={"help": "Filter 'slideshow' (also pans over stills): least `object_motion`."}
+    )
+    max_cuts: int = field(default=1, metadata={"help": "Filter 'cuts': most changes of scene."})
+    max_blended: float = field(
+        default=0.35, metadata={"help": "Filter 'blended' (fades, dissolves): largest `blended` share of the picture."}
+    )
+    max_flashes: int = field(default=0, metadata={"help": "Filter 'flashes': most flashes."})
+    max_text: float = field(default=0.05, metadata={"help": "Filter 'text': largest share of the picture with text."})
+
+    short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
+    fps: float = field(default=16.0, metadata={"help": "Normalisation: frames per second."})
+    num_frames: int = field(default=81, metadata={"help": "Normalisation: frames of every clip, 4k + 1."})
+
+    models: list[str] = field(
+        default_factory=lambda: ["sandbox"],
+        metadata={"help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'."},
+    )
+    model_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Generation: options of a model by its name (revision, fps, dtype, call_kwargs, batch_size), as a "
+            "dict or JSON."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Generation: one video for each clip, model and seed."}
+    )
+    row_type: str = field(
+        default="auto",
+        metadata={
+            "help": "'preference': a row a generated video; 'group': a row a clip; 'auto': group where several."
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "Clips probed, measured or normalised between two commits."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_options, str):
+            self.model_options = json.loads(self.model_options)
+        for low, high in (("min_fps", "max_fps"), ("min_seconds", "max_seconds")):
+            if not 0 < vars(self)[low] <= vars(self)[high]:
+                raise ValueError(f"Expected 0 < {low} <= {high}, got {vars(self)[low]} and {vars(self)[high]}.")
+        if self.num_frames < 1 or self.num_frames % 4 != 1:
+            near = max(self.num_frames // 4 * 4 + 1, 1)
+            raise ValueError(f"`num_frames` must be 4k + 1 for the VAEs, got {self.num_frames}. Use {near}.")
+        if self.short_edge < 16 or self.short_edge % 16 or self.fps <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"Expected `short_edge` in multiples of 16, `fps` > 0 and `batch_size` >= 1, got {self.short_edge}, "
+                f"{self.fps} and {self.batch_size}."
+            )
+        if (self.num_frames - 2) / self.fps >= self.max_seconds + DURATION_TOLERANCE:
+            raise ValueError(
+                f"{self.num_frames} frames at {self.fps:g} fps are longer than the longest clip that is acquired, "
+                f"{self.max_seconds:g} s: nothing would be left."
+            )
+        unknown = [ratio for ratio in self.ratios if ratio not in RATIOS]
+        if unknown or not self.ratios or not 0 <= self.max_crop < 1:
+            raise ValueError(f"Expected `ratios` out of {list(RATIOS)} and `max_crop` in [0, 1), got {unknown}.")
+        strangers = sorted(set(self.model_options or {}) - set(self.models))
+        if not self.models or not self.seeds or strangers or len(set(self.models)) < len(self.models):
+            raise ValueError(
+                "Expected at least one model and one seed, each model once, and options only for these, got "
+                f"models={self.models}, seeds={self.seeds}, options for {strangers or 'no other model'}."
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"Each seed makes one video: expected different ones, got {self.seeds}.")
+        if self.row_type not in ("auto", "preference", "group"):
+            raise ValueError(f"`row_type` must be 'auto', 'preference' or 'group', got {self.row_type!r}.")
+        self.video_models()  # raises for options that no model has
+
+    def video_models(self) -> list[VideoModel]:
+        """The models with their options."""
+        assert not isinstance(self.model_options, str)
+        options = self.model_options or {}
+        try:
+            return [VideoModel(name, **options.get(name, {})) for name in self.models]
+        except TypeError as error:
+            raise ValueError(
+                f"`model_options`: {error}. Known: revision, fps, dtype, call_kwargs, batch_size."
+            ) from error
+
+    def buckets(self) -> list[AspectBucket]:
+        """Sizes that clips are brought to."""
+        every = zip(RATIOS, aspect_buckets(self.short_edge), strict=True)
+        return [bucket for ratio, bucket in every if ratio in self.ratios]
+
+    def acquisition_rules(self) -> list[Rule]:
+        return [
+            Rule("frame_rate", "fps", self.min_fps, self.max_fps),
+            Rule("duration", "seconds", self.min_seconds - DURATION_TOLERANCE, self.max_seconds + DURATION_TOLERANCE),
+            Rule("resolution", "short_edge", self.min_edge),
+            Rule("aspect", "crop_share", maximum=self.max_crop),
+        ]
+
+    def filter_rules(self) -> list[Rule]:
+        """In the order of naming: a still is also a slideshow, a slideshow also has cuts."""
+        return [
+            Rule("static", "motion", minimum=self.min_motion),
+            Rule("flashes", "flashes", maximum=self.max_flashes),
+            Rule("slideshow", "object_motion", minimum=self.min_object_motion),
+            Rule("cuts", "cuts", maximum=self.max_cuts),
+            Rule("blended", "blended", maximum=self.max_blended),
+            Rule("text", "text", maximum=self.max_text),
+        ]
+
+
+@dataclass(frozen=True)
+class GTPairResult:
+    """
+    What a run made.
+
+    Attributes:
+        pairs (`datasets.Dataset`): Row type "preference" or "group".
+        manifest (`pyarrow.Table`): One row for every clip that came in.
+        generations (`pyarrow.Table`): One row for every generated video.
+        funnel (`dict`): Clips left after each stage, then the number of rows of `pairs`.
+        summary (`str`): The line that accounts for every clip.
+    """
+
+    pairs: datasets.Dataset
+    manifest: pa.Table
+    generations: pa.Table
+    funnel: dict[str, int]
+    summary: str
+
+
+def run_gt_pair(
+    config: GTPairConfig,
+    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    *,
+    captioner: Captioner | None = None,
+    text_detector: TextDetector | None = None,
+    shard: Shard | None = None,
+) -> GTPairResult:
+    """
+    Runs all five stages, or what is left of them: a run that was stopped, however, goes on where it was.
+
+    Started by `accelerate launch` or `torchrun` every process takes its share of each stage. `output_dir` must be on a
+    disk that all of them see. The first process writes `manifest.parquet`, `generations.parquet` and `pairs/`.
+
+    Args:
+        config ([`GTPairConfig`]): Everything but objects.
+        sources (`list`, *optional*): Further sources, also `datasets.Dataset` objects.
+        captioner ([`Captioner`], *optional*): For clips without a prompt, which are dropped otherwise.
+        text_detector ([`TextDetector`], *optional*): Instead of the heuristic that needs no download.
+        shard ([`Shard`], *optional*): Part of this process; read from the environment.
+
+    Returns:
+        [`GTPairResult`].
+
+    Raises:
+        ValueError: No sources, a source that is none, a model that cannot be loaded or makes clips that are too short.
+        OSError: The disk is full, or a file of an earlier run is gone.
+    """
+    shard = shard or Shard.from_environment()
+    every = [*config.sources, *sources]
+    if not every:
+        raise ValueError("Expected at least one source: a folder, a tar or a dataset (`--sources`).")
+    for model in config.video_models():
+        check_model(model, config.num_frames, config.fps)
+    root = Path(config.output_dir).absolute()
+    stores = root / "stages"
+    stores.mkdir(parents=True, exist_ok=True)
+
+    table = list_clips(
+        every,
+        spool=root / "sources",
+        split=config.dataset_split,
+        video_column=config.video_column,
+        prompt_column=config.prompt_column,
+    )
+    funnel = {"listed": len(table)}
+    table = acquire(table, config, stores, shard, needs_prompt=captioner is None)
+    funnel["acquired"] = len(alive(table))
+    table = filter_clips(table, config, stores, shard, text_detector)
+    funnel["filtered"] = len(alive(table))
+    table = normalise(table, config, root, shard)
+    if captioner is not None:
+        table = write_captions(table, captioner, root, shard)
+    funnel["normalised"] = len(alive(table))
+    table, generations = generate(table, config, root, shard)
+    funnel["generated"] = len(alive(table))
+
+    assert len(table) == funnel["listed"] == len(alive(table)) + sum(count_outcomes(table).values())
+    pairs = build_pairs(table, generations, root, config.row_type, settings={**asdict(config), "output_dir": None})
+    funnel["pairs"] = len(pairs)
+    if shard.index == 0:
+        write_table(table, root / "manifest.parquet")
+        write_table(generations, root / "generations.parquet")
+        write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
+        sweep(root)
+    row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
+    summary = f"{account(table)}; {len(pairs)} {row_type} rows"
+    logger.info(summary)
+    return GTPairResult(pairs, table, generations, funnel, summary)
+
+
+def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *, needs_prompt: bool) -> pa.Table:
+    """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
+    stage = Stage("probe", probe_batch, PROBED, "listing", {"version": PROBE_VERSION}, config.batch_size)
+    table = run_stage(table, stage, stores, shard)
+    sizes = table.select(["width", "height"]).to_pydict()
+    added = {"bucket": pa.string(), "crop_share": pa.float64()}
+    table = with_columns(table, choose_bucket(sizes, buckets=config.buckets()), added)
+    table = judge(table, config.acquisition_rules())
+    untold = [prompt is None for prompt in table["prompt"].to_pylist()]
+    table = drop_repeats(table, "content", name="repeated", rank=untold)  # of two copies, the one with a caption stays
+    return drop_where(table, untold, "no_prompt") if needs_prompt else table
+
+
+def choose_bucket(batch: dict[str, list[Any]], *, buckets: Sequence[AspectBucket]) -> dict[str, list[Any]]:
+    """The nearest bucket of each `(width, height)` and the share of the picture that it cuts off, as columns."""
+    added: dict[str, list[Any]] = {"bucket": [], "crop_share": []}
+    for width, height in zip(batch["width"], batch["height"], strict=True):
+        bucket = None if width is None else nearest_bucket(width, height, buckets)
+        added["bucket"].append(bucket and str(bucket))
+        added["crop_share"].append(bucket and bucket.crop_share(width, height))
+    return added
+
+
+def filter_clips(
+    table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, text_detector: TextDetector | None = None
+) -> pa.Table:
+    """Stage 2: one decoding pass for what has not been measured before, then thresholds."""
+    detector = text_detector or StrokeDetector()
+    stage = Stage(
+        "measure",
+        partial(measure_batch, text_detector=detector),
+        MEASURES,
+        "content",
+        {"version": MEASURES_VERSION, "text": detector.name},
+        config.batch_size,
+    )
+    return judge(run_stage(table, stage, stores, shard), config.filter_rules())
+
+
+def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> pa.Table:
+    """Stage 3: files of one clock, length and bucket, and their first frames."""
+    settings = {
+        "version": NORMALISE_VERSION,
+        "buckets": [str(bucket) for bucket in config.buckets()],
+        "fps": config.fps,
+        "num_frames": config.num_frames,
+    }
+    # A clip's bucket depends on which ratios there are, so they belong to the name as well.
+    folder = f"videos/{config.short_edge}p-{config.fps:g}fps-{config.num_frames}f-{digest(str(settings), 6)}"
+    function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
+    stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
+    return run_stage(table, stage, root / "stages", shard)
+
+
+def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Shard) -> pa.Table:
+    """Captions for clips without one, from their normalised files."""
+
+    def caption_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        missing = [row for row, prompt in enumerate(batch["prompt"]) if prompt is None]
+        written = captioner([str(root / batch["video"][row]) for row in missing]) if missing else []
+        captions = list(batch["prompt"])
+        for row, caption in zip(missing, written, strict=True):
+            captions[row] = caption.strip() or None
+        return {"caption": captions}
+
+    stage = Stage("caption", caption_batch, {"caption": pa.string()}, "content", {"captioner": captioner.name})
+    table = run_stage(table, stage, root / "stages", shard)
+    prompts = [a or b for a, b in zip(table["prompt"].to_pylist(), table["caption"].to_pylist(), strict=True)]
+    table = with_columns(table, {"prompt": prompts}, {"prompt": pa.string()})
+    return drop_where(table, [prompt is None for prompt in prompts], "no_prompt")
+
+
+def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Stage 4: every model and seed for every clip; a clip that misses one of its videos is dropped."""
+    kept = alive(table)
+    clips = kept.select(["source_id", "content", "prompt", "reference_image", "bucket"]).to_pydict()
+    tables = []
+    for model in config.video_models():
+        jobs = job_table(clips, model, config.seeds, {"fps": config.fps, "num_frames": config.num_frames})
+        tables.append(run_jobs(jobs, model, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
+    generations = pa.concat_tables(tables)
+    failed: dict[str, str] = {}
+    for content, rule, name in zip(
+        *(generations[column].to_pylist() for column in ("content", "dropped_by", "source_id")), strict=True
+    ):
+        if rule is not None:
+            failed.setdefault(content, f"{rule}: {name}")
+    details = [failed.get(content) for content in table["content"].to_pylist()]
+    return drop_where(table, [detail is not None for detail in details], "generation", details), generations
+
+
+def sweep(root: Path) -> None:
+    """Removes what killed processes left half written beside the files. To be called when all processes are done."""
+    for folder in ("stages", "sources", "videos", "generated"):
+        for path in (root / folder).rglob(".*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()

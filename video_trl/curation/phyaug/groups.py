@@ -1,0 +1,163 @@
+"""Last stages of PhyAugPipe: losers are judged, and clips with their losers become rows of the type "group"."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+
+from ...data.columns import group_features
+from ...judges import VideoJudge
+from ...losses.preference import physics_weights
+from ..engine.manifest import Batch, alive
+
+
+JUDGED_VERSION = 1
+
+#: Columns that judging adds to a table of generated videos.
+JUDGED: dict[str, pa.DataType] = {"sa": pa.float64(), "pc": pa.float64(), "judge": pa.string()}
+
+RUN_NAME = "run.json"
+
+
+@dataclass
+class JudgeBatch:
+    """
+    Stage "judge" as a batch function. It travels to other processes without the judge, which loads at first use.
+
+    Args:
+        make: makes the judge.
+        root: the run's folder, which paths are relative to.
+    """
+
+    make: Callable[[], VideoJudge]
+    root: Path
+    _judge: VideoJudge | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"make": self.make, "root": self.root, "_judge": None}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Columns `rejected` and `prompt` -> the columns `JUDGED`; no scores: dropped by "not_judged"."""
+        self._judge = judge = self._judge or self.make()
+        videos = [str(self.root / path) for path in batch["rejected"]]
+        try:
+            scores = judge.score(videos, batch["prompt"])
+        except ValueError:  # one of them cannot be judged, its caption does not fit for instance: find out which
+            scores = [self._score_one(judge, *pair) for pair in zip(videos, batch["prompt"], strict=True)]
+        missing = [score["sa"] is None or score["pc"] is None for score in scores]
+        return {
+            "sa": [score["sa"] for score in scores],
+            "pc": [score["pc"] for score in scores],
+            "judge": [judge.identity] * len(scores),
+            "dropped_by": ["not_judged" if bad else None for bad in missing],
+            "detail": [
+                str(score.get("error", ""))[:1000] if bad else None for score, bad in zip(scores, missing, strict=True)
+            ],
+        }
+
+    @staticmethod
+    def _score_one(judge: VideoJudge, video: str, prompt: str) -> dict[str, Any]:
+        try:
+            return judge.score([video], [prompt])[0]
+        except ValueError as error:
+            return {"sa": None, "pc": None, "error": str(error)}
+
+
+def phyaug_features() -> datasets.Features:
+    """Columns of the dataset: those that `VideoGroupDPOTrainer` reads, and where each of them comes from."""
+    text, real = datasets.Value("string"), datasets.Value("float32")
+    generation = {"model": text, "revision": text, "seed": datasets.Value("int64"), "settings": text}
+    return datasets.Features(
+        {
+            **group_features("category", "seeds", "generator", "provenance"),
+            "rejected_weights": datasets.List({"alpha": real, "gamma": real}),
+            "rejected_generation": datasets.List(generation),
+            "prompt_extended": text,
+            "physics": {"richness": real, "parse": text, "vision_check": text, "reason": text, "scores": text},
+            "action": {"similarity": real, "margin": real, "difficulty": real},
+        }
+    )
+
+
+def build_groups(
+    clips: pa.Table, losers: pa.Table, root: Path, *, difficulty: Mapping[str, float], config_hash: str
+) -> datasets.Dataset:
+    """
+    The dataset of a run: one row for each clip that kept all of its losers.
+
+    Args:
+        clips (`pyarrow.Table`): The manifest with the columns of all stages.
+        losers (`pyarrow.Table`): Generated and judged videos, the same number for each clip.
+        root (`Path`): The run's folder; paths in the dataset are absolute.
+        difficulty (`dict`): d of each category.
+        config_hash (`str`): Of the configuration; goes into `provenance`.
+
+    Returns:
+        `datasets.Dataset`: Columns of `phyaug_features`, videos as files. `rejected_weights` are Eq. 10 with the
+            paper's values, to look at: the trainer computes its own from the scores.
+    """
+    made: dict[str, list[dict[str, Any]]] = {}
+    for job in alive(losers).to_pylist():
+        made.setdefault(job["content"], []).append(job)
+    rows = [
+        _row(clip, made[clip["content"]], root, difficulty[clip["category"]], config_hash)
+        for clip in alive(clips).to_pylist()
+    ]
+    features = phyaug_features()
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def _row(
+    clip: Mapping[str, Any], jobs: list[dict[str, Any]], root: Path, difficulty: float, config_hash: str
+) -> dict[str, Any]:
+    sa, pc = (torch.tensor([job[name] for job in jobs], dtype=torch.float64) for name in ("sa", "pc"))
+    alpha, gamma = physics_weights(sa, pc)
+    told = {name: clip[name] for name in ("content", "fps", "seconds", "annotator", "embedder")}
+    provenance = {"route": "phyaug", "config": config_hash, "source": clip["source_id"], "judge": jobs[0]["judge"]}
+    return {
+        "prompt": clip["prompt"],
+        "chosen": str(root / clip["video"]),
+        "rejected": [str(root / job["rejected"]) for job in jobs],
+        "rejected_scores": [{"sa": job["sa"], "pc": job["pc"]} for job in jobs],
+        "category": clip["category"],
+        "seeds": [job["seed"] for job in jobs],
+        "generator": jobs[0]["model"],
+        "provenance": json.dumps(provenance | told),
+        "rejected_weights": [{"alpha": a, "gamma": g} for a, g in zip(alpha.tolist(), gamma.tolist(), strict=True)],
+        "rejected_generation": [
+            {"model": job["model"], "revision": job["revision"], "seed": job["seed"], "settings": job["generation"]}
+            for job in jobs
+        ],
+        "prompt_extended": clip["extended"],
+        "physics": {
+            "richness": clip["physics_richness"],
+            "parse": clip["parse"],
+            "vision_check": clip["vision_check"],
+            "reason": clip["reason"],
+            "scores": clip["physics_scores"],
+        },
+        "action": {"similarity": clip["similarity"], "margin": clip["margin"], "difficulty": difficulty},
+    }
+
+
+def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
+    """
+    The dataset of a finished run.
+
+    Raises:
+        ValueError: There is no run in `output_dir`, or it isn't finished.
+    """
+    root = Path(output_dir)
+    stamp = root / RUN_NAME
+    state = json.loads(stamp.read_text())["state"] if stamp.is_file() else None
+    if state != "finished":
+        found = "no run" if state is None else f"a run that is not finished (state {state!r})"
+        raise ValueError(f"{root} holds {found}. Start the pipeline with the same settings: it goes on where it was.")
+    files = sorted(str(path) for path in (root / "groups").glob("*.parquet"))
+    return datasets.Dataset.from_parquet(files, cache_dir=str(root / ".cache"))

@@ -1,0 +1,373 @@
+"""Videos to latents and prompts to embeddings: every distinct one is encoded once, and the result is cached."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+import torch.distributed as dist
+import transformers
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...models import VideoAdapter
+from ..buckets import AspectBucket
+from ..columns import MapDataset, check_columns, undecoded
+from ..images import read_image
+from ..video_io import probe_video, read_video
+from .inventory import IMAGE_COLUMN, Row, Survey, check_shapes, survey_rows, usable_rows, video_shapes
+from .store import EncodedDataset, EncodedWriter
+
+
+logger = logging.getLogger(__name__)
+
+_ENCODING_VERSION = 1  # raise it when the same input gives other numbers, so that old caches are not used
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `encode_dataset`."""
+
+    dataset: MapDataset
+    pipeline: DiffusionPipeline
+    adapter: VideoAdapter
+    row_type: str
+    max_sequence_length: int
+    pixels: dict[str, Any]  # keyword arguments of `read_video`
+    buckets: tuple[AspectBucket, ...]
+    max_crop: float
+    batch_size: int
+    on_bad_video: str
+    device: torch.device
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Conditions that are made of a first frame; none for text-to-video."""
+        return tuple(name for name in self.adapter.condition_columns if name != "prompt_embeds")
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """Networks of the pipeline that encode; they are needed in training no more."""
+        modules = [self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.components.get("image_encoder")]
+        return [module for module in modules if module is not None]
+
+
+def encode_dataset(
+    dataset: MapDataset,
+    pipeline: DiffusionPipeline,
+    adapter: VideoAdapter,
+    row_type: str,
+    *,
+    cache_dir: str | os.PathLike[str],
+    max_sequence_length: int,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    buckets: Sequence[AspectBucket] = (),
+    max_crop: float = 1.0,
+    batch_size: int = 8,
+    on_bad_video: Literal["raise", "skip"] = "raise",
+    device: torch.device | str | None = None,
+) -> EncodedDataset:
+    """
+    Encode a raw dataset with the pipeline's VAE and other encoders, or load the cached result.
+
+    The cache is found by a fingerprint of everything that the numbers depend on: the content of every video and image,
+    prompts, scores, weights and configuration of the encoders, tokenizer, sizes, and library versions. All videos are
+    decoded once for checking before the first one is encoded. Under `torch.distributed` the first process of each
+    machine does the work while the others wait, then load. Afterwards the encoders are on the CPU, in evaluation mode.
+
+    For image-to-video, a row may bring its first frame in the column `image` (a path, `{"path", "bytes"}`, a PIL image
+    or a uint8 array); it is scaled and cropped as the videos are. Without one, the first frame of the only or chosen
+    video is taken, and shared with the rejected ones.
+
+    Args:
+        dataset (`datasets.Dataset` or list of dicts): Raw rows of `row_type`.
+        pipeline (`DiffusionPipeline`): Has the `vae`, `text_encoder`, `tokenizer` and, where the transformer takes
+            `image_embeds`, the `image_encoder` and `image_processor` to encode with.
+        adapter (`VideoAdapter`): Of the pipeline's transformer.
+        row_type (`str`): `"video"`, `"preference"` or `"group"`.
+        cache_dir (`str` or `Path`): Where encoded datasets are kept, one folder each.
+        max_sequence_length (`int`): Prompts are cut to this number of tokens.
+        num_frames (`int`, *optional*): Train on the first so many frames of each video.
+        fps (`float`, *optional*): Frames per second to bring the videos to.
+        height, width (`int`, *optional*): Size in pixels: scaled to cover it, then centre-cropped.
+        buckets (`Sequence[AspectBucket]`, *optional*): Several sizes instead: all videos of a row are brought to the
+            one nearest to the shape of its only or chosen video.
+        max_crop (`float`, defaults to `1.0`): Largest share of that video's picture that its bucket may cut off, in
+            [0, 1]. A row that would lose more is treated as one with an unreadable video.
+        batch_size (`int`, defaults to `8`): Videos, or prompts, in one call. Lower it when memory runs out.
+        on_bad_video (`"raise"` or `"skip"`, defaults to `"raise"`): What to do with a row that has a video that cannot
+            be read wholly: stop, or leave the row out and report it in the log and in `EncodedDataset.skipped`.
+        device (`torch.device` or `str`, *optional*): Where to encode; the accelerator if there is one.
+
+    Returns:
+        [`EncodedDataset`]: Rows in the order of `dataset`.
+
+    Raises:
+        VideoDecodeError: A video or image is missing, damaged, truncated or too short and `on_bad_video="raise"`.
+        ValueError: Columns are wrong (see `check_columns`); the number of frames or a side does not suit the VAE; the
+            videos of one row differ in size; no row is left; the VAE returns values that are not finite.
+        OSError: The cache cannot be written. No incomplete cache is left under the final name.
+    """
+    job = _Job(
+        dataset=dataset,
+        pipeline=pipeline,
+        adapter=adapter,
+        row_type=row_type,
+        max_sequence_length=max_sequence_length,
+        pixels={"num_frames": num_frames, "fps": fps, "height": height, "width": width},
+        buckets=tuple(buckets),
+        max_crop=max_crop,
+        batch_size=batch_size,
+        on_bad_video=on_bad_video,
+        device=_default_device() if device is None else torch.device(device),
+    )
+    _check_job(job)
+    encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(lambda: _build(job, Path(cache_dir))))
+    if encoded.skipped:
+        named = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
+        logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), named)
+    for module in job.encoders:
+        module.eval().to("cpu")
+    return encoded
+
+
+def _check_job(job: _Job) -> None:
+    """Refuse what cannot be encoded before a video is read; sizes left to the files are checked after decoding."""
+    if job.on_bad_video not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_video` must be 'raise' or 'skip', got {job.on_bad_video!r}.")
+    if job.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {job.batch_size}.")
+    image_encoder = ("image_encoder", "image_processor") if "image_embeds" in job.image_columns else ()
+    for component in ("vae", "text_encoder", "tokenizer", *image_encoder):
+        if job.pipeline.components.get(component) is None:
+            raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
+    num_frames, height, width = job.pixels["num_frames"], job.pixels["height"], job.pixels["width"]
+    if (height is None) != (width is None):
+        raise ValueError(f"`height` and `width` must be given together, got {height} and {width}.")
+    if job.buckets and height is not None:
+        raise ValueError(f"Expected one size or `buckets`, got height={height}, width={width} and buckets. Drop one.")
+    side = job.pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
+    sizes = [(bucket.height, bucket.width) for bucket in job.buckets] or [(height or side, width or side)]
+    for size in sizes:
+        job.adapter.check_video(job.pipeline.vae, (1 if num_frames is None else num_frames, *size))
+    check_columns(job.dataset, job.row_type)
+
+
+def _build(job: _Job, cache_dir: Path) -> str:
+    """Encode unless it is done already; the name of the folder in `cache_dir`."""
+    survey = survey_rows(
+        undecoded(job.dataset),
+        job.row_type,
+        with_images=bool(job.image_columns),
+        on_bad_video=job.on_bad_video,
+        buckets=job.buckets,
+        max_crop=job.max_crop,
+    )
+    fingerprint = _fingerprint(job, survey.rows)
+    directory = cache_dir / f"{job.row_type}-{fingerprint}"
+    if directory.is_dir():
+        logger.info("Using the encoded dataset in %s.", directory)
+        return directory.name
+    shapes = video_shapes(survey, job.pixels)
+    rows, skipped = usable_rows(survey)
+    check_shapes(survey, rows, shapes, partial(job.adapter.check_video, job.pipeline.vae))
+    fps = job.pixels["fps"] or probe_video(survey.read(rows[0].videos[0])).fps
+    fps = None if math.isnan(fps) else fps
+    with EncodedWriter(directory, job.row_type, fingerprint, adapter=job.adapter.name, fps=fps) as writer:
+        _encode_prompts(job, rows, writer)
+        _encode_videos(job, survey, rows, shapes, writer)
+        if job.image_columns:
+            _encode_images(job, survey, rows, shapes, writer)
+        writer.finish([_index_row(job, row, shapes[row.videos[0]]) for row in rows], skipped)
+    return directory.name
+
+
+def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
+    """Hash of everything that the encoded numbers depend on: 32 hexadecimal digits."""
+    settings = [job.row_type, job.adapter.name, job.pixels, job.max_sequence_length, job.on_bad_video]
+    versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
+    digest = hashlib.blake2b(json.dumps([versions, settings]).encode(), digest_size=16)
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.videos, row.scores]).encode())
+    digest.update(json.dumps(sorted(job.pipeline.tokenizer.get_vocab().items())).encode())
+    _hash_module(digest, job.pipeline.text_encoder, job.pipeline.text_encoder.config.to_dict())
+    _hash_module(digest, job.pipeline.vae, dict(job.pipeline.vae.config))
+    if job.image_columns:
+        digest.update(json.dumps([job.image_columns, [row.image for row in rows]]).encode())
+    if "image_embeds" in job.image_columns:
+        digest.update(job.pipeline.image_processor.to_json_string().encode())
+        _hash_module(digest, job.pipeline.image_encoder, job.pipeline.image_encoder.config.to_dict())
+    return digest.hexdigest()
+
+
+def _hash_module(digest: "hashlib.blake2b", module: nn.Module, config: dict[str, Any]) -> None:
+    # Where the weights came from and which version wrote them do not change the numbers.
+    described = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    digest.update(json.dumps([type(module).__name__, described], sort_keys=True, default=str).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    with _placed(job.pipeline.text_encoder, job.device), tqdm(total=len(prompts), desc="Encoding prompts") as progress:
+        for start in range(0, len(prompts), job.batch_size):
+            batch = prompts[start : start + job.batch_size]
+            embeds = job.adapter.encode_prompt(job.pipeline, batch, job.max_sequence_length)
+            for prompt, embed in zip(batch, embeds, strict=True):
+                writer.add(_prompt_key(prompt), embed)
+            progress.update(len(batch))
+
+
+def _encode_videos(
+    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+) -> None:
+    by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for digest in dict.fromkeys(digest for row in rows for digest in row.videos):
+        by_shape[shapes[digest]].append(digest)
+    total = sum(map(len, by_shape.values()))
+    with _placed(job.pipeline.vae, job.device), tqdm(total=total, desc="Encoding videos") as progress:
+        for digests in by_shape.values():
+            for start in range(0, len(digests), job.batch_size):
+                batch = digests[start : start + job.batch_size]
+                videos = [read_video(survey.read(d), **survey.pixels_of(d, job.pixels)) for d in batch]
+                frames = np.stack(videos)  # (B, T, H, W, 3)
+                video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+                latents = job.adapter.encode_video(job.pipeline.vae, video)
+                for digest, latent in zip(batch, latents.cpu(), strict=True):
+                    _check_finite(latent, survey.names[digest], job.pipeline.vae)
+                    writer.add(_video_key(digest), latent)
+                progress.update(len(batch))
+
+
+def _encode_images(
+    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+) -> None:
+    """Conditions of every distinct first frame, for the length and size of the videos that it begins."""
+    by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for row in rows:
+        shape, digest = shapes[row.videos[0]], row.image or row.videos[0]
+        if digest not in by_shape[shape]:
+            by_shape[shape].append(digest)
+    total = sum(map(len, by_shape.values()))
+    networks = [job.pipeline.vae, *([job.pipeline.image_encoder] if "image_embeds" in job.image_columns else [])]
+    with ExitStack() as stack, tqdm(total=total, desc="Encoding first frames") as progress:
+        for network in networks:
+            stack.enter_context(_placed(network, job.device))
+        for (num_frames, height, width), digests in by_shape.items():
+            for start in range(0, len(digests), job.batch_size):
+                batch = digests[start : start + job.batch_size]
+                frames = [_first_frame(job, survey, digest, height, width) for digest in batch]
+                conditions = job.adapter.encode_image(
+                    job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
+                )
+                for column, values in conditions.items():
+                    for digest, value in zip(batch, values.cpu(), strict=True):
+                        _check_finite(value, survey.names[digest], job.pipeline.vae)
+                        writer.add(_image_key(column, digest, (num_frames, height, width)), value)
+                progress.update(len(batch))
+
+
+def _first_frame(job: _Job, survey: Survey, digest: str, height: int, width: int) -> np.ndarray:
+    """uint8 `(height, width, 3)`: the row's own image, or what its video begins with."""
+    source = survey.read(digest)
+    if survey.places[digest].column == IMAGE_COLUMN:
+        return read_image(source, height=height, width=width)
+    return read_video(source, **(survey.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
+
+
+def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+    if not torch.isfinite(encoded).all():
+        raise ValueError(
+            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
+            "in float32."
+        )
+
+
+def _index_row(job: _Job, row: Row, shape: tuple[int, int, int]) -> dict[str, Any]:
+    keys = [_video_key(digest) for digest in row.videos]
+    videos = {"video": keys[0]} if job.row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
+    images = {column: _image_key(column, row.image or row.videos[0], shape) for column in job.image_columns}
+    return {
+        "prompt": row.prompt,
+        "prompt_embeds": _prompt_key(row.prompt),
+        **videos,
+        "rejected_scores": row.scores,
+        **({"conditions": images} if images else {}),
+    }
+
+
+def _image_key(column: str, digest: str, shape: tuple[int, int, int]) -> str:
+    return f"{column}/{digest}-{'x'.join(map(str, shape))}"
+
+
+def _video_key(digest: str) -> str:
+    return f"videos/{digest}"
+
+
+def _prompt_key(prompt: str) -> str:
+    return f"prompts/{hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()}"
+
+
+@contextmanager
+def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on `device` in evaluation mode; back on the CPU afterwards, with the device's memory given back."""
+    module.eval().to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+def _default_device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _first_on_each_machine(work: Callable[[], str]) -> str:
+    """
+    Run `work` in one process of each machine while the others wait, and give all of them its result.
+
+    The group is its own because encoding may take longer than the time limit of the default group. An error raises in
+    every process, so that none waits for one that has given up.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    result: str | None = None
+    failure: Exception | None = None
+    if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    reports: list[Any] = [None] * dist.get_world_size()
+    message = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
+    dist.all_gather_object(reports, (result, message), group=group)
+    dist.destroy_process_group(group)
+    if failure is not None:
+        raise failure
+    for _, reported in reports:
+        if reported is not None:
+            is_value_error, text = reported
+            raise ValueError(text) if is_value_error else RuntimeError(text)
+    return next(name for name, _ in reports if name is not None)

@@ -1,0 +1,1 @@
+"""Published benchmarks: their prompts, judges and scores."""

@@ -1,0 +1,106 @@
+"""How much physics do hidden states hold? A generator before and after training, its teacher, and plain pixels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ...teachers import load_teacher
+from .physion import DiffusionFeatures, PixelFeatures, ProbeClip, ProbeResult, TeacherFeatures, probe, read_physion
+
+
+SANDBOX = "sandbox"
+
+
+def probe_models(
+    model: str = SANDBOX,
+    adapters: Sequence[str] = (),
+    *,
+    block: int = 4,
+    noise_levels: Sequence[float] = (0.1, 0.3, 0.5),
+    teacher: str | None = None,
+    teacher_kwargs: Mapping[str, Any] | None = None,
+    physion: str | None = None,
+    num_frames: int = 49,
+    frame_step: int = 1,
+    num_train: int = 480,
+    num_test: int = 480,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, ProbeResult]:
+    """
+    Fit a linear probe on each of: pixels (the floor), the model, the model with each adapter, the teacher (the
+    ceiling). It answers whether two objects will touch: on Physion v1.5, or on simulated clips for the sandbox.
+
+    Args:
+        model (`str`, *optional*, defaults to `"sandbox"`): Repository id or path of a pipeline in diffusers layout.
+        adapters (list of `str`, *optional*): What training left: folders with a LoRA adapter or a `transformer`.
+        block (`int`, *optional*, defaults to `4`): Block whose output is probed, counted from 1.
+        noise_levels (list of `float`, *optional*): Noise of the clips, shares of the schedule; cross-validation
+            chooses one.
+        teacher (`str`, *optional*): Video encoder, as for `load_teacher`; by default the sandbox's for the sandbox.
+        teacher_kwargs (`dict`, *optional*): Further arguments of `load_teacher`, such as `height` and `width`.
+        physion (`str`, *optional*): Folder that holds `physion_mp4s`.
+        num_frames (`int`), frame_step (`int`): Frames of a clip of Physion, and their distance in the file.
+        num_train (`int`), num_test (`int`): Simulated clips to fit the probe on, and to test it on.
+        height (`int`, *optional*), width (`int`, *optional*): Size that clips are brought to; by default the file's.
+        batch_size (`int`, *optional*, defaults to `16`): Clips in one call.
+
+    Returns:
+        `dict[str, ProbeResult]`: By name, in the order above; `probe_table` prints it.
+
+    Raises:
+        ValueError: If a model other than the sandbox's is given no clips of Physion, or as in `read_physion`.
+    """
+    if physion is None and model != SANDBOX:
+        raise ValueError(
+            f"Probing {model!r} needs `physion`, the folder that holds `physion_mp4s`: simulated clips have the size "
+            "of the sandbox's model."
+        )
+    if physion is not None:
+        frames: dict[str, Any] = {"num_frames": num_frames, "frame_step": frame_step}
+        train, test = read_physion(physion, "train", **frames), read_physion(physion, "test", **frames)
+    else:
+        train, test = _simulated(num_train, num_test)
+    # The sandbox has so few tokens that none need be pooled.
+    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {}
+    common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
+    results = {"pixels": probe(PixelFeatures(), train, test, name="pixels", **common)}
+    pipeline = _load(model)
+    base = pipeline.transformer
+    for adapter in ("", *adapters):
+        if adapter and (Path(adapter) / "transformer").is_dir():
+            whole = type(base).from_pretrained(adapter, subfolder="transformer", dtype=base.dtype)
+            pipeline.transformer = whole.to(base.device)
+        elif adapter:
+            pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
+        features = DiffusionFeatures(pipeline, block=block, noise_levels=noise_levels, **pooling)
+        results[adapter or model] = probe(features, train, test, name=adapter or model, **common)
+        if pipeline.transformer is not base:
+            pipeline.transformer = base
+        elif adapter:
+            pipeline.unload_lora_weights()
+    teacher = teacher or (SANDBOX if model == SANDBOX else None)
+    if teacher is not None:
+        ceiling = TeacherFeatures(load_teacher(teacher, **(teacher_kwargs or {})), **pooling)
+        results[f"{teacher} (teacher)"] = probe(ceiling, train, test, name=teacher, **common)
+    return results
+
+
+def _simulated(num_train: int, num_test: int) -> tuple[list[ProbeClip], list[ProbeClip]]:
+    from ...sandbox.data.contact_clips import contact_clips
+
+    return contact_clips(num_train, seed=11), contact_clips(num_test, seed=12)
+
+
+def _load(name: str) -> DiffusionPipeline:
+    """The pipeline, on the accelerator if there is one."""
+    if name == SANDBOX:
+        from ...sandbox import load_sandbox
+
+        return load_sandbox().pipeline
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return DiffusionPipeline.from_pretrained(name, dtype=torch.float32).to(device)

@@ -1,0 +1,1 @@
+"""Compare evaluated runs, and write the page that shows them."""

@@ -1,0 +1,271 @@
+"""Runs side by side: paired comparisons with corrected p-values, and one HTML page with videos, scores and tables."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runs.prompts import ALL, read_json_file
+from ..runs.run import Run, load_run
+from ..runs.tables import RunTable, tabulate
+from ..statistics import holm, paired_bootstrap, prompt_sign_test
+from ..votes.results import vote_results, votes_table
+from .page import Column, Comparison, Curve, Sample, Table, write_report
+
+
+METRICS = ("pc", "sa", "joint")
+_NOT_CURVES = ("epoch", "step", "total_flos")  # and what ends in _runtime or _per_second
+
+
+def compare_runs(
+    run_dirs: Sequence[str | os.PathLike[str]],
+    *,
+    baseline: str | None = None,
+    judge: str | None = None,
+    benchmark: str | None = None,
+    level: float = 0.95,
+) -> list[Comparison]:
+    """
+    Every method against the baseline in mean `pc`, mean `sa` and the share that passes both, on the same prompts and
+    noise. Runs of one name are training seeds of one method: their videos are pooled, and whole prompts are resampled.
+    The p-values (sign test over prompts) are corrected by Holm's method for the number of comparisons made here.
+
+    Args:
+        run_dirs (list of path): Runs that a judge has scored; methods have distinct names.
+        baseline (`str`, *optional*): Name of the method compared with; by default that of the first run.
+        judge (`str`, *optional*): Whose scores; may be left out when a single judge scored the runs.
+        benchmark (`str`, *optional*): Rule for `joint`; by default the one that the runs recorded.
+        level (`float`, *optional*, defaults to `0.95`): Confidence level of the intervals.
+
+    Returns:
+        `list[Comparison]`: Empty for a single method.
+
+    Raises:
+        ValueError: If runs differ in prompts, seeds, judge or rule, a run is given twice, methods have different
+            training seeds, or scores are missing.
+    """
+    tables = [tabulate(load_run(folder), judge=judge, benchmark=benchmark, level=level) for folder in run_dirs]
+    return _compare(tables, baseline, level)
+
+
+def write_comparison(
+    run_dirs: Sequence[str | os.PathLike[str]],
+    out_html: str | os.PathLike[str],
+    *,
+    baseline: str | None = None,
+    judge: str | None = None,
+    benchmark: str | None = None,
+    level: float = 0.95,
+    max_prompts: int | None = 24,
+    curves: Sequence[Curve] = (),
+    votes_path: str | os.PathLike[str] | None = None,
+    title: str = "Comparison",
+    notes: Sequence[str] = (),
+) -> Path:
+    """
+    Writes one self-contained HTML page: comparisons, counts with intervals for each run and group, votes, videos by
+    prompt with runs as columns, training curves. Videos can be filtered by category and by how far runs differ.
+
+    Args:
+        run_dirs, baseline, judge, benchmark, level: As in [`compare_runs`].
+        out_html (path): File to write.
+        max_prompts (`int`, *optional*, defaults to `24`): Prompts whose videos are embedded, the first ones of each
+            category in turn and never chosen by their scores; `None` embeds all. Tables count all of them.
+        curves (list of [`Curve`], *optional*): Training curves, such as those of [`training_curves`].
+        votes_path (path, *optional*): File of votes on these runs.
+        title (`str`, *optional*), notes (list of `str`, *optional*): Heading, and how the numbers were made.
+
+    Returns:
+        `Path`: The file written.
+
+    Raises:
+        ValueError: As in [`compare_runs`], or if the votes are about other runs.
+    """
+    runs = [load_run(folder) for folder in run_dirs]
+    tables = [tabulate(run, judge=judge, benchmark=benchmark, level=level) for run in runs]
+    comparisons = _compare(tables, baseline, level)
+    labels = [_label(run) for run in runs]
+    shown = _spread_prompts(runs[0], max_prompts)
+    per_prompt = len(runs[0].seeds)
+    samples = [_sample(tables, labels, index * per_prompt) for index in shown]
+    page_tables = [_runs_table(tables), *_group_tables(tables)]
+    if votes_path is not None:
+        page_tables.append(votes_table(vote_results(votes_path, level=level)))
+    told = [
+        f"Videos: {len(shown)} of {len(runs[0].prompts)} prompts, the first ones of each category in turn, not chosen "
+        f"by their scores; seed {runs[0].seeds[0]} of {list(runs[0].seeds)}.",
+        *(f"{label}: {_provenance(run)}" for label, run in zip(labels, runs, strict=True)),
+    ]
+    return write_report(
+        out_html,
+        title=title,
+        columns=[Column(label) for label in labels],
+        samples=samples,
+        comparisons=comparisons,
+        tables=page_tables,
+        curves=curves,
+        notes=[*notes, *told],
+        disagreement="pc",
+    )
+
+
+def training_curves(log: str | os.PathLike[str] | Sequence[Mapping[str, Any]], name: str = "") -> list[Curve]:
+    """
+    One chart for each logged quantity; names with a common part before a slash (`rewards/chosen`) share one.
+
+    Args:
+        log (path or list of `dict`): A checkpoint's `trainer_state.json`, or `trainer.state.log_history`.
+        name (`str`, *optional*): Method, put before the titles.
+
+    Raises:
+        ValueError: If the file cannot be read or has no log.
+    """
+    if isinstance(log, str | os.PathLike):
+        content = read_json_file(log)
+        if not isinstance(content, dict) or "log_history" not in content:
+            raise ValueError(f"{log} has no 'log_history'. Pass the trainer_state.json of a checkpoint.")
+        entries: Sequence[Mapping[str, Any]] = content["log_history"]
+    else:
+        entries = log
+    series: dict[str, dict[str, dict[float, float]]] = {}
+    for entry in entries:
+        for key, value in entry.items():
+            if _is_curve(key, value):
+                series.setdefault(key.partition("/")[0], {}).setdefault(key, {})[entry["step"]] = float(value)
+    curves = []
+    for title, lines in series.items():
+        steps = sorted({step for points in lines.values() for step in points})
+        if len(steps) > 1:
+            values = {key: [points.get(step, math.nan) for step in steps] for key, points in lines.items()}
+            curves.append(Curve(f"{name}: {title}" if name else title, steps, values))
+    return curves
+
+
+def _is_curve(key: str, value: Any) -> bool:
+    timing = key in _NOT_CURVES or key.endswith(("_runtime", "_per_second"))
+    return not timing and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _compare(tables: Sequence[RunTable], baseline: str | None, level: float) -> list[Comparison]:
+    if not tables:
+        raise ValueError("A comparison needs at least one run, got none.")
+    methods = _methods(tables)
+    baseline = tables[0].run.name if baseline is None else baseline
+    if baseline not in methods:
+        raise ValueError(f"The baseline {baseline!r} is not among the methods {sorted(methods)}.")
+    seeds = {name: [table.run.training_seed for table in runs] for name, runs in methods.items()}
+    trained = {tuple(sorted(map(str, values))): name for name, values in seeds.items() if values != [None]}
+    if len(trained) > 1:
+        raise ValueError(
+            f"Methods are compared training seed by training seed; each needs the same ones, got {seeds}."
+        )
+    num_seeds = max(len(values) for values in seeds.values())
+    clusters = [case.prompt_index for case in tables[0].run.cases] * num_seeds
+    values = {name: _pooled(runs, num_seeds) for name, runs in methods.items()}
+    pairs = [(metric, name) for name in methods if name != baseline for metric in METRICS]
+    differences, p_values = [], []
+    for metric, name in pairs:
+        a, b = values[name][metric], values[baseline][metric]
+        differences.append(paired_bootstrap(a, b, level=level, clusters=clusters))
+        p_values.append(prompt_sign_test(a, b, clusters))
+    return [
+        Comparison(metric, name, baseline, difference, num_seeds, p)
+        for (metric, name), difference, p in zip(pairs, differences, holm(p_values), strict=True)
+    ]
+
+
+def _methods(tables: Sequence[RunTable]) -> dict[str, list[RunTable]]:
+    """Runs by name, ordered by training seed, after checking that all of them can be compared."""
+    first = tables[0]
+    methods: dict[str, list[RunTable]] = {}
+    for table in tables:
+        run = table.run
+        if [(c.prompt.text, c.seed) for c in run.cases] != [(c.prompt.text, c.seed) for c in first.run.cases]:
+            raise ValueError(
+                f"{run.folder} and {first.run.folder} have other prompts or seeds ({len(run.cases)} and "
+                f"{len(first.run.cases)} videos). Evaluate both on the same ones."
+            )
+        if (table.judge, table.benchmark.name) != (first.judge, first.benchmark.name):
+            raise ValueError(
+                f"{run.folder} was scored by {table.judge!r} and counted as {table.benchmark.name!r}, "
+                f"{first.run.folder} by {first.judge!r} as {first.benchmark.name!r}. Score both by one judge and rule."
+            )
+        methods.setdefault(run.name, []).append(table)
+    for name, runs in methods.items():
+        counts = Counter(table.run.training_seed for table in runs)
+        if max(counts.values()) > 1 or (None in counts and len(counts) > 1):
+            raise ValueError(
+                f"Several runs are called {name!r} and their training seeds {list(counts)} do not tell them apart. "
+                "Give methods distinct names, and each run of a method its training seed."
+            )
+    return {name: sorted(runs, key=lambda table: table.run.training_seed or 0) for name, runs in methods.items()}
+
+
+def _pooled(tables: Sequence[RunTable], num_seeds: int) -> dict[str, list[float]]:
+    """Values of all videos of a method, seed after seed. A model without training seed stands against each of them."""
+    values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for table in tables:
+        for score in table.scores:
+            values["sa"].append(float(score["sa"]))
+            values["pc"].append(float(score["pc"]))
+            values["joint"].append(float(table.benchmark.passes["joint"](score)))
+    return {metric: row * (num_seeds // len(tables)) for metric, row in values.items()}
+
+
+def _label(run: Run) -> str:
+    return run.name if run.training_seed is None else f"{run.name}, seed {run.training_seed}"
+
+
+def _provenance(run: Run) -> str:
+    told = {
+        "model": run.provenance.get("model"),
+        "adapter": run.provenance.get("adapter"),
+        **{key: run.generation.get(key) for key in ("revision", "adapter_hash", "fps", "call_kwargs")},
+        "run": run.identity,
+        **run.versions,
+    }
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+
+
+def _runs_table(tables: Sequence[RunTable]) -> Table:
+    """One row for each run: all its videos."""
+    header = ["run", *tables[0].as_table().header[1:]]
+    rows = [[_label(table.run), *table.as_table().rows[0][1:]] for table in tables]
+    return Table("Each run", header, rows, tables[0].as_table().note)
+
+
+def _group_tables(tables: Sequence[RunTable]) -> list[Table]:
+    """Share that passes both criteria by group, runs as columns; none when there are no groups."""
+    groups = [group for group in tables[0].shares if group != ALL]
+    if not groups:
+        return []
+    rows = []
+    for group in groups:
+        first = tables[0].shares[group]["joint"]
+        rows.append([group, str(first.n), *(str(table.shares[group]["joint"]) for table in tables)])
+    header = ["group", "videos", *(_label(table.run) for table in tables)]
+    return [Table("Joint share by group", header, rows)]
+
+
+def _spread_prompts(run: Run, most: int | None) -> list[int]:
+    """Prompts to show: the first one of each category, then the second ones, and so on; in the order of the run."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for index, prompt in enumerate(run.prompts):
+        turns.append((seen[prompt.category], index))
+        seen[prompt.category] += 1
+    return sorted(index for _, index in sorted(turns)[:most])
+
+
+def _sample(tables: Sequence[RunTable], labels: Sequence[str], index: int) -> Sample:
+    case = tables[0].run.cases[index]
+    told: dict[str, dict[str, float | str]] = {}
+    for label, table in zip(labels, tables, strict=True):
+        score = table.scores[index]
+        told[label] = {"pc": float(score["pc"]), "sa": float(score["sa"])}
+        if isinstance(score.get("explanation"), str):
+            told[label]["explanation"] = score["explanation"]
+    videos = {label: run.video(run.cases[index]) for label, run in zip(labels, (t.run for t in tables), strict=True)}
+    return Sample(case.prompt.text, videos, told, case.prompt.category)

@@ -1,0 +1,1 @@
+"""An evaluated run on disk: prompts, generated videos, scores and their tables."""

@@ -1,0 +1,325 @@
+"""From prompts and seeds to the videos of a run, with any diffusers video pipeline."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...data.video_io import write_video
+from .prompts import EvaluationPrompt
+from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, remove_leftovers, shard
+
+
+logger = logging.getLogger(__name__)
+
+SANDBOX = "sandbox"
+_WHOLE_HASH_BYTES = 64 << 20  # of larger files, the hash covers the size, the head and the tail
+_ENDS_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Generator:
+    """
+    A pipeline together with what has to be known to get the same videos again.
+
+    Attributes:
+        pipeline (`DiffusionPipeline`): Text-to-video or image-to-video pipeline on its device, adapter loaded.
+        model (`str`): Repository id or path, or any name for a pipeline that was made in memory.
+        fps (`float`): Frames per second that the model generates at (Wan 16, CogVideoX 8).
+        call_kwargs (`dict`): Arguments of the pipeline's call beside the prompt: size, frames, steps, guidance.
+        revision (`str`, *optional*): Commit or hash of the weights; by default the weights in memory are hashed.
+        adapter (`str`, *optional*): Where the adapter came from.
+        adapter_hash (`str`, *optional*): Hash of its file.
+    """
+
+    pipeline: DiffusionPipeline
+    model: str
+    fps: float
+    call_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_hash: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What determines the videos beside prompts and seeds; goes into JSON."""
+        revision = self.revision or _weights_hash(self.pipeline)
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "revision": revision,
+            "adapter_hash": self.adapter_hash,
+            "dtype": str(self.pipeline.dtype).removeprefix("torch."),
+            "fps": self.fps,
+            "call_kwargs": dict(self.call_kwargs),
+        }
+
+
+def load_generator(
+    model: str = SANDBOX,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    fps: float | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Generator:
+    """
+    Loads a pipeline, with or without a LoRA adapter.
+
+    Args:
+        model (`str`, *optional*, defaults to `"sandbox"`): Repository id or path of a pipeline in diffusers layout.
+        adapter (`str`, *optional*): Repository id or folder with `pytorch_lora_weights.safetensors`, or that file.
+        revision (`str`, *optional*): Branch, tag or commit of the model's repository.
+        fps (`float`, *optional*): Frames per second that the model generates at. Not needed for the sandbox.
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call, over the sandbox's own for the sandbox.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"` for all but the VAE, which is float32.
+            By default bfloat16 on an accelerator and float32 on the CPU.
+        device (`str`, *optional*): By default the accelerator of this process (`LOCAL_RANK`), else the CPU.
+
+    Returns:
+        [`Generator`]
+
+    Raises:
+        ValueError: If the model or adapter is not there, the adapter does not fit, or `fps` is missing.
+    """
+    place = torch.device(device) if device else _default_device()
+    adapter_file = _adapter_file(adapter) if adapter else None  # before gigabytes are loaded
+    if model == SANDBOX:
+        from ...sandbox import load_sandbox  # the default model, loaded only when it is asked for
+        from ...sandbox.weights.pipeline import PIPELINE_PATH
+        from ...sandbox.world.simulate import FPS
+
+        if revision or dtype not in (None, "float32"):
+            raise ValueError("The sandbox has one revision and one dtype (float32): leave `revision` and `dtype` out.")
+        sandbox = load_sandbox()
+        pipeline, folder, fps = sandbox.pipeline, PIPELINE_PATH, fps or FPS
+        call_kwargs = {**sandbox.call_kwargs, **(call_kwargs or {})}
+    else:
+        if fps is None:
+            raise ValueError(f"`fps` is needed for {model!r}: the rate it generates at (Wan 16, CogVideoX 8).")
+        folder = _pipeline_folder(model, revision)
+        weights_dtype = _torch_dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype={"vae": torch.float32, "default": weights_dtype}, local_files_only=True
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter_file is not None:
+        pipeline.load_lora_weights(adapter_file.parent, weight_name=adapter_file.name, adapter_name="default")
+        if not any(pipeline.get_list_adapters().values()):
+            # diffusers only logs a warning when no key of the file fits.
+            raise ValueError(f"No weight of {adapter_file} fits {model!r}. Pass an adapter of this model.")
+    return Generator(
+        pipeline=pipeline.to(place),
+        model=model,
+        fps=fps,
+        call_kwargs=dict(call_kwargs or {}),
+        revision=folder.name if folder.parent.name == "snapshots" else folder_hash(folder),
+        adapter=adapter,
+        adapter_hash=None if adapter_file is None else _file_hash(adapter_file),
+    )
+
+
+def generate_run(
+    run_dir: str | os.PathLike[str],
+    generator: Generator,
+    prompts: Sequence[EvaluationPrompt | str],
+    *,
+    seeds: Sequence[int] = (0,),
+    name: str = "model",
+    training_seed: int | None = None,
+    benchmark: str = "custom",
+    batch_size: int = 1,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+) -> Run:
+    """
+    Generates the videos of a run that are not there yet. Under `torchrun` or `accelerate launch` each process takes
+    its share; it returns when its own videos are there.
+
+    A video depends on its prompt and seed (the noise comes from a CPU generator of its own) and, up to the order of
+    floating-point sums, not on batch size or number of processes.
+
+    Args:
+        run_dir (path): Directory of the run, new or begun with the same arguments.
+        generator ([`Generator`]): The model.
+        prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
+        name (`str`), training_seed (`int`), benchmark (`str`): As in [`Run`].
+        batch_size (`int`, *optional*, defaults to `1`): Videos generated together; those with an image go singly.
+        rank (`int`, *optional*), num_ranks (`int`, *optional*): Share of this process, by default as launched.
+
+    Returns:
+        [`Run`]
+
+    Raises:
+        ValueError: If the directory holds another run, another process is working on the same videos, or the pipeline
+            gives values that are not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    run = create_run(
+        run_dir,
+        name=name,
+        prompts=prompts,
+        seeds=seeds,
+        source=generator.describe() | _images_hash(prompts),
+        provenance={"model": generator.model, "adapter": generator.adapter},
+        training_seed=training_seed,
+        benchmark=benchmark,
+    )
+    default_rank, default_ranks = shard()
+    share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
+    folder = run.folder / VIDEO_FOLDER
+    with claimed(folder / ".lock", [position for position, _ in share]):
+        remove_leftovers(folder, [run.video(case).name for _, case in share])
+        todo = [case for _, case in share if not run.video(case).is_file()]
+        with tqdm(
+            total=len(share), initial=len(share) - len(todo), desc=f"Generating {name}", unit="video"
+        ) as progress:
+            for batch in _batches(todo, batch_size):
+                for case, video in zip(batch, _generate(generator, batch), strict=True):
+                    write_video(run.video(case), video, generator.fps)
+                progress.update(len(batch))
+    return run
+
+
+@torch.no_grad()
+def _generate(generator: Generator, cases: Sequence[Case]) -> np.ndarray:
+    """Videos of the cases, uint8 `(N, T, H, W, 3)`."""
+    texts = [case.prompt.generation_text or case.prompt.text for case in cases]
+    noise = [torch.Generator("cpu").manual_seed(case.noise_seed) for case in cases]
+    kwargs = dict(generator.call_kwargs)
+    if cases[0].prompt.image is not None:
+        with Image.open(cases[0].prompt.image) as image:
+            kwargs["image"] = image.convert("RGB")
+    frames = np.asarray(generator.pipeline(prompt=texts, generator=noise, output_type="np", **kwargs).frames)
+    for case, video in zip(cases, frames, strict=True):
+        if not np.isfinite(video).all():
+            raise ValueError(
+                f"The pipeline gave values that are not finite for {case.prompt.text!r} with seed {case.seed}. Check "
+                "the adapter, and the dtype: float16 overflows in many video models."
+            )
+    return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _images_hash(prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
+    """What the first frames are, where prompts have them: paths alone would not tell."""
+    paths = [prompt.image for prompt in prompts if isinstance(prompt, EvaluationPrompt) and prompt.image is not None]
+    try:
+        hashes = [_file_hash(path) for path in paths]
+    except OSError as error:
+        raise ValueError(f"The image of a prompt cannot be read: {error}.") from error
+    return {"images_hash": hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()} if hashes else {}
+
+
+def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+    """Consecutive cases; one with an image stands alone, since pipelines take one image a call."""
+    batch: list[Case] = []
+    for case in cases:
+        if case.prompt.image is not None:
+            yield [case]
+            continue
+        batch.append(case)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def folder_hash(folder: str | os.PathLike[str]) -> str:
+    """
+    Fingerprint of a folder: names and contents of its files. Of files above 64 MiB only size, head and tail are read,
+    which tells retrained weights apart without reading tens of gigabytes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            if size <= _WHOLE_HASH_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_ENDS_BYTES))
+                file.seek(size - _ENDS_BYTES)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _file_hash(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _weights_hash(pipeline: DiffusionPipeline) -> str:
+    """Hash of the weights of all networks of a pipeline, adapters included, and of the scheduler's settings."""
+    # Private entries are no settings, and diffusers lists them in an order that changes from process to process.
+    settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, module in sorted(pipeline.components.items()):
+        if isinstance(module, nn.Module):
+            for key, tensor in module.state_dict().items():
+                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _pipeline_folder(model: str, revision: str | None) -> Path:
+    """Folder of a pipeline: a local one, or the snapshot of a repository, whose name is its commit."""
+    if Path(model).is_dir():
+        if not (Path(model) / "model_index.json").is_file():
+            raise ValueError(f"Expected a pipeline in diffusers layout in {model!r}, found no model_index.json.")
+        if revision is not None:
+            raise ValueError(f"`revision` names a commit of a repository, but {model!r} is a folder.")
+        return Path(model)
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"No folder {model!r}, and the repository of that id cannot be loaded ({error}). Check the spelling, the "
+            "connection, and `hf auth login` where it is private; or use 'sandbox', which needs no download."
+        ) from error
+
+
+def _adapter_file(adapter: str) -> Path:
+    path = Path(adapter)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / LORA_WEIGHT_NAME_SAFE).is_file():
+            raise ValueError(f"No adapter in {adapter!r}: expected the file {LORA_WEIGHT_NAME_SAFE}.")
+        return path / LORA_WEIGHT_NAME_SAFE
+    try:
+        return Path(hf_hub_download(adapter, LORA_WEIGHT_NAME_SAFE))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"No folder {adapter!r}, and {LORA_WEIGHT_NAME_SAFE} of the repository of that id can't be loaded: {error}"
+        ) from error
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {name!r}.")
+    return dtypes[name]
+
+
+def _default_device() -> torch.device:
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))

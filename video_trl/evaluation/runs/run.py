@@ -1,0 +1,346 @@
+"""
+A run: a folder with the videos of one model for some prompts and seeds, and with everything needed to know what it is.
+
+    RUN/run.json                  what was generated: model, revision, adapter, prompts, seeds, call, versions
+    RUN/videos/00003-1.mp4        prompt 3 with seed 1
+    RUN/scores/JUDGE/00003-1.json what a judge said about it
+
+A file stands under its name only when it is whole, so its presence says that the work is done: any number of processes
+may share the work, each may be killed at any moment, and starting again does what is left.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.video_io import VideoDecodeError, probe_video, video_hash
+from .prompts import EvaluationPrompt, check_prompts, prompts_hash, read_json_file
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+VIDEO_FOLDER = "videos"
+SCORE_FOLDER = "scores"
+_OWN_NAMES = (RUN_FILE, VIDEO_FOLDER, SCORE_FOLDER)
+_FORMAT = 1
+_PACKAGES = ("video-trl", "torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One video of a run: a prompt with a seed. `key` names its files."""
+
+    prompt_index: int
+    prompt: EvaluationPrompt
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.prompt_index:05d}-{self.seed}"
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the starting noise: another one for every prompt, the same for every model."""
+        return int(np.random.default_rng([self.seed, *self.prompt.text.encode()]).integers(2**31))
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run directory, opened by [`load_run`] or made by [`generate_run`].
+
+    Attributes:
+        folder (`Path`): The directory.
+        name (`str`): Method or model, as tables show it.
+        training_seed (`int` or `None`): Seed of the training behind the adapter; none for a base model.
+        benchmark (`str`): Rule that its scores are counted by, a key of `video_trl.evaluation.runs.tables.BENCHMARKS`.
+        generation (`dict`): What determines the videos: weights, adapter, call, frame rate, seeds, prompts.
+        provenance (`dict`): Where model and adapter came from.
+        versions (`dict`): Packages that generated them.
+        prompts (`tuple[EvaluationPrompt, ...]`), seeds (`tuple[int, ...]`): The videos are their product.
+    """
+
+    folder: Path
+    name: str
+    training_seed: int | None
+    benchmark: str
+    generation: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    versions: Mapping[str, str]
+    prompts: tuple[EvaluationPrompt, ...]
+    seeds: tuple[int, ...]
+
+    @cached_property
+    def cases(self) -> tuple[Case, ...]:
+        """All videos in the order prompts x seeds."""
+        return tuple(Case(index, prompt, seed) for index, prompt in enumerate(self.prompts) for seed in self.seeds)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what determines the videos: equal for two runs that must have the same ones."""
+        content = json.dumps(self.generation, sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def video(self, case: Case) -> Path:
+        return self.folder / VIDEO_FOLDER / f"{case.key}.mp4"
+
+    def missing(self) -> list[Case]:
+        """Cases without a video, in order."""
+        return [case for case in self.cases if not self.video(case).is_file()]
+
+    def check_videos(self, cases: Sequence[Case] | None = None) -> None:
+        """
+        Opens every video (of `cases`, or all).
+
+        Raises:
+            ValueError: If videos are missing or cannot be opened; all of them are counted, the first one is named.
+        """
+        cases = self.cases if cases is None else cases
+        missing = [case for case in cases if not self.video(case).is_file()]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {len(missing)} of {len(cases)} videos are missing, the first being "
+                f"{self.video(missing[0]).name} for {missing[0].prompt.text!r} with seed {missing[0].seed}. Start the "
+                "evaluation again with the same arguments: it generates what is missing."
+            )
+        faults = []
+        for case in cases:
+            try:
+                probe_video(self.video(case))
+            except VideoDecodeError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError(
+                f"{self.folder}: {len(faults)} of {len(cases)} videos cannot be read. Delete them and start the "
+                f"evaluation again with the same arguments. The first: {faults[0]}"
+            )
+
+    def video_hashes(self) -> dict[str, str]:
+        """Content hash of each video by its key; together they say which bytes a score or vote is about."""
+        return {case.key: video_hash(self.video(case)) for case in self.cases}
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """
+    Opens a run directory.
+
+    Raises:
+        ValueError: If it is no run directory, is of another format, or its description was changed by hand.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(
+            f"Expected an evaluation run in {folder}, found no {RUN_FILE}. Pass a directory that `evaluate_model` or "
+            "`generate_run` wrote."
+        )
+    content = read_json_file(folder / RUN_FILE)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder / RUN_FILE} is not in format {_FORMAT}, the one this version reads. Use the version of "
+            "video_trl that wrote it."
+        )
+    prompts = check_prompts([EvaluationPrompt.from_dict(values) for values in content["prompts"]])
+    generation = content["generation"]
+    if generation["prompts_hash"] != prompts_hash(prompts):
+        raise ValueError(
+            f"{folder / RUN_FILE}: the prompts are not those of the recorded hash; the file was edited after the run. "
+            "Restore it, or generate again in a new directory."
+        )
+    return Run(
+        folder=folder,
+        name=content["name"],
+        training_seed=content["training_seed"],
+        benchmark=content["benchmark"],
+        generation=generation,
+        provenance=content["provenance"],
+        versions=content["versions"],
+        prompts=prompts,
+        seeds=tuple(generation["seeds"]),
+    )
+
+
+def create_run(
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    prompts: Sequence[EvaluationPrompt | str],
+    seeds: Sequence[int],
+    source: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+    training_seed: int | None = None,
+    benchmark: str = "custom",
+) -> Run:
+    """
+    Writes the description of a run, or opens the directory when it describes the same one. Of several processes that
+    start together one writes and the others compare.
+
+    Args:
+        folder (path): Directory; made where needed.
+        name (`str`): Method or model, as tables show it.
+        prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): Distinct; seeds are at least 0.
+        source (`dict`): The rest of what determines the videos (weights, adapter, call, frame rate), for JSON.
+        provenance (`dict`, *optional*): Where these came from: names and paths, which may change between two starts.
+        training_seed (`int`, *optional*): Seed of the training behind an adapter.
+        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by.
+
+    Returns:
+        [`Run`]
+
+    Raises:
+        ValueError: If prompts or seeds repeat, a value has no JSON form, or the directory holds another run or other
+            files.
+    """
+    folder, prompts = Path(folder), check_prompts(prompts)
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"Seeds must be distinct, at least 0, and there must be one; got {seeds}.")
+    if not name.strip():
+        raise ValueError("A run needs a name: it is what tables and reports call the model.")
+    generation = {**source, "seeds": seeds, "prompts_hash": prompts_hash(prompts)}
+    content = {
+        "format": _FORMAT,
+        "name": name,
+        "training_seed": training_seed,
+        "benchmark": benchmark,
+        "generation": generation,
+        "provenance": dict(provenance or {}),
+        "versions": package_versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompts": [prompt.to_dict() for prompt in prompts],
+    }
+    try:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The description of a run is written as JSON, and a value has no such form: {error}."
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    strange = [path.name for path in folder.iterdir() if path.name not in _OWN_NAMES and not path.name.startswith(".")]
+    if strange and not (folder / RUN_FILE).exists():
+        raise ValueError(f"{folder} holds files that are no evaluation run ({strange[0]}). Pass a new directory.")
+    _write_once(folder / RUN_FILE, text)
+    run = load_run(folder)
+    _check_same(run, json.loads(text))
+    (folder / VIDEO_FOLDER).mkdir(exist_ok=True)
+    return run
+
+
+def _check_same(run: Run, wanted: Mapping[str, Any]) -> None:
+    """Refuses to go on with another run's videos, or to mix videos of different versions."""
+    found = {"name": run.name, "training_seed": run.training_seed, "benchmark": run.benchmark, **run.generation}
+    asked = {key: wanted[key] for key in ("name", "training_seed", "benchmark")} | wanted["generation"]
+    changed = [key for key in sorted(found | asked) if found.get(key) != asked.get(key)]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{run.folder} holds another run, which differs in {', '.join(changed)} ({key}: has "
+            f"{found.get(key)!r}, asked for {asked.get(key)!r}). Pass a new directory, or its arguments to resume it."
+        )
+    versions = {
+        name: f"{run.versions.get(name)} then, {version} now"
+        for name, version in wanted["versions"].items()
+        if run.versions.get(name) != version
+    }
+    if versions and run.missing():
+        raise ValueError(
+            f"{run.folder} was begun with other versions ({versions}), and its videos would come from both. "
+            "Finish it in the first one, or start in a new directory."
+        )
+
+
+def shard() -> tuple[int, int]:
+    """(rank, number of processes) as `torchrun` and `accelerate launch` announce them; (0, 1) without them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cases_of(run: Run, rank: int, num_ranks: int) -> list[tuple[int, Case]]:
+    """Cases of one process, every `num_ranks`-th from `rank` on, with their position among all cases."""
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"Expected 0 <= rank < num_ranks, got rank {rank} of {num_ranks}.")
+    return list(enumerate(run.cases))[rank::num_ranks]
+
+
+@contextmanager
+def claimed(lock: Path, positions: Sequence[int]) -> Iterator[None]:
+    """
+    Claims cases for this process: one locked byte of a file for each. The kernel drops the locks when the process
+    ends, however it ends, so nothing has to be cleaned up after a kill.
+
+    Raises:
+        ValueError: If another process holds one of them.
+    """
+    with open(lock, "ab") as file:
+        for position in positions:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, position)
+            except (BlockingIOError, PermissionError) as error:
+                raise ValueError(
+                    f"Another process is working in {lock.parent}. Let it finish, or end it and start again."
+                ) from error
+        yield
+
+
+def remove_leftovers(folder: Path, names: Sequence[str]) -> None:
+    """Removes what a killed process left of the files `names`, which this process has claimed."""
+    mine = {f".{name}" for name in names}
+    for path in folder.glob(".*"):
+        if path.name.rpartition(".")[0] in mine:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            logger.info("Removed %s, left by a process that was stopped.", path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all; NaN and infinity are refused with a `ValueError`."""
+    os.replace(_write_partial(path, json.dumps(content, ensure_ascii=False, allow_nan=False)), path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape a video."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            versions[name] = "not installed as a package"
+    return versions
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Writes the file unless it is there; of several writers exactly one wins, with a whole file."""
+    partial = _write_partial(path, text)
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+
+
+def _write_partial(path: Path, text: str) -> Path:
+    """The text in a whole file of a temporary name beside `path`."""
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only here
+        os.chmod(partial, 0o644)  # temporary files are private; a run is to be shared
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return Path(partial)

@@ -1,0 +1,156 @@
+"""From the scores of a run to counts, shares and means by group: the table that a benchmark prints."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..report.page import Table
+from ..statistics import Share, share_of
+from .prompts import ALL
+from .run import Run, load_run
+from .score import judge_of, load_scores
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    How scores are counted.
+
+    Attributes:
+        name (`str`): Key in `BENCHMARKS`, recorded by a run.
+        passes (`dict[str, function]`): Criteria; each takes a score and says whether the video passed.
+        note (`str`): The rule in words, under every table.
+    """
+
+    name: str
+    passes: Mapping[str, Callable[[Mapping[str, Any]], bool]]
+    note: str
+
+
+def _at_least(threshold: float) -> dict[str, Callable[[Mapping[str, Any]], bool]]:
+    def sa(score: Mapping[str, Any]) -> bool:
+        return float(score["sa"]) >= threshold
+
+    def pc(score: Mapping[str, Any]) -> bool:
+        return float(score["pc"]) >= threshold
+
+    return {"sa": sa, "pc": pc, "joint": lambda score: sa(score) and pc(score)}
+
+
+_HALF = "A video passes sa or pc with a score of at least 0.5, joint with both."
+BENCHMARKS = {
+    "custom": Benchmark("custom", _at_least(0.5), _HALF),
+    "videophy": Benchmark("videophy", _at_least(0.5), _HALF),
+    "videophy2": Benchmark(
+        "videophy2",
+        _at_least(4 / 5),  # the judge gives a fifth of its rating
+        "A video passes sa or pc with a rating of at least 4 of 5, joint with both.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """
+    Counts of one run.
+
+    Attributes:
+        run ([`Run`]), judge (`str`), benchmark ([`Benchmark`]): What was counted, by whom, how.
+        scores (list of `dict`): Score of each video, in the order of `run.cases`.
+        shares (`dict[group, dict[criterion, Share]]`): Videos that passed; the group `all` holds every video.
+        means (`dict[group, dict[str, float]]`): Mean `sa` and `pc`.
+    """
+
+    run: Run
+    judge: str
+    benchmark: Benchmark
+    scores: Sequence[Mapping[str, Any]]
+    shares: Mapping[str, Mapping[str, Share]]
+    means: Mapping[str, Mapping[str, float]]
+
+    def as_table(self) -> Table:
+        """The counts as a table of text, each share with its interval."""
+        criteria = list(self.benchmark.passes)
+        header = ["group", "videos", "prompts", "mean sa", "mean pc", *(f"{name} passed" for name in criteria)]
+        rows = []
+        for group, shares in self.shares.items():
+            first, means = shares[criteria[0]], self.means[group]
+            counts = [str(first.n), str(first.num_clusters), f"{means['sa']:.3f}", f"{means['pc']:.3f}"]
+            rows.append([group, *counts, *(str(shares[name]) for name in criteria)])
+        note = (
+            f"{self.benchmark.note} Judge: {self.judge}. k/n = share [{100 * first.level:g} % Wilson interval, for "
+            "several videos a prompt by their effective number]."
+        )
+        return Table(f"{self.run.name}, {self.benchmark.name}", header, rows, note)
+
+    def __str__(self) -> str:
+        return text_table(self.as_table())
+
+
+def tabulate(
+    run_dir: str | os.PathLike[str] | Run,
+    *,
+    judge: str | None = None,
+    benchmark: str | None = None,
+    level: float = 0.95,
+) -> RunTable:
+    """
+    Counts the scores of a run. Nothing is generated or judged.
+
+    Args:
+        run_dir (path or [`Run`]): The run.
+        judge (`str`, *optional*): Whose scores; may be left out when a single judge scored the run.
+        benchmark (`str`, *optional*): Rule to count by; by default the one that the run recorded.
+        level (`float`, *optional*, defaults to `0.95`): Confidence level of the intervals.
+
+    Returns:
+        [`RunTable`]
+
+    Raises:
+        ValueError: If the rule is unknown, or the run or its scores are not complete.
+    """
+    run = run_dir if isinstance(run_dir, Run) else load_run(run_dir)
+    rule = benchmark_named(benchmark or run.benchmark)
+    scores = load_scores(run, judge)
+    members = groups_of(run)
+    shares: dict[str, dict[str, Share]] = {}
+    means: dict[str, dict[str, float]] = {}
+    for group, indices in members.items():
+        prompts = [run.cases[index].prompt_index for index in indices]
+        shares[group] = {
+            name: share_of([passes(scores[index]) for index in indices], prompts, level)
+            for name, passes in rule.passes.items()
+        }
+        means[group] = {
+            key: sum(float(scores[index][key]) for index in indices) / len(indices) for key in ("sa", "pc")
+        }
+    return RunTable(run, judge_of(run, judge), rule, scores, shares, means)
+
+
+def benchmark_named(name: str) -> Benchmark:
+    """
+    Raises:
+        ValueError: If there is no such rule.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"Unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
+
+def groups_of(run: Run) -> dict[str, list[int]]:
+    """Positions among `run.cases` of all videos and of those of each group, in the order in which groups appear."""
+    members: dict[str, list[int]] = {ALL: list(range(len(run.cases)))}
+    for index, case in enumerate(run.cases):
+        for group in case.prompt.groups:
+            members.setdefault(group, []).append(index)
+    return members
+
+
+def text_table(table: Table) -> str:
+    """The table as aligned text for the terminal."""
+    rows: Sequence[Sequence[str]] = [table.header, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([table.title, lines[0], rule, *lines[1:], *([table.note] if table.note else [])])

@@ -1,0 +1,309 @@
+"""
+Blind side-by-side votes of people on the videos of two or more runs: what is compared, and the file of votes.
+
+The page is served by `video_trl.evaluation.votes.server`, results are made by `video_trl.evaluation.votes.results`.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from ..runs.run import Case, Run, load_run
+from .gsb import BAD, GOOD, SAME
+
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+MAX_RATER_LENGTH = 64
+Side = Literal["left", "same", "right"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What raters are asked about a pair; without `ties` they have to choose a side."""
+
+    key: str
+    text: str
+    ties: bool = True
+
+
+QUESTIONS = {
+    # Reg-DPO, appendix A.6
+    "gsb": (
+        Question("video_quality", "Which video looks better and moves more smoothly?"),
+        Question("prompt_following", "Which video follows the sentence better?"),
+    ),
+    # The user study of PhyGDPO
+    "physics": (Question("physics", "Which video follows the laws of physics better?", ties=False),),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pair of videos: the first run (A) against another one (B), for one prompt and seed."""
+
+    key: str
+    a: Run
+    b: Run
+    case: Case
+
+
+@dataclass(frozen=True)
+class Vote:
+    """
+    One rater's answers about one pair; a line of the file of votes.
+
+    Attributes:
+        study (`str`): Identity of the study.
+        rater (`str`): Name the rater gave.
+        task (`str`), prompt (`str`), seed (`int`): What was compared.
+        a (`str`), b (`str`): Names of the two runs.
+        left (`str`): `"a"` or `"b"`, whichever stood on the left for this rater.
+        position (`int`): Place of the pair in the rater's order, from 0.
+        answers (`dict[str, str]`): For each question `"good"`, `"same"` or `"bad"`, said of A.
+        seconds (`float`): From showing the pair to the last answer.
+        time (`str`): When, in UTC.
+    """
+
+    study: str
+    rater: str
+    task: str
+    prompt: str
+    seed: int
+    a: str
+    b: str
+    left: str
+    position: int
+    answers: Mapping[str, str]
+    seconds: float
+    time: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    What is voted on: the first run against each other one, on the same prompts and seeds.
+
+    Attributes:
+        runs (`tuple[Run, ...]`): Runs with distinct names; the first is A in every pair.
+        kind (`str`): Key in `QUESTIONS`.
+        videos (`dict[str, dict[str, str]]`): Content hash of each video, by run name and case.
+    """
+
+    runs: tuple[Run, ...]
+    kind: str
+    videos: Mapping[str, Mapping[str, str]]
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return QUESTIONS[self.kind]
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Pairs by key."""
+        first, *others = self.runs
+        tasks = [
+            Task(f"{number}/{case.key}", first, other, case)
+            for number, other in enumerate(others, start=1)
+            for case in first.cases
+        ]
+        return {task.key: task for task in tasks}
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the questions and of every video; votes of another study are refused."""
+        content = json.dumps([self.kind, list(self.videos.items())], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def header(self) -> dict[str, Any]:
+        """First line of the file of votes."""
+        names = [run.name for run in self.runs]
+        pairs = len(self.runs[0].cases)  # of each two runs
+        return {
+            "format": _FORMAT, "study": self.identity, "runs": names, "questions": self.kind, "pairs": pairs
+        }  # fmt: skip
+
+    def order(self, rater: str) -> list[str]:
+        """Keys of all pairs in the rater's own random order; the same after a restart."""
+        return sorted(self.tasks, key=lambda key: self._draw("order", rater, key))
+
+    def left(self, rater: str, task: str) -> str:
+        """`"a"` or `"b"`: which run stands on the left for this rater, as by a coin."""
+        return "ab"[self._draw("side", rater, task)[0] & 1]
+
+    def verdict(self, rater: str, task: str, side: Side) -> str:
+        """A choice of side as a verdict about A."""
+        if side == "same":
+            return SAME
+        return GOOD if (side == "left") == (self.left(rater, task) == "a") else BAD
+
+    def _draw(self, *parts: str) -> bytes:
+        return hashlib.blake2b(json.dumps([self.identity, *parts]).encode(), digest_size=16).digest()
+
+
+def open_study(run_dirs: Sequence[str | os.PathLike[str]], kind: str = "gsb") -> Study:
+    """
+    Checks that the runs can be compared by people.
+
+    Args:
+        run_dirs (list of path): Two or more runs of the same prompts and seeds; the first is compared with each other.
+        kind (`str`, *optional*, defaults to `"gsb"`): `"gsb"` (video quality and prompt following, with ties) or
+            `"physics"` (one forced choice).
+
+    Raises:
+        ValueError: If there are fewer than two runs, names repeat, prompts or seeds differ, the kind is unknown, or a
+            video is missing, unreadable or lies outside its run.
+    """
+    if kind not in QUESTIONS:
+        raise ValueError(f"Unknown questions {kind!r}; expected one of {', '.join(QUESTIONS)}.")
+    runs = tuple(load_run(folder) for folder in run_dirs)
+    names = [run.name for run in runs]
+    if len(runs) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"A vote compares two or more runs of distinct names, got {names}.")
+    for run in runs[1:]:
+        if [(case.prompt.text, case.seed) for case in run.cases] != [(c.prompt.text, c.seed) for c in runs[0].cases]:
+            raise ValueError(
+                f"{run.folder} has other prompts or seeds than {runs[0].folder}: their videos make no pairs. Generate "
+                "both runs with the same prompts and seeds."
+            )
+    for run in runs:
+        run.check_videos()
+        outside = [case.key for case in run.cases if not inside(run, case)]
+        if outside:
+            raise ValueError(f"{run.folder}: video {outside[0]} leads out of the run. Copy the file into it.")
+    return Study(runs, kind, {run.name: run.video_hashes() for run in runs})
+
+
+def inside(run: Run, case: Case) -> bool:
+    """Whether the video, with all symbolic links followed, lies in its run."""
+    return run.video(case).resolve().is_relative_to(run.folder.resolve())
+
+
+class VoteFile:
+    """
+    The file of votes, held by one process: votes are appended, each one on the disk before it is acknowledged.
+
+    Args:
+        path (path): JSON lines; made where needed.
+        study ([`Study`]): What the votes are about.
+
+    Raises:
+        ValueError: If the file holds votes of another study or cannot be read, or another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], study: Study) -> None:
+        self.path, self.study = Path(path), study
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._drop_torn_line()
+            if self.path.stat().st_size == 0:
+                self._append(study.header())
+                _sync_folder(self.path.parent)
+            header, votes = _read(self.path)
+            if header != study.header():
+                raise ValueError(
+                    f"{self.path} holds votes about other videos or questions ({header}) than these runs "
+                    f"({study.header()}). Pass another file, or the runs of that one."
+                )
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(f"Another process is writing {self.path}. Stop it, or pass another file.") from error
+        except BaseException:
+            self._file.close()
+            raise
+        self._votes = {(vote.rater, vote.task): vote for vote in votes}
+
+    def add(self, vote: Vote) -> None:
+        """Appends a vote; when this returns it is on the disk. A second vote on a pair replaces the first."""
+        self._append(asdict(vote))
+        self._votes[vote.rater, vote.task] = vote
+
+    def of(self, rater: str) -> dict[str, Vote]:
+        """The rater's votes by task."""
+        return {task: vote for (name, task), vote in self._votes.items() if name == rater}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.truncate(self.path, size)  # half a line would swallow the next one
+            raise
+
+    def _drop_torn_line(self) -> None:
+        """A process that was killed while writing leaves half a line, which nobody was told is saved."""
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("%s: dropped the last line, which a stopped process left incomplete.", self.path)
+            os.truncate(self.path, whole)
+
+
+def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]]:
+    """
+    Header and votes of a file; of several votes of a rater on a pair the last one counts.
+
+    Raises:
+        ValueError: If the file is missing, is no file of votes, a line is damaged, or a vote belongs to another study.
+    """
+    header, votes = _read(Path(path))
+    return header, list({(vote.rater, vote.task): vote for vote in votes}.values())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Vote]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a file of votes ({error}).") from error
+    lines = content.split("\n")[:-1]  # what follows the last newline was not written to its end
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is damaged ({error}). Restore or remove it.") from error
+    if not records or not isinstance(records[0], dict) or records[0].get("format") != _FORMAT:
+        raise ValueError(f"{path} is no file of votes in format {_FORMAT}: its first line must describe the study.")
+    header, *rest = records
+    asked = {question.key for question in QUESTIONS[header["questions"]]}
+    votes = []
+    for number, record in enumerate(rest, start=2):
+        try:
+            vote = Vote(**record)
+        except TypeError as error:
+            raise ValueError(f"{path}: line {number} is no vote ({error}). Remove the line.") from error
+        if vote.study != header["study"]:
+            raise ValueError(
+                f"{path}: line {number} is a vote about study {vote.study}, not {header['study']} of the first line. "
+                "Keep one file for each study: votes about different runs must not be joined."
+            )
+        if set(vote.answers) != asked or not set(vote.answers.values()) <= {GOOD, SAME, BAD}:
+            raise ValueError(f"{path}: line {number} has answers {vote.answers} to the questions {sorted(asked)}.")
+        votes.append(vote)
+    return header, votes
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file is safe only when its name is on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

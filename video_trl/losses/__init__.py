@@ -1,0 +1,31 @@
+"""Objectives: tensors in, values out. No model, no sampler, no batch reduction of preferences in here."""
+
+from .alignment import repa_loss, trd_loss
+from .preference import (
+    check_physics_weights,
+    dgr,
+    dpo_loss,
+    group_dpo_bound,
+    group_dpo_loss,
+    group_dpo_sampled_bound,
+    implicit_reward,
+    physics_weights,
+    reg_dpo_loss,
+    velocity_error,
+)
+
+
+__all__ = [
+    "check_physics_weights",
+    "dgr",
+    "dpo_loss",
+    "group_dpo_bound",
+    "group_dpo_loss",
+    "group_dpo_sampled_bound",
+    "implicit_reward",
+    "physics_weights",
+    "reg_dpo_loss",
+    "repa_loss",
+    "trd_loss",
+    "velocity_error",
+]

@@ -1,0 +1,1 @@
+"""Attention over tokens that processes share: Ulysses, ring, and the joint attention of CogVideoX."""

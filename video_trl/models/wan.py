@@ -1,0 +1,349 @@
+"""Wan 2.1 and 2.2, text to video, and Wan 2.1, image to video."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    ContextParallelConfig,
+    DiffusionPipeline,
+    ModelMixin,
+    SchedulerMixin,
+    WanTransformer3DModel,
+)
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
+
+from ..diffusion import FlowMatching, NoiseProcess
+from .attention.ulysses import share_tokens_of_wan
+from .base import module_device, unwrap
+
+
+# `AutoencoderKLWan` encodes the first frame alone and then frames in chunks of four, whatever its temporal factor is,
+# and silently leaves out an incomplete last chunk.
+VAE_FRAME_CHUNK = 4
+# With image embeddings, `WanTransformer3DModel` takes the last so many tokens of its context for the prompt, whatever
+# the prompt's length: with fewer, image tokens would silently be read as words.
+PROMPT_TOKENS_WITH_IMAGE = 512
+
+
+@dataclass(frozen=True)
+class WanAdapter:
+    """
+    [`VideoAdapter`] of `WanTransformer3DModel` in its text-to-video form.
+
+    Wan's cross-attention has no mask: the zeros behind a prompt take part in attention, so prompts must be padded to
+    the same length in training as in the pipeline's call (`max_sequence_length`).
+    """
+
+    name: str = "wan"
+    pipeline_classes: tuple[str, ...] = ("WanPipeline",)
+    noise_process: NoiseProcess = FlowMatching()
+    condition_columns: tuple[str, ...] = ("prompt_embeds",)
+    context_parallel_methods: tuple[str, ...] = ("ulysses", "ring")
+
+    @property
+    def lora_target_modules(self) -> list[str]:
+        """Projections of the self-attention `attn1`; the cross-attention `attn2` is left alone."""
+        return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Velocity predicted by one transformer call, the one that `WanPipeline` makes in a denoising step.
+
+        Args:
+            transformer (`torch.nn.Module`):
+                `WanTransformer3DModel`, possibly inside `DistributedDataParallel`.
+            noisy_latents (`torch.Tensor` of shape `(B, C, F, H, W)`):
+                Noisy latents, any floating dtype; cast to the dtype of the transformer.
+            timesteps (`torch.Tensor` of shape `(B,)`):
+                Timesteps on [0, 1000]; keep them float32 also where the transformer is bfloat16.
+            conditions (`dict[str, torch.Tensor]`):
+                `prompt_embeds` of shape `(B, L, D)`, padded by [`WanAdapter.pad_prompt_embeds`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
+        """
+        dtype = unwrap(transformer).dtype
+        return transformer(
+            hidden_states=noisy_latents.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def encode_video(self, vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+        """
+        Normalised latents of videos: the mode of the posterior, so that encoding is deterministic.
+
+        Args:
+            vae (`AutoencoderKLWan`):
+                VAE of the pipeline, any dtype and device.
+            video (`torch.Tensor` of shape `(B, 3, T, H, W)`):
+                Pixels in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, F, H', W')`: Latents of mean 0 and standard deviation 1 or so, float32.
+
+        Raises:
+            ValueError: If the shape is not one that the VAE encodes completely.
+        """
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"`video` must have shape (B, 3, T, H, W), got {tuple(video.shape)}.")
+        self.check_video(vae, video.shape[2:])
+        latents = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
+        mean, inverse_std = _latent_statistics(vae, latents)
+        return (latents - mean) * inverse_std
+
+    @torch.no_grad()
+    def decode_latents(self, vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+        """
+        Videos of normalised latents, as `WanPipeline` decodes them.
+
+        Args:
+            vae (`AutoencoderKLWan`):
+                VAE of the pipeline, any dtype and device.
+            latents (`torch.Tensor` of shape `(B, C, F, H', W')`):
+                Normalised latents.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, T, H, W)`: Pixels in [-1, 1], float32.
+        """
+        latents = latents.to(module_device(vae), vae.dtype)
+        mean, inverse_std = _latent_statistics(vae, latents)
+        return vae.decode(latents / inverse_std + mean, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
+        """
+        Embeddings of prompts, cut to their true number of tokens (the end-of-sequence token included).
+
+        Args:
+            pipeline (`WanPipeline` or `WanImageToVideoPipeline`):
+                Pipeline with its tokenizer and text encoder.
+            prompts (`list[str]`):
+                Prompts; cleaned as the pipeline cleans them.
+            max_sequence_length (`int`):
+                Longer prompts are truncated to this number of tokens.
+
+        Returns:
+            `list[torch.Tensor]`: One `(L_i, D)` tensor a prompt, in the dtype and on the device of the text encoder,
+            equal to what the pipeline computes before it pads with zeros.
+        """
+        device = module_device(pipeline.text_encoder)
+        padded, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=device
+        )
+        token_ids = pipeline.tokenizer(
+            [prompt_clean(prompt) for prompt in prompts], max_length=max_sequence_length, truncation=True
+        ).input_ids
+        # Cloned, or every short embedding would keep the whole padded batch alive.
+        return [embeds[: len(ids)].clone() for embeds, ids in zip(padded, token_ids, strict=True)]
+
+    def pad_prompt_embeds(self, embeds: list[Tensor], max_sequence_length: int) -> Tensor:
+        """
+        Embeddings `(L_i, D)` as one batch `(B, max_sequence_length, D)`, with zeros behind each prompt.
+
+        Raises:
+            ValueError: If there is no embedding, or one is no `(L_i, D)` tensor or longer than `max_sequence_length`.
+        """
+        if not embeds:
+            raise ValueError("`embeds` must hold at least one embedding, got an empty list.")
+        for row, embed in enumerate(embeds):
+            if embed.ndim != 2 or len(embed) > max_sequence_length:
+                raise ValueError(
+                    f"`embeds[{row}]` must have shape (L, D) with L <= `max_sequence_length={max_sequence_length}`, "
+                    f"got {tuple(embed.shape)}. Raise `max_sequence_length`, or encode the prompts again with it."
+                )
+        padded = embeds[0].new_zeros(len(embeds), max_sequence_length, embeds[0].shape[1])
+        for row, embed in enumerate(embeds):
+            padded[row, : len(embed)] = embed
+        return padded
+
+    def prompt_length(self, transformer: nn.Module) -> int | None:
+        """Any: training must pad to the length that the pipeline's call is given."""
+        return None
+
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """Nothing: text-to-video has no first frame."""
+        return {}
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """Transformer blocks, in order; each returns hidden states `(B, N, D)`."""
+        return unwrap(transformer).blocks
+
+    def token_grid(self, transformer: nn.Module, latents_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens `(F', H', W')` of latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`."""
+        self.check_latents(transformer, latents_shape)
+        frames, height, width = latents_shape[-3:]
+        patch_frames, patch_height, patch_width = unwrap(transformer).config.patch_size
+        return frames // patch_frames, height // patch_height, width // patch_width
+
+    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
+        """Let the processes of `config` share the tokens of videos in every forward; see `context_parallel_size`."""
+        share_tokens_of_wan(transformer, config)
+
+    def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
+        """
+        Raise a `ValueError` unless the transformer takes latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`.
+
+        The channel count must be that of the transformer's output, and frames and sides divisible by its patch.
+        """
+        shape = tuple(shape)
+        if len(shape) not in (4, 5):
+            raise ValueError(f"Latents must have shape (C, F, H, W) or (B, C, F, H, W), got {shape}.")
+        config = unwrap(transformer).config
+        channels = config.out_channels or config.in_channels
+        if shape[-4] != channels:
+            raise ValueError(
+                f"Latents must have {channels} channels for this transformer, got {shape[-4]} in {shape}. "
+                "Encode the videos with the VAE of the same pipeline."
+            )
+        if any(size % patch or not size for size, patch in zip(shape[-3:], config.patch_size, strict=True)):
+            raise ValueError(
+                f"Latent frames, height and width must be divisible by the patch {tuple(config.patch_size)} of the "
+                f"transformer, got {shape[-3:]}. Change `num_frames`, `height` or `width` of the videos."
+            )
+
+    def check_video(self, vae: AutoencoderKLWan, shape: Sequence[int]) -> None:
+        """
+        Raise a `ValueError` unless the VAE encodes every frame and pixel of videos of shape `(T, H, W)`.
+
+        `T` must be `4k + 1` and the sides divisible by the VAE's spatial factor.
+        """
+        frames, height, width = shape
+        chunk = max(VAE_FRAME_CHUNK, vae.config.scale_factor_temporal)
+        if frames % chunk != 1:
+            below = max(frames - 1, 0) // chunk * chunk + 1
+            raise ValueError(
+                f"Videos must have {chunk} * k + 1 frames for this VAE, got {frames}. "
+                f"Set `num_frames` to {below} or {below + chunk}."
+            )
+        factor = vae.config.scale_factor_spatial
+        if height % factor or width % factor or not height or not width:
+            raise ValueError(
+                f"Height and width must be divisible by {factor} for this VAE, got {height}x{width}. "
+                f"Set `height` to {max(height // factor, 1) * factor} and `width` to "
+                f"{max(width // factor, 1) * factor}."
+            )
+
+
+@dataclass(frozen=True)
+class WanImageToVideoAdapter(WanAdapter):
+    """
+    [`VideoAdapter`] of `WanTransformer3DModel` in its image-to-video form.
+
+    Rows carry `first_frame_latents` `(C, F, H, W)`, the latents of the first frame followed by grey frames: the VAE is
+    causal, so the image shows in the later latent frames too, and all of them have to be kept. The mask channels
+    beside them are the same for every video and are made in `predict`. `image_embeds` `(L, D)` are there where the
+    transformer takes them, as in the 14B checkpoints of Wan 2.1.
+    """
+
+    name: str = "wan-i2v"
+    pipeline_classes: tuple[str, ...] = ("WanImageToVideoPipeline",)
+    condition_columns: tuple[str, ...] = ("prompt_embeds", "first_frame_latents", "image_embeds")
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Velocity predicted by one transformer call, the one that `WanImageToVideoPipeline` makes.
+
+        Args:
+            transformer (`torch.nn.Module`):
+                `WanTransformer3DModel`, possibly inside `DistributedDataParallel`.
+            noisy_latents (`torch.Tensor` of shape `(B, C, F, H, W)`):
+                Noisy latents, any floating dtype; cast to the dtype of the transformer.
+            timesteps (`torch.Tensor` of shape `(B,)`):
+                Timesteps on [0, 1000]; keep them float32 also where the transformer is bfloat16.
+            conditions (`dict[str, torch.Tensor]`):
+                `prompt_embeds` `(B, L, D)`, `first_frame_latents` `(B, C, F, H, W)` and, if in `condition_columns`,
+                `image_embeds` `(B, L', D')`; then L must be 512.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
+
+        Raises:
+            ValueError: If there are image embeddings and prompts are not padded to 512 tokens.
+        """
+        base = unwrap(transformer)
+        required, found = self.prompt_length(transformer), conditions["prompt_embeds"].shape[1]
+        if required not in (None, found):
+            raise ValueError(f"Prompts must be padded to {required} tokens beside image embeddings, got {found}.")
+        first_frame_latents = conditions["first_frame_latents"].to(noisy_latents.dtype)
+        batch_size, channels, frames, height, width = noisy_latents.shape
+        mask = noisy_latents.new_zeros(batch_size, base.config.in_channels - 2 * channels, frames, height, width)
+        mask[:, :, 0] = 1  # one channel for each of the pixel frames of a latent frame; the first frame is given
+        image_embeds = conditions["image_embeds"].to(base.dtype) if "image_embeds" in self.condition_columns else None
+        return transformer(
+            hidden_states=torch.cat([noisy_latents, mask, first_frame_latents], dim=1).to(base.dtype),
+            timestep=timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"].to(base.dtype),
+            encoder_hidden_states_image=image_embeds,
+            return_dict=False,
+        )[0]
+
+    def prompt_length(self, transformer: nn.Module) -> int | None:
+        """512 beside image embeddings, else any."""
+        return PROMPT_TOKENS_WITH_IMAGE if "image_embeds" in self.condition_columns else None
+
+    @torch.no_grad()
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """
+        Conditions of first frames, as `WanImageToVideoPipeline` builds them.
+
+        Args:
+            pipeline (`WanImageToVideoPipeline`): Pipeline with its VAE and, where it has one, image encoder.
+            images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
+            num_frames (`int`): Number of frames of the videos, the first included.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `first_frame_latents` `(B, C, F, H, W)`, float32, on the device of the VAE; with
+            an image encoder `image_embeds` `(B, L, D)`, in its dtype and on its device.
+        """
+        pixels = pipeline.video_processor.preprocess(images).to(module_device(pipeline.vae))[:, :, None]
+        grey = pixels.new_zeros(*pixels.shape[:2], num_frames - 1, *pixels.shape[3:])
+        conditions = {"first_frame_latents": self.encode_video(pipeline.vae, torch.cat([pixels, grey], dim=2))}
+        if "image_embeds" in self.condition_columns:
+            device = module_device(pipeline.image_encoder)
+            conditions["image_embeds"] = pipeline.encode_image(images, device)
+        return conditions
+
+
+def wan_adapter(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | None) -> WanAdapter:
+    """
+    Adapter of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
+    not needed.
+
+    Raises:
+        ValueError: If the transformer takes other inputs than those of Wan's text or image to video.
+    """
+    config = transformer.config
+    extra = config.in_channels - (config.out_channels or config.in_channels)  # channels beside the noisy latents
+    if not extra and config.image_dim is None:
+        return WanAdapter()
+    if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
+        raise ValueError(
+            f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "
+            f"`image_dim={config.image_dim}` and `pos_embed_seq_len={config.pos_embed_seq_len}`: it is neither Wan's "
+            "text-to-video nor its (first frame) image-to-video model. Use one of those."
+        )
+    if config.image_dim is None:
+        return WanImageToVideoAdapter(condition_columns=("prompt_embeds", "first_frame_latents"))
+    return WanImageToVideoAdapter()
+
+
+def _latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
+    # The inverse, and in this order of casts, because WanPipeline computes it so: decoding stays bit-equal to it.
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    return mean.to(latents.device, latents.dtype), inverse_std.to(latents.device, latents.dtype)

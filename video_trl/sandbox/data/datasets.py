@@ -1,0 +1,172 @@
+"""
+The sandbox's datasets: simulated clips, and groups. Of a group the chosen video is a simulated real one, the rejected
+ones are what the base model makes of the same sentence, judged. It is the data recipe of PhyGDPO at a size that takes
+a minute or two.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...data.columns import group_features
+from ...data.video_io import write_video
+from ..benchmark import generate
+from ..weights.pipeline import Sandbox
+from ..world.simulate import FPS, Clip, simulate
+
+
+DATASET_VERSION = 1
+REQUEST_NAME = "request.json"
+_FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
+_FIRST_CLIP_SEED = 20_000_000  # away from those, from the teacher's, and from these groups
+
+
+def build_clip_dataset(output_dir: str | Path, *, num_clips: int = 128) -> datasets.Dataset:
+    """
+    Clips that obey the laws of motion, with their sentences: what a model can be fine-tuned on.
+
+    Args:
+        output_dir: receives one mp4 file for each clip.
+        num_clips: rows. Their scenes are those of no other dataset of the sandbox.
+
+    Returns:
+        Row type "video": prompt, and the path of the video.
+
+    Raises:
+        ValueError: `num_clips` below 1.
+    """
+    if num_clips < 1:
+        raise ValueError(f"Expected num_clips >= 1, got {num_clips}.")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(_FIRST_CLIP_SEED, _FIRST_CLIP_SEED + num_clips):
+        clip = simulate(seed)
+        rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
+    return datasets.Dataset.from_list(rows)
+
+
+def build_group_dataset(
+    sandbox: Sandbox,
+    output_dir: str | Path,
+    *,
+    num_groups: int = 128,
+    num_rejected: int = 3,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    batch_size: int = 16,
+) -> datasets.Dataset:
+    """
+    Builds (or loads, when `output_dir` holds the same request) a group dataset of real mp4 files.
+
+    Args:
+        sandbox: pipeline and judge.
+        output_dir: receives `videos/*.mp4` and the table; written whole or not at all.
+        num_groups: rows. Sentences come from the training paraphrases, motions in turn by the seed.
+        num_rejected: generated videos a row (the m of PhyGDPO).
+        seed: another one gives other scenes and other noise.
+        guidance_scale: of the rejected videos. Without guidance (1) they are samples of the reference policy, as the
+            objective assumes; guided ones teach the model to undo guidance (docs/extend/decisions.md).
+        batch_size: videos generated together.
+
+    Returns:
+        Row type "group": prompt, chosen, rejected, rejected_scores, category, seeds, generator, provenance.
+
+    Raises:
+        ValueError: `num_groups` or `num_rejected` below 1, or `output_dir` holds something else.
+    """
+    if num_groups < 1 or num_rejected < 1:
+        raise ValueError(f"Expected num_groups >= 1 and num_rejected >= 1, got {num_groups} and {num_rejected}.")
+    folder = Path(output_dir).absolute()
+    request: dict[str, Any] = {
+        "version": DATASET_VERSION,
+        "generator": str(sandbox.pipeline.config._name_or_path).rsplit("/", 1)[-1],
+        "weights": _weights_hash(sandbox.pipeline.transformer),  # other weights make other rejected videos
+        "num_groups": num_groups,
+        "num_rejected": num_rejected,
+        "seed": seed,
+        "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
+    }
+    stamp = folder / REQUEST_NAME
+    if stamp.is_file() and json.loads(stamp.read_text()) == request:
+        return datasets.load_from_disk(str(folder / "table"))
+    if folder.exists() and not stamp.is_file() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files that are not a sandbox dataset (no {REQUEST_NAME}). Pass an empty or a new folder: "
+            f"building replaces what is in it."
+        )
+
+    clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
+    noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
+    rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
+    # Complete under another name first: a killed run never leaves a folder that looks whole.
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "videos").mkdir(parents=True)
+    rows = []
+    for index, clip in enumerate(tqdm(clips, desc="Writing videos", unit="group")):
+        rows.append(
+            {
+                "prompt": clip.prompt,
+                **_write_videos(partial / "videos", index, clip.video, rejected[index]),
+                "rejected_scores": scores[index],
+                "category": clip.action,
+                "seeds": noise_seeds[index],
+                "generator": request["generator"],
+                "provenance": f"sandbox simulation, seed {_FIRST_SEED + 1_000_000 * seed + index}",
+            }
+        )
+    table = datasets.Dataset.from_list(rows, features=group_features("category", "seeds", "generator", "provenance"))
+    table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
+    (partial / REQUEST_NAME).write_text(json.dumps(request))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return datasets.load_from_disk(str(folder / "table"))
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _rejected_videos(
+    sandbox: Sandbox,
+    clips: list[Clip],
+    noise_seeds: list[list[int]],
+    call_kwargs: dict[str, Any],
+    batch_size: int,
+) -> tuple[np.ndarray, list[list[dict[str, float]]]]:
+    """Videos `(N, m, T, H, W, 3)` and their scores, one list of m for each clip."""
+    num_rejected = len(noise_seeds[0])
+    prompts = [clip.prompt for clip in clips for _ in range(num_rejected)]
+    videos = generate(
+        sandbox.pipeline,
+        prompts,
+        [seed for row in noise_seeds for seed in row],
+        call_kwargs,
+        batch_size=batch_size,
+        description="Generating rejected videos",
+    )
+    judged = sandbox.judge.score(list(videos), prompts)
+    scores = [{"sa": float(score["sa"]), "pc": float(score["pc"])} for score in judged]
+    grouped = [scores[start : start + num_rejected] for start in range(0, len(scores), num_rejected)]
+    return videos.reshape(len(clips), num_rejected, *videos.shape[1:]), grouped
+
+
+def _write_videos(folder: Path, index: int, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+    """The video columns of row `index`, as paths of the files it writes."""
+    losers = [
+        str(write_video(folder / f"{index:05d}_rejected_{loser}.mp4", video, FPS))
+        for loser, video in enumerate(rejected)
+    ]
+    return {"chosen": str(write_video(folder / f"{index:05d}_chosen.mp4", chosen, FPS)), "rejected": losers}

@@ -1,0 +1,1 @@
+"""The tiny pipeline and the teacher, and the commands that trained them."""

@@ -1,0 +1,1 @@
+"""The simulated world: its motions, their laws, how they are drawn and described."""

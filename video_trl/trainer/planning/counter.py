@@ -1,0 +1,332 @@
+"""What a training step will cost in memory and arithmetic, found by running it on tensors without contents."""
+
+import json
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ...models import VideoAdapter, adapter_for
+from ..setup.activation_checkpointing import check_policy, chosen_every, enable_recompute
+from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
+from ..step.passes import Denoising, SequentialErrors
+
+
+_CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
+_DEPTHS = (3, 4)  # numbers of blocks that are counted
+_ADAM_BYTES = 8  # two moments in float32 of each trained number
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """
+    Cost of one micro-batch on one device. Memory in bytes.
+
+    Attributes:
+        weights (`int`): Of the transformer, with its adapter, and of a copied reference.
+        gradients (`int`): Of what is trained.
+        optimizer (`int`): Two moments of Adam.
+        activations (`int`): Everything else that is alive at the peak.
+        trained (`int`): Numbers that are trained.
+        tokens (`int`): Of one video.
+        flops (`int`): Floating-point operations of matrix products, convolutions and attention, as
+            `torch.utils.flop_counter` counts them.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    trained: int
+    tokens: int
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak; an allocator needs a few percent more for its gaps, and CUDA about 0.5 GiB for itself."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def class_name(transformer: nn.Module) -> str:
+    """The `_class_name` of a transformer's `config.json`, of the family's where it is of a class derived from that."""
+    return next((name for name, kind in _CLASSES.items() if isinstance(transformer, kind)), type(transformer).__name__)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages while they are alive, and operations; for real tensors and for fake ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.flops = 0
+        self._known: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor unless it is counted already; of one made of tensors, those of its parts."""
+        subclass: Any = tensor
+        if is_traceable_wrapper_subclass(subclass):
+            for name in subclass.__tensor_flatten__()[0]:
+                self.add(subclass.__dict__[name])
+            return
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += nbytes
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, nbytes)
+
+    def _drop(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        # torch's own FlopCounterMode keeps tensors of every module alive, which would be counted as memory.
+        packet, shapes = function._overloadpacket, [arg.shape for arg in args[:4] if isinstance(arg, Tensor)]
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # torch counts those of GPUs only
+            self.flops += sdpa_flop_count(*shapes[:3])
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.flops += sdpa_backward_flop_count(*shapes)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def plan_step(
+    config: Mapping[str, Any],
+    latents_shape: tuple[int, int, int, int],
+    *,
+    num_videos: int,
+    reference: Literal["none", "adapter", "copy"] = "none",
+    step_mode: Literal["concat", "sequential"] = "concat",
+    checkpointing: bool = True,
+    checkpointing_policy: str = "full",
+    lora_rank: int | None = 48,
+    bf16: bool = True,
+    quantization: Quantization | None = None,
+    prompt_tokens: int | None = None,
+) -> StepPlan:
+    """
+    Run a step of a transformer of any size without its weights, and count.
+
+    The code is that of training: the same modules, adapter and passes. Tensors are fake, so that seconds and little
+    memory are enough also for 14 billion parameters. What is not in it: encoding, which is done ahead, generation of
+    sample videos, and what an engine adds, such as the buckets of `DistributedDataParallel`.
+
+    Args:
+        config (`Mapping`): Content of the transformer's `config.json`, of Wan or CogVideoX.
+        latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
+        num_videos (`int`): Videos in a micro-batch: 1 for fine-tuning, 2 for a pair, 1 + m for a group.
+        reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): Whether there is a pass of the reference,
+            and whether it is the policy with its adapter off or a second set of weights.
+        step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
+        checkpointing (`bool`, defaults to `True`): Whether activations are recomputed in the backward pass.
+        checkpointing_policy (`str`, defaults to `"full"`): Which; see `enable_recompute`.
+        lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
+        bf16 (`bool`, defaults to `True`): Compute in bfloat16, and keep what is frozen in it.
+        quantization (`str`, *optional*): What frozen weights are kept in: `"nf4"`, `"int8"` or `"fp8"`.
+        prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
+
+    Returns:
+        [`StepPlan`]: For AdamW; with any optimizer that has no state, subtract `optimizer`.
+
+    Raises:
+        ValueError: If the configuration is not of a supported transformer, the latents do not suit it, a number is
+            not positive, or what is to be quantised is to be trained.
+    """
+    for name, value in (("num_videos", num_videos), ("lora_rank", lora_rank), ("prompt_tokens", prompt_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if quantization is not None and lora_rank is None:
+        raise ValueError(f"`quantization={quantization!r}` is for weights under an adapter: give a `lora_rank`.")
+    check_policy(checkpointing_policy)
+    policy = checkpointing_policy if checkpointing else None
+    shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
+    settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
+    depth = int(config.get("num_layers", 0))
+    # Blocks are alike, or each k of them are: what more of them cost tells what the rest will.
+    every = chosen_every(policy) if policy else None
+    depths = _DEPTHS if every is None else (2 * every, 3 * every)
+    if depth <= depths[1]:
+        plan = _count(json.dumps({**config}), *settings)
+    else:
+        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in depths)
+        more = (depth - depths[1]) / (depths[1] - depths[0])
+        plan = StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+    if quantization is None:
+        return plan
+    one_block, _ = _without_contents({**config, "num_layers": 1}, lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    layers = list(quantised_layers(one_block))
+    saved = depth * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in layers)
+    return replace(
+        plan,
+        weights=plan.weights - saved * (2 if reference == "copy" else 1),
+        activations=plan.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
+    )
+
+
+@lru_cache(maxsize=64)
+def _count(
+    config: str,
+    latents_shape: tuple[int, int, int, int],
+    num_videos: int,
+    reference: str,
+    step_mode: str,
+    policy: str | None,
+    lora_rank: int | None,
+    bf16: bool,
+    prompt_tokens: int | None,
+) -> StepPlan:
+    transformer, adapter = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    adapter.check_latents(transformer, latents_shape)
+    if policy is not None:
+        enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host=_on_host)
+    transformer.train()
+    trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
+    counter = LiveBytes()
+    with fake_weights(transformer):
+        for weight in transformer.parameters():
+            counter.add(weight)
+        weights = counter.live
+        with counter, ExitStack() as stack:
+            if bf16:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            batch = torch.randn(num_videos, *latents_shape)
+            conditions = _conditions(transformer, adapter, latents_shape, num_videos, prompt_tokens)
+            errors, sequential = _errors(transformer, adapter, batch, conditions, reference, step_mode)
+            errors.square().sum().backward()
+            if sequential is not None:
+                sequential.backward()
+    gradients = 4 * trained
+    return StepPlan(
+        weights=weights * (2 if reference == "copy" else 1),
+        gradients=gradients,
+        optimizer=_ADAM_BYTES * trained,
+        activations=counter.peak - weights - gradients,
+        trained=trained,
+        tokens=math.prod(adapter.token_grid(transformer, latents_shape)),
+        flops=counter.flops,
+    )
+
+
+def _errors(
+    transformer: ModelMixin,
+    adapter: VideoAdapter,
+    batch: Tensor,
+    conditions: dict[str, Tensor],
+    reference: str,
+    step_mode: str,
+) -> tuple[Tensor, SequentialErrors | None]:
+    """
+    The passes in `compute_loss`: errors of the policy, less those of the reference. As there, what only they needed is
+    gone when the backward pass begins.
+    """
+    latents, noise = batch.clone(), torch.randn_like(batch)  # the videos that are compared, and a noise for each
+    # In place of the noise process, which looks at its numbers to check them; it makes two tensors as well.
+    timesteps, noisy_latents, target = torch.zeros(len(batch), dtype=torch.int64), latents + noise, noise - latents
+    denoising = Denoising(noisy_latents, timesteps, conditions, target)
+    offset = torch.zeros(len(batch))
+    if reference != "none":
+        videos = [denoising] if step_mode == "concat" else denoising.one_by_one()
+        with torch.no_grad():
+            if reference == "adapter":
+                transformer.disable_adapters()
+            offset = torch.cat([video.errors(adapter, transformer) for video in videos])
+            if reference == "adapter":
+                transformer.enable_adapters()
+    if step_mode == "concat":
+        return denoising.errors(adapter, transformer) - offset, None
+    sequential = SequentialErrors(denoising, adapter, transformer)
+    return sequential.errors - offset, sequential
+
+
+def _without_contents(
+    config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
+) -> tuple[ModelMixin, VideoAdapter]:
+    """A transformer with its adapter on the meta device, in the dtypes of training, and the family's adapter."""
+    kind = _CLASSES.get(config.get("_class_name", ""))
+    if kind is None:
+        raise ValueError(
+            f"Expected the config.json of one of {', '.join(_CLASSES)}, got `_class_name` "
+            f"{config.get('_class_name')!r}. It lies in the folder `transformer` of a pipeline."
+        )
+    with torch.device("meta"):
+        transformer = kind.from_config({**config})
+        adapter = adapter_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
+        if lora_rank is not None:
+            transformer.requires_grad_(False)
+            for weight in transformer.parameters():
+                weight.data = weight.data.to(frozen)
+            targets = adapter.lora_target_modules
+            transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
+            for weight in transformer.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.float()
+    return transformer, adapter
+
+
+def _on_host() -> AbstractContextManager[None]:
+    """What a graph saves inside is not on the device: only its shape is remembered, for when it is fetched again."""
+
+    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def fetch(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(forget, fetch)
+
+
+@contextmanager
+def fake_weights(model: nn.Module) -> Iterator[None]:
+    """Replace weights and buffers by fake tensors on the CPU, where every operation has its kernel's memory."""
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    empty = torch.empty(weight.shape, dtype=weight.dtype)
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        yield
+
+
+def _conditions(
+    transformer: ModelMixin,
+    adapter: VideoAdapter,
+    latents_shape: tuple[int, int, int, int],
+    num_videos: int,
+    prompt_tokens: int | None,
+) -> dict[str, Tensor]:
+    """What the transformer is conditioned on, in the sizes of the published checkpoints."""
+    config = transformer.config
+    length = adapter.prompt_length(transformer) or prompt_tokens or 512
+    channels, frames, height, width = latents_shape
+    shapes = {
+        "prompt_embeds": (length, config.get("text_dim") or config.get("text_embed_dim")),
+        "first_frame_latents": (channels, 1 if "text_embed_dim" in config else frames, height, width),
+        "image_embeds": (257, config.get("image_dim")),
+    }
+    return {
+        name: torch.randn(num_videos, *shapes[name], dtype=transformer.dtype) for name in adapter.condition_columns
+    }

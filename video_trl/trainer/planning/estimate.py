@@ -1,0 +1,417 @@
+"""What a training takes from every GPU, by part, on one GPU or on many, and what fits a card."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from diffusers import ModelMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...losses.alignment import trd_loss
+from ...models import VideoAdapter
+from ..setup.quantization import Quantization, check_quantised_engine
+from .counter import LiveBytes, StepPlan, class_name, fake_weights, plan_step
+
+
+EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
+ReferencePass = Literal["none", "adapter", "copy"]
+HEADROOM = 0.9  # share of a card to plan with: the allocator's gaps and CUDA itself need the rest
+_SHARDS_WEIGHTS = ("zero3", "zero3-offload", "fsdp2")
+# What a step may do to save memory, cheapest in time first: (step mode, recomputed).
+_WAYS: list[tuple[Literal["concat", "sequential"], str | None]] = [
+    ("concat", None),
+    ("sequential", None),
+    ("concat", "every_2"),
+    ("concat", "attention"),
+    ("sequential", "attention"),
+    ("concat", "full"),
+    ("sequential", "full"),
+    ("sequential", "offload"),
+]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What is trained. The fields are those of [`~video_trl.trainer.planning.counter.plan_step`].
+
+    Attributes:
+        config (`Mapping`): Content of the transformer's `config.json`.
+        latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
+        num_videos (`int`): Videos in a micro-batch on one GPU.
+        reference (`"none"`, `"adapter"` or `"copy"`): The pass of the reference.
+        lora_rank (`int`, *optional*): Rank of the adapter; `None` trains all weights.
+        bf16 (`bool`): Compute in bfloat16.
+        quantization (`str`, *optional*): What frozen weights are kept in.
+        prompt_tokens (`int`, *optional*): Tokens of a prompt; those of the published checkpoints if not given.
+        alignment (`tuple[int, int, int]`, *optional*): For VideoREPA: frames, tokens of a frame, and width of the
+            teacher's tokens, which the relation loss compares.
+    """
+
+    config: Mapping[str, Any]
+    latents_shape: tuple[int, int, int, int]
+    num_videos: int
+    reference: ReferencePass = "none"
+    lora_rank: int | None = 48
+    bf16: bool = True
+    quantization: Quantization | None = None
+    prompt_tokens: int | None = None
+    alignment: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        transformer: ModelMixin,
+        latents_shape: tuple[int, int, int, int],
+        videos_of_row: int,
+        options: "WorkloadOptions",
+        reference: ReferencePass,
+    ) -> "Workload":
+        """Of a transformer, the videos of a row that are on one GPU, and the configuration of a trainer."""
+        config = json.loads(transformer.to_json_string())  # where dtypes and the like are words
+        config.pop("quantization_config", None)
+        return cls(
+            config={**config, "_class_name": class_name(transformer)},
+            latents_shape=latents_shape,
+            num_videos=videos_of_row * options.per_device_train_batch_size,
+            reference=reference,
+            lora_rank=options.lora_rank if options.use_peft else None,
+            bf16=bool(options.bf16),
+            quantization=options.quantization,
+            prompt_tokens=options.max_sequence_length,
+        )
+
+
+class WorkloadOptions(Protocol):
+    """What a [`Workload`] takes from the configuration of a trainer, or from a command line with the same names."""
+
+    per_device_train_batch_size: int
+    use_peft: bool
+    lora_rank: int
+    bf16: bool
+    quantization: Quantization | None
+    max_sequence_length: int | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Where and how it is trained.
+
+    Attributes:
+        num_gpus (`int`): GPUs in all.
+        engine (`str`): `"ddp"`, DeepSpeed's `"zero1"`, `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
+        context_parallel (`int`): GPUs that share the tokens of a video.
+        step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
+        checkpointing_policy (`str`, *optional*): What is recomputed; nothing if `None`.
+
+    Raises:
+        ValueError: If a number is not positive, the GPUs are not divided by `context_parallel`, or there is no such
+            engine.
+    """
+
+    num_gpus: int = 1
+    engine: EngineName = "ddp"
+    context_parallel: int = 1
+    step_mode: Literal["concat", "sequential"] = "concat"
+    checkpointing_policy: str | None = "full"
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineName):
+            raise ValueError(f"`engine` must be one of {', '.join(get_args(EngineName))}, got {self.engine!r}.")
+        if self.num_gpus < 1 or self.context_parallel < 1 or self.num_gpus % self.context_parallel:
+            raise ValueError(
+                f"`num_gpus` must be a positive multiple of `context_parallel`, got {self.num_gpus} and "
+                f"{self.context_parallel}."
+            )
+
+    @property
+    def cluster(self) -> tuple[EngineName, int]:
+        """What decides how weights and videos are divided among the GPUs."""
+        return self.engine, self.context_parallel
+
+    def __str__(self) -> str:
+        recomputed = self.checkpointing_policy or "nothing"
+        shared = f", {self.context_parallel} GPUs a video" if self.context_parallel > 1 else ""
+        of = f"{self.num_gpus} x {self.engine}" if self.num_gpus > 1 else "one GPU"
+        return f"{of}{shared}, step_mode={self.step_mode}, recomputed: {recomputed}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Cost of one micro-batch for each GPU.
+
+    Attributes:
+        placement ([`Placement`]): Where and how.
+        parts (`dict[str, int]`): Bytes at the peak, by part.
+        flops (`int`): Floating-point operations.
+        sent (`dict[str, int]`): Bytes that it sends in an optimizer step of one micro-batch, by purpose.
+        trained (`int`): Numbers that are trained, on all GPUs together.
+        tokens (`int`): Of one video.
+    """
+
+    placement: Placement
+    parts: dict[str, int]
+    flops: int
+    sent: dict[str, int]
+    trained: int
+    tokens: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak, without the gaps of an allocator."""
+        return sum(self.parts.values())
+
+    @property
+    def activations(self) -> int:
+        """Bytes of what a step makes and drops again."""
+        return sum(self.parts.get(part, 0) for part in ("block inputs", "other activations"))
+
+
+def estimate(workload: Workload, placement: Placement) -> Estimate:
+    """
+    Memory by part, operations and communication, from a step counted on tensors without contents (`plan_step`).
+
+    Weights, gradients, moments and activations are then divided as the engine divides them: counted is what a rank
+    keeps, and two blocks that are gathered at a time where weights are sharded.
+
+    Raises:
+        ValueError: As `plan_step`; or if quantised weights are to be divided, which no trainer does.
+    """
+    check_quantised_engine(workload.quantization, placement.engine)
+    return _divided(workload, placement, _plan(workload, placement))
+
+
+def _plan(workload: Workload, placement: Placement) -> StepPlan:
+    policy = placement.checkpointing_policy
+    return plan_step(
+        workload.config,
+        workload.latents_shape,
+        num_videos=workload.num_videos,
+        reference=workload.reference,
+        step_mode=placement.step_mode,
+        checkpointing=policy is not None,
+        checkpointing_policy=policy or "full",
+        lora_rank=workload.lora_rank,
+        bf16=workload.bf16,
+        quantization=workload.quantization,
+        prompt_tokens=workload.prompt_tokens,
+    )
+
+
+def _divided(workload: Workload, placement: Placement, plan: StepPlan) -> Estimate:
+    flops = plan.flops // placement.context_parallel
+    sent = _communication(workload, placement, plan)
+    return Estimate(placement, _parts(workload, placement, plan), flops, sent, plan.trained, plan.tokens)
+
+
+def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str, int]:
+    number, engine = placement.num_gpus, placement.engine
+    depth = int(workload.config["num_layers"])
+    adapter = 4 * plan.trained if workload.lora_rank is not None else 0
+    base = plan.weights - adapter
+    one_block = base // depth // (2 if workload.reference == "copy" else 1)
+    sharded = engine in _SHARDS_WEIGHTS and number > 1
+    on_host = engine == "zero3-offload"
+    kept = 0 if on_host else base // number if sharded else base
+    inputs = min(_block_inputs(workload, placement, plan), plan.activations)
+    parts = {
+        "weights": kept + (2 * one_block if on_host or sharded else 0),
+        "adapter": adapter // number if sharded else adapter,
+        "gradients": plan.gradients if engine in ("ddp", "zero1") else plan.gradients // number,
+        "optimizer": 0 if on_host else plan.optimizer if engine == "ddp" else plan.optimizer // number,
+        "buckets": plan.gradients if number > 1 and not sharded else 0,
+        "block inputs": inputs // placement.context_parallel,
+        "other activations": (plan.activations - inputs) // placement.context_parallel,
+    }
+    if workload.alignment is not None:
+        parts["relation loss"] = _relation_bytes(workload)
+    return {name: count for name, count in parts.items() if count}
+
+
+def _block_inputs(workload: Workload, placement: Placement, plan: StepPlan) -> int:
+    """Bytes of the hidden states that wait for the backward pass, of all videos whose graphs are alive at once."""
+    config, policy = workload.config, placement.checkpointing_policy
+    if policy is None or policy == "offload":
+        return 0
+    alive = 1 if placement.step_mode == "sequential" else workload.num_videos
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return alive * plan.tokens * width * int(config["num_layers"]) * (2 if workload.bf16 else 4)
+
+
+def _relation_bytes(workload: Workload) -> int:
+    """Peak of the relation loss and its gradient, counted on tensors without contents."""
+    assert workload.alignment is not None
+    frames, tokens, width = workload.alignment
+    counter = LiveBytes()
+    with FakeTensorMode(), counter:
+        student = torch.randn(workload.num_videos, frames, tokens, width, requires_grad=True)
+        teacher = torch.randn(workload.num_videos, frames, tokens, width)
+        trd_loss(student, teacher)[0].backward()
+    return counter.peak
+
+
+def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str, int]:
+    number, videos, sharing = placement.num_gpus, workload.num_videos, placement.context_parallel
+    others = (number - 1) / number
+    gradients = 4 * plan.trained
+    sent: dict[str, float] = {}
+    one_by_one = placement.step_mode == "sequential"
+    if number > 1:
+        # A ring all-reduce is a reduce-scatter and an all-gather; sharded gradients need the first alone.
+        sent["gradients"] = others * gradients * (1 if placement.engine in _SHARDS_WEIGHTS else 2)
+    if placement.engine in _SHARDS_WEIGHTS and number > 1:
+        of_reference = (videos if one_by_one else 1) if workload.reference != "none" else 0
+        of_policy = 3 * videos - 1 if one_by_one else 2  # forward, forward again but for the last, backward
+        sent["weights"] = others * plan.weights * (of_reference + of_policy)
+    if sharing > 1:
+        config = workload.config
+        width, depth = config["num_attention_heads"] * config["attention_head_dim"], int(config["num_layers"])
+        recomputed = 0 if placement.checkpointing_policy in (None, "attention", "ffn") else 1
+        passes = videos * (2 + recomputed + (workload.reference != "none")) + (videos - 1 if one_by_one else 0)
+        # Queries, keys, values and the output change between tokens and heads: four exchanges of a block's states.
+        of_block = 4 * plan.tokens / sharing * width * (2 if workload.bf16 else 4)
+        sent["tokens and heads"] = passes * depth * of_block * (sharing - 1) / sharing
+    return {name: int(count) for name, count in sent.items()}
+
+
+def encoding_peak(vae: ModelMixin, adapter: VideoAdapter, size: tuple[int, int, int]) -> int:
+    """
+    Bytes at the peak of encoding one video, before training, weights of the VAE included; in float32, as it is done.
+
+    Args:
+        vae (`ModelMixin`): On the device `meta`; its weights are replaced by fake tensors.
+        adapter ([`VideoAdapter`]): Of the pipeline's family.
+        size (`tuple[int, int, int]`): Frames, height and width in pixels.
+    """
+    counter = LiveBytes()
+    with fake_weights(vae), torch.no_grad():
+        for weight in vae.parameters():
+            counter.add(weight)
+        with counter:
+            adapter.encode_video(vae, torch.randn(1, 3, *size))
+    return counter.peak
+
+
+def ways(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[Placement]:
+    """
+    Ways to train on so many GPUs, roughly in the order of the time they take: first what saves memory on one GPU, then
+    sharded weights, then videos shared by 2, 4 and 8 GPUs, whose heads that must divide.
+    """
+    for sharing in (1, 2, 4, 8):
+        if num_gpus % sharing or heads % sharing:
+            continue
+        for engine in engines:
+            if sharing > 1 and engine == "ddp" and len(engines) > 1:
+                continue
+            for mode, policy in _WAYS:
+                yield Placement(num_gpus, engine, sharing, mode, policy)
+
+
+def recommend(
+    workload: Workload, card: int, num_gpus: int = 1, engines: Sequence[EngineName] = ("ddp", "fsdp2")
+) -> Estimate | None:
+    """
+    The first of `ways` whose peak fits a card.
+
+    Args:
+        workload ([`Workload`]): What is trained.
+        card (`int`): Bytes of memory of each GPU, of which a tenth is left free.
+        num_gpus (`int`, defaults to `1`): GPUs.
+        engines (`Sequence[str]`, defaults to `("ddp", "fsdp2")`): Those to choose from; one GPU needs none.
+
+    Returns:
+        [`Estimate`] or `None`: `None` if nothing fits.
+    """
+    if card < 1:
+        raise ValueError(f"`card` must be a positive number of bytes, got {card}.")
+    # Quantised weights are trained on as a whole only.
+    engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
+    plans: dict[tuple[str, str | None], StepPlan] = {}
+    too_large: set[tuple[EngineName, int]] = set()
+    compares = workload.reference != "none"  # other trainers have no step mode
+    for placement in ways(num_gpus, engines, workload.config["num_attention_heads"]):
+        if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
+            continue
+        key = (placement.step_mode, placement.checkpointing_policy)
+        if key not in plans:
+            plans[key] = _plan(workload, placement)
+        found = _divided(workload, placement, plans[key])
+        if found.peak <= HEADROOM * card:
+            return found
+        if found.peak - found.activations > HEADROOM * card:  # no way to make a step helps against that
+            too_large.add(placement.cluster)
+    return None
+
+
+def fitting_step_mode(workload: Workload, placement: Placement, card: int | None) -> Literal["concat", "sequential"]:
+    """
+    The faster step mode, all videos at once, if it fits a card or there is none; else the one that needs less memory.
+
+    Args:
+        workload ([`Workload`]): What is trained.
+        placement ([`Placement`]): Where and how; its own step mode does not matter.
+        card (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
+    """
+    if card is None:
+        return "concat"
+    needed = estimate(workload, replace(placement, step_mode="concat")).peak
+    return "concat" if needed <= HEADROOM * card else "sequential"
+
+
+def accelerator_memory(device: torch.device) -> int | None:
+    """Bytes of memory of an accelerator, free or not, so that plans are the same on every start; none for the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
+
+
+def describe_estimate(found: Estimate) -> str:
+    """An estimate as a table of lines."""
+    gib = 2**30
+    lines = [f"{found.placement}; {found.tokens:,} tokens a video, {found.trained:,} trained numbers"]
+    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB" for name, count in found.parts.items()]
+    lines += [f"  {'peak:':22}{found.peak / gib:9.2f} GiB on each GPU"]
+    lines += [f"  {'operations:':22}{found.flops / 1e15:9.3f} PFLOP a micro-batch on each GPU"]
+    lines += [
+        f"  {'sent, ' + name + ':':22}{count / gib:9.2f} GiB a step by each GPU" for name, count in found.sent.items()
+    ]
+    return "\n".join(lines)
+
+
+def advise(workload: Workload, placement: Placement, card: int | None) -> str:
+    """
+    What to change when memory ran out.
+
+    Args:
+        workload ([`Workload`]): What is trained.
+        placement ([`Placement`]): Where and how.
+        card (`int`, *optional*): Bytes of memory of each GPU; none where that is not known.
+    """
+    found = estimate(workload, placement)
+    told = [f"Memory ran out. As estimated, a step takes\n{describe_estimate(found)}"]
+    # What was estimated to fit did not: something else is on the card, or shares it.
+    room = min(card or found.peak, found.peak) - 1
+    told.append(describe_recommendation(workload, room, placement.num_gpus))
+    told.append(
+        "`step_mode` and `checkpointing_policy` are arguments of the trainer; engines: docs/trainers/scaling.md."
+    )
+    return "\n".join(told)
+
+
+def describe_recommendation(workload: Workload, card: int, num_gpus: int) -> str:
+    """
+    What `recommend` finds, as text. Where that is nothing, frozen weights in fewer bits are tried, first in 8; not
+    before, because that is another base model.
+    """
+    found = recommend(workload, card, num_gpus)
+    if found is not None:
+        return f"This should fit:\n{describe_estimate(found)}"
+    told = f"No way is known to fit {num_gpus} such GPU(s): take more of them, or shorter or smaller videos."
+    if workload.lora_rank is not None and workload.quantization is None:
+        for kind in ("int8", "nf4"):
+            found = recommend(replace(workload, quantization=kind), card, num_gpus)
+            if found is not None:
+                return f"{told} Or take `quantization='{kind}'`, with which this should:\n{describe_estimate(found)}"
+    return told

@@ -1,0 +1,1 @@
+"""What a run shows: samples, its model card, uploads to the Hub, progress."""

@@ -1,0 +1,332 @@
+"""Model card of a run: what was trained, on what, how, at what cost, and how well."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from diffusers import ModelMixin
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ... import hub
+from ...data import read_video, write_video
+from ...data.columns import MapDataset, as_videos, column_names, undecoded
+from ...hub.lora import write_whole
+from ..base_config import _BaseVideoConfig
+from ..callbacks import LogVideosCallback
+from ..energy import EnergyMeter
+from ..setup.rows import datasets_in
+
+
+if TYPE_CHECKING:
+    from ..base_trainer import _BaseVideoTrainer
+
+logger = logging.getLogger(__name__)
+
+RESOURCES_NAME = "video_trl_resources.json"
+_GENERAL_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "seed",
+)
+# Where a run was and what it told whom: of no interest to a reader, or of too much.
+_PRIVATE = re.compile(
+    r"output_dir|.*_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|save_.*|eval_on_.*|"
+    r"model_init_kwargs|resume_from_checkpoint|use_cpu|dataloader_.*|ddp_.*|local_rank|.*_token|remove_unused_columns"
+)
+_SAMPLE_ROWS, _LOG_ROWS, _LOG_COLUMNS = 3, 10, 7
+_VIDEO_COLUMNS = ("video", "chosen", "rejected")
+_NOT_LOGGED = re.compile(r"step|epoch|total_flos|train_.*|.*_runtime|.*_per_second|learning_rate|grad_norm")
+
+
+class TrainingData:
+    """
+    What the card says about a dataset, looked at before it is encoded.
+
+    Args:
+        dataset (`MapDataset`): The rows, raw or encoded.
+    """
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.name, self.revision = _origin(dataset)
+        self.counts = {"rows": len(dataset)}
+        columns, rows = column_names(dataset), undecoded(dataset)
+        first = [rows[number] for number in range(min(_SAMPLE_ROWS, len(dataset)))]
+        if "rejected" in columns:
+            self.counts["rejected videos in the first row"] = len(as_videos(first[0]["rejected"]))
+        self._samples = [
+            (str(row.get("prompt") or ""), {name: row[name] for name in _VIDEO_COLUMNS if name in columns})
+            for row in first
+        ]
+
+    def facts(self, output_dir: Path, fps: float, name: str | None) -> hub.DatasetFacts:
+        """The same for the card; the sample videos are written where they are not there yet."""
+        samples = []
+        for number, (prompt, cells) in enumerate(self._samples):
+            videos = {}
+            for column, cell in cells.items():
+                several = column == "rejected" and isinstance(cell, list)
+                for k, video in enumerate(as_videos(cell)):
+                    label = f"{column} {k + 1}" if several else column
+                    path = output_dir / "samples" / "data" / f"row_{number}_{label.replace(' ', '_')}.mp4"
+                    try:
+                        _write_sample(video, path, fps)
+                    except (OSError, ValueError) as error:  # a row that training has skipped, or a file that is gone
+                        logger.warning("The model card goes without the %s video of row %d: %s", label, number, error)
+                        continue
+                    videos[label] = str(path.relative_to(output_dir))
+            samples.append({"prompt": prompt, "videos": videos})
+        return hub.DatasetFacts(name or self.name, self.revision, self.counts, samples)
+
+
+class ModelCardCallback(TrainerCallback):
+    """
+    Measures what a training takes, and writes the model card: at every save, and at the end.
+
+    Args:
+        data ([`TrainingData`]): What is trained on.
+    """
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+        self._meter = EnergyMeter()
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._trainer: _BaseVideoTrainer | None = None
+        self._license: dict[str, str] | None = None
+        self._details: dict[str, Any] = {}
+
+    def set_trainer(self, trainer: "_BaseVideoTrainer") -> None:
+        """Called by the trainer that makes the callback."""
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.monotonic()
+        self._meter.start()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._meter.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seconds, self._since = self.seconds(), None
+        self._meter.update()
+        if self._trainer is not None and args.should_save and (Path(args.output_dir) / hub.CARD_NAME).exists():
+            self.write(Path(args.output_dir))
+
+    def seconds(self) -> float:
+        """Time spent in training, that before an interruption included."""
+        return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from what a checkpoint says was spent."""
+        path = checkpoint / RESOURCES_NAME
+        if path.is_file():
+            spent = json.loads(path.read_text())
+            self._seconds, self._meter.joules = float(spent["seconds"]), spent["joules"]
+
+    def write(self, directory: Path, **details: Any) -> None:
+        """
+        Write the card, and what was spent so far, into the folder of the run or of a checkpoint.
+
+        Args:
+            directory (`Path`): Folder.
+            **details: `dataset_name`, `license`, `evaluation` and `model_name`, as of `create_model_card`; they hold
+                for later cards as well.
+        """
+        assert self._trainer is not None, "the trainer calls set_trainer"
+        self._details |= {name: value for name, value in details.items() if value is not None}
+        self._meter.update()
+        spent = {"seconds": self.seconds(), "joules": self._meter.joules}
+        (directory / RESOURCES_NAME).write_text(json.dumps(spent))
+        # Under a new name first: an upload may be reading the old one.
+        write_whole(directory / hub.CARD_NAME, self._card(self._trainer).encode())
+
+    def _card(self, trainer: "_BaseVideoTrainer") -> str:
+        args, state = trainer.args, trainer.state
+        output_dir, fps = Path(args.output_dir), trainer.video_fps()
+        rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
+        options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        revision = options.get("revision")
+        name = self._details.get("model_name")
+        return hub.model_card(
+            repo_id=trainer.hub_model_id or args.hub_model_id or name or args.output_dir,
+            base_model=trainer.base_model,
+            revision=revision,
+            method=trainer._tag,
+            method_name=trainer._method,
+            citation=trainer._citation,
+            prompt=rows[0].get("prompt") or "A red ball falls to the floor.",
+            fps=fps,
+            pipeline_class=trainer.adapter.pipeline_classes[0],
+            transformer_class=type(trainer.model).__name__ if trainer.adapter_name is None else None,
+            call_kwargs=trainer.generation_kwargs(),
+            loss_parameters=loss_parameters(args),
+            hyperparameters=hyperparameters(args)
+            | {"optimizer steps": state.global_step, "processes": args.world_size},
+            log=log_table(state.log_history),
+            evaluation=self._details.get("evaluation") or measurements(state),
+            videos=_sample_videos(trainer.callback_handler.callbacks, output_dir, state.global_step),
+            dataset=self._data.facts(output_dir, fps, self._details.get("dataset_name")),
+            resources_used=self._resources(args),
+            license=self._details.get("license") or self._inherited(trainer.base_model, revision, args),
+        )
+
+    def _inherited(self, base_model: str, revision: str | None, args: _BaseVideoConfig) -> dict[str, str]:
+        if self._license is None:
+            self._license = hub.inherited_license(base_model, revision, ask_hub=args.push_to_hub, token=args.hub_token)
+        return self._license
+
+    def _resources(self, args: _BaseVideoConfig) -> dict[str, Any]:
+        found: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
+        if self._meter.joules is not None:
+            found[f"energy in kWh ({', '.join(self._meter.devices)})"] = round(self._meter.joules / 3.6e6, 6)
+        return found
+
+
+def loss_parameters(args: _BaseVideoConfig) -> dict[str, Any]:
+    """The settings of the method itself: fields that its configuration adds to those of every trainer."""
+    shared = {field.name for field in dataclasses.fields(_BaseVideoConfig)}
+    return {
+        field.name: _shown(args.__dict__[field.name])
+        for field in dataclasses.fields(args)
+        if field.name not in shared and args.__dict__[field.name] is not None
+    }
+
+
+def hyperparameters(args: _BaseVideoConfig) -> dict[str, Any]:
+    """Settings that matter in every run, and the others where they differ from their defaults."""
+    own = loss_parameters(args)
+    found = {name: _shown(args.__dict__[name]) for name in _GENERAL_SETTINGS}
+    for field in dataclasses.fields(args):
+        value = _shown(args.__dict__.get(field.name))
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        known = field.name in found or field.name in own or _PRIVATE.fullmatch(field.name) is not None
+        # What is unset by default has been filled in by now, with a value for this machine.
+        if not known and field.init and isinstance(value, str | int | float | list) and value != _shown(default):
+            if default is not None or field.name in _BaseVideoConfig.__annotations__:
+                found[field.name] = value
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def log_table(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A few rows of the log, from the first step to the last, with the metrics that come first."""
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        if "train_runtime" not in entry:
+            steps.setdefault(entry["step"], {}).update(entry)
+    names = dict.fromkeys(name for entry in steps.values() for name in entry if not _NOT_LOGGED.fullmatch(name))
+    training = [name for name in names if not name.startswith("eval_")]
+    evaluated = [name for name in names if name.startswith("eval_")]
+    columns = training[: _LOG_COLUMNS - min(len(evaluated), 3)] + evaluated[:3]
+    chosen = list(steps)
+    if len(chosen) > _LOG_ROWS:
+        chosen = [chosen[round(k * (len(chosen) - 1) / (_LOG_ROWS - 1))] for k in range(_LOG_ROWS)]
+    return [{"step": step} | {name: steps[step].get(name, "") for name in columns} for step in chosen]
+
+
+def measurements(state: TrainerState) -> list[hub.Measurement]:
+    """The metrics of the last evaluation, or of the best where one was chosen; `x_low` and `x_high` bound `x`."""
+    found = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    if state.best_global_step:
+        found = [entry for entry in found if entry["step"] == state.best_global_step] or found
+    if not found:
+        return []
+    last: dict[str, float] = {}
+    for entry in found:
+        if entry["step"] == found[-1]["step"]:
+            last |= {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    kept = {name: value for name, value in last.items() if not _NOT_LOGGED.fullmatch(name) and name != "runtime"}
+    bounds = {f"{name}_{end}" for name in kept for end in ("low", "high")}
+    return [
+        hub.Measurement(
+            name,
+            value,
+            kept.get(f"{name}_low"),
+            kept.get(f"{name}_high"),
+            dataset=f"evaluation at step {found[-1]['step']}",
+        )
+        for name, value in kept.items()
+        if name not in bounds and isinstance(value, int | float)
+    ]
+
+
+def base_model_name(model: Any, transformer: ModelMixin) -> str:
+    """Repository or path that the user named, or that the pipeline or transformer remembers, or its class."""
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    name = model.config.get("_name_or_path") or transformer.config.get("_name_or_path") or type(model).__name__
+    return str(name)  # a pipeline loaded from a `Path` keeps that, which JSON has no form for
+
+
+def hardware(args: TrainingArguments) -> str:
+    """What is computed on, in words."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not a PC
+        pass
+    return f"{model}, {torch.get_num_threads()} threads x {args.world_size} processes"
+
+
+def _origin(dataset: MapDataset) -> tuple[str | None, str | None]:
+    """Repository and commit that a dataset was loaded from, where it knows."""
+    if isinstance(dataset, datasets.Dataset) and dataset.cache_files:
+        # <cache>/<owner>___<name>/<configuration>/<version>/<commit>/<file>; a dataset does not say it otherwise
+        pattern = r".*/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+"
+        found = re.fullmatch(pattern, Path(dataset.cache_files[0]["filename"]).as_posix())
+        if found is not None:
+            return f"{found[1]}/{found[2]}", found[3]
+    return None, None
+
+
+def _write_sample(video: Any, path: Path, fps: float) -> None:
+    """Files are kept as they are; frames get the clock of the training."""
+    if path.is_file():
+        return
+    content = video.get("bytes") if isinstance(video, dict) else None
+    source = video.get("path") if isinstance(video, dict) else video
+    if content is None and isinstance(source, str | os.PathLike) and str(source).endswith(".mp4"):
+        content = Path(source).read_bytes()
+    if content is not None and content[4:8] == b"ftyp":
+        write_whole(path, content)
+    else:
+        write_video(path, read_video(video), fps)
+
+
+def _sample_videos(callbacks: Sequence[Any], output_dir: Path, step: int) -> list[tuple[str, str]]:
+    """Prompts and the videos that were last made of them."""
+    for callback in callbacks:
+        if isinstance(callback, LogVideosCallback):
+            made = {int(path.name[5:]): path for path in output_dir.glob("samples/step_*") if path.name[5:].isdigit()}
+            last = max((number for number in made if number <= step), default=None)
+            if last is not None:
+                paths = [made[last] / f"{number:02d}.mp4" for number in range(len(callback.prompts))]
+                names = [str(path.relative_to(output_dir)) for path in paths]
+                return list(zip(callback.prompts, names, strict=True))
+    return []
+
+
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,137 @@
+"""Rows that carry what a teacher saw in their video, or the pixels it will look at, and their collator."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data import VideoCollator, column_names
+from ...data.columns import MapDataset
+from ...data.encoding.teacher_tokens import TeacherTokenDataset
+from ...data.video_io import VideoDecodeError, read_video
+
+
+#: What a row of an encoded dataset needs besides latents and prompt embeddings: int8 tokens `(F', N', D)` with float
+#: scales `(F', N')`, the grid `(F', H', W')` of the tokens, and the centre of each token frame, in pixel frames.
+TEACHER_COLUMNS = ("teacher_tokens", "teacher_scale", "teacher_grid", "teacher_frame_times")
+
+
+def has_teacher_tokens(dataset: MapDataset) -> bool:
+    """Whether the rows of a dataset carry the teacher's tokens already."""
+    return set(TEACHER_COLUMNS) <= set(column_names(dataset))
+
+
+class TeacherRows:
+    """
+    Encoded video rows with the teacher's tokens beside them: rows of [`VideoREPATrainer`] in their final form.
+
+    Args:
+        rows (`MapDataset`): Encoded video rows, such as an `EncodedDataset`.
+        tokens (`TeacherTokenDataset`): What `encode_teacher` made of the same videos, row by row.
+
+    Raises:
+        ValueError: If there are not as many tokens as rows.
+    """
+
+    def __init__(self, rows: MapDataset, tokens: TeacherTokenDataset) -> None:
+        if len(rows) != len(tokens):
+            raise ValueError(
+                f"Expected the teacher's tokens of {len(rows)} videos, got those of {len(tokens)}. Encode both from "
+                "the same dataset."
+            )
+        self.rows, self.tokens = rows, tokens
+        self._place = {
+            "teacher_grid": torch.tensor(tokens.grid),
+            "teacher_frame_times": torch.as_tensor(tokens.frame_times, dtype=torch.float32),
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {**self.rows[index], **self.tokens[index], **self._place}
+
+
+class PixelRows:
+    """
+    Encoded video rows with the frames of their video, for a teacher that looks at them in every step.
+
+    Args:
+        rows (`MapDataset`): Encoded video rows.
+        videos (`MapDataset`): The raw rows that they were made from, one by one, column `video`.
+        pixels (`dict`): Keyword arguments of `read_video` that `rows` were encoded with.
+    """
+
+    def __init__(self, rows: MapDataset, videos: MapDataset, pixels: Mapping[str, Any]) -> None:
+        assert len(rows) == len(videos), (len(rows), len(videos))
+        self.rows, self.videos, self.pixels = rows, videos, dict(pixels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        video = read_video(self.videos[index]["video"], **self.pixels)
+        return {**self.rows[index], "video": torch.from_numpy(video)}
+
+
+class SelectedRows:
+    """Some rows of a dataset of any kind, in the order given."""
+
+    def __init__(self, rows: MapDataset, kept: Iterable[int]) -> None:
+        self.rows, self.kept = rows, list(kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.rows[self.kept[index]]
+
+
+def first_readable_video(videos: MapDataset, pixels: Mapping[str, Any], *, skip_bad: bool) -> Tensor:
+    """
+    Frames of the first video, uint8 `(T, H, W, 3)`; of the first one that can be read with `skip_bad`.
+
+    Raises:
+        VideoDecodeError: If it, or with `skip_bad` every one, cannot be read.
+    """
+    for number in range(len(videos)):
+        try:
+            return torch.from_numpy(read_video(videos[number]["video"], **pixels))
+        except VideoDecodeError:
+            if not skip_bad or number == len(videos) - 1:
+                raise
+    raise AssertionError("datasets without rows are refused before")
+
+
+@dataclass(frozen=True)
+class TeacherVideoCollator(VideoCollator):
+    """
+    Stack video rows and what they carry for the teacher.
+
+    Returns, from `__call__(rows)`, besides what [`VideoCollator`] returns:
+        `dict`: `teacher_tokens` int8 `(B, F', N', D)`, `teacher_scale` `(B, F', N')`, `teacher_grid` int64 `(3,)` and
+        `teacher_frame_times` float32 `(F',)`; or `video` uint8 `(B, T, H, W, 3)`.
+
+    Raises:
+        ValueError: As [`VideoCollator`], and if the tokens or videos of the rows differ in shape or place.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(rows)
+        names = ("video",) if "video" in rows[0] else TEACHER_COLUMNS
+        for name in names:
+            tensors = [torch.as_tensor(row[name]) for row in rows]
+            if any(tensor.shape != tensors[0].shape for tensor in tensors):
+                shapes = {int(row["index"]): tuple(tensor.shape) for row, tensor in zip(rows, tensors, strict=True)}
+                raise ValueError(
+                    f"'{name}' must have one shape in a batch, got (by row) {shapes}. Set `num_frames`, `height` and "
+                    "`width`, or train with a batch size of 1."
+                )
+            batch[name] = torch.stack(tensors)
+        for name in ("teacher_grid", "teacher_frame_times") if names == TEACHER_COLUMNS else ():
+            if not (batch[name] == batch[name][0]).all():
+                raise ValueError(f"'{name}' must agree in a batch, got {batch[name].tolist()}. Use one teacher size.")
+            batch[name] = batch[name][0]
+        return batch

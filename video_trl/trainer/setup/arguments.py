@@ -1,0 +1,120 @@
+"""What a trainer refuses before it looks at a model or a dataset."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+
+from ..base_config import _BaseVideoConfig
+from ..callbacks import LogVideosCallback
+from ..parallel.engines import SHARDED, Engine, requested_engine
+from ..preference_config import _PreferenceConfig
+from .quantization import check_quantised_engine
+
+
+if TYPE_CHECKING:
+    from ..base_trainer import _BaseVideoTrainer
+
+
+def check_arguments(
+    kind: "type[_BaseVideoTrainer]",
+    model: Any,
+    args: _BaseVideoConfig | None,
+    train_dataset: Any,
+    eval_dataset: Any,
+    ref_model: Any,
+    peft_config: PeftConfig | None,
+    optimizers: tuple[Any, Any],
+) -> _BaseVideoConfig:
+    """
+    Check a trainer's arguments against its class and against each other.
+
+    Args:
+        kind (`type[_BaseVideoTrainer]`): The trainer's class.
+        model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers: As passed to its constructor.
+
+    Returns:
+        `_BaseVideoConfig`: `args`, or the defaults of the trainer's own configuration.
+
+    Raises:
+        ValueError: If they do not go together, or ask for a kind of parallelism that is not supported, or that the
+            number of processes does not allow.
+    """
+    if args is None:
+        name = Path(model).name if isinstance(model, str | os.PathLike) else type(model).__name__
+        args = kind.config_class(output_dir=f"{name}-{kind._name}")
+    if not isinstance(args, kind.config_class):
+        raise ValueError(f"`args` must be a `{kind.config_class.__name__}`, got a `{type(args).__name__}`.")
+    if train_dataset is None and eval_dataset is None:
+        raise ValueError("Expected a `train_dataset` (or, to evaluate only, an `eval_dataset`), got neither.")
+    if ref_model is not None and not kind.uses_reference:
+        raise ValueError(f"{kind.__name__} has no reference; leave `ref_model` out.")
+    if peft_config is not None and not args.use_peft:
+        raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")
+    if optimizers[1] is not None and kind.has_auxiliary():
+        raise ValueError(
+            f"`optimizers` holds a scheduler, which has counted the groups of its optimizer; {kind.__name__} adds "
+            "one, for the module that it trains beside the transformer. Pass `optimizers=(optimizer, None)` and name "
+            "the schedule by `lr_scheduler_type`."
+        )
+    engine = requested_engine(args)
+    _check_step_options(args, engine)
+    if args.world_size % args.processes_per_row:
+        raise ValueError(
+            f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
+            f"({args.describe_processes_per_row()}). Launch a multiple of that, or lower the sizes."
+        )
+    if args.context_parallel_size > 1 and kind.has_auxiliary():
+        raise ValueError(
+            f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: the module "
+            "beside the transformer would see a part of the tokens only. Set it to 1."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs. Launch one process for each, with `accelerate launch` or "
+            "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
+        )
+    return args
+
+
+def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
+    """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
+    check_quantised_engine(args.quantization, engine)
+    if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
+        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
+        if args.largest_batch > 1:
+            raise ValueError(
+                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
+                f"{args.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
+                "raise `gradient_accumulation_steps`: the steps are the same."
+            )
+    if engine != "zero3":
+        return
+    if args.compile_blocks:
+        raise ValueError(
+            "`compile_blocks` is not supported with the engine 'zero3': DeepSpeed fetches the weights of each layer "
+            "inside of the blocks, which are compiled as a whole. Shard by FSDP2, which fetches a block at a time "
+            "(`fsdp2.yaml`), or leave `compile_blocks` off."
+        )
+    if args.gradient_checkpointing and args.checkpointing_policy == "attention":
+        raise ValueError(
+            "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches weights "
+            "inside of what is recomputed, and not by the same operations the second time. Use 'full', 'offload', "
+            "'ffn' or 'every_<k>', or shard by FSDP2 (`fsdp2.yaml`)."
+        )
+
+
+def check_generation(
+    engine: Engine, args: _BaseVideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
+) -> None:
+    """Raise a `ValueError` if sample videos are asked for and no process could make them by itself."""
+    wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, LogVideosCallback))]
+    asking = [type(generator).__name__ for generator in wanted if generator is not None]
+    if asking and (engine in SHARDED or args.context_parallel_size > 1):
+        how = f"the engine '{engine}'" if engine in SHARDED else "`context_parallel_size` > 1"
+        raise ValueError(
+            f"{', '.join(asking)} would generate videos on the main process, which with {how} cannot run the "
+            "transformer alone. Evaluate the checkpoints afterwards, with one process."
+        )

@@ -1,0 +1,188 @@
+"""Faster arithmetic for the transformer, the same for policy and reference: attention kernels, compiled blocks."""
+
+import shutil
+from collections.abc import Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
+from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
+from torch import Tensor, nn
+
+from ...models.attention.joint import JointAttentionProcessor
+
+
+if TYPE_CHECKING:
+    from ..base_config import _BaseVideoConfig
+
+
+# Attention kernels that quantise their inputs are made for sampling and have no backward pass.
+_WITHOUT_BACKWARD = ("sage",)
+# A block is compiled once for each form of its inputs: batch sizes, shapes, with and without gradients or adapter.
+_COMPILED_FORMS = 64
+
+
+def attention_backends() -> tuple[str, ...]:
+    """Names of diffusers' attention back ends that can train, installed or not."""
+    names = sorted(name.value for name in AttentionBackendName)
+    return tuple(name for name in names if not name.lstrip("_").startswith(_WITHOUT_BACKWARD))
+
+
+def check_attention_backend(name: str) -> None:
+    """Raise a `ValueError` if there is no attention back end of that name, or its library is not installed."""
+    if name not in attention_backends():
+        raise ValueError(
+            f"`attention_backend` must be one of {', '.join(map(repr, attention_backends()))}, got {name!r}. Those of "
+            "diffusers that are missing here have no backward pass."
+        )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"`attention_backend={name!r}` cannot be used here: {error} Or leave it unset for torch's own attention."
+        ) from error
+
+
+def probe_attention_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """
+    Run a back end on a few numbers and compare output and gradients with torch's own attention.
+
+    Args:
+        name (`str`): A back end that `check_attention_backend` has accepted.
+        head_dim (`int`): Width of the transformer's attention heads.
+        device (`torch.device`), dtype (`torch.dtype`): Of the training.
+
+    Raises:
+        ValueError: If it does not run on this device, has no backward pass, or gives other numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 64, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3)]
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    for backend, results in ((name, found), ("native", expected)):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        try:
+            output = dispatch_attention_fn(*leaves, backend=AttentionBackendName(backend))
+            results += [output.detach(), *torch.autograd.grad(output.square().mean(), leaves)]
+        except Exception as error:  # kernels of other libraries fail in any way they like
+            raise ValueError(
+                f"`attention_backend={name!r}` does not run forward and backward on {device} in {dtype} with heads of "
+                f"{head_dim} channels: {error}. Use another one, or leave it unset for torch's own attention."
+            ) from error
+    difference = max(
+        float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(found, expected, strict=True)
+    )
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:
+        raise ValueError(
+            f"`attention_backend={name!r}`: output or gradients differ from torch's own attention by {difference:.2g} "
+            f"of the largest, expected at most {tolerance:g}. Use another one, or leave it unset."
+        )
+
+
+def set_attention_backend(transformer: ModelMixin, name: str) -> None:
+    """Let every attention of a transformer run on the back end; nothing else in the process is affected."""
+    for module in transformer.modules():
+        if isinstance(module, Attention) and type(module.processor) is CogVideoXAttnProcessor2_0:
+            module.set_processor(JointAttentionProcessor())
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    try:
+        transformer.set_attention_backend(name)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)  # diffusers makes it the default of all models
+
+
+def check_acceleration(transformer: ModelMixin, args: "_BaseVideoConfig") -> None:
+    """Raise a `ValueError` if the options do not work for this transformer on the device of the training."""
+    if args.attention_backend is not None:
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        dtype = half if args.bf16 or args.fp16 else transformer.dtype
+        probe_attention_backend(args.attention_backend, transformer.config.attention_head_dim, args.device, dtype)
+    if args.compile_blocks:
+        check_compile(args.device)
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise a `ValueError` if blocks cannot be compiled for a device."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError(
+            "`compile_blocks` needs a C++ compiler on the CPU, and none is found. Install g++, or leave it off."
+        )
+
+
+def compile_blocks(blocks: Sequence[nn.Module], *, enabled: bool) -> None:
+    """
+    Compile every block of a transformer by itself, with `torch.compile`; or undo what an earlier trainer has compiled.
+
+    Policy and reference share the compiled code of their common module, where the adapter is on in one form and off
+    in another; a separate reference needs a call of its own. What engines and context parallelism do around a block's
+    forward pass, by hooks that come later, is not compiled.
+    """
+    if enabled:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_FORMS)
+    for block in blocks:
+        if is_compiled(block):
+            del block.forward
+        if enabled:
+            # A part that falls back to eager would round otherwise, so there may be none.
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether [`compile_blocks`] has compiled a block."""
+    forward = vars(block).get("forward")
+    return isinstance(forward, FunctionType) and "_torchdynamo_orig_callable" in vars(forward)
+
+
+class SamePathCheck:
+    """
+    Whether policy and reference give the same numbers while they are the same model: looked at once, in a first step.
+
+    A preference loss is made of small differences between the two, multiplied by beta. If the kernels of their passes
+    round differently, in whatever precision, that is a difference before anything is learned, so none is allowed.
+
+    Args:
+        options (`dict`): The options that might cause one, by name.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._reference_error: Tensor | None = None
+        self._done = not any(options.values())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the two have yet to be compared."""
+        return not self._done
+
+    def see_reference(self, error: Tensor) -> None:
+        """The errors `(N,)` of the reference, to compare the next ones of the policy with."""
+        self._reference_error = error
+
+    def see_policy(self, error: Tensor) -> None:
+        """
+        The errors `(N,)` of the policy on the same videos, before its first update.
+
+        Raises:
+            ValueError: If they differ from the reference's in a bit.
+        """
+        if self._done or self._reference_error is None:
+            return
+        self._done = True
+        ours, theirs = error.detach().cpu(), self._reference_error.cpu()
+        if torch.equal(ours, theirs):
+            return
+        worst = int((ours - theirs).abs().argmax())
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        raise ValueError(
+            f"Policy and reference are the same model before the first step, and with {options} their errors differ: "
+            f"{ours[worst]:.9g} and {theirs[worst]:.9g} (policy, reference). The difference would be multiplied by "
+            "beta and learned from. Leave the option off, or use another back end."
+        )

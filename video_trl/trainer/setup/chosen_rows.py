@@ -1,0 +1,43 @@
+"""Datasets of chosen and rejected videos as datasets of videos, for the trainers that learn from one video a row."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+
+from ...data import column_names
+from ...data.columns import MapDataset
+
+
+_CHOSEN = {"chosen": "video", "chosen_latents": "latents"}
+
+
+class _ChosenRows:
+    """Rows of a group or preference dataset that is not a `datasets.Dataset`, as video rows."""
+
+    def __init__(self, rows: MapDataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = self._rows[index]
+        return {_CHOSEN.get(name, name): value for name, value in row.items() if not _is_of_losers(name)}
+
+
+def chosen_as_video(dataset: MapDataset) -> MapDataset:
+    """The chosen videos of a group or preference dataset as video rows; any other dataset as it is."""
+    if isinstance(dataset, datasets.IterableDataset):  # refused by the check of columns, which says why
+        return dataset
+    columns = set(column_names(dataset))
+    if columns & {"video", "latents"} or not columns & set(_CHOSEN):
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        kept = dataset.remove_columns([name for name in columns if _is_of_losers(name)])
+        return kept.rename_columns({name: ours for name, ours in _CHOSEN.items() if name in columns})
+    return _ChosenRows(dataset)
+
+
+def _is_of_losers(name: str) -> bool:
+    return name.startswith("rejected")

@@ -1,0 +1,122 @@
+"""Data loaders whose batches are of one shape and know their share of the step."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.data import DataLoader, Dataset
+
+from ...data.buckets import BucketBatchSampler, MicroBatch
+from ..base_config import _BaseVideoConfig
+from .rows import IndexedDataset
+
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH = "micro_batch"
+"""Key of a batch under which its `MicroBatch` stands."""
+
+# What the host itself decides by, such as which noise to draw. On a device it would have to wait to read it back.
+_HOST_COLUMNS = ("index", "teacher_grid", "teacher_frame_times")
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+class _MicroBatches(Dataset[Any]):
+    """The rows as a loader fetches them: those of a `MicroBatch` together with it."""
+
+    def __init__(self, rows: IndexedDataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, batch: MicroBatch) -> tuple[list[dict[str, Any]], MicroBatch]:
+        return [self.rows[number] for number in batch.rows], batch
+
+
+class _Collate:
+    """
+    A collator whose batches carry their `MicroBatch`, and lists of numbers where the host reads them; a class, so that
+    it can be sent to a worker.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, fetched: tuple[list[dict[str, Any]], MicroBatch]) -> dict[str, Any]:
+        rows, batch = fetched
+        collated = self.collator(rows)
+        on_host = {name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}
+        return {**collated, **on_host, MICRO_BATCH: batch}
+
+
+def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig, *, training: bool) -> DataLoader:
+    """
+    A loader of this process's share of the batches, which puts them on its device.
+
+    Args:
+        rows (`IndexedDataset`): The rows.
+        collator (`Callable`): Rows to batch.
+        args (`_BaseVideoConfig`): Source of batch sizes, seed and `dataloader_*` settings.
+        training (`bool`): Whether the rows are shuffled, by `data_seed` and the epoch, and make up optimizer steps.
+    """
+    sampler = BucketBatchSampler(
+        rows.shapes,
+        batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        accumulation=args.gradient_accumulation_steps if training else 1,
+        rank=args.data_parallel_rank,
+        num_processes=args.data_parallel_size,
+        seed=args.data_seed if training else None,
+    )
+    if training:
+        _log_steps(sampler)
+    # accelerate's own class, because Trainer and the accelerator ask a loader for its epoch and for its end. It is
+    # not `prepare`d: that would divide the batches among the processes once more.
+    return DataLoaderShard(
+        _MicroBatches(rows),
+        device=args.device,
+        _non_blocking=args.dataloader_pin_memory,  # pinned, so that nobody has to wait for the copy
+        batch_sampler=sampler,
+        collate_fn=_Collate(collator),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=training and args.dataloader_persistent_workers,  # every evaluation makes a new loader
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+    )
+
+
+def describe_order(rows: IndexedDataset, args: _BaseVideoConfig) -> dict[str, Any]:
+    """What the order of the rows in training depends on, for the description of the run."""
+    return {
+        "rows": len(rows),
+        "shapes": len(set(rows.shapes)),
+        "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size,
+        "data_seed": args.data_seed,
+    }
+
+
+def _log_steps(sampler: BucketBatchSampler) -> None:
+    """Report how the rows make up steps; warn of shapes with fewer rows than a step has."""
+    counts, size = Counter(sampler.shapes), sampler.rows_per_step
+    steps = [divmod(count, size) for count in counts.values()]
+    logger.info(
+        "%d rows of %d shape(s) make %d full steps of %d rows and %d smaller ones an epoch; every row counts once.",
+        len(sampler.shapes),
+        len(counts),
+        sum(full for full, _ in steps),
+        size,
+        sum(rest > 0 for _, rest in steps),
+    )
+    scarce = {shape: count for shape, count in counts.items() if count < size}
+    if len(counts) > 1 and scarce:
+        logger.warning(
+            "Some shapes have fewer rows than a step of %d (rows by shape): %s. Their steps are smaller, and each of "
+            "their rows weighs more. Merge such buckets into larger ones, or lower the batch size.",
+            size,
+            scarce,
+        )

@@ -1,0 +1,152 @@
+"""Attach the adapter that is trained, and decide which weights are trained at all."""
+
+import copy
+import logging
+import re
+import warnings
+
+import torch
+from diffusers import ModelMixin
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from ...hub import check_lora_config
+from ...models import VideoAdapter
+from ..base_config import _BaseVideoConfig
+
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_ADAPTER = "ref"
+
+
+def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
+    """PEFT configurations of the adapters that a transformer carries, by name."""
+    return getattr(transformer, "peft_config", {})  # PEFT sets the attribute with the first adapter
+
+
+def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None) -> None:
+    """
+    Check that it is clear what is to be trained, and that it could be saved and loaded again faithfully.
+
+    Args:
+        transformer (`ModelMixin`): Transformer as the user passed it.
+        args (`_BaseVideoConfig`): Says whether an adapter or all weights are trained.
+        peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
+
+    Raises:
+        ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
+            weights are to be trained; or if the adapter is of an unsupported kind, or a target module of
+            `peft_config` does not exist.
+    """
+    existing = adapter_configs(transformer)
+    fuse = "fuse it into the base first (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`)"
+    if existing and not args.use_peft:
+        raise ValueError(
+            f"`use_peft=False` trains all weights, but the transformer carries the adapters {sorted(existing)}. "
+            f"Leave `use_peft` on to continue an adapter, or {fuse}."
+        )
+    if len(existing) > 1:
+        raise ValueError(
+            f"The transformer carries the adapters {sorted(existing)}; which one to train is unclear. Keep one, with "
+            "`transformer.delete_adapters(name)` for the others."
+        )
+    if existing and peft_config is not None:
+        raise ValueError(
+            f"The transformer already carries the adapter {next(iter(existing))!r} and `peft_config` asks for "
+            f"another. Leave `peft_config` out to continue the adapter, or {fuse}."
+        )
+    for config in (*existing.values(), *([peft_config] if peft_config is not None else [])):
+        check_lora_config(config)
+    if peft_config is not None:
+        _check_target_modules(transformer, peft_config)
+
+
+def attach_lora(
+    transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None, adapter: VideoAdapter
+) -> str:
+    """
+    Freeze a transformer and make one LoRA adapter on it trainable, in float32 whatever the base is stored in.
+
+    A bfloat16 adapter would lose most updates: at a learning rate of 1e-5 they round to nothing.
+
+    Args:
+        transformer (`ModelMixin`): Transformer that `check_adapters` has accepted. Its adapter, if it has one, is
+            continued.
+        args (`_BaseVideoConfig`): Source of rank and alpha of the default adapter.
+        peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
+        adapter ([`VideoAdapter`]): Knows the default target modules.
+
+    Returns:
+        `str`: Name of the adapter that is trained.
+    """
+    name = next(iter(adapter_configs(transformer)), None)
+    if name is None:
+        name = "default"
+        config = peft_config or LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(adapter.lora_target_modules)
+        )
+        transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
+    transformer.requires_grad_(False)
+    transformer.set_adapter(name)
+    _cast_adapters_to_float32(transformer)
+    return name
+
+
+def copy_adapter(transformer: ModelMixin, source: str) -> None:
+    """Freeze a copy of the adapter `source` as it is now, under the name `"ref"`; `source` stays the active one."""
+    config = copy.deepcopy(adapter_configs(transformer)[source])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second one is meant
+        transformer.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
+    state = get_peft_model_state_dict(transformer, adapter_name=source)
+    set_peft_model_state_dict(transformer, state, adapter_name=REFERENCE_ADAPTER)
+    _cast_adapters_to_float32(transformer)
+    transformer.set_adapter(source)  # adding an adapter activates it
+
+
+def train_all_weights(transformer: ModelMixin) -> None:
+    """Make every weight of a transformer trainable, in float32."""
+    if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+        gib = sum(parameter.numel() for parameter in transformer.parameters()) * 4 / 2**30
+        logger.warning("Casting the transformer to float32 (%.1f GiB): in half precision small updates are lost.", gib)
+        transformer.float()
+    transformer.requires_grad_(True)
+
+
+def disable_dropout(transformer: nn.Module) -> None:
+    """
+    Set every dropout probability to 0, with a warning if one was not.
+
+    Dropout draws from a global generator, which would break exact resuming and equal results for every batch split,
+    and it makes the policy differ from its reference before the first update.
+    """
+    active = [module for module in transformer.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if active:
+        logger.warning("Dropout is switched off in %d layers: noise comes from per-sample streams only.", len(active))
+    for module in active:
+        module.p = 0.0
+
+
+def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
+    targets = config.target_modules
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in transformer.named_modules() if name]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if missing or not targets:
+        linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+        known = sorted({re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name in linear})
+        raise ValueError(
+            f"`target_modules` of `peft_config` must name modules of {type(transformer).__name__}, got "
+            f"{missing or targets}, which match none. Its linear layers are named {known[:20]}."
+        )
+
+
+def _cast_adapters_to_float32(transformer: nn.Module) -> None:
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

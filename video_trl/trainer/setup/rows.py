@@ -1,0 +1,198 @@
+"""From the datasets a user passes to rows that a collator takes, and the settings that depend on the pipeline."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import constants
+from torch.utils.data import Dataset
+
+from ...data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
+from ...data.columns import MapDataset
+from ...data.encoding.store import check_conditions
+from ...models import VideoAdapter
+from ..base_config import _BaseVideoConfig
+
+
+DEFAULT_MAX_SEQUENCE_LENGTH = 512
+DEFAULT_FPS = 16.0  # what Wan generates at
+
+
+class IndexedDataset(Dataset[dict[str, Any]]):
+    """
+    Rows of a dataset, each with its position as `"index"`, which its noise is derived from.
+
+    Args:
+        rows (`MapDataset`): The rows.
+        shapes (`Sequence[tuple[int, ...]]`): Shape `(C, F, H, W)` of the latents in each row.
+    """
+
+    def __init__(self, rows: MapDataset, shapes: Sequence[tuple[int, ...]]) -> None:
+        assert len(rows) == len(shapes), (len(rows), len(shapes))
+        self.rows, self.shapes = rows, shapes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "index": index}
+
+
+def encoded_cache_dir(args: _BaseVideoConfig) -> str:
+    """Folder of encoded data: as configured, or beside what the Hub's libraries keep."""
+    return args.cache_dir or os.path.join(constants.HF_HOME, "video_trl", "encoded")
+
+
+def datasets_in(*datasets: Any) -> list[Any]:
+    """The datasets in optional arguments, those in dicts included."""
+    found: list[Any] = []
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            found.extend(dataset.values())
+        elif dataset is not None:
+            found.append(dataset)
+    return found
+
+
+def for_each(function: Callable[[Any], Any], datasets: Any) -> Any:
+    """The function of a dataset, or of every one in a dict; `None` for none."""
+    if isinstance(datasets, dict):
+        return {name: function(dataset) for name, dataset in datasets.items()}
+    return None if datasets is None else function(datasets)
+
+
+def prepare_rows(
+    dataset: MapDataset,
+    row_type: str,
+    args: _BaseVideoConfig,
+    *,
+    pipeline: DiffusionPipeline | None,
+    transformer: ModelMixin,
+    adapter: VideoAdapter,
+    max_sequence_length: int,
+) -> IndexedDataset:
+    """
+    Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows.
+
+    Raises:
+        ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
+            the transformer, or differ in shape within the row; and whatever `encode_dataset` raises.
+    """
+    if not is_encoded(dataset, row_type):
+        if pipeline is None:
+            raise ValueError(
+                "`model` is a bare transformer and the dataset holds videos, which nothing can encode. Pass the "
+                "pipeline as `model`, or a dataset encoded by `video_trl.data.encode_dataset`."
+            )
+        dataset = encode_dataset(
+            dataset,
+            pipeline,
+            adapter,
+            row_type,
+            cache_dir=encoded_cache_dir(args),
+            max_sequence_length=max_sequence_length,
+            num_frames=args.num_frames,
+            fps=args.fps,
+            height=args.height,
+            width=args.width,
+            buckets=args.buckets(),
+            max_crop=args.resolution_max_crop,
+            batch_size=args.encode_batch_size,
+            on_bad_video=args.on_bad_video,
+            device=args.device,
+        )
+    check_conditions(dataset, adapter)
+    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, adapter))
+
+
+def _checked_shapes(
+    dataset: MapDataset, row_type: str, transformer: ModelMixin, adapter: VideoAdapter
+) -> list[tuple[int, ...]]:
+    """Shape `(C, F, H, W)` of the latents in each row."""
+    checked: list[tuple[int, ...]] = []
+    known: set[tuple[int, ...]] = set()
+    for number, shapes in enumerate(_latents_shapes(dataset, row_type)):
+        if len(set(shapes)) > 1:
+            raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
+        if shapes[0] not in known:
+            try:
+                adapter.check_latents(transformer, shapes[0])
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+            known.add(shapes[0])
+        checked.append(shapes[0])
+    return checked
+
+
+def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes `(C, F, H, W)` in every row; of an `EncodedDataset` from the headers of its files."""
+    if isinstance(dataset, EncodedDataset):
+        yield from dataset.latents_shapes()
+        return
+    columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
+    for number in range(len(dataset)):
+        row = dataset[number]
+        yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
+
+
+def generation_kwargs(
+    dataset: IndexedDataset, pipeline: DiffusionPipeline | None, max_sequence_length: int
+) -> dict[str, Any]:
+    """
+    Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the training: of the
+    commonest size where there are several.
+    """
+    call: dict[str, Any] = {"max_sequence_length": max_sequence_length}
+    if pipeline is not None:
+        (_, frames, height, width), _ = Counter(dataset.shapes).most_common(1)[0]
+        call["num_frames"] = (frames - 1) * pipeline.vae_scale_factor_temporal + 1
+        call["height"] = height * pipeline.vae_scale_factor_spatial
+        call["width"] = width * pipeline.vae_scale_factor_spatial
+    return call
+
+
+def video_fps(dataset: IndexedDataset, args: _BaseVideoConfig) -> float:
+    """Frames per second of the videos: as configured or recorded when they were encoded; where neither is, 16."""
+    recorded = dataset.rows.fps if isinstance(dataset.rows, EncodedDataset) else None
+    return args.fps or recorded or DEFAULT_FPS
+
+
+def resolve_max_sequence_length(
+    args: _BaseVideoConfig, pipeline: DiffusionPipeline | None, required: int | None
+) -> int:
+    """
+    Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
+    than 512.
+
+    Raises:
+        ValueError: If another length is configured than the transformer requires.
+    """
+    configured = args.max_sequence_length
+    if required is not None and configured not in (None, required):
+        raise ValueError(
+            f"This transformer needs prompts of {required} tokens, padding included, got "
+            f"`max_sequence_length={configured}`. Leave it unset."
+        )
+    configured = required or configured
+    if configured is not None:
+        return configured
+    if pipeline is None or pipeline.components.get("tokenizer") is None:
+        return DEFAULT_MAX_SEQUENCE_LENGTH
+    return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+
+
+def resolve_timestep_shift(args: _BaseVideoConfig, pipeline: DiffusionPipeline | None) -> float:
+    """Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1."""
+    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
+        return args.timestep_shift or 1.0
+    config = {} if pipeline is None else pipeline.scheduler.config
+    shift = config.get("flow_shift", config.get("shift"))  # one scheduler family's name for it, and the other's
+    if shift is None:
+        raise ValueError(
+            "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
+            "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
+        )
+    return float(shift)

@@ -1,0 +1,1 @@
+"""What `compute_loss` calls: noise, passes through policy and reference, metrics, checks of values."""
