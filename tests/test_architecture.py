@@ -237,7 +237,7 @@ def test_nothing_imports_the_examples_or_the_tests():
     ("part", "source", "allowed"),
     [
         ("data", "from .columns import check_columns", True),
-        ("data", "from ..models import adapter_for", True),
+        ("data", "from ..models import family_for", True),
         ("data", "from .. import models", True),
         ("data", "from ..trainer.base_trainer import x", False),
         ("data", "from .. import trainer", False),

@@ -160,12 +160,12 @@ def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], li
 def encoded(args: StudyArguments, sandbox: "Sandbox", rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All groups of the study as the trainer takes them, each encoded once."""
     from video_trl.data import encode_dataset
-    from video_trl.models import adapter_for
+    from video_trl.models import family_for
 
     done = encode_dataset(
         rows,
         sandbox.pipeline,
-        adapter_for(sandbox.pipeline.transformer),
+        family_for(sandbox.pipeline.transformer),
         "group",
         cache_dir=Path(args.output_dir) / "encoded",
         max_sequence_length=sandbox.call_kwargs["max_sequence_length"],

@@ -176,7 +176,7 @@ def training_data(args: StudyArguments, sandbox: "Sandbox") -> "EncodedDataset":
     from filelock import FileLock
 
     from video_trl.data import encode_dataset
-    from video_trl.models import adapter_for
+    from video_trl.models import family_for
     from video_trl.sandbox import build_group_dataset
 
     folder = Path(args.output_dir)
@@ -186,7 +186,7 @@ def training_data(args: StudyArguments, sandbox: "Sandbox") -> "EncodedDataset":
         return encode_dataset(
             groups,
             sandbox.pipeline,
-            adapter_for(sandbox.pipeline.transformer),
+            family_for(sandbox.pipeline.transformer),
             "preference",
             cache_dir=folder / "encoded",
             max_sequence_length=sandbox.call_kwargs["max_sequence_length"],

@@ -284,10 +284,10 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
     import torch
 
     from video_trl.losses import velocity_error
-    from video_trl.models import adapter_for
+    from video_trl.models import family_for
     from video_trl.sandbox.weights.pipeline import MAX_PROMPT_TOKENS
 
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    family = family_for(pipeline.transformer, pipeline.scheduler)
     latents, prompts = material.held_out_latents, material.held_out_prompts
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     rows = []
@@ -295,15 +295,15 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
         for start in range(0, len(latents), 56):
             part = slice(start, start + 56)
             clean, noises = latents[part], noise[part]
-            embeds = adapter.encode_prompt(pipeline, prompts[part], MAX_PROMPT_TOKENS)
-            conditions = {"prompt_embeds": adapter.pad_prompt_embeds(embeds, MAX_PROMPT_TOKENS)}
+            embeds = family.encode_prompt(pipeline, prompts[part], MAX_PROMPT_TOKENS)
+            conditions = {"prompt_embeds": family.pad_prompt_embeds(embeds, MAX_PROMPT_TOKENS)}
             errors = []
             for level in ERROR_LEVELS:
                 u = torch.full((len(clean),), level, dtype=torch.float64)
-                timesteps = adapter.noise_process.sample_timesteps(u, scheme="uniform")
-                noisy = adapter.noise_process.add_noise(clean, noises, timesteps)
-                prediction = adapter.predict(pipeline.transformer, noisy, timesteps, conditions)
-                target = adapter.noise_process.velocity(clean, noises, timesteps)
+                timesteps = family.noise_process.sample_timesteps(u, scheme="uniform")
+                noisy = family.noise_process.add_noise(clean, noises, timesteps)
+                prediction = family.predict(pipeline.transformer, noisy, timesteps, conditions)
+                target = family.noise_process.velocity(clean, noises, timesteps)
                 errors.append(velocity_error(prediction, target))
             rows += torch.stack(errors).mean(0).tolist()
     return rows

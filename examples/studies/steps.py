@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from video_trl import VideoDPOConfig, VideoDPOTrainer
 from video_trl.data.encoding.store import EncodedDataset, EncodedWriter
 from video_trl.losses import dpo_loss, group_dpo_loss, implicit_reward
-from video_trl.models import VideoAdapter, adapter_for
+from video_trl.models import ModelFamily, family_for
 from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
 from video_trl.trainer.step.passes import Denoising, SequentialErrors
@@ -50,7 +50,7 @@ MODELS = {  # name -> (heads of 32, blocks, latents of a video)
 POLICIES = (None, "every_2", "attention", "full")
 
 
-def transformer_of(name: str) -> tuple[WanTransformer3DModel, VideoAdapter, tuple[int, int, int, int]]:
+def transformer_of(name: str) -> tuple[WanTransformer3DModel, ModelFamily, tuple[int, int, int, int]]:
     """A Wan transformer with an adapter of rank 16 whose output is not zero."""
     heads, blocks, shape = MODELS[name]
     torch.manual_seed(0)
@@ -63,18 +63,18 @@ def transformer_of(name: str) -> tuple[WanTransformer3DModel, VideoAdapter, tupl
         freq_dim=64,
         qk_norm="rms_norm_across_heads",
     )
-    adapter = adapter_for(transformer)
+    family = family_for(transformer)
     transformer.requires_grad_(False)
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=adapter.lora_target_modules, init_lora_weights=False)
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=family.lora_target_modules, init_lora_weights=False)
     transformer.add_adapter(config)
-    return transformer.train(), adapter, shape
+    return transformer.train(), family, shape
 
 
 class Step:
     """One step of a loss over `videos` videos, arranged in one of several ways; gradients are dropped."""
 
     def __init__(self, name: str, videos: int) -> None:
-        self.transformer, self.adapter, shape = transformer_of(name)
+        self.transformer, self.family, shape = transformer_of(name)
         latents, noise = torch.randn(videos, *shape), torch.randn(1, *shape)
         conditions = {"prompt_embeds": torch.randn(1, 32, 64).expand(videos, -1, -1)}
         timesteps = torch.full((videos,), 500.0)
@@ -83,7 +83,7 @@ class Step:
     def checkpoint(self, policy: str | None) -> None:
         self.transformer.disable_gradient_checkpointing()
         if policy is not None:
-            enable_recompute(self.transformer, list(self.adapter.blocks(self.transformer)), policy)
+            enable_recompute(self.transformer, list(self.family.blocks(self.transformer)), policy)
 
     def loss(self, policy: Tensor, reference: Tensor) -> Tensor:
         rewards = implicit_reward(policy, reference, BETA)
@@ -96,33 +96,33 @@ class Step:
         self.transformer.disable_adapters()
         try:
             with torch.no_grad():
-                return torch.cat([video.errors(self.adapter, self.transformer) for video in videos])
+                return torch.cat([video.errors(self.family, self.transformer) for video in videos])
         finally:
             self.transformer.enable_adapters()
 
     def finetuning(self) -> None:
         """The step of supervised fine-tuning on one video, the yardstick of memory."""
-        next(self.denoising.one_by_one()).errors(self.adapter, self.transformer).mean().backward()
+        next(self.denoising.one_by_one()).errors(self.family, self.transformer).mean().backward()
 
     def singles(self) -> None:
         """Policy on one video after the other, all graphs kept, then the reference: how most trainers do it."""
-        errors = [video.errors(self.adapter, self.transformer) for video in self.denoising.one_by_one()]
+        errors = [video.errors(self.family, self.transformer) for video in self.denoising.one_by_one()]
         self.loss(torch.cat(errors), self.reference(one_by_one=True)).backward()
 
     def policy_first(self) -> None:
         """Policy on all videos at once, then the reference: the other common way."""
-        errors = self.denoising.errors(self.adapter, self.transformer)
+        errors = self.denoising.errors(self.family, self.transformer)
         self.loss(errors, self.reference(one_by_one=False)).backward()
 
     def concat(self, cached: Tensor | None = None) -> None:
         """`step_mode="concat"`."""
         reference = self.reference(one_by_one=False) if cached is None else cached
-        self.loss(self.denoising.errors(self.adapter, self.transformer), reference).backward()
+        self.loss(self.denoising.errors(self.family, self.transformer), reference).backward()
 
     def sequential(self, cached: Tensor | None = None) -> None:
         """`step_mode="sequential"`."""
         reference = self.reference(one_by_one=True) if cached is None else cached
-        errors = SequentialErrors(self.denoising, self.adapter, self.transformer)
+        errors = SequentialErrors(self.denoising, self.family, self.transformer)
         self.loss(errors.errors, reference).backward()
         errors.backward()
 

@@ -92,7 +92,7 @@ def test_dry_run_says_what_the_trainer_will_do_and_starts_nothing(name, lora, gr
         output_dir=str(tmp_path / "out"), cache_dir=str(cache), use_cpu=True, use_peft=lora, report_to="none"
     )
     trainer = make_trainer(name, DataArguments(dataset_name=str(groups)), args)
-    grid = trainer.adapter.token_grid(trainer.model, trainer.train_dataset.shapes[0])
+    grid = trainer.family.token_grid(trainer.model, trainer.train_dataset.shapes[0])
     assert (
         f"tokens of a video:      {math.prod(grid)} (13 x 64 x 64, latents (16, 4, 8, 8), grid 4 x 4 x 4)" in printed
     )

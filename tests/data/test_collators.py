@@ -3,11 +3,11 @@ import torch
 
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, TEXT_DIM, tiny_encoded_group, tiny_encoded_video
 from video_trl.data import GroupCollator, VideoCollator
-from video_trl.models import WanAdapter
+from video_trl.models import WanFamily
 
 
-GROUPS = GroupCollator(WanAdapter(), MAX_SEQUENCE_LENGTH)
-VIDEOS = VideoCollator(WanAdapter(), MAX_SEQUENCE_LENGTH)
+GROUPS = GroupCollator(WanFamily(), MAX_SEQUENCE_LENGTH)
+VIDEOS = VideoCollator(WanFamily(), MAX_SEQUENCE_LENGTH)
 
 
 def indexed(rows: list[dict], first: int = 10) -> list[dict]:

@@ -19,7 +19,7 @@ from tests.support.distributed.launch import launch
 from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_transformer
 from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOConfig
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.models.attention.ring import RING_BACKENDS
 from video_trl.trainer.parallel.mesh import check_context_parallel_method, check_context_parallelism
 from video_trl.trainer.setup.attention_and_compile import attention_backends
@@ -84,7 +84,7 @@ def ring(directory: Path, size: int) -> VideoGroupDPOConfig:
 
 def test_families_that_cannot_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
     args, transformer = ring(tmp_path, 2), tiny_transformer()
-    check_context_parallel_method(transformer, adapter_for(transformer), args)
+    check_context_parallel_method(transformer, family_for(transformer), args)
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ValueError, match="'ring'` is not supported for 'cogvideox'. Use 'ulysses'"):
         trainer(args, model=tiny_cogvideox_pipeline(), train_dataset=tiny_encoded_group(2, family="cogvideox-t2v"))
@@ -92,7 +92,7 @@ def test_families_that_cannot_are_refused_before_anything_is_encoded(tmp_path, m
 
 def test_heads_need_not_divide(tmp_path):
     transformer = tiny_transformer()  # 2 heads
-    adapter, shapes = adapter_for(transformer), [(4, 3, 8, 8)]  # 3 x 4 x 4 = 48 tokens
+    adapter, shapes = family_for(transformer), [(4, 3, 8, 8)]  # 3 x 4 x 4 = 48 tokens
     for size in (1, 2, 3, 4, 6, 8):
         check_context_parallelism(transformer, adapter, shapes, ring(tmp_path, size))
     with pytest.raises(ValueError, match=r"must divide the 48 tokens \(3 x 4 x 4\).*12, 16, 24, 48\] do"):

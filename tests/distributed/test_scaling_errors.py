@@ -8,7 +8,7 @@ from tests.support.distributed.cpu_engines import reset, zero
 from tests.support.tiny import tiny_encoded_group, tiny_transformer
 from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.parallel.engines import requested_engine
 from video_trl.trainer.parallel.mesh import check_context_parallelism
@@ -40,12 +40,12 @@ def test_sizes_must_be_positive(tmp_path, name):
 
 def test_heads_that_cannot_be_divided_come_with_what_can(tmp_path):
     transformer = tiny_transformer(num_attention_heads=6, attention_head_dim=12)
-    adapter = adapter_for(transformer)
+    family = family_for(transformer)
     shapes = [(4, 3, 8, 8), (4, 1, 10, 10)]  # 48 tokens, and 25 tokens
     for size in (1, 2, 3, 6):
-        check_context_parallelism(transformer, adapter, shapes, config(tmp_path, context_parallel_size=size))
+        check_context_parallelism(transformer, family, shapes, config(tmp_path, context_parallel_size=size))
     with pytest.raises(ValueError, match=r"size=4` must divide the 6 attention heads .*\[1, 2, 3, 6\] do"):
-        check_context_parallelism(transformer, adapter, shapes, config(tmp_path, context_parallel_size=4))
+        check_context_parallelism(transformer, family, shapes, config(tmp_path, context_parallel_size=4))
 
 
 def test_videos_of_a_row_that_cannot_be_divided_are_refused(tmp_path):

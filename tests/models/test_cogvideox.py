@@ -17,7 +17,7 @@ from tests.support.tiny import (
     tiny_cogvideox_vae,
 )
 from video_trl.diffusion import VPrediction
-from video_trl.models import CogVideoXAdapter, CogVideoXImageToVideoAdapter, VideoAdapter, adapter_for, tap_block
+from video_trl.models import CogVideoXFamily, CogVideoXImageToVideoFamily, ModelFamily, family_for, tap_block
 
 
 CALL = {
@@ -29,7 +29,7 @@ CALL = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "output_type": "latent",
 }
-ADAPTER = CogVideoXAdapter(VPrediction())
+ADAPTER = CogVideoXFamily(VPrediction())
 
 
 def pipeline_2b() -> DiffusionPipeline:
@@ -65,33 +65,33 @@ def pipeline(request) -> DiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def adapter(pipeline) -> VideoAdapter:
-    return adapter_for(pipeline.transformer, pipeline.scheduler)
+def family(pipeline) -> ModelFamily:
+    return family_for(pipeline.transformer, pipeline.scheduler)
 
 
 def takes_image(pipeline: DiffusionPipeline) -> bool:
     return "ImageToVideo" in type(pipeline).__name__
 
 
-def conditions_of(adapter: VideoAdapter, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds = adapter.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
-    images = adapter.encode_image(pipeline, [image()] * len(prompts), CALL["num_frames"])
-    return {"prompt_embeds": adapter.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), **images}
+def conditions_of(family: ModelFamily, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    embeds = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
+    images = family.encode_image(pipeline, [image()] * len(prompts), CALL["num_frames"])
+    return {"prompt_embeds": family.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), **images}
 
 
-# --- adapter_for ----------------------------------------------------------------------------------------------------
+# --- family_for ----------------------------------------------------------------------------------------------------
 
 
-def test_the_adapter_has_the_form_and_the_schedule_of_the_checkpoint(pipeline, adapter):
-    expected = CogVideoXImageToVideoAdapter if takes_image(pipeline) else CogVideoXAdapter
-    assert type(adapter) is expected and type(pipeline).__name__ in adapter.pipeline_classes
-    assert adapter.noise_process.snr_shift_scale == pipeline.scheduler.config.snr_shift_scale
-    assert adapter.prompt_length(pipeline.transformer) == MAX_SEQUENCE_LENGTH
+def test_the_adapter_has_the_form_and_the_schedule_of_the_checkpoint(pipeline, family):
+    expected = CogVideoXImageToVideoFamily if takes_image(pipeline) else CogVideoXFamily
+    assert type(family) is expected and type(pipeline).__name__ in family.pipeline_classes
+    assert family.noise_process.snr_shift_scale == pipeline.scheduler.config.snr_shift_scale
+    assert family.prompt_length(pipeline.transformer) == MAX_SEQUENCE_LENGTH
 
 
 def test_2b_and_5b_are_noised_differently():
     two, five = (
-        adapter_for(made.transformer, made.scheduler).noise_process
+        family_for(made.transformer, made.scheduler).noise_process
         for made in (pipeline_2b(), tiny_cogvideox_pipeline())
     )
     zero, one, middle = torch.zeros(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), torch.tensor([500])
@@ -109,21 +109,21 @@ def test_2b_and_5b_are_noised_differently():
 def test_transformers_that_cannot_be_trained_are_refused(transformer, with_scheduler, message):
     scheduler = tiny_cogvideox_scheduler() if with_scheduler else None
     with pytest.raises(ValueError, match=message):
-        adapter_for(tiny_cogvideox_transformer(**transformer), scheduler)
+        family_for(tiny_cogvideox_transformer(**transformer), scheduler)
 
 
 # --- predict --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [{}, {"height": 48, "width": 32, "num_frames": 17}])
-def test_predict_is_the_transformer_call_of_the_pipeline(pipeline, adapter, size):
+def test_predict_is_the_transformer_call_of_the_pipeline(pipeline, family, size):
     """Bit-equal in every denoising step, from the pipeline's own latents, timesteps, prompts and first frame."""
     if takes_image(pipeline) and size:
         pytest.skip("learned positions exist for one size")
     call = CALL | size | ({"image": [image()] * 2} if takes_image(pipeline) else {})
     with recorded_calls(pipeline.transformer) as calls, torch.no_grad():
         pipeline(prompt=list(PROMPTS[:2]), generator=torch.Generator().manual_seed(0), **call)
-    conditions = conditions_of(adapter, pipeline, list(PROMPTS[:2]))
+    conditions = conditions_of(family, pipeline, list(PROMPTS[:2]))
     assert len(calls) == 3
     for kwargs, expected in calls:
         channels = expected.shape[2]
@@ -136,129 +136,129 @@ def test_predict_is_the_transformer_call_of_the_pipeline(pipeline, adapter, size
             torch.testing.assert_close(conditions["first_frame_latents"], first[:, :, :1], rtol=0, atol=1e-5)
             conditions["first_frame_latents"] = first[:, :, :1]  # as the pipeline has drawn it
         with recorded_calls(pipeline.transformer) as ours, torch.no_grad():
-            velocity = adapter.predict(pipeline.transformer, noisy, kwargs["timestep"], conditions)
+            velocity = family.predict(pipeline.transformer, noisy, kwargs["timestep"], conditions)
         assert torch.equal(velocity, expected.transpose(1, 2))
         assert torch.equal(ours[0][0]["hidden_states"], kwargs["hidden_states"])
         assert ours[0][0]["timestep"].dtype == kwargs["timestep"].dtype == torch.int64
 
 
-def test_training_draws_timesteps_of_the_kind_that_the_pipeline_uses(pipeline, adapter):
+def test_training_draws_timesteps_of_the_kind_that_the_pipeline_uses(pipeline, family):
     pipeline.scheduler.set_timesteps(1000)
-    drawn = adapter.noise_process.sample_timesteps(torch.linspace(0, 1, 5000))
+    drawn = family.noise_process.sample_timesteps(torch.linspace(0, 1, 5000))
     assert set(drawn.tolist()) == set(pipeline.scheduler.timesteps.tolist())
 
 
-def test_predict_depends_on_each_sample_s_own_timestep_and_conditions(pipeline, adapter):
+def test_predict_depends_on_each_sample_s_own_timestep_and_conditions(pipeline, family):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *COGVIDEOX_LATENTS_SHAPE, generator=generator)
-    conditions, timesteps = conditions_of(adapter, pipeline, list(PROMPTS[:2])), torch.tensor([100, 900])
+    conditions, timesteps = conditions_of(family, pipeline, list(PROMPTS[:2])), torch.tensor([100, 900])
     with torch.no_grad():
-        together = adapter.predict(pipeline.transformer, latents, timesteps, conditions)
+        together = family.predict(pipeline.transformer, latents, timesteps, conditions)
         for row in range(2):
             one = slice(row, row + 1)
             own = {name: values[one] for name, values in conditions.items()}
-            alone = adapter.predict(pipeline.transformer, latents[one], timesteps[one], own)
+            alone = family.predict(pipeline.transformer, latents[one], timesteps[one], own)
             torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
-        swapped = adapter.predict(pipeline.transformer, latents, timesteps.flip(0), conditions)
+        swapped = family.predict(pipeline.transformer, latents, timesteps.flip(0), conditions)
         assert not torch.allclose(together, swapped, atol=1e-4)
         for name, values in conditions.items():
-            changed = adapter.predict(pipeline.transformer, latents, timesteps, conditions | {name: values + 1})
+            changed = family.predict(pipeline.transformer, latents, timesteps, conditions | {name: values + 1})
             assert not torch.allclose(together, changed, atol=1e-4), name
 
 
-def test_predict_in_bfloat16(pipeline, adapter, tmp_path):
+def test_predict_in_bfloat16(pipeline, family, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path)
     transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     with recorded_calls(transformer) as calls, torch.no_grad():
-        velocity = adapter.predict(
+        velocity = family.predict(
             transformer,
             torch.zeros(1, *COGVIDEOX_LATENTS_SHAPE),
             torch.tensor([501]),
-            conditions_of(adapter, pipeline, [PROMPTS[0]]),
+            conditions_of(family, pipeline, [PROMPTS[0]]),
         )
     ((kwargs, _),) = calls
     assert velocity.dtype == kwargs["hidden_states"].dtype == kwargs["encoder_hidden_states"].dtype == torch.bfloat16
     assert kwargs["timestep"].tolist() == [501]
 
 
-def test_predict_runs_the_wrapper_of_distributed_training(pipeline, adapter):
+def test_predict_runs_the_wrapper_of_distributed_training(pipeline, family):
     wrapped = nn.DataParallel(pipeline.transformer)
     arguments = (
         torch.ones(1, *COGVIDEOX_LATENTS_SHAPE),
         torch.tensor([5]),
-        conditions_of(adapter, pipeline, ["a ball"]),
+        conditions_of(family, pipeline, ["a ball"]),
     )
     with torch.no_grad(), recorded_calls(wrapped) as calls:
-        found = adapter.predict(wrapped, *arguments)
-        assert torch.equal(found, adapter.predict(pipeline.transformer, *arguments))
+        found = family.predict(wrapped, *arguments)
+        assert torch.equal(found, family.predict(pipeline.transformer, *arguments))
     assert len(calls) == 1
-    assert adapter.blocks(wrapped) is pipeline.transformer.transformer_blocks
-    assert adapter.token_grid(wrapped, COGVIDEOX_LATENTS_SHAPE) == (3, 2, 2)
+    assert family.blocks(wrapped) is pipeline.transformer.transformer_blocks
+    assert family.token_grid(wrapped, COGVIDEOX_LATENTS_SHAPE) == (3, 2, 2)
 
 
 # --- videos, images and prompts -------------------------------------------------------------------------------------
 
 
-def test_decode_latents_is_the_decoding_of_the_pipeline(pipeline, adapter):
+def test_decode_latents_is_the_decoding_of_the_pipeline(pipeline, family):
     call = CALL | ({"image": image()} if takes_image(pipeline) else {})
     videos = {}
     for output_type in ("latent", "pt"):
         arguments = call | {"output_type": output_type, "generator": torch.Generator().manual_seed(0)}
         videos[output_type] = pipeline(prompt=PROMPTS[0], **arguments).frames
-    video = adapter.decode_latents(pipeline.vae, videos["latent"].transpose(1, 2))
+    video = family.decode_latents(pipeline.vae, videos["latent"].transpose(1, 2))
     assert video.shape == (1, 3, 9, 32, 32) and video.dtype == torch.float32
     assert torch.equal((video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2), videos["pt"])
 
 
-def test_encode_video_is_the_scaled_mode_of_the_posterior(pipeline, adapter):
+def test_encode_video_is_the_scaled_mode_of_the_posterior(pipeline, family):
     video, vae = pixels(num_frames=9), pipeline.vae
-    latents = adapter.encode_video(vae, video)
+    latents = family.encode_video(vae, video)
     with torch.no_grad():
         mode = vae.encode(video).latent_dist.mean
     torch.testing.assert_close(latents, vae.config.scaling_factor * mode)
     assert latents.shape == (2, *COGVIDEOX_LATENTS_SHAPE) and latents.dtype == torch.float32
-    assert torch.equal(latents, adapter.encode_video(vae, video)) and not latents.requires_grad
+    assert torch.equal(latents, family.encode_video(vae, video)) and not latents.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(adapter.decode_latents(vae, latents), vae.decode(mode).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(family.decode_latents(vae, latents), vae.decode(mode).sample, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_first_frame_latents_are_scaled_as_the_checkpoint_says(inverted):
     pipeline = tiny_cogvideox_i2v_pipeline(vae=narrow(tiny_cogvideox_vae(invert_scale_latents=inverted)))
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    family = family_for(pipeline.transformer, pipeline.scheduler)
     with recorded_calls(pipeline.transformer) as calls, torch.no_grad():
         pipeline(image(), PROMPTS[0], **(CALL | {"num_inference_steps": 1}))
     ((kwargs, _),) = calls
-    found = adapter.encode_image(pipeline, [image()], 9)["first_frame_latents"]
+    found = family.encode_image(pipeline, [image()], 9)["first_frame_latents"]
     torch.testing.assert_close(found, kwargs["hidden_states"].transpose(1, 2)[:, 4:, :1], rtol=0, atol=1e-5)
-    alone = adapter.encode_video(pipeline.vae, pixels(1, num_frames=1))  # of a video that is this image
+    alone = family.encode_video(pipeline.vae, pixels(1, num_frames=1))  # of a video that is this image
     assert torch.allclose(found, alone, atol=1e-5) != inverted  # scaled as videos are, or inversely
     # In a longer video the frames share their group normalisation, and the first one's latents are others.
-    assert not torch.allclose(alone, adapter.encode_video(pipeline.vae, pixels(1, num_frames=9))[:, :, :1], atol=1e-3)
+    assert not torch.allclose(alone, family.encode_video(pipeline.vae, pixels(1, num_frames=9))[:, :, :1], atol=1e-3)
 
 
 def test_a_bfloat16_vae_gives_float32_latents_and_videos():
     pipeline = tiny_cogvideox_i2v_pipeline()
     pipeline.vae.to(torch.bfloat16)
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
-    latents = adapter.encode_video(pipeline.vae, pixels(1, num_frames=1))
-    first = adapter.encode_image(pipeline, [image()], 9)["first_frame_latents"]
-    assert latents.dtype == first.dtype == adapter.decode_latents(pipeline.vae, latents).dtype == torch.float32
+    family = family_for(pipeline.transformer, pipeline.scheduler)
+    latents = family.encode_video(pipeline.vae, pixels(1, num_frames=1))
+    first = family.encode_image(pipeline, [image()], 9)["first_frame_latents"]
+    assert latents.dtype == first.dtype == family.decode_latents(pipeline.vae, latents).dtype == torch.float32
 
 
-def test_embeddings_are_whole_because_the_padding_is_attended_to(pipeline, adapter):
+def test_embeddings_are_whole_because_the_padding_is_attended_to(pipeline, family):
     prompts = ["a red ball", PROMPTS[3], "ball " * 40]
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
-    embeds = adapter.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
-    assert torch.equal(adapter.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), expected)
+    embeds = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
+    assert torch.equal(family.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), expected)
     assert all(embed.untyped_storage().nbytes() <= expected.nbytes for embed in embeds)
     with pytest.raises(ValueError, match="attends to the padding"):
-        adapter.pad_prompt_embeds([embeds[0][:4]], MAX_SEQUENCE_LENGTH)
+        family.pad_prompt_embeds([embeds[0][:4]], MAX_SEQUENCE_LENGTH)
     with pytest.raises(ValueError, match="at least one"):
-        adapter.pad_prompt_embeds([], MAX_SEQUENCE_LENGTH)
+        family.pad_prompt_embeds([], MAX_SEQUENCE_LENGTH)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -340,21 +340,21 @@ def test_latents_that_the_transformer_would_not_take_are_rejected(rotary, shape,
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_tap_reads_the_video_tokens_of_a_block_and_changes_nothing(pipeline, adapter, checkpointing):
+def test_tap_reads_the_video_tokens_of_a_block_and_changes_nothing(pipeline, family, checkpointing):
     latents, timesteps = torch.ones(1, *COGVIDEOX_LATENTS_SHAPE), torch.tensor([400])
-    conditions, transformer = conditions_of(adapter, pipeline, ["a ball"]), pipeline.transformer
+    conditions, transformer = conditions_of(family, pipeline, ["a ball"]), pipeline.transformer
     if checkpointing:
         transformer.enable_gradient_checkpointing()
     grads = []
     for tapped in (False, True):
         transformer.zero_grad()
         if tapped:
-            with tap_block(adapter, transformer, 1) as tap:
-                prediction = adapter.predict(transformer, latents, timesteps, conditions)
+            with tap_block(family, transformer, 1) as tap:
+                prediction = family.predict(transformer, latents, timesteps, conditions)
                 (prediction.square().mean() + 0 * tap.tokens.mean()).backward()
                 assert tap.tokens.shape == (1, 3 * 2 * 2, 32)
         else:
-            adapter.predict(transformer, latents, timesteps, conditions).square().mean().backward()
+            family.predict(transformer, latents, timesteps, conditions).square().mean().backward()
         grads.append([weight.grad for weight in transformer.parameters()])
     transformer.disable_gradient_checkpointing()
     for left, right in zip(*grads, strict=True):

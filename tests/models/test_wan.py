@@ -1,4 +1,4 @@
-"""`WanAdapter` against the real `WanPipeline` at tiny size: what the pipeline does is what is trained."""
+"""`WanFamily` against the real `WanPipeline` at tiny size: what the pipeline does is what is trained."""
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ from tests.support.tiny import (
     tiny_vae,
     tiny_wan_pipeline,
 )
-from video_trl.models import VideoAdapter, WanAdapter, adapter_for, tap_block
+from video_trl.models import ModelFamily, WanFamily, family_for, tap_block
 
 
-ADAPTER = WanAdapter()
+ADAPTER = WanFamily()
 CALL = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": MAX_SEQUENCE_LENGTH}
 
 
@@ -38,14 +38,14 @@ def inputs(batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Ten
     )
 
 
-# --- adapter_for ----------------------------------------------------------------------------------------------------
+# --- family_for ----------------------------------------------------------------------------------------------------
 
 
 def test_adapter_is_found_by_the_class_of_the_transformer(pipeline):
-    adapter: VideoAdapter = adapter_for(pipeline.transformer)
-    assert adapter == ADAPTER
-    assert type(pipeline).__name__ in adapter.pipeline_classes
-    assert adapter.noise_process.num_train_timesteps == pipeline.scheduler.config.num_train_timesteps
+    family: ModelFamily = family_for(pipeline.transformer)
+    assert family == ADAPTER
+    assert type(pipeline).__name__ in family.pipeline_classes
+    assert family.noise_process.num_train_timesteps == pipeline.scheduler.config.num_train_timesteps
 
 
 def test_another_class_is_rejected_by_name():
@@ -53,7 +53,7 @@ def test_another_class_is_rejected_by_name():
         num_attention_heads=1, attention_head_dim=8, cross_attention_dim=8, num_layers=1, caption_channels=8
     )
     with pytest.raises(ValueError, match="CogVideoXTransformer3DModel, got LTXVideoTransformer3DModel"):
-        adapter_for(transformer)
+        family_for(transformer)
 
 
 # --- predict --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from video_trl import (
     VideoSFTTrainer,
 )
 from video_trl.data import encode_dataset
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.sandbox import load_sandbox, simulate
 from video_trl.trainer import CollapseMonitor, find_collapse
 
@@ -136,10 +136,10 @@ def pairs(sandbox):
         {"prompt": chosen.prompt, "chosen": chosen.video, "rejected": rejected.video}
         for chosen, rejected in (clips[:2], clips[2:])
     ]
-    adapter = adapter_for(sandbox.pipeline.transformer)
+    family = family_for(sandbox.pipeline.transformer)
     with tempfile.TemporaryDirectory() as folder:
         encoded = encode_dataset(
-            rows, sandbox.pipeline, adapter, "preference", cache_dir=folder, max_sequence_length=24, device="cpu"
+            rows, sandbox.pipeline, family, "preference", cache_dir=folder, max_sequence_length=24, device="cpu"
         )
         return [dict(encoded[index]) for index in range(len(encoded))]
 

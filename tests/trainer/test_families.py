@@ -33,7 +33,7 @@ from tests.support.tiny import (
 )
 from tests.support.trainer.runs import assert_equal_weights, frozen_weights, trained_weights
 from video_trl.data import read_video
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.trainer import LogVideosCallback
 
 
@@ -89,7 +89,7 @@ def rows_for(family: str, name: str) -> list[dict[str, Any]]:
 
 def velocity(pipeline: Any, family: str) -> Tensor:
     """What the transformer of a pipeline predicts for one encoded row."""
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    adapter = family_for(pipeline.transformer, pipeline.scheduler)
     (row,) = tiny_encoded_video(1, seed=5, family=family)
     length = adapter.prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
     conditions = {column: row[column][None] for column in adapter.condition_columns}

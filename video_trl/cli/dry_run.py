@@ -22,11 +22,11 @@ def describe(name: str, data: DataArguments, args: Any, *, processes: int = 1) -
     """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
     rows, row = training_rows(name, data, args)
     rows -= data.eval_rows
-    adapter, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
-    shapes = _shapes(adapter, vae, row, args)
+    family, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
+    shapes = _shapes(family, vae, row, args)
     told = {
         "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
-        "tokens of a video": "; ".join(_tokens(adapter, transformer, shapes)),
+        "tokens of a video": "; ".join(_tokens(family, transformer, shapes)),
         **_cost(name, transformer, max(shapes.values(), key=math.prod), row, args, processes),
         "steps": _steps(rows, args, processes),
     }
@@ -49,7 +49,7 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     import torch
     from diffusers import AutoModel, DiffusionPipeline
 
-    from ..models import adapter_for
+    from ..models import family_for
 
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     name = _folder(name)
@@ -58,7 +58,7 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
-    return adapter_for(transformer, scheduler), transformer, vae
+    return family_for(transformer, scheduler), transformer, vae
 
 
 def empty_text_encoder(name: str, revision: str | None) -> Any:
@@ -84,7 +84,7 @@ def _folder(name: str) -> str:
     return str(PIPELINE_PATH)
 
 
-def latents_shape(adapter: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:
+def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:
     """
     Shape `(C, F, H, W)` of the latents of a video of so many frames, height and width.
 
@@ -93,8 +93,8 @@ def latents_shape(adapter: Any, vae: "ModelMixin", size: tuple[int, int, int]) -
     """
     import torch
 
-    adapter.check_video(vae, size)
-    channels, frames, height, width = adapter.encode_video(vae, torch.empty(1, 3, *size, device="meta")).shape[1:]
+    family.check_video(vae, size)
+    channels, frames, height, width = family.encode_video(vae, torch.empty(1, 3, *size, device="meta")).shape[1:]
     return channels, frames, height, width
 
 
@@ -105,7 +105,7 @@ def compared_videos(name: str, num_rejected: int, loss_type: str | None) -> int:
     return 1 if name in ("sft", "repa") else 2
 
 
-def _shapes(adapter: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
+def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
     """For every size of training, the shape of the latents. The VAE encodes a video without memory."""
     from ..data.columns import as_tensor
     from ..data.video_io import read_video
@@ -119,12 +119,12 @@ def _shapes(adapter: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) 
     sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
     for height, width in sizes:
         size = tuple(read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width).shape[:3])
-        shapes[" x ".join(map(str, size))] = latents_shape(adapter, vae, size)
+        shapes[" x ".join(map(str, size))] = latents_shape(family, vae, size)
     return shapes
 
 
-def _tokens(adapter: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[str]:
-    grids = {shown: adapter.token_grid(transformer, shape) for shown, shape in shapes.items()}
+def _tokens(family: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[str]:
+    grids = {shown: family.token_grid(transformer, shape) for shown, shape in shapes.items()}
     return [
         f"{math.prod(grid)} ({shown}, latents {shapes[shown]}, grid {grid[0]} x {grid[1]} x {grid[2]})"
         for shown, grid in grids.items()

@@ -96,8 +96,8 @@ def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[in
     from ..trainer.planning.estimate import encoding_peak
     from .dry_run import empty_text_encoder
 
-    adapter, _, vae = models
-    peak = encoding_peak(vae, adapter, size)
+    family, _, vae = models
+    peak = encoding_peak(vae, family, size)
     text_encoder = empty_text_encoder(args.model_name_or_path, args.revision)
     weights = sum(weight.numel() for weight in text_encoder.parameters()) * (2 if args.bf16 else 4)
     return f"{peak / 2**30:.2f} GiB to encode a video, {weights / 2**30:.2f} GiB of text encoder"
@@ -122,7 +122,7 @@ def workload(
     from ..trainer.planning.estimate import Workload
     from .dry_run import compared_videos, latents_shape
 
-    adapter, transformer, vae = models
+    family, transformer, vae = models
     videos, sharing = compared_videos(name, args.num_rejected, args.loss_type), args.group_parallel_size
     if sharing > 1 and (videos % sharing or args.num_gpus % (sharing * args.context_parallel_size)):
         raise UsageError(
@@ -133,7 +133,7 @@ def workload(
     return replace(
         Workload.of(
             transformer,
-            latents_shape(adapter, vae, size),
+            latents_shape(family, vae, size),
             videos // sharing,
             args,
             "none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",

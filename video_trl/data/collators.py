@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.base import VideoAdapter
+from ..models.base import ModelFamily
 from .columns import as_scores, as_tensor
 
 
@@ -19,22 +19,22 @@ class VideoCollator:
     Stack rows of the video type.
 
     Args:
-        adapter (`VideoAdapter`): Pads prompt embeddings the way the pipeline does.
+        family (`ModelFamily`): Pads prompt embeddings the way the pipeline does.
         max_sequence_length (`int`): Number of tokens `L` to pad prompt embeddings to.
 
     Returns, from `__call__(rows)`:
         `dict`: `latents` float32 `(B, C, F, H, W)`, `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the
-        adapter's further `condition_columns` float32, `index` int64 `(B,)`, the rows' `"index"`.
+        family's further `condition_columns` float32, `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
         ValueError: The rows have latents of different shapes, or a prompt has more than `max_sequence_length` tokens.
     """
 
-    adapter: VideoAdapter
+    family: ModelFamily
     max_sequence_length: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return {"latents": _stack(rows, "latents"), **_conditions(self.adapter, self.max_sequence_length, rows)}
+        return {"latents": _stack(rows, "latents"), **_conditions(self.family, self.max_sequence_length, rows)}
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class GroupCollator:
     Stack rows of the group type, or of the preference type (m = 1).
 
     Args:
-        adapter (`VideoAdapter`): Pads prompt embeddings the way the pipeline does.
+        family (`ModelFamily`): Pads prompt embeddings the way the pipeline does.
         max_sequence_length (`int`): Number of tokens `L` to pad prompt embeddings to.
 
     Returns, from `__call__(rows)`:
         `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
-        `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the adapter's further `condition_columns` float32,
+        `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the family's further `condition_columns` float32,
         `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `index` int64 `(B,)`, the rows'
         `"index"`.
 
@@ -57,7 +57,7 @@ class GroupCollator:
             them have scores, or a prompt has more than `max_sequence_length` tokens.
     """
 
-    adapter: VideoAdapter
+    family: ModelFamily
     max_sequence_length: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ class GroupCollator:
         if all(scored):
             scores = torch.stack([torch.from_numpy(as_scores(row["rejected_scores"])) for row in rows])  # (B, m, 2)
             batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
-        return {**batch, **_conditions(self.adapter, self.max_sequence_length, rows)}
+        return {**batch, **_conditions(self.family, self.max_sequence_length, rows)}
 
 
 def _indices(rows: Sequence[Row]) -> list[int]:
@@ -98,7 +98,7 @@ def _stack(rows: Sequence[Row], column: str) -> torch.Tensor:
     return torch.stack(tensors)
 
 
-def _conditions(adapter: VideoAdapter, max_sequence_length: int, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+def _conditions(family: ModelFamily, max_sequence_length: int, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """What the transformer is conditioned on, the prompts padded, and the numbers of the rows."""
     embeds = [as_tensor(row["prompt_embeds"]) for row in rows]
     for index, embed in zip(_indices(rows), embeds, strict=True):
@@ -107,6 +107,6 @@ def _conditions(adapter: VideoAdapter, max_sequence_length: int, rows: Sequence[
                 f"Row {index}: prompt embeddings of {embed.shape[0]} tokens, expected at most {max_sequence_length} "
                 "(`max_sequence_length`). Raise it or encode the prompts again."
             )
-    conditions = {name: _stack(rows, name) for name in adapter.condition_columns if name != "prompt_embeds"}
-    conditions["prompt_embeds"] = adapter.pad_prompt_embeds(embeds, max_sequence_length)
+    conditions = {name: _stack(rows, name) for name in family.condition_columns if name != "prompt_embeds"}
+    conditions["prompt_embeds"] = family.pad_prompt_embeds(embeds, max_sequence_length)
     return {**conditions, "index": torch.tensor(_indices(rows), dtype=torch.int64)}

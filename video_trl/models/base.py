@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..diffusion import NoiseProcess
 
 
-class VideoAdapter(Protocol):
+class ModelFamily(Protocol):
     """
     Differences between model families, as a small frozen object without weights.
 
-    Found by [`adapter_for`] from the class of the transformer. Methods that run a transformer take it as prepared for
+    Found by [`family_for`] from the class of the transformer. Methods that run a transformer take it as prepared for
     training too (inside `DistributedDataParallel`, compiled).
     """
 
@@ -28,7 +28,7 @@ class VideoAdapter(Protocol):
 
     @property
     def pipeline_classes(self) -> tuple[str, ...]:
-        """Names of the diffusers pipelines whose transformer this adapter trains."""
+        """Names of the diffusers pipelines whose transformer this family has."""
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -100,13 +100,13 @@ class BlockTap:
 
 
 @contextmanager
-def tap_block(adapter: VideoAdapter, transformer: nn.Module, index: int) -> Iterator[BlockTap]:
+def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterator[BlockTap]:
     """
     Read the hidden states behind a transformer block while the transformer runs as usual.
 
     ```python
-    with tap_block(adapter, transformer, 17) as tap:
-        prediction = adapter.predict(transformer, noisy_latents, timesteps, conditions)
+    with tap_block(family, transformer, 17) as tap:
+        prediction = family.predict(transformer, noisy_latents, timesteps, conditions)
     hidden_states = tap.tokens  # (B, N, D)
     ```
 
@@ -115,7 +115,7 @@ def tap_block(adapter: VideoAdapter, transformer: nn.Module, index: int) -> Iter
     tokens carry no gradient.
 
     Args:
-        adapter ([`VideoAdapter`]):
+        family ([`ModelFamily`]):
             Adapter of the transformer.
         transformer (`torch.nn.Module`):
             Transformer, wrapped for distributed training or not.
@@ -128,7 +128,7 @@ def tap_block(adapter: VideoAdapter, transformer: nn.Module, index: int) -> Iter
     Raises:
         ValueError: If there is no block `index`.
     """
-    blocks = adapter.blocks(transformer)
+    blocks = family.blocks(transformer)
     if not 0 <= index < len(blocks):
         raise ValueError(f"`index` must be in [0, {len(blocks) - 1}] for {len(blocks)} blocks, got {index}.")
     tap = BlockTap()

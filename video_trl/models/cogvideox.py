@@ -28,9 +28,9 @@ VAE_FRAME_CHUNK = 8
 
 
 @dataclass(frozen=True)
-class CogVideoXAdapter:
+class CogVideoXFamily:
     """
-    [`VideoAdapter`] of `CogVideoXTransformer3DModel` in its text-to-video form.
+    [`ModelFamily`] of `CogVideoXTransformer3DModel` in its text-to-video form.
 
     The transformer's layout is `(B, F, C, H, W)`; here as everywhere in this package it is `(B, C, F, H, W)`. Nothing
     in CogVideoX masks the padding of a prompt, neither the text encoder nor the transformer: an embedding is of one
@@ -242,9 +242,9 @@ class CogVideoXAdapter:
 
 
 @dataclass(frozen=True)
-class CogVideoXImageToVideoAdapter(CogVideoXAdapter):
+class CogVideoXImageToVideoFamily(CogVideoXFamily):
     """
-    [`VideoAdapter`] of `CogVideoXTransformer3DModel` in its image-to-video form.
+    [`ModelFamily`] of `CogVideoXTransformer3DModel` in its image-to-video form.
 
     Rows carry `first_frame_latents` `(C, 1, H, W)`; the frames behind it are zeros and made in `predict`.
     """
@@ -259,7 +259,7 @@ class CogVideoXImageToVideoAdapter(CogVideoXAdapter):
         """
         Velocity predicted by one transformer call, the one that `CogVideoXImageToVideoPipeline` makes.
 
-        Takes and returns what [`CogVideoXAdapter.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in
+        Takes and returns what [`CogVideoXFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in
         `conditions` too.
         """
         first = conditions["first_frame_latents"].to(noisy_latents.dtype)
@@ -290,7 +290,7 @@ class CogVideoXImageToVideoAdapter(CogVideoXAdapter):
         return {"first_frame_latents": 1 / factor * mode if vae.config.invert_scale_latents else factor * mode}
 
 
-def cogvideox_adapter(transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None) -> CogVideoXAdapter:
+def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None) -> CogVideoXFamily:
     """
     Adapter of a CogVideoX transformer, with the noise schedule of its scheduler.
 
@@ -312,9 +312,9 @@ def cogvideox_adapter(transformer: CogVideoXTransformer3DModel, scheduler: Sched
             "supported. Use CogVideoX-2b, CogVideoX-5b or CogVideoX-5b-I2V."
         )
     if config.in_channels == config.out_channels:
-        return CogVideoXAdapter(noise_process)
+        return CogVideoXFamily(noise_process)
     if config.in_channels == 2 * config.out_channels:
-        return CogVideoXImageToVideoAdapter(noise_process)
+        return CogVideoXImageToVideoFamily(noise_process)
     raise ValueError(
         f"The transformer takes {config.in_channels} channels and returns {config.out_channels}: it is neither "
         "CogVideoX's text-to-video nor its image-to-video model. Use one of those."

@@ -30,9 +30,9 @@ PROMPT_TOKENS_WITH_IMAGE = 512
 
 
 @dataclass(frozen=True)
-class WanAdapter:
+class WanFamily:
     """
-    [`VideoAdapter`] of `WanTransformer3DModel` in its text-to-video form.
+    [`ModelFamily`] of `WanTransformer3DModel` in its text-to-video form.
 
     Wan's cross-attention has no mask: the zeros behind a prompt take part in attention, so prompts must be padded to
     the same length in training as in the pipeline's call (`max_sequence_length`).
@@ -63,7 +63,7 @@ class WanAdapter:
             timesteps (`torch.Tensor` of shape `(B,)`):
                 Timesteps on [0, 1000]; keep them float32 also where the transformer is bfloat16.
             conditions (`dict[str, torch.Tensor]`):
-                `prompt_embeds` of shape `(B, L, D)`, padded by [`WanAdapter.pad_prompt_embeds`].
+                `prompt_embeds` of shape `(B, L, D)`, padded by [`WanFamily.pad_prompt_embeds`].
 
         Returns:
             `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
@@ -236,9 +236,9 @@ class WanAdapter:
 
 
 @dataclass(frozen=True)
-class WanImageToVideoAdapter(WanAdapter):
+class WanImageToVideoFamily(WanFamily):
     """
-    [`VideoAdapter`] of `WanTransformer3DModel` in its image-to-video form.
+    [`ModelFamily`] of `WanTransformer3DModel` in its image-to-video form.
 
     Rows carry `first_frame_latents` `(C, F, H, W)`, the latents of the first frame followed by grey frames: the VAE is
     causal, so the image shows in the later latent frames too, and all of them have to be kept. The mask channels
@@ -319,7 +319,7 @@ class WanImageToVideoAdapter(WanAdapter):
         return conditions
 
 
-def wan_adapter(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | None) -> WanAdapter:
+def wan_family(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | None) -> WanFamily:
     """
     Adapter of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
     not needed.
@@ -330,7 +330,7 @@ def wan_adapter(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | 
     config = transformer.config
     extra = config.in_channels - (config.out_channels or config.in_channels)  # channels beside the noisy latents
     if not extra and config.image_dim is None:
-        return WanAdapter()
+        return WanFamily()
     if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "
@@ -338,8 +338,8 @@ def wan_adapter(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | 
             "text-to-video nor its (first frame) image-to-video model. Use one of those."
         )
     if config.image_dim is None:
-        return WanImageToVideoAdapter(condition_columns=("prompt_embeds", "first_frame_latents"))
-    return WanImageToVideoAdapter()
+        return WanImageToVideoFamily(condition_columns=("prompt_embeds", "first_frame_latents"))
+    return WanImageToVideoFamily()
 
 
 def _latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
 from .setup.loaders import MICRO_BATCH, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .setup.models import find_adapter, load_model
+from .setup.models import find_family, load_model
 from .setup.quantization import keep_weights_quantised
 from .setup.rows import (
     IndexedDataset,
@@ -136,16 +136,16 @@ class _BaseVideoTrainer(_SharingTrainer):
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
             self.pipeline, transformer = load_model(model, args)
-        self.adapter = find_adapter(self.pipeline, transformer)
+        self.family = find_family(self.pipeline, transformer)
         self.base_model = base_model_name(model, transformer)
-        prompt_length = self.adapter.prompt_length(transformer)
+        prompt_length = self.family.prompt_length(transformer)
         self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, prompt_length)
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
         self.evaluator = evaluator
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, args, peft_config)
-        check_context_parallel_method(transformer, self.adapter, args)
+        check_context_parallel_method(transformer, self.family, args)
         check_acceleration(transformer, args)
         check_ref_model(transformer, ref_model)
 
@@ -153,9 +153,9 @@ class _BaseVideoTrainer(_SharingTrainer):
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         shapes = {shape for rows in datasets_in(prepared_train, prepared_eval) for shape in rows.shapes}
-        check_context_parallelism(transformer, self.adapter, shapes, args)
+        check_context_parallelism(transformer, self.family, shapes, args)
 
-        adapt_for_trainer(transformer, self.adapter, args.checkpointing_policy)
+        adapt_for_trainer(transformer, self.family, args.checkpointing_policy)
         self._prepare_weights(transformer, ref_model, peft_config)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         self._description = describe_run(transformer, self.adapter_name, args.seed, separate)
@@ -170,7 +170,7 @@ class _BaseVideoTrainer(_SharingTrainer):
         super().__init__(
             model=transformer,
             args=args,
-            data_collator=data_collator or self.collator_class(self.adapter, self.max_sequence_length),
+            data_collator=data_collator or self.collator_class(self.family, self.max_sequence_length),
             train_dataset=prepared_train,
             # Without rows an evaluation is the evaluator's; Trainer takes no dataset for a mistake.
             eval_dataset={} if prepared_eval is None and evaluator is not None else prepared_eval,
@@ -203,7 +203,7 @@ class _BaseVideoTrainer(_SharingTrainer):
         continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if self.args.use_peft:
-            self.adapter_name = attach_lora(transformer, self.args, peft_config, self.adapter)
+            self.adapter_name = attach_lora(transformer, self.args, peft_config, self.family)
         else:
             train_all_weights(transformer)
         disable_dropout(transformer)
@@ -221,10 +221,10 @@ class _BaseVideoTrainer(_SharingTrainer):
                 keep_weights_quantised(module)
                 # Compiled first, so that the hooks by which tokens are shared stay outside; kernels are chosen last,
                 # because sharing tokens exchanges what computes attention.
-                compile_blocks(list(self.adapter.blocks(module)), enabled=self.args.compile_blocks)
+                compile_blocks(list(self.family.blocks(module)), enabled=self.args.compile_blocks)
                 if self.args.context_parallel_size > 1:
                     assert self.mesh is not None
-                    enable_context_parallelism(module, self.adapter, self.mesh)
+                    enable_context_parallelism(module, self.family, self.mesh)
                 if self.args.attention_backend is not None:
                     set_attention_backend(module, self.args.attention_backend)
 
@@ -240,7 +240,7 @@ class _BaseVideoTrainer(_SharingTrainer):
             self.args,
             pipeline=self.pipeline,
             transformer=transformer,
-            adapter=self.adapter,
+            family=self.family,
             max_sequence_length=self.max_sequence_length,
         )
 
@@ -305,7 +305,7 @@ class _BaseVideoTrainer(_SharingTrainer):
 
     def sample_timesteps(self, u: Tensor) -> Tensor:
         """Timesteps `(B,)` on the model's scale and the trainer's device, by the configured law, from u `(B,)`."""
-        timesteps = self.adapter.noise_process.sample_timesteps(
+        timesteps = self.family.noise_process.sample_timesteps(
             u,
             scheme=self.args.timestep_sampling,
             shift=self.timestep_shift,
@@ -316,7 +316,7 @@ class _BaseVideoTrainer(_SharingTrainer):
 
     def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
-        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.adapter.condition_columns}
+        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.family.condition_columns}
 
     def reference_policy(self) -> AbstractContextManager[nn.Module]:
         """Context in which the module it yields predicts as the reference does; enter it under `torch.no_grad()`."""

@@ -91,7 +91,7 @@ class LogVideosCallback(TrainerCallback):
                 "`LogVideosCallback` generates with the trainer's pipeline, but the trainer was given a bare "
                 "transformer. Pass the pipeline as `model`."
             )
-        if self.images is not None and "first_frame_latents" not in trainer.adapter.condition_columns:
+        if self.images is not None and "first_frame_latents" not in trainer.family.condition_columns:
             raise ValueError(
                 f"`LogVideosCallback` was given images, but a {type(trainer.pipeline).__name__} takes none. Leave "
                 "`images` out."
@@ -137,9 +137,9 @@ class LogVideosCallback(TrainerCallback):
             for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
                 if self.images is not None:
                     call_kwargs["image"] = self.images[number]
-                elif "first_frame_latents" in trainer.adapter.condition_columns:
+                elif "first_frame_latents" in trainer.family.condition_columns:
                     rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
-                    call_kwargs["image"] = first_frame(pipeline, trainer.adapter, rows[number % len(rows)])
+                    call_kwargs["image"] = first_frame(pipeline, trainer.family, rows[number % len(rows)])
                 generator = torch.Generator("cpu").manual_seed(seed)
                 frames = pipeline(prompt=prompt, generator=generator, output_type="np", **call_kwargs).frames[0]
                 videos.append((frames * 255).round().astype(np.uint8))

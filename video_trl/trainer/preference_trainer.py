@@ -96,7 +96,7 @@ class _PreferenceTrainer(_BaseVideoTrainer):
 
     def denoising(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Denoising:
         """Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity."""
-        process = self.adapter.noise_process
+        process = self.family.noise_process
         noisy_latents = process.add_noise(latents, noise, timesteps)
         return Denoising(noisy_latents, timesteps, conditions, process.velocity(latents, noise, timesteps))
 
@@ -144,7 +144,7 @@ class _PreferenceTrainer(_BaseVideoTrainer):
         if self.step_mode == "concat" or not torch.is_grad_enabled():
             return self._errors(denoising, model)
         own = denoising if self.video_share is None else self.video_share.own(denoising)
-        self._sequential = SequentialErrors(own, self.adapter, model, **self._backward_passes(model))
+        self._sequential = SequentialErrors(own, self.family, model, **self._backward_passes(model))
         errors = self._sequential.errors
         return errors if self.video_share is None else self.video_share.gather(errors)
 
@@ -225,5 +225,5 @@ class _PreferenceTrainer(_BaseVideoTrainer):
     def _errors(self, denoising: Denoising, transformer: nn.Module) -> Tensor:
         own = denoising if self.video_share is None else self.video_share.own(denoising)
         videos = [own] if self.step_mode == "concat" else own.one_by_one()
-        errors = torch.cat([video.errors(self.adapter, transformer) for video in videos])
+        errors = torch.cat([video.errors(self.family, transformer) for video in videos])
         return errors if self.video_share is None else self.video_share.gather(errors)

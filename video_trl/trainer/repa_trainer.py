@@ -167,7 +167,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
         assert self.pipeline is not None
         skip_bad = self.args.on_bad_video == "skip"
         video = first_readable_video(videos, self._pixels(), skip_bad=skip_bad)  # (T, H, W, 3)
-        self.adapter.check_video(self.pipeline.vae, video.shape[:3])
+        self.family.check_video(self.pipeline.vae, video.shape[:3])
         seen = self._look(video[None])
         channels = transformer.config.out_channels or transformer.config.in_channels
         frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
@@ -184,7 +184,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
         key = (tuple(latents_shape[-3:]), teacher)
         if key not in self._plans:
             frames_per_latent = self.pipeline.vae_scale_factor_temporal if self.pipeline else FRAMES_PER_LATENT
-            student = student_geometry(self.adapter, transformer, latents_shape, frames_per_latent)
+            student = student_geometry(self.family, transformer, latents_shape, frames_per_latent)
             plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
             self._check_plan(plan)
             self._plans[key] = plan.to(self.args.device)
@@ -205,7 +205,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
                 )
 
     def make_auxiliary(self, transformer: ModelMixin) -> nn.Module | None:
-        blocks = self.adapter.blocks(transformer)
+        blocks = self.family.blocks(transformer)
         self._block = block_index(self.args.align_layer, len(blocks))
         width = hidden_width(transformer)
         if self.args.alignment_loss == "repa" and self.args.projector == "none" and width != self._teacher_width:
@@ -244,13 +244,13 @@ class VideoREPATrainer(_BaseVideoTrainer):
         latents = inputs["latents"]  # (B, C, F, H, W)
         draw = self.draw(inputs["index"], latents.shape[1:])
         timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
-        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
-        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+        noisy_latents = self.family.noise_process.add_noise(latents, noise, timesteps)
+        target = self.family.noise_process.velocity(latents, noise, timesteps)
 
         seen = self.teacher_tokens(inputs)
         plan = self._plan(self.model, latents.shape, seen.grid, seen.frame_times.tolist())
-        with tap_alignment(self.adapter, model, self._block, self.head, plan) as tap:
-            prediction = self.adapter.predict(model, noisy_latents, timesteps, self.conditions(inputs))
+        with tap_alignment(self.family, model, self._block, self.head, plan) as tap:
+            prediction = self.family.predict(model, noisy_latents, timesteps, self.conditions(inputs))
         error = velocity_error(prediction, target)  # (B,)
 
         assert tap.tokens is not None

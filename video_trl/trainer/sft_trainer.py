@@ -52,10 +52,10 @@ class VideoSFTTrainer(_BaseVideoTrainer):
         latents = inputs["latents"]  # (B, C, F, H, W)
         draw = self.draw(inputs["index"], latents.shape[1:])
         timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
-        noisy_latents = self.adapter.noise_process.add_noise(latents, noise, timesteps)
-        target = self.adapter.noise_process.velocity(latents, noise, timesteps)
+        noisy_latents = self.family.noise_process.add_noise(latents, noise, timesteps)
+        target = self.family.noise_process.velocity(latents, noise, timesteps)
 
-        prediction = self.adapter.predict(model, noisy_latents, timesteps, self.conditions(inputs))
+        prediction = self.family.predict(model, noisy_latents, timesteps, self.conditions(inputs))
         error = velocity_error(prediction, target)  # (B,)
         loss = error.mean()
         return (loss, {"losses": error}) if return_outputs else loss

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
 from video_trl.data.encoding.store import EncodedWriter
-from video_trl.models import WanAdapter
+from video_trl.models import WanFamily
 
 
 @dataclasses.dataclass(frozen=True)
-class CountingAdapter(WanAdapter):
+class CountingFamily(WanFamily):
     """Wan's adapter, which also notes what it was asked to encode."""
 
     videos: list[int] = dataclasses.field(default_factory=list)  # batch sizes
@@ -44,9 +44,9 @@ def pipeline():
     return tiny_wan_pipeline()
 
 
-def encode(dataset, pipeline, cache_dir, *, adapter=None, row_type="group", **options) -> EncodedDataset:
+def encode(dataset, pipeline, cache_dir, *, family=None, row_type="group", **options) -> EncodedDataset:
     options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": "cpu"} | options
-    return encode_dataset(dataset, pipeline, adapter or CountingAdapter(), row_type, cache_dir=cache_dir, **options)
+    return encode_dataset(dataset, pipeline, family or CountingFamily(), row_type, cache_dir=cache_dir, **options)
 
 
 def array_rows(n: int = 2, m: int = 2) -> list[dict]:
@@ -130,10 +130,10 @@ def test_each_distinct_video_and_prompt_is_encoded_once(pipeline, tmp_path):
         {"prompt": prompt, "chosen": files[a], "rejected": [files[b], files[c]]}
         for prompt, a, b, c in (("a ball", 0, 1, 2), ("a red ball", 3, 4, 5), ("a ball", 1, 3, 2))
     ]
-    adapter = CountingAdapter()
-    encoded = encode(rows, pipeline, tmp_path / "cache", adapter=adapter, batch_size=2)
-    assert sum(adapter.videos) == 3 and max(adapter.videos) == 2
-    assert sorted(adapter.prompts) == ["a ball", "a red ball"]
+    family = CountingFamily()
+    encoded = encode(rows, pipeline, tmp_path / "cache", family=family, batch_size=2)
+    assert sum(family.videos) == 3 and max(family.videos) == 2
+    assert sorted(family.prompts) == ["a ball", "a red ball"]
     assert torch.equal(encoded[0]["chosen_latents"], encoded[1]["chosen_latents"])
     assert torch.equal(encoded[0]["chosen_latents"], encoded[2]["rejected_latents"][0])
     assert not torch.equal(encoded[0]["chosen_latents"], encoded[2]["chosen_latents"])
@@ -141,9 +141,9 @@ def test_each_distinct_video_and_prompt_is_encoded_once(pipeline, tmp_path):
 
 def test_second_call_does_no_encoding(pipeline, tmp_path):
     first = encode(tiny_group_dataset(n=2), pipeline, tmp_path)
-    adapter = CountingAdapter()
-    second = encode(tiny_group_dataset(n=2), tiny_wan_pipeline(), tmp_path, adapter=adapter)
-    assert adapter.videos == [] and adapter.prompts == []
+    family = CountingFamily()
+    second = encode(tiny_group_dataset(n=2), tiny_wan_pipeline(), tmp_path, family=family)
+    assert family.videos == [] and family.prompts == []
     assert second.directory == first.directory
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one if name != "prompt")
@@ -224,10 +224,10 @@ def test_vae_and_text_encoder_end_on_the_cpu_untouched(tmp_path):
 def test_wrong_frame_count_is_found_before_any_encoding(pipeline, tmp_path):
     rows = array_rows()
     rows[1]["rejected"][1] = rows[1]["rejected"][0] = rows[1]["chosen"] = tiny_video(0, num_frames=7)
-    adapter = CountingAdapter()
+    family = CountingFamily()
     with pytest.raises(ValueError, match=r"row 1, chosen .*4 \* k \+ 1 frames.*got 7\. Set `num_frames` to 5 or 9"):
-        encode(rows, pipeline, tmp_path, adapter=adapter)
-    assert adapter.videos == [] and adapter.prompts == [] and list(tmp_path.iterdir()) == []
+        encode(rows, pipeline, tmp_path, family=family)
+    assert family.videos == [] and family.prompts == [] and list(tmp_path.iterdir()) == []
 
 
 def test_side_that_the_vae_cannot_divide(pipeline, tmp_path):
@@ -264,10 +264,10 @@ def bad_file(path: Path, kind: str) -> Path:
 def test_bad_video_stops_the_run_before_any_encoding(pipeline, tmp_path, kind):
     rows = array_rows()
     rows[1]["rejected"][0] = bad_file(tmp_path / "broken.mp4", kind)
-    adapter = CountingAdapter()
+    family = CountingFamily()
     with pytest.raises(VideoDecodeError, match=r"row 1, rejected\[0\] \(.*broken\.mp4\): .*on_bad_video='skip'"):
-        encode(rows, pipeline, tmp_path / "cache", adapter=adapter, num_frames=5)
-    assert adapter.videos == [] and adapter.prompts == [] and not (tmp_path / "cache").exists()
+        encode(rows, pipeline, tmp_path / "cache", family=family, num_frames=5)
+    assert family.videos == [] and family.prompts == [] and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "truncated", "empty", "missing", "short"])
@@ -427,10 +427,10 @@ def test_full_disk_raises_and_leaves_nothing(tmp_path):
 def encode_in_every_process(rank: int, folder: Path, rows: list[dict]) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    adapter = CountingAdapter()
+    family = CountingFamily()
     try:
-        encoded = encode(rows, tiny_wan_pipeline(), folder / "cache", adapter=adapter, row_type="video")
-        result = [sum(adapter.videos), encoded[3]["latents"].sum().item(), encoded.directory.name]
+        encoded = encode(rows, tiny_wan_pipeline(), folder / "cache", family=family, row_type="video")
+        result = [sum(family.videos), encoded[3]["latents"].sum().item(), encoded.directory.name]
     except ValueError as error:
         result = [str(error)]
     (folder / f"{rank}.json").write_text(json.dumps(result))

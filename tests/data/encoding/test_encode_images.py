@@ -22,7 +22,7 @@ from tests.support.tiny import (
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, write_video
 from video_trl.data.encoding.store import check_conditions
 from video_trl.data.images import image_hash, read_image
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.trainer.setup.chosen_rows import chosen_as_video
 
 
@@ -39,16 +39,15 @@ def case(request, wan):
 
 
 def encode(dataset, pipeline, cache_dir, row_type: str = "video", **options) -> EncodedDataset:
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    family = family_for(pipeline.transformer, pipeline.scheduler)
     options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": "cpu"} | options
-    return encode_dataset(dataset, pipeline, adapter, row_type, cache_dir=cache_dir, **options)
+    return encode_dataset(dataset, pipeline, family, row_type, cache_dir=cache_dir, **options)
 
 
 def by_hand(pipeline, image: np.ndarray, frames: int) -> dict[str, torch.Tensor]:
-    adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
+    family = family_for(pipeline.transformer, pipeline.scheduler)
     return {
-        name: values[0]
-        for name, values in adapter.encode_image(pipeline, [PIL.Image.fromarray(image)], frames).items()
+        name: values[0] for name, values in family.encode_image(pipeline, [PIL.Image.fromarray(image)], frames).items()
     }
 
 
@@ -79,7 +78,7 @@ def test_the_first_frame_is_that_of_the_chosen_video_and_is_shared(case, tmp_pat
         {"prompt": PROMPTS[2], "chosen": videos[1], "rejected": [videos[2], videos[3]]},
     ]
     encoded = encode(rows, pipeline, tmp_path, "group", batch_size=2)
-    columns = adapter_for(pipeline.transformer, pipeline.scheduler).condition_columns
+    columns = family_for(pipeline.transformer, pipeline.scheduler).condition_columns
     for row, example in zip(rows, encoded, strict=True):
         assert list(example) == ["prompt", "chosen_latents", "rejected_latents", *columns]
         for name, expected in by_hand(pipeline, row["chosen"][0], frames).items():
@@ -199,11 +198,11 @@ def test_a_pipeline_without_its_image_encoder_cannot_encode(tmp_path):
 
 def test_encoded_rows_know_their_family(wan, tmp_path):
     encoded = encode([video_row()], wan, tmp_path)
-    assert encoded.adapter == "wan-i2v"
-    check_conditions(encoded, adapter_for(tiny_wan_pipeline().transformer))
+    assert encoded.encoder == "wan-i2v"
+    check_conditions(encoded, family_for(tiny_wan_pipeline().transformer))
     other = tiny_cogvideox_i2v_pipeline()
     with pytest.raises(ValueError, match="was encoded for 'wan-i2v', but the transformer is 'cogvideox-i2v'"):
-        check_conditions(encoded, adapter_for(other.transformer, other.scheduler))
+        check_conditions(encoded, family_for(other.transformer, other.scheduler))
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])

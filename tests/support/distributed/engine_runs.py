@@ -150,7 +150,7 @@ def run(task: str, layout: str, directory: Path, resume: Path | None = None, **a
     before = {name: weight.clone() for name, weight in before.items()}
     made.train(resume_from_checkpoint=resume and str(resume))
     if "fsdp" in settings:
-        assert all(isinstance(block, FSDPModule) for block in made.adapter.blocks(made.model))
+        assert all(isinstance(block, FSDPModule) for block in made.family.blocks(made.model))
     if settings.get("compile_blocks"):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     after = gather(trained_weights(made.model, made.adapter_name), keep=True)

@@ -35,7 +35,7 @@ class HeadTrainer(VideoSFTTrainer):
             if torch.is_grad_enabled() and transformer.training:
                 self.outputs = head(tokens)  # (B, N, 3)
 
-        self.adapter.blocks(transformer)[0].register_forward_hook(keep)
+        self.family.blocks(transformer)[0].register_forward_hook(keep)
         return head
 
     def auxiliary_learning_rate(self) -> float | None:

@@ -11,7 +11,7 @@ from tests.support.trainer.repa_runs import repa_trainer
 from tests.support.trainer.runs import mixed_shapes
 from tests.trainer.planning.test_counter import SHAPES, configuration
 from video_trl.losses import trd_loss
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.trainer.planning.counter import LiveBytes, plan_step
 from video_trl.trainer.planning.estimate import (
     HEADROOM,
@@ -215,12 +215,12 @@ def test_a_trainer_with_a_teacher_describes_the_tokens_that_are_compared(tmp_pat
 @pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])
 def test_encoding_takes_what_is_counted(pipeline):
     made = pipeline()
-    adapter = adapter_for(made.transformer, made.scheduler)
+    family = family_for(made.transformer, made.scheduler)
     counter = LiveBytes()
     for weight in made.vae.parameters():
         counter.add(weight)
     with counter, torch.no_grad():
-        adapter.encode_video(made.vae, torch.rand(1, 3, 9, 64, 64))
+        family.encode_video(made.vae, torch.rand(1, 3, 9, 64, 64))
     with torch.device("meta"):
         empty = type(made.vae).from_config(made.vae.config)
-    assert encoding_peak(empty, adapter, (9, 64, 64)) == pytest.approx(counter.peak, rel=0.1)
+    assert encoding_peak(empty, family, (9, 64, 64)) == pytest.approx(counter.peak, rel=0.1)

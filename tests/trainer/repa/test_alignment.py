@@ -7,7 +7,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from tests.support.tiny import TEXT_DIM, tiny_transformer
 from video_trl.diffusion import VPrediction
-from video_trl.models import CogVideoXAdapter, WanAdapter
+from video_trl.models import CogVideoXFamily, WanFamily
 from video_trl.trainer.repa.alignment import (
     AlignmentHead,
     TokenGeometry,
@@ -20,8 +20,8 @@ from video_trl.trainer.repa.alignment import (
 )
 
 
-WAN = WanAdapter()
-COGVIDEOX = CogVideoXAdapter(noise_process=VPrediction())
+WAN = WanFamily()
+COGVIDEOX = CogVideoXFamily(noise_process=VPrediction())
 
 
 def tiny_cogvideox() -> CogVideoXTransformer3DModel:
@@ -86,7 +86,7 @@ def test_joined_latent_frames_and_the_teachers_first_frame():
     """Pairs of latents, the first one alone; a teacher that also saw frame 0 loses what contains it."""
     transformer = tiny_transformer(patch_size=(1, 2, 2))
 
-    class Pairs(WanAdapter):
+    class Pairs(WanFamily):
         def token_grid(self, transformer, latents_shape):
             return -(-latents_shape[-3] // 2), 2, 2
 

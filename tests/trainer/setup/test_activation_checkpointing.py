@@ -12,7 +12,7 @@ from tests.support.tiny import tiny_wan_pipeline
 from tests.support.trainer.runs import RecordGradients, disturb_adapter
 from tests.trainer.step.test_step_modes import make
 from tests.trainer.test_families import rows_for, tiny_pipeline
-from video_trl.models import adapter_for
+from video_trl.models import family_for
 from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
 
@@ -55,7 +55,7 @@ class Operations(TorchDispatchMode):
 def one_step(policy: str | None, host: Any = None) -> tuple[Counter[str], int, int]:
     """Operations of a forward and backward pass, the number of attentions in it, and bytes alive at the peak."""
     transformer = tiny_wan_pipeline().transformer.train()
-    adapter = adapter_for(transformer)
+    adapter = family_for(transformer)
     if policy is not None:
         enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host)
     latents, prompts = torch.randn(1, 4, 4, 16, 16), {"prompt_embeds": torch.randn(1, 6, 16)}

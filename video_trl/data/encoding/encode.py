@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
@@ -44,7 +44,7 @@ class _Job:
 
     dataset: MapDataset
     pipeline: DiffusionPipeline
-    adapter: VideoAdapter
+    family: ModelFamily
     row_type: str
     max_sequence_length: int
     pixels: dict[str, Any]  # keyword arguments of `read_video`
@@ -57,7 +57,7 @@ class _Job:
     @property
     def image_columns(self) -> tuple[str, ...]:
         """Conditions that are made of a first frame; none for text-to-video."""
-        return tuple(name for name in self.adapter.condition_columns if name != "prompt_embeds")
+        return tuple(name for name in self.family.condition_columns if name != "prompt_embeds")
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -69,7 +69,7 @@ class _Job:
 def encode_dataset(
     dataset: MapDataset,
     pipeline: DiffusionPipeline,
-    adapter: VideoAdapter,
+    family: ModelFamily,
     row_type: str,
     *,
     cache_dir: str | os.PathLike[str],
@@ -100,7 +100,7 @@ def encode_dataset(
         dataset (`datasets.Dataset` or list of dicts): Raw rows of `row_type`.
         pipeline (`DiffusionPipeline`): Has the `vae`, `text_encoder`, `tokenizer` and, where the transformer takes
             `image_embeds`, the `image_encoder` and `image_processor` to encode with.
-        adapter (`VideoAdapter`): Of the pipeline's transformer.
+        family (`ModelFamily`): Of the pipeline's transformer.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         cache_dir (`str` or `Path`): Where encoded datasets are kept, one folder each.
         max_sequence_length (`int`): Prompts are cut to this number of tokens.
@@ -128,7 +128,7 @@ def encode_dataset(
     job = _Job(
         dataset=dataset,
         pipeline=pipeline,
-        adapter=adapter,
+        family=family,
         row_type=row_type,
         max_sequence_length=max_sequence_length,
         pixels={"num_frames": num_frames, "fps": fps, "height": height, "width": width},
@@ -166,7 +166,7 @@ def _check_job(job: _Job) -> None:
     side = job.pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
     sizes = [(bucket.height, bucket.width) for bucket in job.buckets] or [(height or side, width or side)]
     for size in sizes:
-        job.adapter.check_video(job.pipeline.vae, (1 if num_frames is None else num_frames, *size))
+        job.family.check_video(job.pipeline.vae, (1 if num_frames is None else num_frames, *size))
     check_columns(job.dataset, job.row_type)
 
 
@@ -187,10 +187,10 @@ def _build(job: _Job, cache_dir: Path) -> str:
         return directory.name
     shapes = video_shapes(survey, job.pixels)
     rows, skipped = usable_rows(survey)
-    check_shapes(survey, rows, shapes, partial(job.adapter.check_video, job.pipeline.vae))
+    check_shapes(survey, rows, shapes, partial(job.family.check_video, job.pipeline.vae))
     fps = job.pixels["fps"] or probe_video(survey.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
-    with EncodedWriter(directory, job.row_type, fingerprint, adapter=job.adapter.name, fps=fps) as writer:
+    with EncodedWriter(directory, job.row_type, fingerprint, encoder=job.family.name, fps=fps) as writer:
         _encode_prompts(job, rows, writer)
         _encode_videos(job, survey, rows, shapes, writer)
         if job.image_columns:
@@ -201,7 +201,7 @@ def _build(job: _Job, cache_dir: Path) -> str:
 
 def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     """Hash of everything that the encoded numbers depend on: 32 hexadecimal digits."""
-    settings = [job.row_type, job.adapter.name, job.pixels, job.max_sequence_length, job.on_bad_video]
+    settings = [job.row_type, job.family.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
     digest = hashlib.blake2b(json.dumps([versions, settings]).encode(), digest_size=16)
     for row in rows:
@@ -231,7 +231,7 @@ def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> No
     with _placed(job.pipeline.text_encoder, job.device), tqdm(total=len(prompts), desc="Encoding prompts") as progress:
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
-            embeds = job.adapter.encode_prompt(job.pipeline, batch, job.max_sequence_length)
+            embeds = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
             for prompt, embed in zip(batch, embeds, strict=True):
                 writer.add(_prompt_key(prompt), embed)
             progress.update(len(batch))
@@ -251,7 +251,7 @@ def _encode_videos(
                 videos = [read_video(survey.read(d), **survey.pixels_of(d, job.pixels)) for d in batch]
                 frames = np.stack(videos)  # (B, T, H, W, 3)
                 video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-                latents = job.adapter.encode_video(job.pipeline.vae, video)
+                latents = job.family.encode_video(job.pipeline.vae, video)
                 for digest, latent in zip(batch, latents.cpu(), strict=True):
                     _check_finite(latent, survey.names[digest], job.pipeline.vae)
                     writer.add(_video_key(digest), latent)
@@ -276,7 +276,7 @@ def _encode_images(
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
                 frames = [_first_frame(job, survey, digest, height, width) for digest in batch]
-                conditions = job.adapter.encode_image(
+                conditions = job.family.encode_image(
                     job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
                 )
                 for column, values in conditions.items():

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ..columns import MapDataset, column_names
 
 
@@ -54,7 +54,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         directory (`Path`): The folder.
         fingerprint (`str`): Hash of everything that the numbers depend on.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
-        adapter (`str`): Name of the adapter that encoded it; `None` if that is not recorded.
+        encoder (`str`): Name of the model family, or identity of the teacher, that encoded it; `None` if that is not
+            recorded.
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
@@ -78,7 +79,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
                 )
         self.fingerprint: str = index["fingerprint"]
         self.row_type: str = index["row_type"]
-        self.adapter: str | None = index.get("adapter")
+        self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
@@ -129,29 +130,29 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return self._shards[name].get_tensor(key)
 
 
-def check_conditions(dataset: MapDataset, adapter: VideoAdapter) -> None:
+def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
     """
     Check that encoded rows carry what a transformer is conditioned on.
 
     Args:
         dataset (`MapDataset`): Encoded rows.
-        adapter ([`VideoAdapter`]): Of the transformer that is to be trained on them.
+        family ([`ModelFamily`]): Of the transformer that is to be trained on them.
 
     Raises:
         ValueError: If a column is missing, or the rows are known to be encoded for another family of models.
     """
-    if isinstance(dataset, EncodedDataset) and dataset.adapter is not None:
+    if isinstance(dataset, EncodedDataset) and dataset.encoder is not None:
         # A family shares its VAE and text encoder; `"wan"` and `"wan-i2v"` are two forms of one.
-        if dataset.adapter.split("-")[0] != adapter.name.split("-")[0]:
+        if dataset.encoder.split("-")[0] != family.name.split("-")[0]:
             raise ValueError(
-                f"{dataset.directory} was encoded for {dataset.adapter!r}, but the transformer is {adapter.name!r}: "
+                f"{dataset.directory} was encoded for {dataset.encoder!r}, but the transformer is {family.name!r}: "
                 "latents of one mean nothing to the other. Encode the videos with the pipeline that is trained."
             )
     columns = column_names(dataset)
-    missing = [name for name in adapter.condition_columns if name not in columns]
+    missing = [name for name in family.condition_columns if name not in columns]
     if missing:
         raise ValueError(
-            f"The transformer ({adapter.name!r}) is conditioned on {list(adapter.condition_columns)}, and the encoded "
+            f"The transformer ({family.name!r}) is conditioned on {list(family.condition_columns)}, and the encoded "
             f"rows lack {missing}; they have {columns}. Encode the videos again, with the pipeline that is trained."
         )
 
@@ -174,12 +175,12 @@ class EncodedWriter:
         row_type: str,
         fingerprint: str,
         *,
-        adapter: str | None = None,
+        encoder: str | None = None,
         fps: float | None = None,
         shard_bytes: int = _SHARD_BYTES,
     ) -> None:
         self._directory, self._row_type, self._fingerprint = directory, row_type, fingerprint
-        self._adapter, self._fps, self._shard_bytes = adapter, fps, shard_bytes
+        self._encoder, self._fps, self._shard_bytes = encoder, fps, shard_bytes
         self._shards: dict[str, int] = {}
         self._tensors: dict[str, str] = {}
         self._pending: dict[str, Tensor] = {}
@@ -216,7 +217,7 @@ class EncodedWriter:
         index = {
             "fingerprint": self._fingerprint,
             "row_type": self._row_type,
-            "adapter": self._adapter,
+            "encoder": self._encoder,
             "fps": self._fps,
             "shards": self._shards,
             "tensors": self._tensors,

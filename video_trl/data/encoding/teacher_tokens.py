@@ -49,7 +49,7 @@ class TeacherTokenDataset(EncodedDataset):
         frames, height, width = self._tensor("grid").tolist()
         self.grid: tuple[int, int, int] = (frames, height, width)
         self.frame_times = self._tensor("frame_times")
-        self.teacher = str(self.adapter)
+        self.teacher = str(self.encoder)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         digest = self._rows[index]["video"]
@@ -158,7 +158,7 @@ def _build(
     placed = teacher.to(device)
     try:
         with (
-            EncodedWriter(directory, _ROW_TYPE, fingerprint, adapter=teacher.identity) as writer,
+            EncodedWriter(directory, _ROW_TYPE, fingerprint, encoder=teacher.identity) as writer,
             tqdm(total=len(rows), desc="Encoding with the teacher") as progress,
         ):
             first: TeacherTokens | None = None

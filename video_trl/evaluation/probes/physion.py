@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.video_io import VideoSource, read_video
-from ...models import adapter_for, tap_block
+from ...models import family_for, tap_block
 from ...teachers import VideoTeacher
 from ..statistics import wilson_interval
 from .physion_stimuli import BAD_STIMULI
@@ -175,20 +175,20 @@ class DiffusionFeatures:
         if not noise_levels or not all(0 < level < 1 for level in noise_levels):
             raise ValueError(f"`noise_levels` are shares of the schedule in (0, 1), got {list(noise_levels)}.")
         self.pipeline, self.transformer = pipeline, pipeline.transformer
-        self.adapter = adapter_for(pipeline.transformer, pipeline.scheduler)
-        num_blocks = len(self.adapter.blocks(self.transformer))
+        self.family = family_for(pipeline.transformer, pipeline.scheduler)
+        num_blocks = len(self.family.blocks(self.transformer))
         if not 1 <= block <= num_blocks:
             raise ValueError(f"`block` must be in [1, {num_blocks}], got {block}.")
         self.block, self.noise_levels, self.seed = block, tuple(noise_levels), seed
         self.num_slices, self.cells = num_slices, cells
-        if self.adapter.condition_columns != ("prompt_embeds",):
+        if self.family.condition_columns != ("prompt_embeds",):
             raise ValueError(
                 f"Expected a text-to-video pipeline, got {type(pipeline).__name__}, whose transformer also sees the "
                 "first frame clean. Probe the text-to-video model of the family."
             )
-        tokens = self.adapter.prompt_length(self.transformer) or min(pipeline.tokenizer.model_max_length, 512)
-        embeds = self.adapter.encode_prompt(pipeline, [prompt], tokens)
-        self.prompt_embeds = self.adapter.pad_prompt_embeds(embeds, tokens)  # (1, L, D)
+        tokens = self.family.prompt_length(self.transformer) or min(pipeline.tokenizer.model_max_length, 512)
+        embeds = self.family.encode_prompt(pipeline, [prompt], tokens)
+        self.prompt_embeds = self.family.pad_prompt_embeds(embeds, tokens)  # (1, L, D)
 
     def __call__(self, video: Tensor) -> Tensor:
         """Features `(B, K, D)`, float32, of clips `(B, T, H, W, 3)`, uint8, at the K noise levels."""
@@ -198,25 +198,25 @@ class DiffusionFeatures:
     def encode(self, video: Tensor) -> Tensor:
         """Normalised latents `(B, C, F, H, W)` of clips: worth keeping where several transformers share a VAE."""
         pixels = video.to(self.prompt_embeds.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return self.adapter.encode_video(self.pipeline.vae, pixels)
+        return self.family.encode_video(self.pipeline.vae, pixels)
 
     @torch.no_grad()
     def of_latents(self, latents: Tensor) -> Tensor:
         """`__call__` for clips that are encoded already."""
         device = self.prompt_embeds.device
         latents = latents.to(device)
-        grid = self.adapter.token_grid(self.transformer, latents.shape)
+        grid = self.family.token_grid(self.transformer, latents.shape)
         conditions = {"prompt_embeds": self.prompt_embeds.expand(len(latents), -1, -1)}
         generator = torch.Generator("cpu").manual_seed(self.seed)
         noise = torch.randn(latents.shape[1:], generator=generator).to(device).expand_as(latents)
-        process = self.adapter.noise_process
+        process = self.family.noise_process
         kinds = []
         for level in self.noise_levels:
             u = torch.full((len(latents),), level, dtype=torch.float64, device=device)
             timesteps = process.sample_timesteps(u, scheme="uniform")
             noisy = process.add_noise(latents, noise, timesteps)
-            with tap_block(self.adapter, self.transformer, self.block - 1) as tap:
-                self.adapter.predict(self.transformer, noisy, timesteps, conditions)
+            with tap_block(self.family, self.transformer, self.block - 1) as tap:
+                self.family.predict(self.transformer, noisy, timesteps, conditions)
             assert tap.tokens is not None
             tokens = tap.tokens.float().unflatten(1, grid)[:, 1:]
             kinds.append(pool_tokens(tokens, self.num_slices, self.cells))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from diffusers import ContextParallelConfig, ModelMixin
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ...models.attention.ring import mend_ring_attention
 from ..base_config import _BaseVideoConfig
 
@@ -31,15 +31,15 @@ def make_mesh(args: _BaseVideoConfig) -> DeviceMesh | None:
     return init_device_mesh(args.device.type, shape, mesh_dim_names=("data", "group", "ring", "ulysses"))
 
 
-def enable_context_parallelism(transformer: ModelMixin, adapter: VideoAdapter, mesh: DeviceMesh) -> None:
+def enable_context_parallelism(transformer: ModelMixin, family: ModelFamily, mesh: DeviceMesh) -> None:
     """Let the processes along `"ring"` or `"ulysses"` share the tokens of each video in a transformer's forwards."""
     config = ContextParallelConfig(ring_degree=mesh["ring"].size(), ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
     if config.ring_degree > 1:
         mend_ring_attention()
-    adapter.share_tokens(transformer, config)
+    family.share_tokens(transformer, config)
 
 
-def check_context_parallel_method(transformer: ModelMixin, adapter: VideoAdapter, args: _BaseVideoConfig) -> None:
+def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, args: _BaseVideoConfig) -> None:
     """
     Raise a `ValueError` if the tokens of the transformer's family cannot be shared by the method that is asked for, or
     if they are shared already.
@@ -50,23 +50,23 @@ def check_context_parallel_method(transformer: ModelMixin, adapter: VideoAdapter
             "`context_parallel_size` or `enable_parallelism` has set it up. That cannot be undone: load the model "
             "again."
         )
-    methods = adapter.context_parallel_methods
+    methods = family.context_parallel_methods
     if args.context_parallel_size > 1 and args.context_parallel_method not in methods:
         raise ValueError(
-            f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {adapter.name!r}. Use "
+            f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {family.name!r}. Use "
             f"{' or '.join(map(repr, methods))}."
         )
 
 
 def check_context_parallelism(
-    transformer: ModelMixin, adapter: VideoAdapter, shapes: Iterable[Sequence[int]], args: _BaseVideoConfig
+    transformer: ModelMixin, family: ModelFamily, shapes: Iterable[Sequence[int]], args: _BaseVideoConfig
 ) -> None:
     """
     Check that attention heads, or with ring attention tokens, can be divided among the processes that share a video.
 
     Args:
         transformer (`ModelMixin`): The transformer.
-        adapter (`VideoAdapter`): Of its family.
+        family (`ModelFamily`): Of its family.
         shapes (`Iterable`): The shapes `(C, F, H, W)` of latents that occur.
         args (`_BaseVideoConfig`): Says how many processes share a video, and how: `"ulysses"` fills tokens up.
 
@@ -78,7 +78,7 @@ def check_context_parallelism(
         _check_divides(args.context_parallel_size, heads, f"the {heads} attention heads of the transformer")
         return
     for shape in shapes:
-        grid = adapter.token_grid(transformer, shape)
+        grid = family.token_grid(transformer, shape)
         tokens = f"the {math.prod(grid)} tokens ({' x '.join(map(str, grid))}) of videos with latents {tuple(shape)}"
         _check_divides(args.context_parallel_size, math.prod(grid), tokens)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ...models import VideoAdapter, adapter_for
+from ...models import ModelFamily, family_for
 from ..setup.activation_checkpointing import check_policy, chosen_every, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.passes import Denoising, SequentialErrors
@@ -196,10 +196,10 @@ def _count(
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepPlan:
-    transformer, adapter = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
-    adapter.check_latents(transformer, latents_shape)
+    transformer, family = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    family.check_latents(transformer, latents_shape)
     if policy is not None:
-        enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host=_on_host)
+        enable_recompute(transformer, list(family.blocks(transformer)), policy, host=_on_host)
     transformer.train()
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     counter = LiveBytes()
@@ -211,8 +211,8 @@ def _count(
             if bf16:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             batch = torch.randn(num_videos, *latents_shape)
-            conditions = _conditions(transformer, adapter, latents_shape, num_videos, prompt_tokens)
-            errors, sequential = _errors(transformer, adapter, batch, conditions, reference, step_mode)
+            conditions = _conditions(transformer, family, latents_shape, num_videos, prompt_tokens)
+            errors, sequential = _errors(transformer, family, batch, conditions, reference, step_mode)
             errors.square().sum().backward()
             if sequential is not None:
                 sequential.backward()
@@ -223,14 +223,14 @@ def _count(
         optimizer=_ADAM_BYTES * trained,
         activations=counter.peak - weights - gradients,
         trained=trained,
-        tokens=math.prod(adapter.token_grid(transformer, latents_shape)),
+        tokens=math.prod(family.token_grid(transformer, latents_shape)),
         flops=counter.flops,
     )
 
 
 def _errors(
     transformer: ModelMixin,
-    adapter: VideoAdapter,
+    family: ModelFamily,
     batch: Tensor,
     conditions: dict[str, Tensor],
     reference: str,
@@ -250,18 +250,18 @@ def _errors(
         with torch.no_grad():
             if reference == "adapter":
                 transformer.disable_adapters()
-            offset = torch.cat([video.errors(adapter, transformer) for video in videos])
+            offset = torch.cat([video.errors(family, transformer) for video in videos])
             if reference == "adapter":
                 transformer.enable_adapters()
     if step_mode == "concat":
-        return denoising.errors(adapter, transformer) - offset, None
-    sequential = SequentialErrors(denoising, adapter, transformer)
+        return denoising.errors(family, transformer) - offset, None
+    sequential = SequentialErrors(denoising, family, transformer)
     return sequential.errors - offset, sequential
 
 
 def _without_contents(
     config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
-) -> tuple[ModelMixin, VideoAdapter]:
+) -> tuple[ModelMixin, ModelFamily]:
     """A transformer with its adapter on the meta device, in the dtypes of training, and the family's adapter."""
     kind = _CLASSES.get(config.get("_class_name", ""))
     if kind is None:
@@ -271,17 +271,17 @@ def _without_contents(
         )
     with torch.device("meta"):
         transformer = kind.from_config({**config})
-        adapter = adapter_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
+        family = family_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
         if lora_rank is not None:
             transformer.requires_grad_(False)
             for weight in transformer.parameters():
                 weight.data = weight.data.to(frozen)
-            targets = adapter.lora_target_modules
+            targets = family.lora_target_modules
             transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
             for weight in transformer.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()
-    return transformer, adapter
+    return transformer, family
 
 
 def _on_host() -> AbstractContextManager[None]:
@@ -313,20 +313,18 @@ def fake_weights(model: nn.Module) -> Iterator[None]:
 
 def _conditions(
     transformer: ModelMixin,
-    adapter: VideoAdapter,
+    family: ModelFamily,
     latents_shape: tuple[int, int, int, int],
     num_videos: int,
     prompt_tokens: int | None,
 ) -> dict[str, Tensor]:
     """What the transformer is conditioned on, in the sizes of the published checkpoints."""
     config = transformer.config
-    length = adapter.prompt_length(transformer) or prompt_tokens or 512
+    length = family.prompt_length(transformer) or prompt_tokens or 512
     channels, frames, height, width = latents_shape
     shapes = {
         "prompt_embeds": (length, config.get("text_dim") or config.get("text_embed_dim")),
         "first_frame_latents": (channels, 1 if "text_embed_dim" in config else frames, height, width),
         "image_embeds": (257, config.get("image_dim")),
     }
-    return {
-        name: torch.randn(num_videos, *shapes[name], dtype=transformer.dtype) for name in adapter.condition_columns
-    }
+    return {name: torch.randn(num_videos, *shapes[name], dtype=transformer.dtype) for name in family.condition_columns}

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...losses.alignment import trd_loss
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ..setup.quantization import Quantization, check_quantised_engine
 from .counter import LiveBytes, StepPlan, class_name, fake_weights, plan_step
 
@@ -278,13 +278,13 @@ def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> 
     return {name: int(count) for name, count in sent.items()}
 
 
-def encoding_peak(vae: ModelMixin, adapter: VideoAdapter, size: tuple[int, int, int]) -> int:
+def encoding_peak(vae: ModelMixin, family: ModelFamily, size: tuple[int, int, int]) -> int:
     """
     Bytes at the peak of encoding one video, before training, weights of the VAE included; in float32, as it is done.
 
     Args:
         vae (`ModelMixin`): On the device `meta`; its weights are replaced by fake tensors.
-        adapter ([`VideoAdapter`]): Of the pipeline's family.
+        family ([`ModelFamily`]): Of the pipeline.
         size (`tuple[int, int, int]`): Frames, height and width in pixels.
     """
     counter = LiveBytes()
@@ -292,7 +292,7 @@ def encoding_peak(vae: ModelMixin, adapter: VideoAdapter, size: tuple[int, int, 
         for weight in vae.parameters():
             counter.add(weight)
         with counter:
-            adapter.encode_video(vae, torch.randn(1, 3, *size))
+            family.encode_video(vae, torch.randn(1, 3, *size))
     return counter.peak
 
 

@@ -174,7 +174,7 @@ class ModelCardCallback(TrainerCallback):
             citation=trainer._citation,
             prompt=rows[0].get("prompt") or "A red ball falls to the floor.",
             fps=fps,
-            pipeline_class=trainer.adapter.pipeline_classes[0],
+            pipeline_class=trainer.family.pipeline_classes[0],
             transformer_class=type(trainer.model).__name__ if trainer.adapter_name is None else None,
             call_kwargs=trainer.generation_kwargs(),
             loss_parameters=loss_parameters(args),

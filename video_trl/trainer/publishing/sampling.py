@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...data.columns import as_tensor
-from ...models import VideoAdapter
+from ...models import ModelFamily
 
 
 @contextmanager
@@ -50,19 +50,19 @@ def generation(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Di
                 torch.accelerator.empty_cache()  # the VAE and text encoder have left; their memory is for training
 
 
-def first_frame(pipeline: DiffusionPipeline, adapter: VideoAdapter, row: Mapping[str, Any]) -> PIL.Image.Image:
+def first_frame(pipeline: DiffusionPipeline, family: ModelFamily, row: Mapping[str, Any]) -> PIL.Image.Image:
     """
     What the only or chosen video of an encoded row begins with, as the VAE shows it: an image to generate from.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with its VAE.
-        adapter ([`VideoAdapter`]): Of the pipeline's transformer.
+        family ([`ModelFamily`]): Of the pipeline's transformer.
         row (`Mapping`): Encoded row, with `latents` or `chosen_latents` `(C, F, H, W)`.
 
     Returns:
         `PIL.Image.Image`: Of the size of the video.
     """
     latents = as_tensor(row["latents"] if "latents" in row else row["chosen_latents"])
-    pixels = adapter.decode_latents(pipeline.vae, latents[None, :, :1])[0, :, 0]  # (3, H, W)
+    pixels = family.decode_latents(pipeline.vae, latents[None, :, :1])[0, :, 0]  # (3, H, W)
     frame = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return PIL.Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())

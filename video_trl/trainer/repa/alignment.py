@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...models import VideoAdapter
+from ...models import ModelFamily
 
 
 TemporalTarget = Literal["teacher", "student"]
@@ -41,7 +41,7 @@ class TokenGeometry:
 
 
 def student_geometry(
-    adapter: VideoAdapter, transformer: nn.Module, latents_shape: Sequence[int], frames_per_latent: int
+    family: ModelFamily, transformer: nn.Module, latents_shape: Sequence[int], frames_per_latent: int
 ) -> TokenGeometry:
     """
     Geometry of a transformer's hidden states for latents `(..., C, F, H, W)`.
@@ -50,7 +50,7 @@ def student_geometry(
     4k - 3 to 4k. Where the transformer joins several latent frames to one token frame, an incomplete group is the
     first one.
     """
-    grid = adapter.token_grid(transformer, latents_shape)
+    grid = family.token_grid(transformer, latents_shape)
     latent_frames = latents_shape[-3]
     times = [0.0] + [frames_per_latent * k - (frames_per_latent - 1) / 2 for k in range(1, latent_frames)]
     joined = -(-latent_frames // grid[0])
@@ -286,7 +286,7 @@ class AlignmentTap:
 
 @contextmanager
 def tap_alignment(
-    adapter: VideoAdapter, transformer: nn.Module, index: int, head: AlignmentHead, plan: AlignmentPlan
+    family: ModelFamily, transformer: nn.Module, index: int, head: AlignmentHead, plan: AlignmentPlan
 ) -> Iterator[AlignmentTap]:
     """
     Run a head on the hidden states behind block `index` (counted from 0) while the transformer runs as usual.
@@ -309,7 +309,7 @@ def tap_alignment(
             with saved_tensors_hooks(_keep, _keep):
                 tap.tokens = head(output[0] if isinstance(output, tuple) else output, plan)
 
-    handle = adapter.blocks(transformer)[index].register_forward_hook(run_head)
+    handle = family.blocks(transformer)[index].register_forward_hook(run_head)
     try:
         yield tap
     finally:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_mod
 from torch import nn
 
 from ...hub import check_lora_config
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ..base_config import _BaseVideoConfig
 
 
@@ -63,7 +63,7 @@ def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config:
 
 
 def attach_lora(
-    transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None, adapter: VideoAdapter
+    transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None, family: ModelFamily
 ) -> str:
     """
     Freeze a transformer and make one LoRA adapter on it trainable, in float32 whatever the base is stored in.
@@ -75,7 +75,7 @@ def attach_lora(
             continued.
         args (`_BaseVideoConfig`): Source of rank and alpha of the default adapter.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
-        adapter ([`VideoAdapter`]): Knows the default target modules.
+        family ([`ModelFamily`]): Knows the default target modules.
 
     Returns:
         `str`: Name of the adapter that is trained.
@@ -84,7 +84,7 @@ def attach_lora(
     if name is None:
         name = "default"
         config = peft_config or LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(adapter.lora_target_modules)
+            r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(family.lora_target_modules)
         )
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
     transformer.requires_grad_(False)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
-from ...models import VideoAdapter, adapter_for, supported_pipelines
+from ...models import ModelFamily, family_for, supported_pipelines
 from ..base_config import _BaseVideoConfig
 from .quantization import quantization_config
 
@@ -82,7 +82,7 @@ def load_model(
     )
 
 
-def find_adapter(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> VideoAdapter:
+def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> ModelFamily:
     """
     Adapter of a transformer, with the noise schedule of its pipeline.
 
@@ -91,16 +91,16 @@ def find_adapter(pipeline: DiffusionPipeline | None, transformer: ModelMixin) ->
             it was trained (CogVideoX); or if the pipeline does not use the transformer as it is trained.
     """
     if pipeline is None:
-        return adapter_for(transformer)
-    adapter = adapter_for(transformer, pipeline.scheduler)
+        return family_for(transformer)
+    family = family_for(transformer, pipeline.scheduler)
     classes = {parent.__name__ for parent in type(pipeline).__mro__}
-    if not classes & set(adapter.pipeline_classes):
+    if not classes & set(family.pipeline_classes):
         raise ValueError(
-            f"This transformer is trained for {' or '.join(adapter.pipeline_classes)}, got it in a "
+            f"This transformer is trained for {' or '.join(family.pipeline_classes)}, got it in a "
             f"{type(pipeline).__name__}, which conditions it otherwise. Load the checkpoint with that class, or use "
             f"another checkpoint; supported pipelines: {', '.join(supported_pipelines())}."
         )
-    return adapter
+    return family
 
 
 def _load_pipeline(name: str, args: _BaseVideoConfig) -> DiffusionPipeline:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ...data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
 from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
-from ...models import VideoAdapter
+from ...models import ModelFamily
 from ..base_config import _BaseVideoConfig
 
 
@@ -71,7 +71,7 @@ def prepare_rows(
     *,
     pipeline: DiffusionPipeline | None,
     transformer: ModelMixin,
-    adapter: VideoAdapter,
+    family: ModelFamily,
     max_sequence_length: int,
 ) -> IndexedDataset:
     """
@@ -90,7 +90,7 @@ def prepare_rows(
         dataset = encode_dataset(
             dataset,
             pipeline,
-            adapter,
+            family,
             row_type,
             cache_dir=encoded_cache_dir(args),
             max_sequence_length=max_sequence_length,
@@ -104,12 +104,12 @@ def prepare_rows(
             on_bad_video=args.on_bad_video,
             device=args.device,
         )
-    check_conditions(dataset, adapter)
-    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, adapter))
+    check_conditions(dataset, family)
+    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, family))
 
 
 def _checked_shapes(
-    dataset: MapDataset, row_type: str, transformer: ModelMixin, adapter: VideoAdapter
+    dataset: MapDataset, row_type: str, transformer: ModelMixin, family: ModelFamily
 ) -> list[tuple[int, ...]]:
     """Shape `(C, F, H, W)` of the latents in each row."""
     checked: list[tuple[int, ...]] = []
@@ -119,7 +119,7 @@ def _checked_shapes(
             raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
         if shapes[0] not in known:
             try:
-                adapter.check_latents(transformer, shapes[0])
+                family.check_latents(transformer, shapes[0])
             except ValueError as error:
                 raise ValueError(f"Row {number}: {error}") from error
             known.add(shapes[0])

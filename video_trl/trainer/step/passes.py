@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...losses.preference import velocity_error
-from ...models import VideoAdapter
+from ...models import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Denoising:
     conditions: dict[str, Tensor]
     target: Tensor
 
-    def errors(self, adapter: VideoAdapter, transformer: nn.Module) -> Tensor:
+    def errors(self, family: ModelFamily, transformer: nn.Module) -> Tensor:
         """Velocity errors `(N,)` of the transformer, from one forward."""
-        prediction = adapter.predict(transformer, self.noisy_latents, self.timesteps, self.conditions)
+        prediction = family.predict(transformer, self.noisy_latents, self.timesteps, self.conditions)
         return velocity_error(prediction, self.target)
 
     def __getitem__(self, videos: slice) -> "Denoising":
@@ -61,7 +61,7 @@ class SequentialErrors:
 
     Args:
         denoising ([`Denoising`]): The videos.
-        adapter ([`VideoAdapter`]): Of the transformer's family.
+        family ([`ModelFamily`]): Of the transformer's family.
         model (`torch.nn.Module`): The policy, as it is wrapped for training.
         no_sync (`Callable`): Makes a context in which processes do not average gradients yet.
         backward (`Callable`, *optional*): Adds the gradients of a scalar, and is told whether it is the last of the
@@ -74,17 +74,17 @@ class SequentialErrors:
     def __init__(
         self,
         denoising: Denoising,
-        adapter: VideoAdapter,
+        family: ModelFamily,
         model: nn.Module,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
         backward: Callable[[Tensor, bool], None] = lambda value, final: value.backward(),
     ) -> None:
-        self._adapter, self._model, self._no_sync, self._backward = adapter, model, no_sync, backward
+        self._family, self._model, self._no_sync, self._backward = family, model, no_sync, backward
         *self._others, last = denoising.one_by_one()
         with torch.no_grad():
-            known = [video.errors(adapter, model) for video in self._others]
+            known = [video.errors(family, model) for video in self._others]
         with self._local(final=not self._others):
-            self._last = last.errors(adapter, model)
+            self._last = last.errors(family, model)
         self.errors = torch.cat([*known, self._last.detach()]).requires_grad_()
 
     def backward(self) -> None:
@@ -98,7 +98,7 @@ class SequentialErrors:
         for number, video in enumerate(self._others):
             final = number == len(self._others) - 1
             with self._local(final=final):
-                errors = video.errors(self._adapter, self._model)
+                errors = video.errors(self._family, self._model)
                 self._backward((coefficients[number : number + 1] * errors).sum(), final)
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
