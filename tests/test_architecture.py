@@ -1,10 +1,11 @@
 """The rules of the house, held by reading the source: sizes, who imports whom, and habits that are not wanted."""
 
 import ast
+import inspect
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,31 @@ def layering_faults(part: str, tree: ast.Module, package: str = "") -> list[str]
     return faults
 
 
-def sibling_faults(module: str, tree: ast.Module, package: str = "") -> list[str]:
-    """A trainer that imports another trainer; the shared base is no sibling."""
-    if not module.endswith("_trainer") or module == "base_trainer":
+def trainer_classes(trees: Iterable[ast.Module]) -> dict[str, tuple[str, ...]]:
+    """Every class that is a trainer by inheritance, whatever its file is called, with the names of its bases."""
+    bases = {
+        node.name: tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    trainers: dict[str, tuple[str, ...]] = {}
+    while more := {
+        name: parents
+        for name, parents in bases.items()
+        if name not in trainers and {"Trainer", *trainers} & set(parents)
+    }:
+        trainers |= more
+    return trainers
+
+
+def sibling_faults(tree: ast.Module, trainers: dict[str, tuple[str, ...]], package: str = "") -> list[str]:
+    """Leaf trainers, from which nobody inherits, that a file which defines a trainer imports."""
+    if not any(isinstance(node, ast.ClassDef) and node.name in trainers for node in ast.walk(tree)):
         return []
-    modules = (
-        part for name, _ in _imports(tree, package) if name.startswith("video_trl.") for part in name.split(".")
-    )
-    return [other for other in modules if other.endswith("_trainer") and other not in {module, "base_trainer"}]
+    leaves = set(trainers) - {parent for parents in trainers.values() for parent in parents}
+    names = (name.rpartition(".")[2] for name, _ in _imports(tree, package) if name.startswith("video_trl."))
+    return [name for name in names if name in leaves]
 
 
 def long_functions(tree: ast.Module) -> list[str]:
@@ -175,6 +193,9 @@ def _id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+TRAINERS = trainer_classes(map(_tree, SOURCES))
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_source_keeps_the_rules(path):
     tree, part, lines = _tree(path), _part(path), path.read_text(encoding="utf-8").splitlines()
@@ -183,7 +204,7 @@ def test_source_keeps_the_rules(path):
     if part != "__init__":
         assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
         assert not layering_faults(part, tree, _package(path))
-    assert not sibling_faults(path.stem, tree, _package(path))
+    assert not sibling_faults(tree, TRAINERS, _package(path))
     assert not [call.lineno for call in calls_of(tree, "print", "breakpoint", "eval", "exec")]
     assert path.name not in BANNED_FILE_NAMES
     assert not BANNED_FOLDERS & set(path.relative_to(PACKAGE).parts[:-1])
@@ -260,12 +281,25 @@ def test_layering_check(part, source, allowed):
 
 
 def test_sibling_check():
-    source = "from video_trl.trainer.sft_trainer import VideoSFTTrainer"
-    assert sibling_faults("group_dpo_trainer", ast.parse(source)) == ["sft_trainer"]
-    base = "from video_trl.trainer.base_trainer import _BaseVideoTrainer"
-    assert not sibling_faults("group_dpo_trainer", ast.parse(base))
-    relative = ast.parse("from .sft_trainer import VideoSFTTrainer")
-    assert sibling_faults("group_dpo_trainer", relative, "video_trl.trainer") == ["sft_trainer"]
+    """By class: a base is no sibling under any file name, nor is a leaf hidden by one."""
+    source = """
+    class VideoTrainer(transformers.Trainer): ...
+    class PreferenceTrainer(VideoTrainer): ...
+    class VideoDPOTrainer(PreferenceTrainer): ...
+    class VideoSFTTrainer(VideoTrainer): ...
+    class Collator: ...
+    """
+    trainers = trainer_classes([ast.parse(inspect.cleandoc(source))])
+    assert set(trainers) == {"VideoTrainer", "PreferenceTrainer", "VideoDPOTrainer", "VideoSFTTrainer"}
+    leaf = "class VideoDPOTrainer(PreferenceTrainer): ..."
+
+    def faults(imported: str, body: str = leaf) -> list[str]:
+        return sibling_faults(ast.parse(f"{imported}\n{body}"), trainers, "video_trl.trainer")
+
+    assert faults("from video_trl.trainer.sft import VideoSFTTrainer") == ["VideoSFTTrainer"]
+    assert faults("from .sft_trainer import VideoSFTTrainer") == ["VideoSFTTrainer"]
+    assert not faults("from .base import VideoTrainer\nfrom .preference import PreferenceTrainer")
+    assert not faults("from .sft_trainer import VideoSFTTrainer", body="x = VideoSFTTrainer")  # a list of them
 
 
 def test_size_check():

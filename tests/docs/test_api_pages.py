@@ -17,7 +17,7 @@ def package():
 def test_help_texts_of_options_become_their_docstrings(package):
     beta = package["trainer.dpo_config.VideoDPOConfig.beta"]
     assert "pull" in beta.docstring.value.lower() and str(beta.value) == "500.0"
-    default = package["trainer.base_config._BaseVideoConfig.cache_dir"]
+    default = package["trainer.base_config.VideoConfig.cache_dir"]
     assert "encoded data" in default.docstring.value and str(default.value) == "None"
 
 

@@ -30,7 +30,7 @@ from tests.support.trainer.runs import (
     trained_weights,
 )
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
-from video_trl.trainer.base_config import _BaseVideoConfig
+from video_trl.trainer.base_config import VideoConfig
 from video_trl.trainer.step.reference import AdapterReference, ModuleReference
 
 
@@ -331,7 +331,7 @@ def documented(page, heading):
 @pytest.mark.parametrize("weight", PAGES, ids=str)
 def test_the_page_names_every_option_and_every_metric(tmp_path, weight):
     page, config_class = PAGES[weight]
-    shared = {field.name for field in dataclasses.fields(_BaseVideoConfig)}
+    shared = {field.name for field in dataclasses.fields(VideoConfig)}
     own = {field.name: repr(field.default) for field in dataclasses.fields(config_class) if field.name not in shared}
     assert {row[0][0]: row[1][0] for row in documented(page, "Options")} == own
     made = make(tmp_path, weight, max_steps=1)

@@ -6,7 +6,7 @@ import re
 from tests.support.paths import DOCS
 from tests.support.trainer.repa_runs import aligned_rows, repa_trainer
 from video_trl import VideoREPAConfig
-from video_trl.trainer.base_config import _BaseVideoConfig
+from video_trl.trainer.base_config import VideoConfig
 
 
 PAGE = (DOCS / "trainers" / "repa_trainer.md").read_text()
@@ -21,7 +21,7 @@ def table(heading: str) -> list[list[list[str]]]:
 
 def test_every_option_is_listed_with_its_default():
     documented = {row[0][0]: row[1][0] for row in table("Options")}
-    shared = {field.name: field.default for field in dataclasses.fields(_BaseVideoConfig)}
+    shared = {field.name: field.default for field in dataclasses.fields(VideoConfig)}
     own = {field.name: field.default for field in dataclasses.fields(VideoREPAConfig) if field.name not in shared}
     assert documented == {name: repr(default) for name, default in own.items()}
     changed = [f for f in dataclasses.fields(VideoREPAConfig) if f.name in shared and f.default != shared[f.name]]

@@ -39,7 +39,7 @@ _FLAG: dict[str, Any] = {"nargs": "?", "const": True}
 
 
 @dataclass
-class _BaseVideoConfig(TrainingArguments):
+class VideoConfig(TrainingArguments):
     """
     Arguments that all video trainers share; everything else is inherited from [`~transformers.TrainingArguments`].
 
@@ -286,7 +286,7 @@ class _BaseVideoConfig(TrainingArguments):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # A dataclass would write one that shows every token.
-        cls.__repr__ = _BaseVideoConfig.__str__  # type: ignore[assignment, method-assign]
+        cls.__repr__ = VideoConfig.__str__  # type: ignore[assignment, method-assign]
 
     def buckets(self) -> tuple[AspectBucket, ...]:
         """The sizes in `resolution_buckets`."""
@@ -294,10 +294,10 @@ class _BaseVideoConfig(TrainingArguments):
 
     def _check_base_values(self) -> None:
         for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size"):
-            _check_positive(self, name)
+            check_positive(self, name)
         for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
             if self.__dict__[name] is not None:
-                _check_positive(self, name)
+                check_positive(self, name)
         if not math.isfinite(self.timestep_logit_mean):
             raise ValueError(f"`timestep_logit_mean` must be finite, got {self.timestep_logit_mean}.")
         if (self.height is None) != (self.width is None):
@@ -312,16 +312,16 @@ class _BaseVideoConfig(TrainingArguments):
             )
         if not 0 <= self.resolution_max_crop <= 1:
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
-        _check_choice(self, "timestep_sampling", get_args(TimestepSampling))
-        _check_choice(self, "on_bad_video", ("raise", "skip"))
+        check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        check_choice(self, "on_bad_video", ("raise", "skip"))
         check_policy(self.checkpointing_policy)
-        _check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
+        check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
         if self.context_parallel_size > 1 and self.context_parallel_method == "ring":
             check_ring_backend(self.attention_backend)
         if self.attention_backend is not None:
             check_attention_backend(self.attention_backend)
         if self.quantization is not None:
-            _check_choice(self, "quantization", get_args(Quantization))
+            check_choice(self, "quantization", get_args(Quantization))
             check_quantization(self.quantization, use_peft=self.use_peft)
         if self.compile_blocks and self.buckets():
             raise ValueError(
@@ -334,13 +334,15 @@ class _BaseVideoConfig(TrainingArguments):
             )
 
 
-def _check_positive(config: _BaseVideoConfig, name: str) -> None:
+def check_positive(config: VideoConfig, name: str) -> None:
+    """Raise a `ValueError` if the option of that name is not a positive, finite number."""
     value = config.__dict__[name]
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
-def _check_choice(config: _BaseVideoConfig, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(config: VideoConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Raise a `ValueError` if the option of that name is none of the choices."""
     value = config.__dict__[name]
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

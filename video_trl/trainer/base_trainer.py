@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data import check_columns
 from ..data.columns import MapDataset
-from .base_config import _BaseVideoConfig
+from .base_config import VideoConfig
 from .callbacks import LogVideosCallback
 from .checkpoints.weights import describe_run
 from .parallel.engines import SHARDED, check_set_up, offloads_weights, requested_engine, whole_weights
@@ -62,7 +62,7 @@ from .step.reference import ModuleReference, Reference, check_ref_model, make_re
 logger = logging.getLogger(__name__)
 
 
-class _BaseVideoTrainer(_SharingTrainer):
+class VideoTrainer(_SharingTrainer):
     """
     Plumbing of all video trainers: model and data preparation, noise streams, the reference, metrics, checkpoints.
 
@@ -74,7 +74,7 @@ class _BaseVideoTrainer(_SharingTrainer):
             `"sandbox"`, a repository id or path of a pipeline in diffusers layout, a pipeline, or a bare transformer
             (then the datasets must be encoded already). Its transformer is trained in place: `trainer.model` is
             `pipeline.transformer`.
-        args (`_BaseVideoConfig`, *optional*):
+        args (`VideoConfig`, *optional*):
             Arguments; the trainer's own config class with its defaults.
         train_dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts, *optional*):
             Rows, raw or encoded. Raw ones are encoded here, once, and cached.
@@ -102,7 +102,7 @@ class _BaseVideoTrainer(_SharingTrainer):
     _tag: ClassVar[str]
     _method: ClassVar[str]
     _citation: ClassVar[str | None] = None
-    config_class: ClassVar[type[_BaseVideoConfig]]
+    config_class: ClassVar[type[VideoConfig]]
     row_type: ClassVar[str]
     collator_class: ClassVar[type]
     uses_reference: ClassVar[bool]
@@ -112,7 +112,7 @@ class _BaseVideoTrainer(_SharingTrainer):
     def __init__(
         self,
         model: str | os.PathLike[str] | DiffusionPipeline | ModelMixin,
-        args: _BaseVideoConfig | None = None,
+        args: VideoConfig | None = None,
         train_dataset: MapDataset | None = None,
         eval_dataset: MapDataset | dict[str, MapDataset] | None = None,
         *,
@@ -262,7 +262,7 @@ class _BaseVideoTrainer(_SharingTrainer):
     @classmethod
     def has_auxiliary(cls) -> bool:
         """Whether trainers of this class have an auxiliary module."""
-        return cls.make_auxiliary is not _BaseVideoTrainer.make_auxiliary
+        return cls.make_auxiliary is not VideoTrainer.make_auxiliary
 
     def auxiliary_learning_rate(self) -> float | None:
         """Initial learning rate of the auxiliary module, scheduled like the other; none: `args.learning_rate`."""

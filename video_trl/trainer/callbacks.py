@@ -18,7 +18,7 @@ from .setup.rows import datasets_in
 
 
 if TYPE_CHECKING:
-    from .base_trainer import _BaseVideoTrainer
+    from .base_trainer import VideoTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,10 @@ class LogVideosCallback(TrainerCallback):
         self.every_steps = every_steps
         self.fps = fps
         self.call_kwargs = dict(call_kwargs or {})
-        self._trainer: _BaseVideoTrainer | None = None
+        self._trainer: VideoTrainer | None = None
         self._shown: int | None = None  # the step of the last set
 
-    def set_trainer(self, trainer: "_BaseVideoTrainer") -> None:
+    def set_trainer(self, trainer: "VideoTrainer") -> None:
         """Called by the trainer that the callback is given to."""
         if trainer.pipeline is None:
             raise ValueError(
@@ -129,7 +129,7 @@ class LogVideosCallback(TrainerCallback):
             self._send_to_trackers(self._trainer, videos, paths, state.global_step)
         self._trainer.accelerator.wait_for_everyone()
 
-    def _generate(self, trainer: "_BaseVideoTrainer") -> list[np.ndarray]:
+    def _generate(self, trainer: "VideoTrainer") -> list[np.ndarray]:
         """Videos uint8 `(T, H, W, 3)`, one per prompt."""
         videos = []
         call_kwargs = {**trainer.generation_kwargs(), **self.call_kwargs}
@@ -146,7 +146,7 @@ class LogVideosCallback(TrainerCallback):
         return videos
 
     def _send_to_trackers(
-        self, trainer: "_BaseVideoTrainer", videos: list[np.ndarray], paths: list[Path], step: int
+        self, trainer: "VideoTrainer", videos: list[np.ndarray], paths: list[Path], step: int
     ) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

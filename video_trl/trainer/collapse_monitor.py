@@ -25,7 +25,7 @@ from .reg_dpo_config import VideoRegDPOConfig
 logger = logging.getLogger(__name__)
 
 Action = Literal["warn", "stop", "raise"]
-PreferenceConfig = VideoDPOConfig | VideoGroupDPOConfig | VideoRegDPOConfig
+WatchedConfig = VideoDPOConfig | VideoGroupDPOConfig | VideoRegDPOConfig
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     ) -> None:
         self._restore(args)
 
-    def _check(self, args: TrainingArguments) -> PreferenceConfig:
+    def _check(self, args: TrainingArguments) -> WatchedConfig:
         """The configuration of a trainer that the monitor can watch."""
-        if not isinstance(args, PreferenceConfig):
+        if not isinstance(args, WatchedConfig):
             raise ValueError(
                 "`CollapseMonitor` reads the gaps that the DPO, GroupDPO and RegDPO trainers log, got the arguments "
                 f"of another trainer, {type(args).__name__}. Leave it out."
@@ -226,7 +226,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
                 )
         return args
 
-    def _apply(self, config: PreferenceConfig) -> None:
+    def _apply(self, config: WatchedConfig) -> None:
         """Set the coefficient to what the events say. Always from the first value: a resumed run rounds alike."""
         if self._coefficient is not None and isinstance(config, VideoRegDPOConfig):
             config.sft_coefficient = self._coefficient * self.factor ** len(self.events)
@@ -236,7 +236,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
             config.sft_coefficient = self._coefficient
         self._coefficient = None
 
-    def _remedy(self, config: PreferenceConfig) -> str:
+    def _remedy(self, config: WatchedConfig) -> str:
         if self.action == "raise" and isinstance(config, VideoRegDPOConfig):
             return f"`sft_coefficient` is now {config.sft_coefficient:.4g}."
         ending = "Training stops." if self.action == "stop" else "Training goes on; look at sample videos."

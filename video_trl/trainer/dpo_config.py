@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import _check_positive
-from .preference_config import _PreferenceConfig
+from .base_config import check_positive
+from .preference_config import PreferenceConfig
 
 
 @dataclass
-class VideoDPOConfig(_PreferenceConfig):
+class VideoDPOConfig(PreferenceConfig):
     """
-    Arguments of [`VideoDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
+    Arguments of [`VideoDPOTrainer`]; everything else is inherited from `PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of the DPO baseline of Reg-DPO (https://huggingface.co/papers/2511.01450): LoRA of rank 16
@@ -40,5 +40,5 @@ class VideoDPOConfig(_PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
-        _check_positive(self, "beta")
+        check_positive(self, "beta")
         super().__post_init__()

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from ..data import GroupCollator
 from ..losses.preference import dgr, dpo_loss, implicit_reward
 from .dpo_config import VideoDPOConfig
-from .preference_trainer import _PreferenceTrainer
+from .preference_trainer import PreferenceTrainer
 from .publishing.citations import DIFFUSION_DPO
 
 
-class VideoDPOTrainer(_PreferenceTrainer):
+class VideoDPOTrainer(PreferenceTrainer):
     """
     Train a video transformer to prefer the chosen video of a pair over the rejected one.
 
@@ -29,7 +29,7 @@ class VideoDPOTrainer(_PreferenceTrainer):
     ```
 
     The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
-    is drawn in each step. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
     """
 
     _name = "DPO"

@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..losses.preference import AlphaMode, GammaMode, check_physics_weights
-from .base_config import _FLAG, _check_choice
-from .preference_config import _PreferenceConfig
+from .base_config import _FLAG, check_choice
+from .preference_config import PreferenceConfig
 
 
 LossType = Literal["sampled", "sum", "plackett_luce"]
 
 
 @dataclass
-class VideoGroupDPOConfig(_PreferenceConfig):
+class VideoGroupDPOConfig(PreferenceConfig):
     """
-    Arguments of [`VideoGroupDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
+    Arguments of [`VideoGroupDPOTrainer`]; everything else is inherited from `PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of PhyGDPO (https://huggingface.co/papers/2512.24551): its Eq. 10 hyperparameters, one
@@ -101,9 +101,9 @@ class VideoGroupDPOConfig(_PreferenceConfig):
                 f"`beta` must be positive and finite, got {self.beta}. Zero would remove the preference, a "
                 "negative value would reverse it; published values are 500 to 5000."
             )
-        _check_choice(self, "loss_type", get_args(LossType))
-        _check_choice(self, "alpha_mode", get_args(AlphaMode))
-        _check_choice(self, "gamma_mode", get_args(GammaMode))
+        check_choice(self, "loss_type", get_args(LossType))
+        check_choice(self, "alpha_mode", get_args(AlphaMode))
+        check_choice(self, "gamma_mode", get_args(GammaMode))
         if self.physics_rewarding is None:
             self.physics_rewarding = self.loss_type != "plackett_luce"
         if self.physics_rewarding and self.loss_type == "plackett_luce":

@@ -15,12 +15,12 @@ from ..losses.preference import (
     physics_weights,
 )
 from .group_dpo_config import VideoGroupDPOConfig
-from .preference_trainer import _PreferenceTrainer
+from .preference_trainer import PreferenceTrainer
 from .publishing.citations import PHYGDPO
 from .setup.rows import datasets_in
 
 
-class VideoGroupDPOTrainer(_PreferenceTrainer):
+class VideoGroupDPOTrainer(PreferenceTrainer):
     """
     Train a video transformer to prefer one video, usually a real one, over m generated ones for the same prompt.
 
@@ -38,7 +38,7 @@ class VideoGroupDPOTrainer(_PreferenceTrainer):
     ```
 
     The dataset has group rows (`prompt`, `chosen`, `rejected`, `rejected_scores`) or preference rows (`prompt`,
-    `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `VideoTrainer`.
     """
 
     _name = "GroupDPO"

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .base_config import _BaseVideoConfig, _check_choice, _check_positive
+from .base_config import VideoConfig, check_choice, check_positive
 
 
 StepMode = Literal["auto", "concat", "sequential"]
 
 
 @dataclass
-class _PreferenceConfig(_BaseVideoConfig):
-    """Arguments that all preference trainers share; everything else is inherited from `_BaseVideoConfig`."""
+class PreferenceConfig(VideoConfig):
+    """Arguments that all preference trainers share; everything else is inherited from `VideoConfig`."""
 
     step_mode: StepMode = field(
         default="auto",
@@ -55,8 +55,8 @@ class _PreferenceConfig(_BaseVideoConfig):
 
     def _check_base_values(self) -> None:
         super()._check_base_values()
-        _check_positive(self, "group_parallel_size")
-        _check_choice(self, "step_mode", get_args(StepMode))
+        check_positive(self, "group_parallel_size")
+        check_choice(self, "step_mode", get_args(StepMode))
         if self.precompute_ref_errors is not None and self.precompute_ref_errors < 1:
             raise ValueError(
                 f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "

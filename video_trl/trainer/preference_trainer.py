@@ -11,10 +11,10 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
 
-from .base_trainer import _BaseVideoTrainer
+from .base_trainer import VideoTrainer
 from .parallel.engines import SHARDED
 from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
-from .preference_config import _PreferenceConfig
+from .preference_config import PreferenceConfig
 from .setup.attention_and_compile import SamePathCheck
 from .setup.rows import encoded_cache_dir
 from .step.group import VideoShare
@@ -47,15 +47,15 @@ _BANK_ARGUMENTS = (
 )
 
 
-class _PreferenceTrainer(_BaseVideoTrainer):
+class PreferenceTrainer(VideoTrainer):
     """
-    Plumbing of the preference trainers, on top of `_BaseVideoTrainer`.
+    Plumbing of the preference trainers, on top of `VideoTrainer`.
 
     A `compute_loss` asks for `reference_error` and `policy_error` and makes its loss of them. Whatever the step mode
     is, that loss must depend on the weights through `policy_error` alone.
     """
 
-    args: _PreferenceConfig
+    args: PreferenceConfig
     uses_reference = True
 
     _sequential: SequentialErrors | None = None

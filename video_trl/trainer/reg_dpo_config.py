@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..losses.preference import SFTWeightMode
-from .base_config import _check_choice, _check_positive
-from .preference_config import _PreferenceConfig
+from .base_config import check_choice, check_positive
+from .preference_config import PreferenceConfig
 
 
 @dataclass
-class VideoRegDPOConfig(_PreferenceConfig):
+class VideoRegDPOConfig(PreferenceConfig):
     """
-    Arguments of [`VideoRegDPOTrainer`]; everything else is inherited from `_PreferenceConfig` and
+    Arguments of [`VideoRegDPOTrainer`]; everything else is inherited from `PreferenceConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of Reg-DPO (https://huggingface.co/papers/2511.01450): r = DGR, LoRA of rank 16 with alpha
@@ -57,8 +57,8 @@ class VideoRegDPOConfig(_PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
-        _check_positive(self, "beta")
-        _check_choice(self, "sft_weight_mode", get_args(SFTWeightMode))
+        check_positive(self, "beta")
+        check_choice(self, "sft_weight_mode", get_args(SFTWeightMode))
         if self.sft_coefficient is None:
             self.sft_coefficient = 1.0 if self.sft_weight_mode == "dgr" else self.beta / 4
         if not 0 <= self.sft_coefficient < math.inf:

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator
 from ..losses.preference import reg_dpo_loss
-from .preference_trainer import _PreferenceTrainer
+from .preference_trainer import PreferenceTrainer
 from .publishing.citations import REG_DPO
 from .reg_dpo_config import VideoRegDPOConfig
 
 
-class VideoRegDPOTrainer(_PreferenceTrainer):
+class VideoRegDPOTrainer(PreferenceTrainer):
     """
     Train a video transformer to prefer the chosen video of a pair, without losing the ability to make it.
 
@@ -29,7 +29,7 @@ class VideoRegDPOTrainer(_PreferenceTrainer):
     ```
 
     The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
-    is drawn in each step. The arguments of the constructor are those of `_BaseVideoTrainer`.
+    is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
     """
 
     _name = "RegDPO"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..losses.alignment import MarginMode, RelationNorm, Relations, RelationWeighting
-from .base_config import _BaseVideoConfig, _check_choice
+from .base_config import VideoConfig, check_choice
 from .repa.alignment import Projector, SpatialPooling, TemporalTarget
 
 
@@ -18,9 +18,9 @@ DEFAULT_MARGIN = 0.1
 
 
 @dataclass
-class VideoREPAConfig(_BaseVideoConfig):
+class VideoREPAConfig(VideoConfig):
     """
-    Arguments of [`VideoREPATrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    Arguments of [`VideoREPATrainer`]; everything else is inherited from `VideoConfig` and
     [`~transformers.TrainingArguments`].
 
     The defaults are those of VideoREPA (https://huggingface.co/papers/2505.23656) where its paper and its official
@@ -168,7 +168,7 @@ class VideoREPAConfig(_BaseVideoConfig):
             ("spatial_pooling", SpatialPooling),
             ("temporal_target", TemporalTarget),
         ):
-            _check_choice(self, name, get_args(choices))
+            check_choice(self, name, get_args(choices))
         self._check_numbers()
         if self.spatial_pooling == "conv" and self.projector == "none":
             raise ValueError(

@@ -15,7 +15,7 @@ from ..data.columns import MapDataset, undecoded
 from ..data.encoding.teacher_tokens import dequantise_tokens, encode_teacher
 from ..losses.preference import repa_loss, trd_loss, velocity_error
 from ..teachers import TeacherTokens, VideoTeacher, load_teacher
-from .base_trainer import _BaseVideoTrainer
+from .base_trainer import VideoTrainer
 from .planning.estimate import Workload
 from .publishing.citations import VIDEOREPA
 from .repa.alignment import (
@@ -44,7 +44,7 @@ from .setup.models import SANDBOX
 from .setup.rows import IndexedDataset, encoded_cache_dir
 
 
-class VideoREPATrainer(_BaseVideoTrainer):
+class VideoREPATrainer(VideoTrainer):
     """
     Train a video transformer on videos while the relations between its hidden states are drawn towards those between
     the tokens of a frozen video encoder, the teacher.
@@ -63,7 +63,7 @@ class VideoREPATrainer(_BaseVideoTrainer):
 
     The dataset has video rows (`prompt`, `video`); of group and preference rows, the chosen video is taken. Encoded
     rows need the teacher's columns beside latents and prompt embeddings: see `TeacherRows`. The arguments of the
-    constructor are those of `_BaseVideoTrainer`, and:
+    constructor are those of `VideoTrainer`, and:
 
     Args:
         teacher ([`~video_trl.teachers.VideoTeacher`], *optional*):

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import _BaseVideoConfig
+from .base_config import VideoConfig
 
 
 @dataclass
-class VideoSFTConfig(_BaseVideoConfig):
+class VideoSFTConfig(VideoConfig):
     """
-    Arguments of [`VideoSFTTrainer`]; everything else is inherited from `_BaseVideoConfig` and
+    Arguments of [`VideoSFTTrainer`]; everything else is inherited from `VideoConfig` and
     [`~transformers.TrainingArguments`].
     """
 

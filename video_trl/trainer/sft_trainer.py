@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from ..data import VideoCollator
 from ..data.columns import MapDataset
 from ..losses.preference import velocity_error
-from .base_trainer import _BaseVideoTrainer
+from .base_trainer import VideoTrainer
 from .setup.chosen_rows import chosen_as_video
 from .setup.rows import IndexedDataset
 from .sft_config import VideoSFTConfig
 
 
-class VideoSFTTrainer(_BaseVideoTrainer):
+class VideoSFTTrainer(VideoTrainer):
     """
     Train a video transformer on videos, by the objective that it was pre-trained with.
 
@@ -25,7 +25,7 @@ class VideoSFTTrainer(_BaseVideoTrainer):
 
     The dataset has video rows (`prompt`, `video`), raw or encoded; of group and preference rows, the chosen video is
     taken, so that a preference method and its control can be trained on one dataset. The arguments of the constructor
-    are those of `_BaseVideoTrainer`; there is no reference.
+    are those of `VideoTrainer`; there is no reference.
     """
 
     _name = "SFT"

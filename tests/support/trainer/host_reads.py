@@ -41,7 +41,7 @@ from video_trl import (
     VideoSFTConfig,
     VideoSFTTrainer,
 )
-from video_trl.trainer.preference_config import _PreferenceConfig
+from video_trl.trainer.preference_config import PreferenceConfig
 from video_trl.trainer.publishing.progress import ProgressReport
 
 
@@ -272,7 +272,7 @@ def main(directory: Path, *names: str) -> None:
             trainer.add_callback(watched)
             # This device has no memory to ask about.
             trainer.remove_callback(ProgressReport)
-            if isinstance(trainer.args, _PreferenceConfig):
+            if isinstance(trainer.args, PreferenceConfig):
                 trainer.__dict__["step_mode"] = trainer.args.step_mode
             waits.clear()
             trainer.train()

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from ..parallel.engines import DeepSpeedSteps, Engine, configure_fsdp, full_optimizer_state, load_optimizer_state
 from ..step.nan_guard import FiniteLossGuard
 from .weights import (
@@ -46,7 +46,7 @@ class _SavingTrainer(Trainer):
         engine (`str`): What shards weights and optimizer states, if anything does.
     """
 
-    args: _BaseVideoConfig
+    args: VideoConfig
     adapter_name: str | None
     auxiliary: nn.Module | None
     base_model: str

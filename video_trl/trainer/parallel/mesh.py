@@ -8,15 +8,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...models import ModelFamily
 from ...models.attention.ring import mend_ring_attention
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 
 
-def make_mesh(args: _BaseVideoConfig) -> DeviceMesh | None:
+def make_mesh(args: VideoConfig) -> DeviceMesh | None:
     """
     The processes by what they share. Those that share a video are neighbours, on one machine where possible.
 
     Args:
-        args (`_BaseVideoConfig`): Says how many processes share what.
+        args (`VideoConfig`): Says how many processes share what.
 
     Returns:
         `DeviceMesh`, *optional*: With the dimensions `"data"` (processes with other rows), `"group"` (with other
@@ -39,7 +39,7 @@ def enable_context_parallelism(transformer: ModelMixin, family: ModelFamily, mes
     family.share_tokens(transformer, config)
 
 
-def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, args: _BaseVideoConfig) -> None:
+def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, args: VideoConfig) -> None:
     """
     Raise a `ValueError` if the tokens of the transformer's family cannot be shared by the method that is asked for, or
     if they are shared already.
@@ -59,7 +59,7 @@ def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, 
 
 
 def check_context_parallelism(
-    transformer: ModelMixin, family: ModelFamily, shapes: Iterable[Sequence[int]], args: _BaseVideoConfig
+    transformer: ModelMixin, family: ModelFamily, shapes: Iterable[Sequence[int]], args: VideoConfig
 ) -> None:
     """
     Check that attention heads, or with ring attention tokens, can be divided among the processes that share a video.
@@ -68,7 +68,7 @@ def check_context_parallelism(
         transformer (`ModelMixin`): The transformer.
         family (`ModelFamily`): Of its family.
         shapes (`Iterable`): The shapes `(C, F, H, W)` of latents that occur.
-        args (`_BaseVideoConfig`): Says how many processes share a video, and how: `"ulysses"` fills tokens up.
+        args (`VideoConfig`): Says how many processes share a video, and how: `"ulysses"` fills tokens up.
 
     Raises:
         ValueError: If they cannot; names the numbers that would do.

@@ -10,7 +10,7 @@ from .sampling import generation
 
 
 if TYPE_CHECKING:
-    from ..base_trainer import _BaseVideoTrainer
+    from ..base_trainer import VideoTrainer
 
 
 class Evaluator(Protocol):
@@ -20,7 +20,7 @@ class Evaluator(Protocol):
         """Return metrics by name; they are logged as `eval_<name>` and can select the best checkpoint."""
 
 
-def run_evaluator(trainer: "_BaseVideoTrainer") -> dict[str, float]:
+def run_evaluator(trainer: "VideoTrainer") -> dict[str, float]:
     """
     Call the trainer's evaluator on the main process, and tell the others what came out; nothing if it has none.
 
@@ -52,7 +52,7 @@ def run_evaluator(trainer: "_BaseVideoTrainer") -> dict[str, float]:
     return metrics
 
 
-def log_evaluator(trainer: "_BaseVideoTrainer", prefix: str) -> dict[str, float]:
+def log_evaluator(trainer: "VideoTrainer", prefix: str) -> dict[str, float]:
     """
     Run the evaluator as an evaluation of its own: beside several datasets, whose metrics are logged one by one, or
     where there are no rows to evaluate on.

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...hub import LORA_FILE_NAME
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 
 
 # What a training may leave in its directory, and what it is.
@@ -49,21 +49,17 @@ class ProgressReport(TrainerCallback):
         self._first_step = self._steps = 0
         self._in_steps = self._in_all_steps = 0.0  # seconds in steps: since the last log, since the start
 
-    def on_train_begin(
-        self, args: _BaseVideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats()
         self._start = self._last_log = time.perf_counter()
         self._first_step, self._steps = state.global_step, 0
         self._in_steps = self._in_all_steps = 0.0
 
-    def on_step_begin(
-        self, args: _BaseVideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_start = time.perf_counter()
 
-    def on_step_end(self, args: _BaseVideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type != "cpu" and _is_waited_for(state):
             torch.accelerator.synchronize()  # what this step and those before it have queued counts as theirs
         seconds = time.perf_counter() - self._step_start
@@ -73,7 +69,7 @@ class ProgressReport(TrainerCallback):
 
     def on_log(
         self,
-        args: _BaseVideoConfig,
+        args: VideoConfig,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
@@ -89,9 +85,7 @@ class ProgressReport(TrainerCallback):
         logs["minutes_left"] = (state.max_steps - state.global_step) * (now - self._start) / done / 60
         self._last_log, self._in_steps, self._steps = now, 0.0, 0
 
-    def on_train_end(
-        self, args: _BaseVideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         peak = self._peak_memory(args.device)
         if not state.is_world_process_zero:
             return
@@ -145,5 +139,5 @@ def _is_waited_for(state: TrainerState) -> bool:
     return any(every and state.global_step % every == 0 for every in intervals)
 
 
-def _rows_of_a_step(args: _BaseVideoConfig) -> int:
+def _rows_of_a_step(args: VideoConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size

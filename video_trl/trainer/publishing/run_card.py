@@ -21,14 +21,14 @@ from ... import hub
 from ...data import read_video, write_video
 from ...data.columns import MapDataset, as_videos, column_names, undecoded
 from ...hub.lora import write_whole
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from ..callbacks import LogVideosCallback
 from ..energy import EnergyMeter
 from ..setup.rows import datasets_in
 
 
 if TYPE_CHECKING:
-    from ..base_trainer import _BaseVideoTrainer
+    from ..base_trainer import VideoTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,11 @@ class ModelCardCallback(TrainerCallback):
         self._meter = EnergyMeter()
         self._seconds = 0.0
         self._since: float | None = None
-        self._trainer: _BaseVideoTrainer | None = None
+        self._trainer: VideoTrainer | None = None
         self._license: dict[str, str] | None = None
         self._details: dict[str, Any] = {}
 
-    def set_trainer(self, trainer: "_BaseVideoTrainer") -> None:
+    def set_trainer(self, trainer: "VideoTrainer") -> None:
         """Called by the trainer that makes the callback."""
         self._trainer = trainer
 
@@ -158,7 +158,7 @@ class ModelCardCallback(TrainerCallback):
         # Under a new name first: an upload may be reading the old one.
         write_whole(directory / hub.CARD_NAME, self._card(self._trainer).encode())
 
-    def _card(self, trainer: "_BaseVideoTrainer") -> str:
+    def _card(self, trainer: "VideoTrainer") -> str:
         args, state = trainer.args, trainer.state
         output_dir, fps = Path(args.output_dir), trainer.video_fps()
         rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
@@ -188,21 +188,21 @@ class ModelCardCallback(TrainerCallback):
             license=self._details.get("license") or self._inherited(trainer.base_model, revision, args),
         )
 
-    def _inherited(self, base_model: str, revision: str | None, args: _BaseVideoConfig) -> dict[str, str]:
+    def _inherited(self, base_model: str, revision: str | None, args: VideoConfig) -> dict[str, str]:
         if self._license is None:
             self._license = hub.inherited_license(base_model, revision, ask_hub=args.push_to_hub, token=args.hub_token)
         return self._license
 
-    def _resources(self, args: _BaseVideoConfig) -> dict[str, Any]:
+    def _resources(self, args: VideoConfig) -> dict[str, Any]:
         found: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
         if self._meter.joules is not None:
             found[f"energy in kWh ({', '.join(self._meter.devices)})"] = round(self._meter.joules / 3.6e6, 6)
         return found
 
 
-def loss_parameters(args: _BaseVideoConfig) -> dict[str, Any]:
+def loss_parameters(args: VideoConfig) -> dict[str, Any]:
     """The settings of the method itself: fields that its configuration adds to those of every trainer."""
-    shared = {field.name for field in dataclasses.fields(_BaseVideoConfig)}
+    shared = {field.name for field in dataclasses.fields(VideoConfig)}
     return {
         field.name: _shown(args.__dict__[field.name])
         for field in dataclasses.fields(args)
@@ -210,7 +210,7 @@ def loss_parameters(args: _BaseVideoConfig) -> dict[str, Any]:
     }
 
 
-def hyperparameters(args: _BaseVideoConfig) -> dict[str, Any]:
+def hyperparameters(args: VideoConfig) -> dict[str, Any]:
     """Settings that matter in every run, and the others where they differ from their defaults."""
     own = loss_parameters(args)
     found = {name: _shown(args.__dict__[name]) for name in _GENERAL_SETTINGS}
@@ -222,7 +222,7 @@ def hyperparameters(args: _BaseVideoConfig) -> dict[str, Any]:
         known = field.name in found or field.name in own or _PRIVATE.fullmatch(field.name) is not None
         # What is unset by default has been filled in by now, with a value for this machine.
         if not known and field.init and isinstance(value, str | int | float | list) and value != _shown(default):
-            if default is not None or field.name in _BaseVideoConfig.__annotations__:
+            if default is not None or field.name in VideoConfig.__annotations__:
                 found[field.name] = value
     return {name: value for name, value in found.items() if value is not None}
 

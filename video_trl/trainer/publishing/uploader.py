@@ -19,7 +19,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from ...data.columns import MapDataset
 from ...hub import CARD_NAME, LORA_FILE_NAME, HubUploadError, Measurement
 from ...hub.upload import again, explained, is_refusal, upload
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from ..checkpoints.checkpointer import _SavingTrainer
 from ..checkpoints.weights import TRANSFORMER_FOLDER, find_checkpoint
 from .run_card import ModelCardCallback, TrainingData
@@ -34,12 +34,12 @@ _WEIGHTS_AND_CARD = (LORA_FILE_NAME, CARD_NAME, TRANSFORMER_FOLDER)
 _SHOWN = ("samples", "runs")
 
 
-def make_repository(args: _BaseVideoConfig, token: str | None = None, private: bool | None = None) -> str | None:
+def make_repository(args: VideoConfig, token: str | None = None, private: bool | None = None) -> str | None:
     """
     Make the repository of a run, where it is not there yet.
 
     Args:
-        args (`_BaseVideoConfig`): Name the repository, by default after the run's folder, and its visibility.
+        args (`VideoConfig`): Name the repository, by default after the run's folder, and its visibility.
         token (`str`, *optional*): Access token; by default that of `args`, or the one logged in with.
         private (`bool`, *optional*): Visibility of a new repository; by default that of `args`.
 

@@ -7,36 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from ..callbacks import LogVideosCallback
 from ..parallel.engines import SHARDED, Engine, requested_engine
-from ..preference_config import _PreferenceConfig
+from ..preference_config import PreferenceConfig
 from .quantization import check_quantised_engine
 
 
 if TYPE_CHECKING:
-    from ..base_trainer import _BaseVideoTrainer
+    from ..base_trainer import VideoTrainer
 
 
 def check_arguments(
-    kind: "type[_BaseVideoTrainer]",
+    kind: "type[VideoTrainer]",
     model: Any,
-    args: _BaseVideoConfig | None,
+    args: VideoConfig | None,
     train_dataset: Any,
     eval_dataset: Any,
     ref_model: Any,
     peft_config: PeftConfig | None,
     optimizers: tuple[Any, Any],
-) -> _BaseVideoConfig:
+) -> VideoConfig:
     """
     Check a trainer's arguments against its class and against each other.
 
     Args:
-        kind (`type[_BaseVideoTrainer]`): The trainer's class.
+        kind (`type[VideoTrainer]`): The trainer's class.
         model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers: As passed to its constructor.
 
     Returns:
-        `_BaseVideoConfig`: `args`, or the defaults of the trainer's own configuration.
+        `VideoConfig`: `args`, or the defaults of the trainer's own configuration.
 
     Raises:
         ValueError: If they do not go together, or ask for a kind of parallelism that is not supported, or that the
@@ -79,10 +79,10 @@ def check_arguments(
     return args
 
 
-def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
+def _check_step_options(args: VideoConfig, engine: Engine) -> None:
     """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
     check_quantised_engine(args.quantization, engine)
-    if isinstance(args, _PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
+    if isinstance(args, PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
         # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
         if args.largest_batch > 1:
             raise ValueError(
@@ -107,7 +107,7 @@ def _check_step_options(args: _BaseVideoConfig, engine: Engine) -> None:
 
 
 def check_generation(
-    engine: Engine, args: _BaseVideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
+    engine: Engine, args: VideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
 ) -> None:
     """Raise a `ValueError` if sample videos are asked for and no process could make them by itself."""
     wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, LogVideosCallback))]

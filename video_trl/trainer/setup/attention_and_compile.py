@@ -20,7 +20,7 @@ from ...models.attention.joint import JointAttentionProcessor
 
 
 if TYPE_CHECKING:
-    from ..base_config import _BaseVideoConfig
+    from ..base_config import VideoConfig
 
 
 # Attention kernels that quantise their inputs are made for sampling and have no backward pass.
@@ -99,7 +99,7 @@ def set_attention_backend(transformer: ModelMixin, name: str) -> None:
         _AttentionBackendRegistry.set_active_backend(active)  # diffusers makes it the default of all models
 
 
-def check_acceleration(transformer: ModelMixin, args: "_BaseVideoConfig") -> None:
+def check_acceleration(transformer: ModelMixin, args: "VideoConfig") -> None:
     """Raise a `ValueError` if the options do not work for this transformer on the device of the training."""
     if args.attention_backend is not None:
         half = torch.bfloat16 if args.bf16 else torch.float16

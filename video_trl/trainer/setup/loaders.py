@@ -9,7 +9,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Dataset
 
 from ...data.buckets import BucketBatchSampler, MicroBatch
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from .rows import IndexedDataset
 
 
@@ -53,14 +53,14 @@ class _Collate:
         return {**collated, **on_host, MICRO_BATCH: batch}
 
 
-def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig, *, training: bool) -> DataLoader:
+def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, training: bool) -> DataLoader:
     """
     A loader of this process's share of the batches, which puts them on its device.
 
     Args:
         rows (`IndexedDataset`): The rows.
         collator (`Callable`): Rows to batch.
-        args (`_BaseVideoConfig`): Source of batch sizes, seed and `dataloader_*` settings.
+        args (`VideoConfig`): Source of batch sizes, seed and `dataloader_*` settings.
         training (`bool`): Whether the rows are shuffled, by `data_seed` and the epoch, and make up optimizer steps.
     """
     sampler = BucketBatchSampler(
@@ -90,7 +90,7 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: _BaseVideoConfig
     )
 
 
-def describe_order(rows: IndexedDataset, args: _BaseVideoConfig) -> dict[str, Any]:
+def describe_order(rows: IndexedDataset, args: VideoConfig) -> dict[str, Any]:
     """What the order of the rows in training depends on, for the description of the run."""
     return {
         "rows": len(rows),

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...hub import check_lora_config
 from ...models import ModelFamily
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,13 @@ def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
     return getattr(transformer, "peft_config", {})  # PEFT sets the attribute with the first adapter
 
 
-def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None) -> None:
+def check_adapters(transformer: ModelMixin, args: VideoConfig, peft_config: PeftConfig | None) -> None:
     """
     Check that it is clear what is to be trained, and that it could be saved and loaded again faithfully.
 
     Args:
         transformer (`ModelMixin`): Transformer as the user passed it.
-        args (`_BaseVideoConfig`): Says whether an adapter or all weights are trained.
+        args (`VideoConfig`): Says whether an adapter or all weights are trained.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
 
     Raises:
@@ -63,7 +63,7 @@ def check_adapters(transformer: ModelMixin, args: _BaseVideoConfig, peft_config:
 
 
 def attach_lora(
-    transformer: ModelMixin, args: _BaseVideoConfig, peft_config: PeftConfig | None, family: ModelFamily
+    transformer: ModelMixin, args: VideoConfig, peft_config: PeftConfig | None, family: ModelFamily
 ) -> str:
     """
     Freeze a transformer and make one LoRA adapter on it trainable, in float32 whatever the base is stored in.
@@ -73,7 +73,7 @@ def attach_lora(
     Args:
         transformer (`ModelMixin`): Transformer that `check_adapters` has accepted. Its adapter, if it has one, is
             continued.
-        args (`_BaseVideoConfig`): Source of rank and alpha of the default adapter.
+        args (`VideoConfig`): Source of rank and alpha of the default adapter.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
         family ([`ModelFamily`]): Knows the default target modules.
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 
 from ...models import ModelFamily, family_for, supported_pipelines
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 from .quantization import quantization_config
 
 
@@ -33,7 +33,7 @@ _TWO_TRANSFORMERS = (
 
 
 def load_model(
-    model: str | os.PathLike[str] | DiffusionPipeline | ModelMixin, args: _BaseVideoConfig
+    model: str | os.PathLike[str] | DiffusionPipeline | ModelMixin, args: VideoConfig
 ) -> tuple[DiffusionPipeline | None, ModelMixin]:
     """
     Resolve the `model` argument of a trainer.
@@ -41,7 +41,7 @@ def load_model(
     Args:
         model (`str`, `DiffusionPipeline` or `ModelMixin`): `"sandbox"`, a repository id or a path of a pipeline in
             diffusers layout, a pipeline, or a bare transformer.
-        args (`_BaseVideoConfig`): Source of `model_init_kwargs` and of the precision that a named model is loaded in.
+        args (`VideoConfig`): Source of `model_init_kwargs` and of the precision that a named model is loaded in.
 
     Returns:
         `tuple[DiffusionPipeline | None, ModelMixin]`: The pipeline (none for a bare transformer) and its transformer.
@@ -103,7 +103,7 @@ def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> 
     return family
 
 
-def _load_pipeline(name: str, args: _BaseVideoConfig) -> DiffusionPipeline:
+def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if name == SANDBOX:
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` has no use with `model='sandbox'`, which is part of the package.")

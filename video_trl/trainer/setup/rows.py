@@ -14,7 +14,7 @@ from ...data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
 from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
-from ..base_config import _BaseVideoConfig
+from ..base_config import VideoConfig
 
 
 DEFAULT_MAX_SEQUENCE_LENGTH = 512
@@ -41,7 +41,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         return {**self.rows[index], "index": index}
 
 
-def encoded_cache_dir(args: _BaseVideoConfig) -> str:
+def encoded_cache_dir(args: VideoConfig) -> str:
     """Folder of encoded data: as configured, or beside what the Hub's libraries keep."""
     return args.cache_dir or os.path.join(constants.HF_HOME, "video_trl", "encoded")
 
@@ -67,7 +67,7 @@ def for_each(function: Callable[[Any], Any], datasets: Any) -> Any:
 def prepare_rows(
     dataset: MapDataset,
     row_type: str,
-    args: _BaseVideoConfig,
+    args: VideoConfig,
     *,
     pipeline: DiffusionPipeline | None,
     transformer: ModelMixin,
@@ -154,15 +154,13 @@ def generation_kwargs(
     return call
 
 
-def video_fps(dataset: IndexedDataset, args: _BaseVideoConfig) -> float:
+def video_fps(dataset: IndexedDataset, args: VideoConfig) -> float:
     """Frames per second of the videos: as configured or recorded when they were encoded; where neither is, 16."""
     recorded = dataset.rows.fps if isinstance(dataset.rows, EncodedDataset) else None
     return args.fps or recorded or DEFAULT_FPS
 
 
-def resolve_max_sequence_length(
-    args: _BaseVideoConfig, pipeline: DiffusionPipeline | None, required: int | None
-) -> int:
+def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline | None, required: int | None) -> int:
     """
     Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
     than 512.
@@ -184,7 +182,7 @@ def resolve_max_sequence_length(
     return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
 
 
-def resolve_timestep_shift(args: _BaseVideoConfig, pipeline: DiffusionPipeline | None) -> float:
+def resolve_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None) -> float:
     """Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1."""
     if args.timestep_shift is not None or args.timestep_sampling != "shifted":
         return args.timestep_shift or 1.0
