@@ -32,7 +32,7 @@ def check(report: dict[str, list]) -> None:
     assert second == third == []
     # The log looks at the losses, the gradient norm and the metrics: the device does write waits down.
     places = " ".join(report["log"])
-    assert "finite.py" in places and "aten._local_scalar_dense" in places
+    assert "nan_guard.py" in places and "aten._local_scalar_dense" in places
 
 
 def test_no_step_waits_for_the_device(tmp_path):
