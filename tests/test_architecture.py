@@ -26,6 +26,7 @@ BANNED_IMPORTS = {"torchvision", "decord", "cv2"}
 
 # Part of the package -> the other parts it may import. Nothing imports `cli`.
 MAY_IMPORT = {
+    "methods": set(),
     "losses": set(),
     "diffusion": set(),
     "models": {"diffusion"},
@@ -37,12 +38,13 @@ MAY_IMPORT = {
     "evaluation": {"judges", "data", "models", "teachers"},
     "sandbox": {"judges", "teachers", "data", "models", "evaluation", "diffusion"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers"},
-    "cli": set(),
+    "cli": {"methods"},
     "__main__": {"cli"},
 }
 # Allowed only inside a function: the default model of the trainers is not loaded unless it is asked for.
 MAY_IMPORT_LAZILY = {
     "cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"},
+    "methods": {"trainer"},
     "trainer": {"sandbox"},
     "teachers": {"sandbox"},
     "judges": {"sandbox"},
@@ -54,7 +56,6 @@ PURE = {"losses": {"torch"}, "diffusion": {"torch"}}
 
 # Calls of getattr/hasattr in a file, and the foreign interface that forces them.
 DYNAMIC_ATTRIBUTES = {
-    "__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "cli/dry_run.py": (2, "a checkpoint names the classes of its scheduler and text encoder"),
     "curation/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "judges/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),

@@ -13,14 +13,16 @@ from tests.support.curation.clips import SMALL, write_clip
 from tests.support.curation.phyaug_runs import settings as phyaug_settings
 from tests.support.paths import ROOT
 from video_trl.cli import main
-from video_trl.cli.methods import METHODS, DataArguments, classes, make_trainer
+from video_trl.cli.methods import DataArguments, make_trainer
 from video_trl.cli.train import split_launcher
 from video_trl.data import write_video
 from video_trl.hub import LORA_FILE_NAME
+from video_trl.methods import own_methods
 from video_trl.sandbox import build_group_dataset, load_sandbox, simulate
 
 
 COMMON = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "1"]
+METHODS = {method.name: method for method in own_methods()}
 SMALL_REPA = ["--align_layer", "4", "--teacher", "sandbox"]
 
 
@@ -87,11 +89,11 @@ def test_dry_run_says_what_the_trainer_will_do_and_starts_nothing(name, lora, gr
     assert main(["train", name, *argv, "--dry_run", "--hub_token", "hf_secret"]) == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "out").exists() and "hf_secret" not in printed and "hub_token" not in printed
-    trainer_class, config = classes(name)
-    args = config(
+    trainer_class = METHODS[name].load()
+    args = trainer_class.config_class(
         output_dir=str(tmp_path / "out"), cache_dir=str(cache), use_cpu=True, use_peft=lora, report_to="none"
     )
-    trainer = make_trainer(name, DataArguments(dataset_name=str(groups)), args)
+    trainer = make_trainer(trainer_class, DataArguments(dataset_name=str(groups)), args)
     grid = trainer.family.token_grid(trainer.model, trainer.train_dataset.shapes[0])
     assert (
         f"tokens of a video:      {math.prod(grid)} (13 x 64 x 64, latents (16, 4, 8, 8), grid 4 x 4 x 4)" in printed

@@ -273,7 +273,7 @@ def test_the_documented_call_works_on_raw_videos(tmp_path, monkeypatch, trainer_
     made.train()
     made.save_model()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert trainer_class._tag in card and "'out'" in card
+    assert trainer_class.tag in card and "'out'" in card
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -13,7 +13,7 @@ from .parser import UsageError, nearest, say
 
 # Verb -> what it does. Its module has the same name and is imported only when the verb is used.
 VERBS = {
-    "train": "train a model: sft, dpo, gdpo, regdpo or repa",
+    "train": "train a model, by any of the methods that it lists",
     "curate": "make a preference dataset: gt-pairs or phyaug",
     "encode": "encode a dataset once, for any number of trainings",
     "generate": "videos of prompts x seeds, as a run",

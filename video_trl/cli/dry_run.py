@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from .methods import DataArguments, classes, training_rows
+from .methods import DataArguments, training_rows
 
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ Shape = tuple[int, int, int, int]
 """Of the latents of a video: `(C, F, H, W)`."""
 
 
-def describe(name: str, data: DataArguments, args: Any, *, processes: int = 1) -> str:
+def describe(trainer_class: type[Any], data: DataArguments, args: Any, *, processes: int = 1) -> str:
     """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
-    rows, row = training_rows(name, data, args)
+    rows, row = training_rows(trainer_class, data, args)
     rows -= data.eval_rows
     family, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
     shapes = _shapes(family, vae, row, args)
     told = {
         "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
         "tokens of a video": "; ".join(_tokens(family, transformer, shapes)),
-        **_cost(name, transformer, max(shapes.values(), key=math.prod), row, args, processes),
+        **_cost(trainer_class, transformer, max(shapes.values(), key=math.prod), row, args, processes),
         "steps": _steps(rows, args, processes),
     }
     lines = [f"{key + ':':24}{value}" for key, value in told.items()]
@@ -98,11 +98,9 @@ def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) ->
     return channels, frames, height, width
 
 
-def compared_videos(name: str, num_rejected: int, loss_type: str | None) -> int:
-    """Videos of a row that a method's loss looks at together."""
-    if name == "gdpo" and loss_type != "sampled":
-        return 1 + num_rejected
-    return 1 if name in ("sft", "repa") else 2
+def reference_pass(trainer_class: type[Any], use_peft: bool) -> Any:
+    """What computes the reference's errors in a run without a `ref_model`, as a `Workload` has it."""
+    return "none" if not trainer_class.uses_reference else "adapter" if use_peft else "copy"
 
 
 def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
@@ -132,21 +130,17 @@ def _tokens(family: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[
 
 
 def _cost(
-    name: str, transformer: Any, shape: Shape, row: Mapping[str, Any], args: Any, processes: int
+    trainer_class: type[Any], transformer: Any, shape: Shape, row: Mapping[str, Any], args: Any, processes: int
 ) -> dict[str, str]:
     """Parameters, and memory by part where data is all that processes divide."""
+    from ..data.columns import as_videos
     from ..trainer.planning.estimate import Placement, Workload, estimate
 
-    rejected = next((row[key] for key in ("rejected", "rejected_latents") if key in row), ())
-    compared = compared_videos(
-        name, 1 if isinstance(rejected, str) else len(rejected), args.to_dict().get("loss_type")
-    )
-    has_reference = classes(name)[0].uses_reference
-    reference: Any = "none" if not has_reference else "adapter" if args.use_peft else "copy"
-    workload = Workload.of(transformer, shape, compared, args, reference)
-    mode: Literal["concat", "sequential"] = (
-        "sequential" if has_reference and args.step_mode == "sequential" else "concat"
-    )
+    rejected = row["rejected_latents"] if "rejected_latents" in row else as_videos(row.get("rejected", []))
+    compared = trainer_class.videos_per_row(args, len(rejected))
+    workload = Workload.of(transformer, shape, compared, args, reference_pass(trainer_class, args.use_peft))
+    # Methods that do not compare videos have no step mode.
+    mode: Literal["concat", "sequential"] = "sequential" if vars(args).get("step_mode") == "sequential" else "concat"
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
     found = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())

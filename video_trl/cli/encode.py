@@ -15,12 +15,12 @@ from .parser import say
 
 
 def run(argv: Sequence[str]) -> int:
-    name, rest = method_named("encode", argv, __doc__)
-    data, args = parse_training("encode", name, rest, __doc__)
+    method, rest = method_named("encode", argv, __doc__)
+    data, args = parse_training("encode", method, rest, __doc__)
     from ..trainer.setup.rows import encoded_cache_dir
 
     # Making the trainer encodes, with every setting that the training will have.
-    rows = make_trainer(name, data, args).train_dataset
+    rows = make_trainer(method.load(), data, args).train_dataset
     shapes = sorted(set(rows.shapes))
     say(f"{len(rows)} rows, latents {', '.join(map(str, shapes))}, in {encoded_cache_dir(args)}")
     return 0

@@ -15,10 +15,11 @@ files of the pipeline are read. The file of --config is that of `video-trl train
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from .methods import DataArguments, classes, method_named
+from ..methods import Method
+from .methods import DataArguments, method_named
 from .parser import UsageError, check, parse, read_yaml, required, say
 
 
@@ -41,10 +42,9 @@ class EstimateArguments:
         default=None, metadata={"help": "Tokens of a prompt; unset: those of the published checkpoints."}
     )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows (videos, pairs, groups) at a time."})
-    num_rejected: int = field(default=3, metadata={"help": "gdpo: rejected videos of a group."})
-    loss_type: str = field(default="sampled", metadata={"help": "gdpo: 'sampled' takes one of them in each step."})
+    num_rejected: int = field(default=3, metadata={"help": "Rejected videos of a row, where it has any."})
     relation_tokens: int = field(
-        default=3600, metadata={"help": "repa: tokens of the teacher that the relation loss compares."}
+        default=3600, metadata={"help": "Methods with a teacher: its tokens that the relation loss compares."}
     )
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
     lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
@@ -65,8 +65,8 @@ class EstimateArguments:
 
 
 def run(argv: Sequence[str]) -> int:
-    name, rest = method_named("estimate", argv, __doc__)
-    args = _arguments(name, rest)
+    method, rest = method_named("estimate", argv, __doc__)
+    args = _arguments(method, rest)
     from ..trainer.planning.estimate import (
         HEADROOM,
         describe_estimate,
@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
 
     size = _size(args)
     models = empty_models(args.model_name_or_path, args.revision)
-    work = workload(name, args, models, size)
+    work = workload(method.load(), args, models, size)
     card = int(args.card_gib * 2**30)
     mode = fitting_step_mode(work, _placement(args, "concat"), card) if args.step_mode == "auto" else args.step_mode
     found = estimate(work, _placement(args, mode))
@@ -116,14 +116,14 @@ def _size(args: EstimateArguments) -> tuple[int, int, int]:
 
 
 def workload(
-    name: str, args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]
+    trainer_class: type[Any], args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]
 ) -> "Workload":
     """What these options train."""
     from ..trainer.planning.estimate import Workload
-    from .dry_run import compared_videos, latents_shape
+    from .dry_run import latents_shape, reference_pass
 
     family, transformer, vae = models
-    videos, sharing = compared_videos(name, args.num_rejected, args.loss_type), args.group_parallel_size
+    videos, sharing = trainer_class.videos_per_row(args, args.num_rejected), args.group_parallel_size
     if sharing > 1 and (videos % sharing or args.num_gpus % (sharing * args.context_parallel_size)):
         raise UsageError(
             f"--group_parallel_size={sharing} must divide the number of videos that the loss of a row compares, "
@@ -136,9 +136,9 @@ def workload(
             latents_shape(family, vae, size),
             videos // sharing,
             args,
-            "none" if name in ("sft", "repa") else "adapter" if args.use_peft else "copy",
+            reference_pass(trainer_class, args.use_peft),
         ),
-        alignment=(1, args.relation_tokens, 1024) if name == "repa" else None,
+        alignment=(1, args.relation_tokens, 1024) if trainer_class.aligns_with_teacher else None,
     )
 
 
@@ -150,18 +150,32 @@ def _placement(args: EstimateArguments, step_mode: Any) -> "Placement":
     return Placement(args.num_gpus, engine, args.context_parallel_size, step_mode, policy)
 
 
-def _arguments(name: str, argv: Sequence[str]) -> EstimateArguments:
+def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
     """Of a file for training, the options that matter here; a misspelt one is refused all the same."""
+    trainer_class = method.load()
+    kind = _with_options_of(trainer_class)
     words = list(argv)
     if any(word.partition("=")[0] == "--config" for word in words):
-        words = check((EstimateArguments, DataArguments, classes(name)[1]), words)
+        words = check((kind, DataArguments, trainer_class.config_class), words)
         place = words.index("--config")
         content = read_yaml(words[place + 1])
-        known = {item.name for item in fields(EstimateArguments)}
+        known = {item.name for item in fields(kind)}
         given = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
         words = [*given, *words[:place], *words[place + 2 :]]
-    (args,) = parse(f"estimate {name}", __doc__, [EstimateArguments], words)
+    (args,) = parse(f"estimate {method.name}", __doc__, [kind], words)
     for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "card_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:
             raise UsageError(f"--{key} must be positive, got {vars(args)[key]}.")
     return args
+
+
+def _with_options_of(trainer_class: type[Any]) -> type[EstimateArguments]:
+    """The arguments, with those options of the method's configuration that decide how much a step computes."""
+    config = trainer_class.config_class
+    types = get_type_hints(config)  # where annotations are strings, too
+    own = [
+        (item.name, types[item.name], field(default=item.default, metadata=item.metadata))
+        for item in fields(config)
+        if item.name in trainer_class.workload_options
+    ]
+    return make_dataclass("EstimateArguments", own, bases=(EstimateArguments,))

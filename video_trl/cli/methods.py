@@ -1,29 +1,22 @@
-"""What `train` and `encode` have in common: the methods, their data, and the trainer made of both."""
+"""What `train`, `encode` and `estimate` have in common: a method, its data, and the trainer made of both."""
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..methods import Method, known_methods
 from .options import mapping
-from .parser import UsageError, nearest, parse, required
+from .parser import UsageError, nearest, parse, required, say
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _SAMPLES = 4  # sample videos of the sandbox
-
-
-METHODS = {
-    "sft": "supervised fine-tuning",
-    "dpo": "preference pairs (Diffusion-DPO, Flow-DPO)",
-    "gdpo": "groups and physics scores (PhyGDPO)",
-    "regdpo": "pairs with an SFT term against collapse (Reg-DPO)",
-    "repa": "alignment with a video encoder (VideoREPA)",
-}
-_WITHOUT_REJECTED = ("sft", "repa")
-_MONITORED = ("dpo", "regdpo")
+_PATH = re.compile(r"[\w.]+:\w+")
 # Options of transformers.TrainingArguments that stand in the short help, beside all of the package's own.
 _COMMON = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -43,9 +36,9 @@ class DataArguments:
         default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    num_groups: int = field(default=256, metadata={"help": "Sandbox, dpo, gdpo, regdpo: rows of its dataset."})
+    num_groups: int = field(default=256, metadata={"help": "Sandbox, pair and group methods: rows of its dataset."})
     num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
-    num_clips: int = field(default=256, metadata={"help": "Sandbox, sft, repa: simulated clips."})
+    num_clips: int = field(default=256, metadata={"help": "Sandbox, other methods: simulated clips."})
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
         default=None,
@@ -77,51 +70,57 @@ class DataArguments:
     )
     on_collapse: Literal["warn", "stop"] = field(
         default="warn",
-        metadata={"help": "dpo, regdpo: what to do when the model gets worse at both videos of a pair."},
+        metadata={"help": "Pair and group methods: what to do when the model gets worse at both videos of a pair."},
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Print configuration, rows, tokens, memory and steps; start nothing."}
     )
 
 
-def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[str, list[str]]:
+def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[Method, list[str]]:
     """
-    The method after `train` or `encode`, and what follows it; without one, the help.
+    The method after `train`, `encode` or `estimate`, and what follows it; without one, the help.
 
     Raises:
-        UsageError: If there is no such method.
+        UsageError: If there is no such method, or if two distributions have one of this name.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        from .parser import say
-
-        listing = "\n".join(f"  {name:8}{summary}" for name, summary in METHODS.items())
-        say(f"usage: video-trl {verb} METHOD [options]\n\n{listing}\n\n{text.strip()}\n\nOptions: METHOD --help")
+        say(f"usage: video-trl {verb} METHOD [options]\n\n{_listing()}\n\n{text.strip()}\n\nOptions: METHOD --help")
         raise SystemExit(0)
     name, *rest = argv
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}; expected one of {', '.join(METHODS)}.")
-    return name, rest
+    if _PATH.fullmatch(name):
+        # The script `video-trl` does not look for modules in the folder where it is started; `python -m` does. Last,
+        # so that a file there cannot stand in for a library.
+        sys.path += [] if "" in sys.path else [""]
+        return Method(name, name), rest
+    methods = known_methods()
+    named = {method.path: method for method in methods if method.name == name}
+    if not named:
+        names = list(dict.fromkeys(method.name for method in methods))
+        raise UsageError(
+            f"no method {name!r}{nearest(name, names)}; expected one of {', '.join(names)}, or module:Class."
+        )
+    if len(named) > 1:
+        raise UsageError(f"there are several methods {name!r}: write one of {', '.join(named)} instead.")
+    return next(iter(named.values())), rest
 
 
-def classes(name: str) -> tuple[Any, Any]:
-    """Trainer and configuration of a method."""
-    from .. import trainer as package
-
-    return {
-        "sft": lambda: (package.VideoSFTTrainer, package.VideoSFTConfig),
-        "dpo": lambda: (package.VideoDPOTrainer, package.VideoDPOConfig),
-        "gdpo": lambda: (package.VideoGroupDPOTrainer, package.VideoGroupDPOConfig),
-        "regdpo": lambda: (package.VideoRegDPOTrainer, package.VideoRegDPOConfig),
-        "repa": lambda: (package.VideoREPATrainer, package.VideoREPAConfig),
-    }[name]()
+def _listing() -> str:
+    methods = known_methods()
+    width = max(len(method.name) for method in methods)
+    lines = [f"  {method.name:{width}}  {method.summary or method.path}" for method in methods]
+    return "\n".join([*lines, f"  {'':{width}}  or the trainer of your own: my_module:MyTrainer"])
 
 
-def parse_training(verb: str, name: str, argv: Sequence[str], text: str) -> tuple[DataArguments, Any]:
+def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) -> tuple[DataArguments, Any]:
     """The data arguments and the method's configuration."""
-    _, config = classes(name)
-    own = {key for kind in config.__mro__ if kind.__module__.startswith("video_trl") for key in kind.__annotations__}
+    trainer_class = method.load()
+    config = trainer_class.config_class
+    from transformers import TrainingArguments
+
+    own = {key for kind in config.__mro__ if kind not in TrainingArguments.__mro__ for key in kind.__annotations__}
     brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
-    data, args = parse(f"{verb} {name}", text, [DataArguments, config], argv, brief=brief)
+    data, args = parse(f"{verb} {method.name}", text, [DataArguments, config], argv, brief=brief)
     if data.dataset_name is None and data.model_name_or_path != "sandbox":
         raise UsageError(
             f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
@@ -142,28 +141,27 @@ def parse_training(verb: str, name: str, argv: Sequence[str], text: str) -> tupl
     return data, args
 
 
-def make_trainer(name: str, data: DataArguments, args: Any) -> Any:
-    """The trainer of a method, its data loaded or made, and encoded."""
-    dataset = training_data(name, data, args)
+def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:
+    """A trainer, its data loaded or made, and encoded."""
+    dataset = training_data(trainer_class, data, args)
     held_out = None
     if data.eval_rows:
         if not 0 < data.eval_rows < len(dataset):
             raise UsageError(f"--eval_rows must lie between 1 and {len(dataset) - 1}, got {data.eval_rows}.")
         first = len(dataset) - data.eval_rows
         dataset, held_out = dataset.select(range(first)), dataset.select(range(first, len(dataset)))
-    trainer_class, _ = classes(name)
     return trainer_class(
         data.model_name_or_path,
         args,
         dataset,
         held_out,
-        callbacks=_callbacks(name, data),
+        callbacks=_callbacks(trainer_class, data),
         evaluator=_evaluator(data, args),
     )
 
 
-def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
-    """The dataset that was named, or the sandbox's: groups, or for methods without rejected videos simulated clips."""
+def training_data(trainer_class: type[Any], data: DataArguments, args: Any) -> "Dataset":
+    """The dataset that was named, or the sandbox's: groups, or for rows of the video type simulated clips."""
     if data.dataset_name is not None:
         from ..data.tables import load_rows
 
@@ -172,14 +170,14 @@ def training_data(name: str, data: DataArguments, args: Any) -> "Dataset":
 
     folder = Path(args.output_dir)
     with args.main_process_first():
-        if name in _WITHOUT_REJECTED:
+        if trainer_class.row_type == "video":
             return build_clip_dataset(folder / "clips", num_clips=data.num_clips)
         return build_group_dataset(
             load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
         )
 
 
-def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:
+def training_rows(trainer_class: type[Any], data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:
     """How many rows there are, and one of them; the sandbox's are counted without being made."""
     if data.dataset_name is not None:
         from ..data.columns import undecoded
@@ -190,17 +188,19 @@ def training_rows(name: str, data: DataArguments, args: Any) -> tuple[int, Mappi
     from ..sandbox import simulate
 
     video = simulate(0).video  # all are of one size
-    return (data.num_clips, {"video": video}) if name in _WITHOUT_REJECTED else (data.num_groups, {"chosen": video})
+    if trainer_class.row_type == "video":
+        return data.num_clips, {"video": video}
+    return data.num_groups, {"chosen": video, "rejected": [video] * data.num_rejected}
 
 
-def _callbacks(name: str, data: DataArguments) -> list[Any]:
+def _callbacks(trainer_class: type[Any], data: DataArguments) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
     from ..evaluation.evaluate import evaluation_prompts
     from ..trainer.callbacks import LogVideosCallback
     from ..trainer.collapse_monitor import CollapseMonitor
 
-    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if name in _MONITORED else []
+    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if trainer_class.config_class.logs_gaps else []
     if data.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
     if data.sample_every is not None:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .methods import DataArguments, classes, make_trainer, method_named, parse_training
+from .methods import DataArguments, make_trainer, method_named, parse_training
 from .parser import check, read_yaml, say
 
 
@@ -32,21 +32,21 @@ _ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the com
 
 
 def run(argv: Sequence[str]) -> int:
-    name, rest = method_named("train", argv, __doc__)
+    method, rest = method_named("train", argv, __doc__)
     launcher, ours = split_launcher(rest)
     if launcher and not {"-h", "--help", "--help_all", "--dry_run"} & set(ours):
-        check((DataArguments, classes(name)[1]), ours)  # told here, and not by every process
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "video_trl", "train", name]
+        check((DataArguments, method.load().config_class), ours)  # told here, and not by every process
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
         logger.info("Starting through accelerate: %s", " ".join(launcher))
         sys.stdout.flush()
-        os.execv(sys.executable, [*command, *ours])
-    data, args = parse_training("train", name, ours, __doc__)
+        os.execv(sys.executable, [*command, "-m", "video_trl", "train", method.name, *ours])
+    data, args = parse_training("train", method, ours, __doc__)
     if data.dry_run:
         from .dry_run import describe
 
-        say(describe(name, data, args, processes=num_processes(launcher)))
+        say(describe(method.load(), data, args, processes=num_processes(launcher)))
         return 0
-    trainer = make_trainer(name, data, args)
+    trainer = make_trainer(method.load(), data, args)
     from ..trainer.checkpoints.weights import named_checkpoint
 
     trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))

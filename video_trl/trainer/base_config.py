@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -51,6 +51,10 @@ class VideoConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # What callbacks, which get the configuration and not the trainer, ask about the method.
+    logs_gaps: ClassVar[bool] = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
+    regulariser_field: ClassVar[str | None] = None  # coefficient of a term that holds the chosen error down
 
     # Defaults of TrainingArguments that are replaced
     per_device_train_batch_size: int = field(

@@ -98,14 +98,17 @@ class VideoTrainer(_SharingTrainer):
         ValueError: If an argument does not fit; always before anything is encoded or trained.
     """
 
-    _name: ClassVar[str]
-    _tag: ClassVar[str]
-    _method: ClassVar[str]
-    _citation: ClassVar[str | None] = None
+    # What a method says of itself; command line, dry run, estimate and model card ask for it here.
+    method_name: ClassVar[str]  # ends the name of the default output folder
+    tag: ClassVar[str]  # among the tags of the model card
+    summary: ClassVar[str]  # completes "trained by ..." on the model card; markdown
+    citation: ClassVar[str | None] = None  # BibTeX
     config_class: ClassVar[type[VideoConfig]]
-    row_type: ClassVar[str]
+    row_type: ClassVar[str]  # of the dataset: "video", "preference" or "group"
     collator_class: ClassVar[type]
     uses_reference: ClassVar[bool]
+    aligns_with_teacher: ClassVar[bool] = False  # a relation loss on hidden states takes memory of its own
+    workload_options: ClassVar[tuple[str, ...]] = ()  # options of the configuration that `videos_per_row` reads
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
 
@@ -337,9 +340,21 @@ class VideoTrainer(_SharingTrainer):
             logger.error("%s", advise(self.workload(), self.placement(), accelerator_memory(self.args.device)))
             raise
 
-    def videos_in_step(self) -> int:
-        """Number of videos that the loss of one row looks at."""
+    @classmethod
+    def videos_per_row(cls, args: Any, num_rejected: int) -> int:
+        """
+        Number of videos that the loss of one row looks at: what dry run, estimate and trainer plan memory with.
+
+        Args:
+            args: A configuration, or any object with the options of it that `workload_options` names.
+            num_rejected (`int`): Rejected videos of the row; 0 for a row of the video type.
+        """
         return 1
+
+    def videos_in_step(self) -> int:
+        """Number of videos that the loss of one row looks at, by the first row."""
+        row = datasets_in(self.train_dataset, self.eval_dataset)[0][0]
+        return self.videos_per_row(self.args, len(row.get("rejected_latents", ())))
 
     def workload(self) -> Workload:
         """What is trained, as the planner describes it; of several sizes of videos, the largest."""

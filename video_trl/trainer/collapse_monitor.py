@@ -17,15 +17,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .dpo_config import VideoDPOConfig
-from .group_dpo_config import VideoGroupDPOConfig
-from .reg_dpo_config import VideoRegDPOConfig
+from .base_config import VideoConfig
 
 
 logger = logging.getLogger(__name__)
 
 Action = Literal["warn", "stop", "raise"]
-WatchedConfig = VideoDPOConfig | VideoGroupDPOConfig | VideoRegDPOConfig
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,9 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     """
     Warn when preference training collapses, and optionally stop it or strengthen its regulariser.
 
-    Works with the DPO, GroupDPO and RegDPO trainers, from what they log; it costs nothing and changes no number until
-    it acts. It reads the log that is part of every checkpoint, so that a resumed run acts at the same steps.
+    Works with every trainer whose configuration says `logs_gaps`, from what it logs: `win_gap`, `lose_gap`, the DPO
+    loss as `loss` or `loss/dpo`, and `dgr` or `rewards/margins`. It costs nothing and changes no number until it acts.
+    It reads the log that is part of every checkpoint, so that a resumed run acts at the same steps.
 
     ```python
     trainer = VideoRegDPOTrainer(model, args, dataset, callbacks=[CollapseMonitor(action="raise")])
@@ -120,9 +118,10 @@ class CollapseMonitor(TrainerCallback, ExportableState):
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            `"warn"`: log the numbers and the remedy, once. `"stop"`: also end training after the step. `"raise"`
-            (RegDPO only): also multiply `sft_coefficient` by `factor`, again whenever both gaps have risen
-            further over a whole window since. The configuration gets its own value back when training ends.
+            `"warn"`: log the numbers and the remedy, once. `"stop"`: also end training after the step. `"raise"`:
+            also multiply the coefficient that the configuration names as `regulariser_field` (`sft_coefficient` of
+            RegDPO) by `factor`, again whenever both gaps have risen further over a whole window since. The
+            configuration gets its own value back when training ends.
         window (`int`, *optional*, defaults to `10`): Log entries that are averaged.
         fall (`float`, *optional*, defaults to `0.5`): Relative fall of gradient ratio and loss, in (0, 1).
         min_rise (`float`, *optional*, defaults to `2.0`): Rise of both gaps in units of reward, not negative.
@@ -132,8 +131,9 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         events (`list[int]`): Steps at which the signature was found.
 
     Raises:
-        ValueError: If an argument is out of range; and, when the trainer is made or training begins, if the trainer is
-            of another kind, has a coefficient of 0 to raise, or has two monitors.
+        ValueError: If an argument is out of range; when the trainer is made or training begins, if the trainer logs no
+            gaps, has no coefficient to raise or one of 0, or has two monitors; and at the first log, if gaps that the
+            configuration promised are not in it.
     """
 
     def __init__(
@@ -180,17 +180,24 @@ class CollapseMonitor(TrainerCallback, ExportableState):
             raise ValueError(f"A trainer takes one `CollapseMonitor`, got {len(saved)}. Keep the one that acts.")
         self.events = list(saved["attributes"]["events"]) if state.global_step > 0 else []
         self._restore(config)  # a training that was interrupted had no end
-        if self.action == "raise" and isinstance(config, VideoRegDPOConfig):
-            self._coefficient = config.sft_coefficient
+        if self.action == "raise":
+            self._coefficient = _coefficient(config)
         self._apply(config)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "win_gap" not in state.log_history[-1] or (self.action == "warn" and self.events):
+        entry = state.log_history[-1]
+        if "loss" not in entry or (self.action == "warn" and self.events):  # others are of evaluations, or the last
             return
         config = self._check(args)
+        missing = [name for name in ("win_gap", "lose_gap") if name not in entry]
+        if missing:
+            raise ValueError(
+                f"{type(config).__name__} says `logs_gaps`, but its trainer did not log {' and '.join(missing)}. "
+                "Record both in `compute_loss`, or leave `CollapseMonitor` out."
+            )
         collapse = find_collapse(
             state.log_history,
-            config.beta,
+            vars(config)["beta"],
             window=self.window,
             fall=self.fall,
             min_rise=self.min_rise,
@@ -210,38 +217,47 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     ) -> None:
         self._restore(args)
 
-    def _check(self, args: TrainingArguments) -> WatchedConfig:
+    def _check(self, args: TrainingArguments) -> VideoConfig:
         """The configuration of a trainer that the monitor can watch."""
-        if not isinstance(args, WatchedConfig):
+        if not isinstance(args, VideoConfig) or not args.logs_gaps:
             raise ValueError(
-                "`CollapseMonitor` reads the gaps that the DPO, GroupDPO and RegDPO trainers log, got the arguments "
-                f"of another trainer, {type(args).__name__}. Leave it out."
+                "`CollapseMonitor` reads the gaps that trainers log whose configuration says `logs_gaps`, got the "
+                f"arguments of another trainer, {type(args).__name__}. Leave it out."
             )
-        if self.action == "raise":
-            coefficient = args.sft_coefficient if isinstance(args, VideoRegDPOConfig) else None
-            if not coefficient:
-                raise ValueError(
-                    "`action='raise'` multiplies the `sft_coefficient` of `VideoRegDPOTrainer`, expected one above 0, "
-                    f"got {coefficient} in {type(args).__name__}. Use 'warn' or 'stop', or Reg-DPO."
-                )
+        if self.action == "raise" and not _coefficient(args):
+            raise ValueError(
+                "`action='raise'` multiplies the coefficient of a regulariser, such as `sft_coefficient` of "
+                f"`VideoRegDPOTrainer`: expected one above 0, got {_coefficient(args)} in {type(args).__name__}. Use "
+                "'warn' or 'stop', or Reg-DPO."
+            )
         return args
 
-    def _apply(self, config: WatchedConfig) -> None:
+    def _apply(self, config: VideoConfig) -> None:
         """Set the coefficient to what the events say. Always from the first value: a resumed run rounds alike."""
-        if self._coefficient is not None and isinstance(config, VideoRegDPOConfig):
-            config.sft_coefficient = self._coefficient * self.factor ** len(self.events)
+        if self._coefficient is not None:
+            _set_coefficient(config, self._coefficient * self.factor ** len(self.events))
 
     def _restore(self, config: TrainingArguments) -> None:
-        if self._coefficient is not None and isinstance(config, VideoRegDPOConfig):
-            config.sft_coefficient = self._coefficient
+        if self._coefficient is not None:
+            _set_coefficient(config, self._coefficient)
         self._coefficient = None
 
-    def _remedy(self, config: WatchedConfig) -> str:
-        if self.action == "raise" and isinstance(config, VideoRegDPOConfig):
-            return f"`sft_coefficient` is now {config.sft_coefficient:.4g}."
+    def _remedy(self, config: VideoConfig) -> str:
+        if self.action == "raise":
+            return f"`{config.regulariser_field}` is now {_coefficient(config):.4g}."
         ending = "Training stops." if self.action == "stop" else "Training goes on; look at sample videos."
-        cure = "raise `sft_coefficient`" if isinstance(config, VideoRegDPOConfig) else "use `VideoRegDPOTrainer`"
+        cure = f"raise `{config.regulariser_field}`" if config.regulariser_field else "use `VideoRegDPOTrainer`"
         return f"The model gets worse at both videos of a pair: {cure}, or lower the learning rate. {ending}"
+
+
+def _coefficient(config: VideoConfig) -> float | None:
+    """Of the method's regulariser, where it has one."""
+    return None if config.regulariser_field is None else vars(config)[config.regulariser_field]
+
+
+def _set_coefficient(config: TrainingArguments, value: float) -> None:
+    assert isinstance(config, VideoConfig) and config.regulariser_field is not None
+    setattr(config, config.regulariser_field, value)
 
 
 def _dgr(entry: Mapping[str, Any], beta: float) -> float:

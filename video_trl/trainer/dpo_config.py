@@ -16,6 +16,8 @@ class VideoDPOConfig(PreferenceConfig):
     with alpha 32, learning rate 5e-6, beta 500.
     """
 
+    logs_gaps = True
+
     # Defaults that are replaced
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the default LoRA adapter; 16 is Reg-DPO's."})

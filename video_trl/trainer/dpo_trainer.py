@@ -32,10 +32,10 @@ class VideoDPOTrainer(PreferenceTrainer):
     is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
     """
 
-    _name = "DPO"
-    _tag = "dpo"
-    _method = "preference optimisation ([Diffusion-DPO](https://huggingface.co/papers/2311.12908))"
-    _citation = DIFFUSION_DPO
+    method_name = "DPO"
+    tag = "dpo"
+    summary = "preference optimisation ([Diffusion-DPO](https://huggingface.co/papers/2311.12908))"
+    citation = DIFFUSION_DPO
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator

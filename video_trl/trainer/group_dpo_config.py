@@ -22,6 +22,8 @@ class VideoGroupDPOConfig(PreferenceConfig):
     sampled loser a step (Eq. 14), learning rate 1e-5 decaying to 1e-6 along a cosine, weight decay 0.01.
     """
 
+    logs_gaps = True
+
     # Defaults of TrainingArguments that are replaced
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(

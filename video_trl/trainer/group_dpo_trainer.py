@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator, check_columns
-from ..data.columns import MapDataset, as_tensor
+from ..data.columns import MapDataset
 from ..losses.preference import (
     group_dpo_bound,
     group_dpo_loss,
@@ -17,7 +17,6 @@ from ..losses.preference import (
 from .group_dpo_config import VideoGroupDPOConfig
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import PHYGDPO
-from .setup.rows import datasets_in
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -41,20 +40,21 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
     `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `VideoTrainer`.
     """
 
-    _name = "GroupDPO"
-    _tag = "group-dpo"
-    _method = "groupwise preference optimisation ([PhyGDPO](https://huggingface.co/papers/2512.24551))"
-    _citation = PHYGDPO
+    method_name = "GroupDPO"
+    tag = "group-dpo"
+    summary = "groupwise preference optimisation ([PhyGDPO](https://huggingface.co/papers/2512.24551))"
+    citation = PHYGDPO
     config_class = VideoGroupDPOConfig
     row_type = "group"
     collator_class = GroupCollator
+    workload_options = ("loss_type",)
 
     def check_dataset(self, dataset: MapDataset) -> None:
         check_columns(dataset, self.row_type, physics_rewarding=self.args.physics_rewarding)
 
-    def videos_in_step(self) -> int:
-        row = datasets_in(self.train_dataset, self.eval_dataset)[0][0]
-        return 2 if self.args.loss_type == "sampled" else 1 + len(as_tensor(row["rejected_latents"]))
+    @classmethod
+    def videos_per_row(cls, args: Any, num_rejected: int) -> int:
+        return 2 if args.loss_type == "sampled" else 1 + num_rejected
 
     def compute_loss(
         self,

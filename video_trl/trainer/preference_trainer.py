@@ -88,7 +88,8 @@ class PreferenceTrainer(VideoTrainer):
             )
         return VideoShare(self.mesh["group"])
 
-    def videos_in_step(self) -> int:
+    @classmethod
+    def videos_per_row(cls, args: Any, num_rejected: int) -> int:
         return 2
 
     def placement(self) -> Placement:

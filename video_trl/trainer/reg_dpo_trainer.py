@@ -32,10 +32,10 @@ class VideoRegDPOTrainer(PreferenceTrainer):
     is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
     """
 
-    _name = "RegDPO"
-    _tag = "reg-dpo"
-    _method = "SFT-regularised preference optimisation ([Reg-DPO](https://huggingface.co/papers/2511.01450))"
-    _citation = REG_DPO
+    method_name = "RegDPO"
+    tag = "reg-dpo"
+    summary = "SFT-regularised preference optimisation ([Reg-DPO](https://huggingface.co/papers/2511.01450))"
+    citation = REG_DPO
     config_class = VideoRegDPOConfig
     row_type = "preference"
     collator_class = GroupCollator

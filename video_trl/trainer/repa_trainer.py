@@ -70,14 +70,15 @@ class VideoREPATrainer(VideoTrainer):
             Teacher to use instead of the one that `args.teacher` names.
     """
 
-    _name = "REPA"
-    _tag = "repa"
-    _method = "representation alignment ([VideoREPA](https://huggingface.co/papers/2505.23656))"
-    _citation = VIDEOREPA
+    method_name = "REPA"
+    tag = "repa"
+    summary = "representation alignment ([VideoREPA](https://huggingface.co/papers/2505.23656))"
+    citation = VIDEOREPA
     config_class = VideoREPAConfig
     row_type = "video"
     collator_class = TeacherVideoCollator
     uses_reference = False
+    aligns_with_teacher = True
 
     def __init__(
         self,

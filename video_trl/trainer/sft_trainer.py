@@ -28,9 +28,9 @@ class VideoSFTTrainer(VideoTrainer):
     are those of `VideoTrainer`; there is no reference.
     """
 
-    _name = "SFT"
-    _tag = "sft"
-    _method = "supervised fine-tuning"
+    method_name = "SFT"
+    tag = "sft"
+    summary = "supervised fine-tuning"
     config_class = VideoSFTConfig
     row_type = "video"
     collator_class = VideoCollator

@@ -71,7 +71,7 @@ def test_the_text_tells_data_method_settings_log_cost_and_versions(run):
             assert f'src="samples/data/row_{number}_{name}.mp4"' in text
             assert probe_video(folder / "samples" / "data" / f"row_{number}_{name}.mp4").num_frames == 5
     assert "2 rows, 2 rejected videos in the first row" in text
-    assert run._method in text and run._citation in text
+    assert run.summary in text and run.citation in text
     assert "| beta | 700 |" in text and "| max_grad_norm | 0.5 |" in text and "| learning_rate | 0.01 |" in text
     assert "| optimizer steps | 4 |" in text and "| evaluation at step 4 | pc | 0.54 | [0.400, 0.750]" in text
     assert "output_dir" not in text and "eval_steps" not in text.split("## Training\n")[0]

@@ -44,7 +44,7 @@ def check_arguments(
     """
     if args is None:
         name = Path(model).name if isinstance(model, str | os.PathLike) else type(model).__name__
-        args = kind.config_class(output_dir=f"{name}-{kind._name}")
+        args = kind.config_class(output_dir=f"{name}-{kind.method_name}")
     if not isinstance(args, kind.config_class):
         raise ValueError(f"`args` must be a `{kind.config_class.__name__}`, got a `{type(args).__name__}`.")
     if train_dataset is None and eval_dataset is None:
