@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -118,6 +119,20 @@ def test_configuration_of_a_dry_run_gives_the_same_run(groups, tmp_path, capsys)
     assert yaml.safe_load(path.read_text())["beta"] == 100
     assert main(["train", "gdpo", "--config", str(path), "--dry_run"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_dry_run_counts_the_videos_that_the_loss_of_a_row_compares(groups, capsys):
+    """1 + m of a group with the sum of all losers, two with one of them, also where the sandbox makes the groups."""
+
+    def memory(*options):
+        argv = ["--dry_run", "--use_cpu", "--per_device_train_batch_size", "64", *options]
+        assert main(["train", "gdpo", *argv]) == 0
+        return float(re.search(r"memory of a step: +([\d.]+) GiB", capsys.readouterr().out)[1])
+
+    sampled, three, seven = memory(), memory("--loss_type", "sum"), memory("--loss_type", "sum", "--num_rejected", "7")
+    assert three > 1.5 * sampled and seven > 1.5 * three
+    one = ["--dataset_name", str(groups)]  # a cell with one rejected video is one video, however it is stored
+    assert memory("--loss_type", "sum", *one) == memory(*one)
 
 
 def test_dry_run_lists_the_tokens_of_every_size(groups, capsys):

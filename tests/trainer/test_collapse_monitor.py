@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import tempfile
+from dataclasses import dataclass, field
 
 import pytest
 from transformers import TrainerCallback
@@ -245,6 +246,42 @@ def test_an_interrupted_training_leaves_the_coefficient_no_trace_in_the_next(run
     made.args.max_steps = 1
     made.train()
     assert made.args.sft_coefficient == 1e-4 and monitor.events == []
+
+
+@dataclass
+class AnchoredConfig(VideoRegDPOConfig):
+    """Of a method from outside: the monitor knows its coefficient by what the class says."""
+
+    regulariser_field = "anchor"
+
+    anchor: float = field(default=0.5, metadata={"help": "Coefficient of its regulariser."})
+
+
+class AnchoredTrainer(VideoRegDPOTrainer):
+    config_class = AnchoredConfig
+
+
+class SilentTrainer(VideoDPOTrainer):
+    """Does not log what its configuration promises."""
+
+    def record(self, name, values):
+        if name != "lose_gap":
+            super().record(name, values)
+
+
+def test_a_method_from_outside_names_its_own_coefficient(run, monkeypatch, caplog):
+    monkeypatch.setitem(TRAINERS, "anchored", (AnchoredTrainer, AnchoredConfig, {"sft_coefficient": 1e-4}))
+    monitor = CollapseMonitor("raise", window=3)
+    with caplog.at_level(logging.WARNING, "video_trl"):
+        made = run(monitor, kind="anchored")
+    assert monitor.events and "`anchor` is now 1." in caplog.text
+    assert (made.args.anchor, made.args.sft_coefficient) == (0.5, 1e-4)
+
+
+def test_gaps_that_were_promised_and_are_not_logged_stop_the_run(run, monkeypatch):
+    monkeypatch.setitem(TRAINERS, "silent", (SilentTrainer, VideoDPOConfig, {}))
+    with pytest.raises(ValueError, match="VideoDPOConfig says `logs_gaps`, but its trainer did not log lose_gap"):
+        run(CollapseMonitor(), kind="silent")
 
 
 @pytest.mark.parametrize(
