@@ -47,7 +47,7 @@ class ScriptArguments:
     benchmark: str = field(
         default="custom", metadata={"help": "Rule that scores are counted by: 'custom', 'videophy' or 'videophy2'."}
     )
-    judge: str = field(default="sandbox", metadata={"help": "Name for `video_trl.judges.load_judge`."})
+    judge: str = field(default="sandbox", metadata={"help": "Name for `video_trl.load.load_judge`."})
     output_dir: str = field(default="runs/base", metadata={"help": "Directory of the run."})
     name: str | None = field(
         default=None, metadata={"help": "How tables call the model. Unset: from model or adapter."}

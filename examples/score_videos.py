@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from video_trl.data.video_io import VideoDecodeError, video_hash
-    from video_trl.judges import load_judge
+    from video_trl.load import load_judge
 
     folder, table = (args.videos, args.prompts) if args.videos else simulated_clips(args.output.parent / "clips")
     rows = read_prompts(table, folder)

@@ -103,8 +103,9 @@ def run_sandbox_experiment(script_args: ScriptArguments, training_args: "VideoGr
     """Base model against SFT control against PhyGDPO on held-out prompts, everything left in `output_dir`."""
     from video_trl.evaluation import summary_table
     from video_trl.sandbox import load_sandbox
-    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
+    from video_trl.sandbox.benchmark import evaluate
     from video_trl.sandbox.data.datasets import build_group_dataset
+    from video_trl.sandbox.data.prompts import balanced_prompts
     from video_trl.sandbox.report import Run, compare_runs, save_results, write_sandbox_report
 
     folder = Path(training_args.output_dir)

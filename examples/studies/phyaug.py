@@ -235,7 +235,8 @@ def train(args: StudyArguments, name: str, seed: int, groups: list[dict[str, Any
 
 
 def judged(sandbox: "Sandbox", args: StudyArguments, name: str) -> list[dict[str, Any]]:
-    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
+    from video_trl.sandbox.benchmark import evaluate
+    from video_trl.sandbox.data.prompts import balanced_prompts
 
     prompts = balanced_prompts("heldout", args.eval_prompts, seed=PROMPT_DRAW)
     folder = Path(args.output_dir) / "videos" / name

@@ -196,7 +196,8 @@ def training_data(args: StudyArguments, sandbox: "Sandbox") -> "EncodedDataset":
 
 def judged(sandbox: "Sandbox", number: int, folder: Path) -> list[dict[str, Any]]:
     """Scores of one video of each held-out sentence, always from the same noise."""
-    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
+    from video_trl.sandbox.benchmark import evaluate
+    from video_trl.sandbox.data.prompts import balanced_prompts
 
     prompts = balanced_prompts("heldout", number, seed=PROMPT_DRAW)
     records = evaluate(sandbox.pipeline, sandbox.judge, prompts, [NOISE_SEED], dict(sandbox.call_kwargs), folder)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from video_trl import VideoREPAConfig
+    from video_trl.data.probe_clips import ProbeClip
     from video_trl.evaluation import PairedDifference
-    from video_trl.evaluation.probes.physion import ProbeClip
     from video_trl.sandbox import Sandbox
 
 
@@ -234,8 +234,8 @@ def measure(
 ) -> dict[str, Any]:
     """Probes, denoising errors and, if asked for, judge's scores; with the base model, what it is compared with."""
     from video_trl.evaluation.probes.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe
+    from video_trl.load import load_teacher
     from video_trl.sandbox import load_sandbox
-    from video_trl.teachers import load_teacher
 
     sandbox = load_sandbox(base) if base != "sandbox" else load_sandbox()
     if arm != BASE:  # what is measured is what was saved, loaded the way a user will load it
@@ -310,7 +310,8 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
 
 
 def judged_videos(study: ScriptArguments, sandbox: "Sandbox", trained: Path) -> list[dict[str, Any]]:
-    from video_trl.sandbox.benchmark import balanced_prompts, evaluate
+    from video_trl.sandbox.benchmark import evaluate
+    from video_trl.sandbox.data.prompts import balanced_prompts
 
     records = evaluate(
         sandbox.pipeline,

@@ -19,7 +19,7 @@ from video_trl.data.video_io import write_video
 from video_trl.evaluation.benchmarks.vbench import FrameConsistency
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.votes.study import Vote, VoteFile, open_study
-from video_trl.judges import load_judge
+from video_trl.load import load_judge
 from video_trl.sandbox import simulate
 
 

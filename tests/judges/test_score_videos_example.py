@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.judges.server import GOOD, Step, serving
 from tests.support.paths import EXAMPLES
-from video_trl.judges import load_judge
+from video_trl.load import load_judge
 
 
 SCRIPT = EXAMPLES / "score_videos.py"

@@ -9,8 +9,10 @@ import torch
 
 from video_trl.data import check_columns, read_video
 from video_trl.sandbox import build_clip_dataset, build_group_dataset, evaluate, load_sandbox, simulate
-from video_trl.sandbox.benchmark import as_columns, balanced_prompts, generate
+from video_trl.sandbox.benchmark import as_columns
 from video_trl.sandbox.data.datasets import REQUEST_NAME
+from video_trl.sandbox.data.generate import generate
+from video_trl.sandbox.data.prompts import balanced_prompts
 from video_trl.sandbox.world.prompts import MOTIONS, all_prompts, parse_prompt
 
 

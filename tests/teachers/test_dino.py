@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.support.teachers import models
-from video_trl.teachers import DINOTeacher, load_teacher
+from video_trl.load import load_teacher
+from video_trl.teachers import DINOTeacher
 from video_trl.teachers.base import normalise
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from tests.support.teachers import models
-from video_trl.teachers import VideoMAETeacher, load_teacher
+from video_trl.load import load_teacher
+from video_trl.teachers import VideoMAETeacher
 from video_trl.teachers.base import normalise
 from video_trl.teachers.videomae import convert_videomaev2, sinusoid_table
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.teachers import models
-from video_trl.teachers import VJEPA2Teacher, load_teacher
+from video_trl.load import load_teacher
+from video_trl.teachers import VJEPA2Teacher
 from video_trl.teachers.base import normalise
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from ..load import pipeline_source
 from .methods import DataArguments, training_rows
 
 
@@ -52,7 +53,7 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     from ..models import family_for
 
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    name = _folder(name)
+    name = pipeline_source(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
     _, scheduler_class = DiffusionPipeline.load_config(name, **kwargs)["scheduler"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
@@ -68,20 +69,11 @@ def empty_text_encoder(name: str, revision: str | None) -> Any:
     from diffusers import DiffusionPipeline
 
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    name = _folder(name)
+    name = pipeline_source(name)
     _, encoder_class = DiffusionPipeline.load_config(name, **kwargs)["text_encoder"]
     config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
     with torch.device("meta"):
         return getattr(transformers, encoder_class)(config)
-
-
-def _folder(name: str) -> str:
-    """Repository id or path of a pipeline, that of the sandbox included."""
-    if name != "sandbox":
-        return name
-    from ..sandbox.weights.pipeline import PIPELINE_PATH
-
-    return str(PIPELINE_PATH)
 
 
 def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:

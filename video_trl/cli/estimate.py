@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+from ..load import SANDBOX
 from ..methods import Method
 from .methods import DataArguments, method_named
 from .parser import UsageError, check, parse, read_yaml, required, say
@@ -32,7 +33,7 @@ class EstimateArguments:
     """The options of a training that its memory depends on, with those of the machines."""
 
     model_name_or_path: str = field(
-        default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
+        default=SANDBOX, metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of its repository."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
@@ -106,7 +107,7 @@ def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[in
 def _size(args: EstimateArguments) -> tuple[int, int, int]:
     """Frames, height and width of a video."""
     sizes = (args.num_frames, args.height, args.width)
-    if args.model_name_or_path == "sandbox" and sizes == (None, None, None):
+    if args.model_name_or_path == SANDBOX and sizes == (None, None, None):
         return (13, 64, 64)
     frames, height, width = (
         required(key, value, example)

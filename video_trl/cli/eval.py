@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..load import SANDBOX
 from .options import JudgeArguments, RunArguments
 from .parser import UsageError, parse, required, say
 
@@ -73,7 +74,7 @@ def run(argv: Sequence[str]) -> int:
     from ..evaluation.runs.tables import benchmark_named
 
     benchmark_named(args.benchmark)  # before a judge is loaded
-    if run_args.model_name_or_path != "sandbox" and judge_args.judge == "sandbox":
+    if run_args.model_name_or_path != SANDBOX and judge_args.judge == SANDBOX:
         raise UsageError("--judge is needed: the sandbox's judges nothing but the sandbox's own sentences.")
     table = evaluate_model(
         run_args.output_dir,

@@ -13,13 +13,14 @@ Under `accelerate launch -m video_trl generate ...` the videos are shared among 
 
 from collections.abc import Sequence
 
+from ..load import SANDBOX
 from .options import RunArguments
 from .parser import parse, required, say
 
 
 def run(argv: Sequence[str]) -> int:
     (args,) = parse("generate", __doc__, [RunArguments], argv)
-    if args.model_name_or_path != "sandbox":
+    if args.model_name_or_path != SANDBOX:
         required("prompts", args.prompts, "prompts.txt")
     from ..evaluation.evaluate import evaluation_prompts
     from ..evaluation.runs.generate import generate_run, load_generator

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..load import SANDBOX, generation_defaults, load_judge
 from ..methods import Method, known_methods
 from .options import mapping
 from .parser import UsageError, nearest, parse, required, say
@@ -30,7 +31,7 @@ class DataArguments:
     """What to train on, and what to measure on the way."""
 
     model_name_or_path: str = field(
-        default="sandbox", metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
+        default=SANDBOX, metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
@@ -121,12 +122,12 @@ def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) ->
     own = {key for kind in config.__mro__ if kind not in TrainingArguments.__mro__ for key in kind.__annotations__}
     brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
     data, args = parse(f"{verb} {method.name}", text, [DataArguments, config], argv, brief=brief)
-    if data.dataset_name is None and data.model_name_or_path != "sandbox":
+    if data.dataset_name is None and data.model_name_or_path != SANDBOX:
         raise UsageError(
             f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
             "data. Pass a repository id or a folder (docs/data/dataset_formats.md)."
         )
-    if data.model_name_or_path != "sandbox":
+    if data.model_name_or_path != SANDBOX:
         if data.evaluator_judge is not None and data.evaluator_benchmark == "custom":
             required("evaluator_prompts", data.evaluator_prompts, "prompts.txt")
         if data.sample_every is not None:
@@ -206,24 +207,17 @@ def _callbacks(trainer_class: type[Any], data: DataArguments) -> list[Any]:
     if data.sample_every is not None:
         prompts = evaluation_prompts(data.sample_prompts, None if data.sample_prompts else _SAMPLES)
         texts = [prompt.generation_text or prompt.text for prompt in prompts]
-        sampling = _sandbox_call() if data.model_name_or_path == "sandbox" else None
+        _, sampling = generation_defaults(data.model_name_or_path)
         callbacks.append(LogVideosCallback(texts, every_steps=data.sample_every, call_kwargs=sampling))
     return callbacks
-
-
-def _sandbox_call() -> dict[str, Any]:
-    from ..sandbox import load_sandbox
-
-    return dict(load_sandbox().call_kwargs)
 
 
 def _evaluator(data: DataArguments, args: Any) -> Any:
     if data.evaluator_judge is None:
         return None
     from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
-    from ..judges import load_judge
 
-    call = _sandbox_call() if data.model_name_or_path == "sandbox" else {}
+    _, call = generation_defaults(data.model_name_or_path)
     sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
     return TrainingEvaluator(
         evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts, data.evaluator_benchmark),

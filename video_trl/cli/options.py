@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..load import SANDBOX, load_judge
 from .parser import UsageError
 
 
@@ -19,7 +20,7 @@ class RunArguments:
     """A model, what it is asked for, and where the run goes."""
 
     model_name_or_path: str = field(
-        default="sandbox",
+        default=SANDBOX,
         metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."},
     )
     adapter: str | None = field(
@@ -67,7 +68,7 @@ class JudgeArguments:
     """A judge, by the name that `load_judge` takes."""
 
     judge: str = field(
-        default="sandbox",
+        default=SANDBOX,
         metadata={
             "help": "'sandbox', 'videocon-physics', 'videophy2', 'qwen-vl:MODEL', a server's URL, or a table with "
             "scores (.csv, .jsonl, .parquet)."
@@ -85,8 +86,6 @@ class JudgeArguments:
             ValueError: If there is no such judge.
         """
         options = mapping("judge_options", self.judge_options)
-        from ..judges import load_judge
-
         try:
             return load_judge(self.judge, cache=self.judge_cache, **options)
         except TypeError as error:

@@ -20,11 +20,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..data.buckets import AspectBucket
+from ..load import SANDBOX, generation_defaults, load_pipeline
 from .clips.normalise import normalise_video
 from .engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
 
 
-SANDBOX = "sandbox"
 GENERATE_VERSION = 1
 
 #: Columns of a table of jobs.
@@ -268,18 +268,12 @@ class Generator:
     def _load(self) -> DiffusionPipeline:
         if self.pipeline is not None:
             return self.pipeline
-        if self.model.name == SANDBOX:
-            from ..sandbox.weights.pipeline import load_sandbox
-            from ..sandbox.world.simulate import FPS
-
-            sandbox = load_sandbox()
-            self.pipeline, self.model_fps = sandbox.pipeline, self.model.fps or FPS
-            self.call_kwargs = {**sandbox.call_kwargs, **self.call_kwargs}
-        else:
-            dtype = vars(torch)[self.model.dtype]
-            self.pipeline = DiffusionPipeline.from_pretrained(
-                self.model.name, revision=self.model.revision, dtype=dtype
-            )
+        name = self.model.name
+        fps, call = generation_defaults(name)
+        self.model_fps, self.call_kwargs = self.model.fps or fps or self.model_fps, {**call, **self.call_kwargs}
+        # The sandbox's pipeline has one revision and one dtype.
+        options = {"revision": self.model.revision, "dtype": vars(torch)[self.model.dtype]}
+        self.pipeline = load_pipeline(name, **({} if name == SANDBOX else options))
         if torch.cuda.is_available():
             self.pipeline.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
         self.pipeline.set_progress_bar_config(disable=True)

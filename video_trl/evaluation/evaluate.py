@@ -9,10 +9,11 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..judges import VideoJudge, load_judge
+from ..judges import VideoJudge
+from ..load import SANDBOX, heldout_prompts, load_judge
 from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
-from .runs.generate import SANDBOX, Generator, generate_run, load_generator
+from .runs.generate import Generator, generate_run, load_generator
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
 from .runs.run import SCORE_FOLDER, Run, shard
 from .runs.score import score_run, slug
@@ -178,11 +179,7 @@ def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, 
     Raises:
         ValueError: If there are fewer sentences than asked for.
     """
-    from ..sandbox.benchmark import balanced_prompts
-    from ..sandbox.world.prompts import parse_prompt
-
-    motions = [(text, parse_prompt(text).motion) for text in balanced_prompts("heldout", number, seed)]
-    return tuple(EvaluationPrompt(text, category=motion, groups=(motion,)) for text, motion in motions)
+    return tuple(EvaluationPrompt(text, category=law, groups=(law,)) for text, law in heldout_prompts(number, seed))
 
 
 def evaluation_prompts(

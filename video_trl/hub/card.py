@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..load import SANDBOX
 from .lora import LORA_FILE_NAME
 
 
@@ -263,8 +264,8 @@ def _snippet(
 ) -> str:
     pinned = "" if revision is None else f", revision={revision!r}"
     classes = pipeline_class if transformer_class is None else f"{pipeline_class}, {transformer_class}"
-    if base_model == "sandbox":
-        imports, load = "from video_trl.sandbox import load_sandbox", "load_sandbox().pipeline"
+    if base_model == SANDBOX:
+        imports, load = "from video_trl.load import load_pipeline", f"load_pipeline({SANDBOX!r})"
         if transformer_class is not None:
             imports = f"from diffusers import {transformer_class}\n{imports}"
     else:

@@ -11,6 +11,7 @@ import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..load import SANDBOX
 from .card import CARD_NAME, is_repo_id
 from .lora import LORA_FILE_NAME
 
@@ -187,7 +188,7 @@ def inherited_license(
     Returns:
         `dict[str, str]`: `license` and, where given, `license_name` and `license_link`; empty where not known.
     """
-    if base_model == "sandbox":
+    if base_model == SANDBOX:
         return {"license": "apache-2.0"}
     data = None
     if (Path(base_model) / CARD_NAME).is_file():

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import Video, VideoJudge
+from .base import Video, VideoJudge
 from .frames import check_request
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Video
+from .base import Video
 
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Video
+from .base import Video
 from .candidates import candidate_logprobs
 from .frames import check_request, sample_frames, segment_starts
 from .mplug_owl_loading import SPLIT_AT_MEDIA, SPLIT_AT_TURNS, MplugOwlTokenizer, load_mplug_owl

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import Video
+from .base import Video
 from .frames import check_request, video_name
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import Video
+from .base import Video
 from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
 from .qwen_vl_model import FAMILIES, Patches, QwenVL
 from .weights import text_hash, weights_identity
@@ -39,7 +39,7 @@ class QwenVLJudge:
     Asks a Qwen2.5-VL or Qwen3-VL model about both scores and reads the log-probabilities of the possible answers.
 
     `answers="yes_no"` gives p(Yes) / (p(Yes) + p(No)). `answers="rating"` gives (e - 1) / 4 with e the expectation
-    over 1 to 5. `pc` is asked without the caption. Zero-shot: check it against people's votes, or against the sandbox,
+    over 1 to 5. `pc` is asked without the caption. Zero-shot: check it against people's votes, or on simulated clips,
     before you build on it.
 
     Args:

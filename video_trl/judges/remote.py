@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from . import Video
+from .base import Video
 from .chat import ChatClient, ChatError, Question
 from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
 from .weights import text_hash

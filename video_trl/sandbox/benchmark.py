@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from ..data.video_io import write_video
 from ..judges import VideoJudge
-from .world.prompts import MOTIONS, Split, all_prompts, parse_prompt
+from .data.generate import generate
+from .world.prompts import parse_prompt
 from .world.simulate import FPS
 
 
@@ -32,49 +31,6 @@ class Record:
     joint: float
     explanation: str
     video: str
-
-
-def balanced_prompts(split: Split, number: int, seed: int = 0) -> list[str]:
-    """
-    `number` different sentences of a split, drawn by `seed`, the motions in turn.
-
-    Raises:
-        ValueError: the split has fewer sentences than asked for.
-    """
-    rng = np.random.default_rng(seed)
-    pools = [list(rng.permutation(all_prompts(split, (motion,)))) for motion in MOTIONS]
-    available = sum(len(pool) for pool in pools)
-    if not 1 <= number <= available:
-        raise ValueError(f"Expected between 1 and {available} prompts of the {split!r} split, got {number}.")
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*pools))
-    return [str(prompt) for prompt in turns if prompt is not None][:number]
-
-
-@torch.no_grad()
-def generate(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    call_kwargs: dict[str, Any],
-    *,
-    batch_size: int = 16,
-    description: str = "Generating",
-) -> np.ndarray:
-    """
-    One video for each (prompt, seed), the same whatever the batch size up to float summation order.
-
-    Returns:
-        uint8 `(N, T, H, W, 3)`.
-    """
-    videos = []
-    with tqdm(total=len(prompts), desc=description, unit="video") as progress:
-        for start in range(0, len(prompts), batch_size):
-            chunk = list(prompts[start : start + batch_size])
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            frames = pipeline(chunk, generator=generators, output_type="np", **call_kwargs).frames
-            videos.append(np.rint(np.asarray(frames).clip(0, 1) * 255).astype(np.uint8))
-            progress.update(len(chunk))
-    return np.concatenate(videos)
 
 
 def evaluate(

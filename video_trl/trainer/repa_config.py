@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ..load import SANDBOX
 from ..losses.alignment import MarginMode, RelationNorm, Relations, RelationWeighting
 from .base_config import VideoConfig, check_choice
 from .repa.alignment import Projector, SpatialPooling, TemporalTarget
@@ -13,7 +14,7 @@ AlignmentLoss = Literal["trd", "repa"]
 CoefficientDecay = Literal["constant", "linear", "cosine"]
 
 # VideoREPA, appendix A: the margin that was found to suit each teacher. First match of the teacher's name wins.
-_MARGINS = (("videomaev2", 0.1), ("vjepa", 0.05), ("videomae", 0.0), ("sandbox", 0.0))
+_MARGINS = (("videomaev2", 0.1), ("vjepa", 0.05), ("videomae", 0.0), (SANDBOX, 0.0))
 DEFAULT_MARGIN = 0.1
 
 
@@ -48,7 +49,7 @@ class VideoREPAConfig(VideoConfig):
     )
     teacher_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Options of `video_trl.teachers.load_teacher`, such as the size that the teacher sees."},
+        metadata={"help": "Options of `video_trl.load.load_teacher`, such as the size that the teacher sees."},
     )
     precompute_teacher: bool = field(
         default=True,

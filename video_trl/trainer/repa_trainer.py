@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..data import is_encoded
 from ..data.columns import MapDataset, undecoded
 from ..data.encoding.teacher_tokens import dequantise_tokens, encode_teacher
+from ..load import default_teacher, load_teacher
 from ..losses.preference import repa_loss, trd_loss, velocity_error
-from ..teachers import TeacherTokens, VideoTeacher, load_teacher
+from ..teachers import TeacherTokens, VideoTeacher
 from .base_trainer import VideoTrainer
 from .planning.estimate import Workload
 from .publishing.citations import VIDEOREPA
@@ -40,7 +41,6 @@ from .repa.teacher_rows import (
 )
 from .repa_config import VideoREPAConfig
 from .setup.chosen_rows import chosen_as_video
-from .setup.models import SANDBOX
 from .setup.rows import IndexedDataset, encoded_cache_dir
 
 
@@ -93,7 +93,7 @@ class VideoREPATrainer(VideoTrainer):
         if teacher is not None and args is not None and args.teacher is not None:
             raise ValueError(f"Got a teacher twice: `teacher` and `args.teacher={args.teacher!r}`. Drop one of them.")
         self._given_teacher = teacher
-        self._default_teacher = SANDBOX if model == SANDBOX else None
+        self._default_teacher = default_teacher(model)
         self._plans: dict[Any, AlignmentPlan] = {}
         self._teacher_width = 0
         super().__init__(model, args, train_dataset, eval_dataset, **arguments)

@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 from video_trl.curation.phyaug.groups import JudgeBatch
 from video_trl.curation.phyaug.pipeline import export_groups, push_groups, run_phyaug
 from video_trl.data import read_video
-from video_trl.judges.loading import load_judge
+from video_trl.load import load_judge
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from tests.support.teachers import models
 from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, dequantise_tokens, encode_teacher, quantise_tokens, read_video
 from video_trl.data.encoding.teacher_tokens import TeacherTokenDataset
-from video_trl.teachers import TeacherTokens, VideoMAETeacher, load_teacher
+from video_trl.load import load_teacher
+from video_trl.teachers import TeacherTokens, VideoMAETeacher
 
 
 def rows(*seeds, **size):

@@ -8,7 +8,8 @@ import torch
 from diffusers import WanPipeline
 
 from video_trl.sandbox import load_sandbox, simulate
-from video_trl.sandbox.benchmark import balanced_prompts, generate
+from video_trl.sandbox.data.generate import generate
+from video_trl.sandbox.data.prompts import balanced_prompts
 from video_trl.sandbox.weights.pipeline import (
     CALL_KWARGS,
     MAX_PROMPT_TOKENS,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from video_trl.load import load_teacher
 from video_trl.sandbox import simulate
 from video_trl.sandbox.weights.train_teacher import (
     MASKED_SHARE,
@@ -18,7 +19,6 @@ from video_trl.sandbox.weights.train_teacher import (
     sample_videos,
     train_teacher,
 )
-from video_trl.teachers import load_teacher
 from video_trl.teachers.base import normalise
 
 

@@ -17,6 +17,7 @@ import datasets
 import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
+from ...load import SANDBOX
 from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
 from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
@@ -107,7 +108,7 @@ class GTPairConfig:
     num_frames: int = field(default=81, metadata={"help": "Normalisation: frames of every clip, 4k + 1."})
 
     models: list[str] = field(
-        default_factory=lambda: ["sandbox"],
+        default_factory=lambda: [SANDBOX],
         metadata={"help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'."},
     )
     model_options: dict[str, Any] | str | None = field(

@@ -13,10 +13,10 @@ import pyarrow as pa
 import yaml
 from numpy.typing import NDArray
 
+from ...load import SANDBOX, action_wordings, load_pipeline
 from ..engine.manifest import Batch
 
 
-SANDBOX = "sandbox"
 CLUSTER_VERSION = 1
 
 _NO_PACKAGE = "A sentence transformer needs the package sentence-transformers: pip install 'video-trl[curation]'."
@@ -61,9 +61,7 @@ def read_actions(source: str | os.PathLike[str] | Sequence[str] | Mapping[str, S
         ValueError: no such file, fewer than two actions, an empty one, or one that stands there twice.
     """
     if source == SANDBOX:
-        from ...sandbox.world.prompts import ACTION_WORDINGS, ACTIONS
-
-        return {ACTIONS[motion]: wordings for motion, wordings in ACTION_WORDINGS.items()}
+        return dict(action_wordings())
     name = "the list of actions"
     listed: Any = source
     if isinstance(source, str | os.PathLike):
@@ -132,9 +130,7 @@ class SandboxEmbedder:
     """Mean hidden state of the sandbox's own text encoder: knows the sandbox's language only, downloads nothing."""
 
     def __init__(self) -> None:
-        from ...sandbox.weights.pipeline import load_sandbox
-
-        pipeline = load_sandbox().pipeline
+        pipeline = load_pipeline(SANDBOX)
         self.tokenizer, self.encoder = pipeline.tokenizer, pipeline.text_encoder
 
     identity = "sandbox-text-encoder:v1"

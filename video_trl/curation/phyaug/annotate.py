@@ -20,6 +20,7 @@ from ...data.video_io import VideoDecodeError
 from ...judges.chat import ChatClient, ChatError, InvalidAnswerError, Question, faults, without_fence
 from ...judges.frames import evenly_spaced, frame_rate, sample_frames, size_within
 from ...judges.weights import text_hash
+from ...load import SANDBOX, annotation_rules
 from ..clips.sources import open_clip
 from ..engine.manifest import Batch
 
@@ -279,13 +280,10 @@ class RuleAnnotator:
 
     @property
     def identity(self) -> str:
-        from ...sandbox.judge.annotator import ANNOTATOR_VERSION
-
-        return f"sandbox-rules:v{ANNOTATOR_VERSION}"
+        return annotation_rules()[0]
 
     def annotate(self, clips: Sequence[SeenClip]) -> list[Annotation | Failure]:
-        from ...sandbox.judge.annotator import annotate_clip
-
+        _, annotate_clip = annotation_rules()
         return [Annotation.model_validate(annotate_clip(clip.frames, clip.prompt)) for clip in clips]
 
 
@@ -302,7 +300,7 @@ def load_annotator(name: str, options: dict[str, Any]) -> Annotator:
         ValueError: no such model, or an option missing or unknown.
     """
     try:
-        if name == "sandbox":
+        if name == SANDBOX:
             return RuleAnnotator(**options)
         if name.startswith(("http://", "https://")):
             shown = {key: options[key] for key in ("num_frames", "max_pixels") if key in options}
@@ -322,7 +320,7 @@ def check_annotator(name: str, options: dict[str, Any]) -> None:
     """
     from ...judges.weights import resolve_weights
 
-    if name == "sandbox" or name.startswith(("http://", "https://")):
+    if name == SANDBOX or name.startswith(("http://", "https://")):
         load_annotator(name, options)
     else:
         resolve_weights(name, options.get("revision"), ["config.json"])

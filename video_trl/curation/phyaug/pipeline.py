@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ...judges.loading import check_judge, load_judge
+from ...load import check_judge, load_judge
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
 from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
 from ..clips.sources import list_clips

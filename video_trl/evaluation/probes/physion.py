@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.video_io import VideoSource, read_video
+from ...data.probe_clips import ProbeClip
 from ...models import family_for, tap_block
 from ...teachers import VideoTeacher
 from ..statistics import wilson_interval
@@ -45,33 +45,6 @@ NOISE_LEVELS = (0.1, 0.3, 0.5)
 C_GRID = (1e-6, 1e-5, 0.01, 0.1, 1.0, 5.0, 10.0, 20.0)  # Physion v1.5's readout
 CELLS = (2, 3)
 NUM_SLICES = 3
-
-
-@dataclass(frozen=True)
-class ProbeClip:
-    """
-    A clip that ends before the answer to its question.
-
-    Attributes:
-        name (`str`): Identifies it in messages and results.
-        video (`VideoSource`): File, or uint8 frames `(T, H, W, 3)`.
-        label (`bool`): Whether the objects will touch.
-        scenario (`str`): Group in which accuracy is reported.
-        frames (`tuple[int, ...]`, *optional*): Frames of the file that are shown, in order; all by default.
-    """
-
-    name: str
-    video: VideoSource
-    label: bool
-    scenario: str
-    frames: tuple[int, ...] | None = None
-
-    def read(self, height: int | None = None, width: int | None = None) -> npt.NDArray[np.uint8]:
-        """The frames that are shown, uint8 `(T, H, W, 3)`."""
-        if self.frames is None:
-            return read_video(self.video, height=height, width=width)
-        video = read_video(self.video, num_frames=max(self.frames) + 1, height=height, width=width)
-        return video[list(self.frames)]
 
 
 def read_physion(

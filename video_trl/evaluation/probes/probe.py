@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ...teachers import load_teacher
-from .physion import DiffusionFeatures, PixelFeatures, ProbeClip, ProbeResult, TeacherFeatures, probe, read_physion
-
-
-SANDBOX = "sandbox"
+from ...load import SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
+from .physion import DiffusionFeatures, PixelFeatures, ProbeResult, TeacherFeatures, probe, read_physion
 
 
 def probe_models(
@@ -64,7 +61,7 @@ def probe_models(
         frames: dict[str, Any] = {"num_frames": num_frames, "frame_step": frame_step}
         train, test = read_physion(physion, "train", **frames), read_physion(physion, "test", **frames)
     else:
-        train, test = _simulated(num_train, num_test)
+        train, test = contact_clips(num_train, seed=11), contact_clips(num_test, seed=12)
     # The sandbox has so few tokens that none need be pooled.
     pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {}
     common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
@@ -83,24 +80,16 @@ def probe_models(
             pipeline.transformer = base
         elif adapter:
             pipeline.unload_lora_weights()
-    teacher = teacher or (SANDBOX if model == SANDBOX else None)
+    teacher = teacher or default_teacher(model)
     if teacher is not None:
         ceiling = TeacherFeatures(load_teacher(teacher, **(teacher_kwargs or {})), **pooling)
         results[f"{teacher} (teacher)"] = probe(ceiling, train, test, name=teacher, **common)
     return results
 
 
-def _simulated(num_train: int, num_test: int) -> tuple[list[ProbeClip], list[ProbeClip]]:
-    from ...sandbox.data.contact_clips import contact_clips
-
-    return contact_clips(num_train, seed=11), contact_clips(num_test, seed=12)
-
-
 def _load(name: str) -> DiffusionPipeline:
-    """The pipeline, on the accelerator if there is one."""
+    """The pipeline, on the accelerator if there is one and the model is not tiny."""
     if name == SANDBOX:
-        from ...sandbox import load_sandbox
-
-        return load_sandbox().pipeline
+        return load_pipeline(name)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return DiffusionPipeline.from_pretrained(name, dtype=torch.float32).to(device)
+    return load_pipeline(name, dtype=torch.float32).to(device)

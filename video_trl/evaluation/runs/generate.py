@@ -20,13 +20,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
+from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, remove_leftovers, shard
 
 
 logger = logging.getLogger(__name__)
 
-SANDBOX = "sandbox"
 _WHOLE_HASH_BYTES = 64 << 20  # of larger files, the hash covers the size, the head and the tail
 _ENDS_BYTES = 1 << 20
 
@@ -98,23 +98,19 @@ def load_generator(
     """
     place = torch.device(device) if device else _default_device()
     adapter_file = _adapter_file(adapter) if adapter else None  # before gigabytes are loaded
+    default_fps, default_call = generation_defaults(model)
+    fps = fps or default_fps
+    if fps is None:
+        raise ValueError(f"`fps` is needed for {model!r}: the rate it generates at (Wan 16, CogVideoX 8).")
     if model == SANDBOX:
-        from ...sandbox import load_sandbox  # the default model, loaded only when it is asked for
-        from ...sandbox.weights.pipeline import PIPELINE_PATH
-        from ...sandbox.world.simulate import FPS
-
         if revision or dtype not in (None, "float32"):
             raise ValueError("The sandbox has one revision and one dtype (float32): leave `revision` and `dtype` out.")
-        sandbox = load_sandbox()
-        pipeline, folder, fps = sandbox.pipeline, PIPELINE_PATH, fps or FPS
-        call_kwargs = {**sandbox.call_kwargs, **(call_kwargs or {})}
+        pipeline, folder = load_pipeline(model), Path(pipeline_source(model))
     else:
-        if fps is None:
-            raise ValueError(f"`fps` is needed for {model!r}: the rate it generates at (Wan 16, CogVideoX 8).")
         folder = _pipeline_folder(model, revision)
         weights_dtype = _torch_dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype={"vae": torch.float32, "default": weights_dtype}, local_files_only=True
+        pipeline = load_pipeline(
+            str(folder), dtype={"vae": torch.float32, "default": weights_dtype}, local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
@@ -126,7 +122,7 @@ def load_generator(
         pipeline=pipeline.to(place),
         model=model,
         fps=fps,
-        call_kwargs=dict(call_kwargs or {}),
+        call_kwargs={**default_call, **(call_kwargs or {})},
         revision=folder.name if folder.parent.name == "snapshots" else folder_hash(folder),
         adapter=adapter,
         adapter_hash=None if adapter_file is None else _file_hash(adapter_file),

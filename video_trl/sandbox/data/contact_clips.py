@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...evaluation.probes.physion import ProbeClip
+from ...data.probe_clips import ProbeClip
 from ..world import laws
 from ..world.drawing import Appearance, draw
 from ..world.geometry import FLOOR

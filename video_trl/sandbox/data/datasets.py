@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from ...data.columns import group_features
 from ...data.video_io import write_video
-from ..benchmark import generate
 from ..weights.pipeline import Sandbox
 from ..world.simulate import FPS, Clip, simulate
+from .generate import generate
 
 
 DATASET_VERSION = 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...judges import Video
+from ...judges.base import Video
 from ..world.prompts import COLOURS, STILL_SCENES, PromptSpec, parse_prompt
 from . import fitting
 from .scenery import Scenery, read_scenery

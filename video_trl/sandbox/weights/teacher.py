@@ -5,7 +5,7 @@ from importlib.resources import files
 import torch
 from transformers import VideoMAEModel
 
-from ...teachers import VideoMAETeacher
+from ...teachers.videomae import VideoMAETeacher
 
 
 def load_sandbox_teacher(*, dtype: torch.dtype = torch.float32) -> VideoMAETeacher:

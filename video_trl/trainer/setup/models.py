@@ -19,13 +19,13 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
+from ...load import SANDBOX, load_pipeline
 from ...models import ModelFamily, family_for, supported_pipelines
 from ..base_config import VideoConfig
 from .quantization import quantization_config
 
 
 INDEX_NAME = "model_index.json"
-SANDBOX = "sandbox"
 _TWO_TRANSFORMERS = (
     "This {} holds two transformers, one for high and one for low noise; training one at all noise levels would harm "
     "it. Use a pipeline with a single transformer, such as Wan2.1."
@@ -109,9 +109,7 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
             raise ValueError("`model_init_kwargs` has no use with `model='sandbox'`, which is part of the package.")
         if args.quantization is not None:
             raise ValueError(f"`quantization={args.quantization!r}` has no use with `model='sandbox'`, which is tiny.")
-        from ...sandbox import load_sandbox  # the one place where training knows the sandbox
-
-        return load_sandbox().pipeline
+        return load_pipeline(name)
     assert not isinstance(args.model_init_kwargs, str), "TrainingArguments parses JSON strings"
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
     _check_index(name, _read_index(name, kwargs), local=Path(name).is_dir())

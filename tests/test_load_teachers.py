@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from video_trl.teachers import load_teacher
+from video_trl.load import load_teacher
 
 
 def test_a_repo_or_folder_that_is_not_there(tmp_path):

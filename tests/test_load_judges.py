@@ -17,9 +17,8 @@ from video_trl.judges import (
     RemoteJudge,
     VideoConPhysicsJudge,
     VideoPhy2Judge,
-    load_judge,
 )
-from video_trl.judges.loading import check_judge
+from video_trl.load import check_judge, load_judge
 from video_trl.sandbox import SandboxJudge, simulate
 
 
