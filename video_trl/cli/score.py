@@ -11,12 +11,10 @@ Nothing is generated. Scores of a run stand beside those of other judges, and wh
 table that is written can be used as a judge (`--judge scores.csv`). Relative paths in a table start at its folder.
 """
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .options import JudgeArguments
 from .parser import UsageError, parse, required, say
@@ -25,20 +23,20 @@ from .parser import UsageError, parse, required, say
 if TYPE_CHECKING:
     from ..judges import VideoJudge
 
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
-
 
 @dataclass
 class ScoreArguments:
     """What is written, and how much is judged at once."""
 
     output: str | None = field(
-        default=None, metadata={"help": "Of a table of videos: file to write (.csv or .jsonl)."}
+        default=None, metadata={"help": "Of a table of videos: file to write (.csv, .jsonl, .parquet)."}
     )
     batch_size: int = field(default=8, metadata={"help": "Videos given to the judge together."})
 
 
 def run(argv: Sequence[str]) -> int:
+    from ..judges.precomputed import SUFFIXES
+
     args, judge_args, paths = parse(
         "score",
         __doc__,
@@ -47,14 +45,14 @@ def run(argv: Sequence[str]) -> int:
         positional="runs",
         positional_help="Run directories, or one table (.csv, .jsonl, .parquet).",
     )
-    tables = [path for path in paths if Path(path).suffix in _SUFFIXES]
+    tables = [path for path in paths if Path(path).suffix in SUFFIXES]
     if tables and len(paths) > 1:
         raise UsageError(f"Pass either runs or one table, got {' '.join(paths)}.")
     if tables:
         output = Path(required("output", args.output, "scores.csv"))
-        if output.suffix not in (".csv", ".jsonl"):
-            raise UsageError(f"--output must end in .csv or .jsonl, got {output}.")
-        return _score_table(Path(tables[0]), output, judge_args.load(), args.batch_size)
+        if output.suffix not in SUFFIXES:
+            raise UsageError(f"--output must end in {', '.join(SUFFIXES)}, got {output}.")
+        return _score_table(tables[0], output, judge_args.load(), args.batch_size)
     if args.output is not None:
         raise UsageError("--output is for a table of videos; scores of a run are kept in the run.")
     from ..evaluation.runs.run import load_run
@@ -69,36 +67,11 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _score_table(table: Path, output: Path, judge: "VideoJudge", batch_size: int) -> int:
-    from tqdm.auto import tqdm
+def _score_table(table: str, output: Path, judge: "VideoJudge", batch_size: int) -> int:
+    from ..judges.score_table import score_table
 
-    from ..data.video_io import video_hash
-    from ..judges.precomputed import read_table
-
-    rows = read_table(table)
-    if not {"video", "prompt"} <= set(rows[0]):
-        raise ValueError(f"{table}: expected the columns video and prompt, got {', '.join(rows[0])}.")
-    paths = [table.parent / row["video"] for row in rows]
-    hashes = [video_hash(path) for path in paths]  # names what is missing before anything is judged
-    found: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", unit="batch", disable=None):
-        batch = slice(start, start + batch_size)
-        scores = judge.score(paths[batch], [row["prompt"] for row in rows[batch]])
-        for row, digest, score in zip(rows[batch], hashes[batch], scores, strict=True):
-            told = {key: value for key, value in score.items() if key not in ("sa", "pc")}
-            found.append(
-                {"video": row["video"], "video_hash": digest, "prompt": row["prompt"], "sa": score["sa"],
-                 "pc": score["pc"], "judge": judge.identity, "details": json.dumps(told)}
-            )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", encoding="utf-8", newline="") as file:
-        if output.suffix == ".csv":
-            writer = csv.DictWriter(file, found[0])
-            writer.writeheader()
-            writer.writerows(found)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in found)
-    scored = [row for row in found if row["sa"] is not None]
+    rows = score_table(table, output, judge, batch_size=batch_size)
+    scored = [row for row in rows if row["sa"] is not None]
     means = [sum(row[key] for row in scored) / max(len(scored), 1) for key in ("sa", "pc")]
-    say(f"{len(scored)} of {len(found)} videos scored, mean sa {means[0]:.3f}, mean pc {means[1]:.3f}, in {output}")
-    return 0 if len(scored) == len(found) else 1
+    say(f"{len(scored)} of {len(rows)} videos scored, mean sa {means[0]:.3f}, mean pc {means[1]:.3f}, in {output}")
+    return 0 if len(scored) == len(rows) else 1

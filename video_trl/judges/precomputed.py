@@ -14,12 +14,13 @@ from .base import Video
 from .frames import check_request, video_name
 
 
+SUFFIXES = (".csv", ".jsonl", ".parquet")  # of a table
 _COLUMNS = ("prompt", "sa", "pc")
 
 
 class PrecomputedJudge:
     """
-    Looks scores up instead of computing them: people's votes, another tool's output, or `examples/score_videos.py`.
+    Looks scores up instead of computing them: people's votes, another tool's output, or `score_table`.
 
     The table has the columns `prompt`, `sa`, `pc` (in [0, 1]), and `video` (a path, of which the file name counts) or
     `video_hash` (of the content, as `video_trl.data.video_hash` gives it; it wins where both are there, and alone can
