@@ -5,70 +5,37 @@
 """
 Alignment of a text-to-video model with a video encoder (VideoREPA, https://huggingface.co/papers/2505.23656).
 
-Without arguments it aligns the sandbox model with the sandbox teacher on simulated clips:
+The sandbox model with the sandbox teacher on simulated clips, or another model on rows of the type "video":
 
     accelerate launch examples/train_repa.py
-
-With a model, a teacher and a dataset of the row type "video" (docs/data/dataset_formats.md) it trains that model:
-
     accelerate launch examples/train_repa.py --config examples/configs/cogvideox-5b-repa.yaml --dataset_name my/videos
 
-Every value of a configuration file can be overridden on the command line. `examples/studies/repa.py` compares the
-method with its baselines, and `examples/probe_physion.py` measures what a model has understood.
+`examples/studies/repa.py` compares the method with its baselines, `examples/probe_physion.py` probes a model.
+
+Every value of a configuration file can be overridden on the command line.
 """
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from trl import TrlParser
+
+from video_trl import VideoREPAConfig, VideoREPATrainer
+from video_trl.load import ScriptArguments, load_training_rows
+from video_trl.trainer.checkpoints.weights import named_checkpoint
 
 
 SANDBOX_CONFIG = Path(__file__).parent / "configs" / "sandbox-repa.yaml"
 
 
-@dataclass
-class ScriptArguments:
-    """What to train on; how to train is said by [`VideoREPAConfig`]."""
-
-    model_name_or_path: str = field(
-        default="sandbox",
-        metadata={"help": "Repository id or path of a text-to-video pipeline in diffusers layout, or 'sandbox'."},
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Repository id or path of a dataset with the columns prompt and video. Unset: simulated clips of "
-            "the sandbox."
-        },
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    num_clips: int = field(default=256, metadata={"help": "Simulated clips, where no dataset is named."})
-
-
 def main(argv: list[str]) -> None:
-    from trl import TrlParser
-
-    from video_trl import VideoREPAConfig, VideoREPATrainer
-    from video_trl.data.tables import load_rows
-    from video_trl.sandbox import build_clip_dataset
-    from video_trl.trainer.checkpoints.weights import named_checkpoint
-
-    script_args, training_args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
-    if script_args.dataset_name is not None:
-        dataset = load_rows(script_args.dataset_name, script_args.dataset_split)
-    elif script_args.model_name_or_path == "sandbox":
-        with training_args.main_process_first():
-            folder = Path(training_args.output_dir) / "clips"
-            dataset = build_clip_dataset(folder, num_clips=script_args.num_clips)
-    else:
-        raise ValueError(
-            f"--model_name_or_path {script_args.model_name_or_path} needs --dataset_name: simulated clips have the "
-            "sandbox's size. Pass a repository id or a folder with the columns prompt and video."
-        )
-    trainer = VideoREPATrainer(script_args.model_name_or_path, training_args, dataset)
-    trainer.train(resume_from_checkpoint=named_checkpoint(training_args.resume_from_checkpoint))
+    data, args = TrlParser((ScriptArguments, VideoREPAConfig)).parse_args_and_config(args=argv)
+    rows = load_training_rows(data, args, VideoREPATrainer.row_type)
+    trainer = VideoREPATrainer(data.model_name_or_path, args, rows)
+    trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))
     trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
 
 
 if __name__ == "__main__":

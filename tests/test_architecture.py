@@ -34,17 +34,22 @@ MAY_IMPORT = {
     "judges": {"data"},
     "teachers": set(),
     "data": {"models", "teachers"},
-    "sandbox": {"judges", "teachers", "data", "diffusion", "evaluation"},
+    "sandbox": {"judges", "teachers", "data", "diffusion"},
     "load": {"judges", "teachers", "data", "sandbox"},
     "hub": {"data", "load"},
     "curation": {"data", "judges", "models", "losses", "load"},
     "evaluation": {"judges", "data", "models", "teachers", "load"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},
+    "experiment": {"load", "evaluation", "trainer"},
     "cli": {"load", "methods"},
     "__main__": {"cli"},
 }
 # Allowed only inside a function: a verb loads nothing slow before it has read its options.
-MAY_IMPORT_LAZILY = {"cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"}, "methods": {"trainer"}}
+MAY_IMPORT_LAZILY = {
+    "cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"},
+    "methods": {"trainer"},
+    "experiment": {"__version__"},
+}
 # The only files that may know the name of the default model: the others get what it stands for from `load.py`.
 KNOW_THE_SANDBOX_BY_NAME = {"load"}
 # Files of a circle of imports that is not undone yet.

@@ -7,13 +7,16 @@ when that name is asked for. Nothing that it loads from may import it.
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     from diffusers import DiffusionPipeline
+    from transformers import TrainingArguments
 
     from .data.probe_clips import ProbeClip
     from .judges.base import VideoJudge
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
 
 SANDBOX = "sandbox"  # the pipeline, judge, teacher and prompts that ship with the package
 
-_TABLES = (".csv", ".jsonl", ".parquet")
 _JUDGES = ("videocon-physics", "videophy2", "qwen-vl")
 _JUDGE_REPOSITORIES = {
     "videophysics/videocon_physics": "videocon-physics",
@@ -162,11 +164,13 @@ def _load_judge(name: str, options: dict[str, Any]) -> "VideoJudge":
 
 def _judge_kind(name: str, revision: str | None) -> tuple[str, str]:
     """What a name means: sandbox, "server", "table" or one of `_JUDGES`; and the folder or repository of weights."""
+    from .judges.precomputed import SUFFIXES
+
     if name == SANDBOX:
         return SANDBOX, ""
     if name.startswith(("http://", "https://")):
         return "server", ""
-    if Path(name).suffix in _TABLES:
+    if Path(name).suffix in SUFFIXES:
         return "table", ""
     kind, _, weights = name.partition(":")
     if kind in _JUDGES:
@@ -179,13 +183,14 @@ def _judge_kind(name: str, revision: str | None) -> tuple[str, str]:
 
 def _judge_of_checkpoint(name: str, revision: str | None) -> str:
     """Which judge a folder or repository holds, by its `config.json`."""
+    from .judges.precomputed import SUFFIXES
     from .judges.weights import read_config, resolve_weights
 
     if "/" not in name and not Path(name).is_dir():
         raise ValueError(
             f"No judge {name!r}: expected {SANDBOX!r}, {', '.join(repr(kind) for kind in _JUDGES)} (each may be "
             "followed by ':' and a folder or repository), a folder, a repository id, a server's URL, or a table "
-            f"({', '.join(_TABLES)})."
+            f"({', '.join(SUFFIXES)})."
         )
     kind = read_config(resolve_weights(name, revision, ["config.json"])).get("model_type")
     if kind in ("qwen2_5_vl", "qwen3_vl"):
@@ -288,6 +293,65 @@ def _load_teacher_repository(name: str, dtype: "torch.dtype", options: dict[str,
 def default_teacher(model: object) -> str | None:
     """Name of the teacher that belongs to a named model: the sandbox brings one, no other model does."""
     return SANDBOX if model == SANDBOX else None
+
+
+# ---- training rows
+
+
+@dataclass
+class ScriptArguments:
+    """What a script trains, and on what; how it trains is said by the configuration of its trainer."""
+
+    model_name_or_path: str = field(
+        default=SANDBOX,
+        metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    num_groups: int = field(default=256, metadata={"help": "Sandbox, pair and group methods: rows of its dataset."})
+    num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
+    num_clips: int = field(default=256, metadata={"help": "Sandbox, other methods: simulated clips."})
+    on_collapse: Literal["warn", "stop", "raise"] = field(
+        default="warn",
+        metadata={"help": "Pair and group methods: what to do when the model gets worse at both videos of a pair."},
+    )
+
+
+def load_training_rows(data: ScriptArguments, args: "TrainingArguments", row_type: str) -> "datasets.Dataset":
+    """
+    The dataset that was named, or the sandbox's, made in `args.output_dir`.
+
+    Args:
+        data ([`ScriptArguments`]): Names of model and dataset, and the size of the sandbox's.
+        args (`TrainingArguments`): Of the run; of several processes the first one makes the sandbox's dataset.
+        row_type (`str`): What the trainer takes, its `row_type`. The sandbox's rows are simulated clips for `"video"`,
+            else groups, which are preference pairs too.
+
+    Raises:
+        ValueError: If another model than the sandbox's is to be trained and no dataset is named, or the one that is
+            named cannot be loaded.
+    """
+    if data.dataset_name is not None:
+        from .data.tables import load_rows
+
+        return load_rows(data.dataset_name, data.dataset_split)
+    if data.model_name_or_path != SANDBOX:
+        raise ValueError(
+            f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
+            "data. Pass a repository id or a folder (docs/data/dataset_formats.md)."
+        )
+    from .sandbox import build_clip_dataset, build_group_dataset, load_sandbox
+
+    assert args.output_dir is not None
+    folder = Path(args.output_dir)
+    with args.main_process_first():
+        if row_type == "video":
+            return build_clip_dataset(folder / "clips", num_clips=data.num_clips)
+        return build_group_dataset(
+            load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
+        )
 
 
 # ---- what else the sandbox supplies where no data is named ----------------------------------------------------------

@@ -235,16 +235,14 @@ def train(args: StudyArguments, name: str, seed: int, groups: list[dict[str, Any
 
 
 def judged(sandbox: "Sandbox", args: StudyArguments, name: str) -> list[dict[str, Any]]:
-    from video_trl.sandbox.benchmark import evaluate
-    from video_trl.sandbox.data.prompts import balanced_prompts
+    from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
+    from video_trl.evaluation.runs.generate import Generator
 
-    prompts = balanced_prompts("heldout", args.eval_prompts, seed=PROMPT_DRAW)
+    prompts = sandbox_prompts(args.eval_prompts, seed=PROMPT_DRAW)
     folder = Path(args.output_dir) / "videos" / name
-    records = evaluate(
-        sandbox.pipeline, sandbox.judge, prompts, args.eval_seeds, dict(sandbox.call_kwargs), folder, name=name
-    )
-    names = ("prompt", "category", "seed", "pc", "sa")
-    return [{key: value for key, value in asdict(record).items() if key in names} for record in records]
+    generator = Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
+    table = evaluate_pipeline(folder, generator, sandbox.judge, prompts, seeds=args.eval_seeds, name=name)
+    return [{key: row[key] for key in ("prompt", "category", "seed", "pc", "sa")} for row in table.rows()]
 
 
 def result_path(args: StudyArguments, arm: str, seed: int | None = None) -> Path:

@@ -22,7 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,13 +196,13 @@ def training_data(args: StudyArguments, sandbox: "Sandbox") -> "EncodedDataset":
 
 def judged(sandbox: "Sandbox", number: int, folder: Path) -> list[dict[str, Any]]:
     """Scores of one video of each held-out sentence, always from the same noise."""
-    from video_trl.sandbox.benchmark import evaluate
-    from video_trl.sandbox.data.prompts import balanced_prompts
+    from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
+    from video_trl.evaluation.runs.generate import Generator
 
-    prompts = balanced_prompts("heldout", number, seed=PROMPT_DRAW)
-    records = evaluate(sandbox.pipeline, sandbox.judge, prompts, [NOISE_SEED], dict(sandbox.call_kwargs), folder)
-    names = ("prompt", "pc", "sa", "video")
-    return [{name: value for name, value in asdict(record).items() if name in names} for record in records]
+    prompts = sandbox_prompts(number, seed=PROMPT_DRAW)
+    generator = Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
+    table = evaluate_pipeline(folder, generator, sandbox.judge, prompts, seeds=[NOISE_SEED])
+    return [{name: row[name] for name in ("prompt", "pc", "sa", "video")} for row in table.rows()]
 
 
 def result_path(args: StudyArguments, arm: str, seed: int) -> Path:

@@ -310,19 +310,17 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
 
 
 def judged_videos(study: ScriptArguments, sandbox: "Sandbox", trained: Path) -> list[dict[str, Any]]:
-    from video_trl.sandbox.benchmark import evaluate
-    from video_trl.sandbox.data.prompts import balanced_prompts
+    from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
+    from video_trl.evaluation.runs.generate import Generator
 
-    records = evaluate(
-        sandbox.pipeline,
+    return evaluate_pipeline(
+        trained / "videos",
+        Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs)),
         sandbox.judge,
-        prompts=balanced_prompts("heldout", study.eval_prompts, seed=PROMPT_DRAW),
+        sandbox_prompts(study.eval_prompts, seed=PROMPT_DRAW),
         seeds=[NOISE_SEED + k for k in range(study.eval_seeds)],
-        call_kwargs=dict(sandbox.call_kwargs),
-        output_dir=trained / "videos",
         name=trained.name,
-    )
-    return [asdict(record) for record in records]
+    ).rows()
 
 
 # ---- Reporting -----------------------------------------------------------------------------------

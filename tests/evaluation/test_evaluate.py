@@ -1,18 +1,19 @@
 """From a model to a table in one call, on the sandbox's shipped pipeline with few steps."""
 
-import importlib.util
 import json
-import sys
 
+import numpy as np
 import pytest
 
 from tests.support.evaluation.runs import ColourJudge
-from tests.support.paths import EXAMPLES
 from video_trl.data.video_io import read_video
-from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, sandbox_prompts
+from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, evaluate_pipeline, sandbox_prompts
+from video_trl.evaluation.runs.generate import Generator, generate_run
 from video_trl.evaluation.runs.run import load_run
+from video_trl.evaluation.runs.score import score_run
+from video_trl.evaluation.runs.tables import tabulate
+from video_trl.load import load_judge
 from video_trl.sandbox import load_sandbox
-from video_trl.sandbox.benchmark import evaluate
 from video_trl.sandbox.world.prompts import MOTIONS
 
 
@@ -41,16 +42,79 @@ def test_again_is_instant_and_the_same(evaluated):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_videos_are_those_of_the_sandbox_benchmark(evaluated, tmp_path):
-    """Same prompts, same noise: runs made here pair up with results made there."""
-    _, table = evaluated
+@pytest.fixture(scope="module")
+def generator():
     sandbox = load_sandbox()
-    prompts = [prompt.text for prompt in table.run.prompts]
-    records = evaluate(
-        sandbox.pipeline, sandbox.judge, prompts, [0], {**sandbox.call_kwargs, **QUICK}, tmp_path, batch_size=3
-    )
-    for case, record in zip(table.run.cases, records, strict=True):
-        assert (read_video(table.run.video(case)) == read_video(record.video)).all()
+    return Generator(sandbox.pipeline, "sandbox", 8, {**sandbox.call_kwargs, **QUICK})
+
+
+def _distance(first, second):
+    """Mean difference of two files in grey levels: sums of floats come out a little differently from call to call."""
+    return np.abs(read_video(first).astype(int) - read_video(second)).mean()
+
+
+def test_a_pipeline_in_memory_makes_the_videos_of_the_named_model(evaluated, generator, tmp_path):
+    """Same prompts, same noise: the two runs pair up."""
+    _, table = evaluated
+    again = evaluate_pipeline(tmp_path, generator, load_judge("sandbox"), table.run.prompts, batch_size=3)
+    assert [(row["prompt"], row["seed"]) for row in again.rows()] == [(p.text, 0) for p in table.run.prompts]
+    videos = [again.run.video(case) for case in again.run.cases]
+    for case, video, other in zip(table.run.cases, videos, reversed(videos), strict=True):
+        assert _distance(table.run.video(case), video) < 0.5
+        assert video == other or _distance(table.run.video(case), other) > 5
+
+
+class RecordingJudge:
+    """The sandbox's judge, and what it was shown."""
+
+    def __init__(self):
+        self.judge, self.videos = load_judge("sandbox"), []
+        self.name, self.identity = self.judge.name, self.judge.identity
+
+    def score(self, videos, prompts):
+        self.videos += videos
+        return self.judge.score(videos, prompts)
+
+
+def test_a_judge_beside_the_model_sees_frames_before_compression(generator, tmp_path):
+    """Its scores are those of the arrays, to the last bit; scores of the files are refused beside them."""
+    judge = RecordingJudge()
+    table = evaluate_pipeline(tmp_path, generator, judge, sandbox_prompts(2), seeds=(0, 1))
+    rows = table.rows()
+    assert [(video.dtype, video.shape) for video in judge.videos] == [(np.uint8, (13, 64, 64, 3))] * 4
+    texts = [row["prompt"] for row in rows]
+    expected = judge.judge.score(judge.videos, texts)
+    assert [(row["pc"], row["sa"]) for row in rows] == [(score["pc"], score["sa"]) for score in expected]
+    assert all(row["joint"] == float(row["sa"] >= 0.5 and row["pc"] >= 0.5) for row in rows)
+    of_files = judge.judge.score([row["video"] for row in rows], texts)
+    assert [score["pc"] for score in of_files] != [score["pc"] for score in expected]
+    with pytest.raises(ValueError, match="scores of another judge"):
+        score_run(tmp_path, judge)
+
+
+def test_a_video_without_its_score_is_made_again(generator, tmp_path):
+    """Stopped between the two, a run has the file alone, and what the judge would see in that is another thing."""
+    arguments = {"batch_size": 2, "judge": RecordingJudge(), "rank": 0, "num_ranks": 1}
+    run = generate_run(tmp_path, generator, sandbox_prompts(2), **arguments)
+    case = run.cases[1]
+    score = tmp_path / "scores" / arguments["judge"].name / f"{case.key}.json"
+    score.unlink()
+    run.video(case).write_bytes(b"half")
+    generate_run(tmp_path, generator, sandbox_prompts(2), **arguments)
+    judge = arguments["judge"]
+    assert len(judge.videos) == 3 and np.abs(judge.videos[2].astype(int) - judge.videos[1]).mean() < 0.5
+    assert score.is_file() and len(read_video(run.video(case))) == 13 and len(tabulate(run).rows()) == 2
+
+
+def test_a_run_in_memory_replaces_a_run_and_nothing_else(generator, tmp_path):
+    judge = load_judge("sandbox")
+    evaluate_pipeline(tmp_path / "run", generator, judge, ["A red ball rolls to the right."], name="first")
+    (tmp_path / "thesis.txt").write_text("all I have")
+    with pytest.raises(ValueError, match="holds files that are no evaluation run"):
+        evaluate_pipeline(tmp_path, generator, judge, ["A red ball rolls to the right."])
+    assert (tmp_path / "thesis.txt").read_text() == "all I have"
+    table = evaluate_pipeline(tmp_path / "run", generator, judge, ["A red ball rolls to the left."], name="second")
+    assert load_run(tmp_path / "run").name == "second" and len(table.rows()) == 1
 
 
 def test_other_ranks_return_nothing_and_the_first_waits_for_their_files(tmp_path, monkeypatch):
@@ -81,22 +145,6 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path, arguments
     with pytest.raises(ValueError, match=message):
         evaluate_model(tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
-
-
-def test_script_evaluates_and_compares(evaluated, tmp_path, capsys):
-    path = EXAMPLES / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("example_evaluate", path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    folder, _ = evaluated
-    arguments = ["--output_dir", str(tmp_path / "run"), "--num_prompts", "3", "--num_inference_steps", "1"]
-    script.main(
-        [*arguments, "--guidance_scale", "1", "--batch_size", "3", "--name", "unguided", "--compare", str(folder)]
-    )
-    printed = capsys.readouterr().out
-    assert "unguided, custom" in printed and "unguided vs sandbox" in printed
-    assert (tmp_path / "run" / "comparison.html").read_text().count("<video") == 6
 
 
 @pytest.mark.parametrize(("benchmark", "joint"), [("custom", 1.0), ("videophy2", 0.0)])

@@ -16,6 +16,7 @@ from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
 from video_trl.curation import GTPairConfig, PhyAugConfig
+from video_trl.experiment import ExperimentArguments
 from video_trl.sandbox import load_sandbox
 from video_trl.trainer.checkpoints.weights import named_checkpoint
 
@@ -25,7 +26,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 # Last word of a configuration's name -> the script that reads it, and its arguments.
 TRAINING = {
     "dpo": ("train_dpo", VideoDPOConfig),
-    "gdpo": ("train_gdpo", VideoGroupDPOConfig),
+    "gdpo": ("train_gdpo", VideoGroupDPOConfig, ExperimentArguments),
     "reg-dpo": ("train_reg_dpo", VideoRegDPOConfig),
     "repa": ("train_repa", VideoREPAConfig),
     "sft": ("train_sft", VideoSFTConfig),
@@ -47,8 +48,8 @@ def _load(name):
 def _parse(config, *overrides):
     readers = TRAINING | STUDIES | CURATION
     method = max((name for name in readers if f"-{config.stem}".endswith(f"-{name}")), key=len)  # -reg-dpo is no -dpo
-    script, config_class = readers[method]
-    parser = TrlParser((_load(script).ScriptArguments, config_class))
+    script, config_class, *further = readers[method]
+    parser = TrlParser((_load(script).ScriptArguments, config_class, *further))
     device = ["--use_cpu"] if method in TRAINING | STUDIES else []
     return parser.parse_args_and_config(args=["--config", str(config), *device, *overrides])
 
@@ -56,15 +57,14 @@ def _parse(config, *overrides):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_is_understood_to_the_last_key(config):
     """The parser raises at a key that no dataclass has; what it has read must be what the file says."""
-    script_args, args = _parse(config)
-    values = {**vars(script_args), **vars(args)}
+    values = {name: value for arguments in _parse(config) for name, value in vars(arguments).items()}
     for key, value in yaml.safe_load(config.read_text()).items():
         expected = [value] if key == "report_to" and isinstance(values[key], list) else value
         assert values[key] == ([] if expected == ["none"] else expected), key
 
 
 def test_command_line_wins_over_the_file(tmp_path):
-    _, training_args = _parse(EXAMPLES / "configs" / "sandbox-gdpo.yaml", "--max_steps", "3", "--beta", "50")
+    _, training_args, _ = _parse(EXAMPLES / "configs" / "sandbox-gdpo.yaml", "--max_steps", "3", "--beta", "50")
     assert (training_args.max_steps, training_args.beta) == (3, 50)
 
 
@@ -76,7 +76,7 @@ def test_a_misspelt_key_is_refused(tmp_path):
 
 
 def test_the_14b_configuration_holds_the_numbers_of_the_paper():
-    _, args = _parse(EXAMPLES / "configs" / "wan2.1-14b-gdpo.yaml")
+    _, args, _ = _parse(EXAMPLES / "configs" / "wan2.1-14b-gdpo.yaml")
     assert (args.height, args.width, args.max_steps) == (480, 832, 10_000)
     assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.999, 0.01)
@@ -114,7 +114,7 @@ def test_the_cogvideox_configurations_hold_the_numbers_of_the_paper(size):
 @pytest.mark.parametrize("size", ["1.3b", "14b"])
 def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
     """81 frames are 5 s at 16 fps; without a common rate, real clips of 24 or 30 fps become slow motion."""
-    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-{size}-gdpo.yaml")
+    _, args, _ = _parse(EXAMPLES / "configs" / f"wan2.1-{size}-gdpo.yaml")
     assert (args.num_frames, args.fps) == (81, 16)
 
 
@@ -140,7 +140,7 @@ def test_an_unknown_dataset_is_refused_with_the_way_out(script, name, tmp_path):
         _load(script).main(arguments)
 
 
-@pytest.mark.parametrize("script, config", TRAINING.values())
+@pytest.mark.parametrize("script, config", [entry[:2] for entry in TRAINING.values()])
 def test_resuming_takes_a_folder_or_true(script, config, tmp_path):
     assert "resume_from_checkpoint=named_checkpoint(" in inspect.getsource(_load(script))
     for value, expected in ((None, None), ("True", True), ("true", True), ("False", None), ("out/c-5", "out/c-5")):
@@ -246,7 +246,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
             "0",
             "1",
         ),
-        *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"),
+        *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu", "--logging_steps", "1"),
     ]
     script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])
 
@@ -254,11 +254,20 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
         for seed in (0, 1):
             folder = tmp_path / f"{method}-seed{seed}"
             assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
-    assert (tmp_path / "report.html").read_text().count("<video") == 4 * 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video") == 4 * 3  # base, and the adapters of the first seed
+    assert "Each training seed" in page and "PhyGDPO: rewards" in page and "eval_prompts: 4" in page
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [
         ("PhyGDPO", 0), ("PhyGDPO", 1), ("SFT", 0), ("SFT", 1),
     ]  # fmt: skip
-    assert len(results["base"]) == 4
+    assert len(results["base"]) == 4 and results["settings"]["beta"] == 500
+    judge = load_sandbox().judge
+    for row in results["base"] + results["runs"][-1]["records"]:
+        score = judge.score([row["video"]], [row["prompt"]])[0]
+        assert row["pc"] == pytest.approx(score["pc"], abs=0.15)  # the file is compressed, the judge saw the frames
+    assert [entry["metric"] for entry in results["comparisons"]] == [
+        m for m in ("pc", "sa", "joint") for _ in range(3)
+    ]
     printed = capsys.readouterr().out
     assert "PhyGDPO vs base" in printed and "PhyGDPO vs SFT" in printed and "better" not in printed

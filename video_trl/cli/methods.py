@@ -4,17 +4,16 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ..load import SANDBOX, generation_defaults, load_judge
+from ..load import SANDBOX, ScriptArguments, generation_defaults, load_judge, load_training_rows
 from ..methods import Method, known_methods
 from .options import mapping
 from .parser import UsageError, nearest, parse, required, say
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 _SAMPLES = 4  # sample videos of the sandbox
 _PATH = re.compile(r"[\w.]+:\w+")
@@ -27,19 +26,9 @@ _COMMON = (
 
 
 @dataclass
-class DataArguments:
-    """What to train on, and what to measure on the way."""
+class DataArguments(ScriptArguments):
+    """What to train, on what, and what to measure on the way."""
 
-    model_name_or_path: str = field(
-        default=SANDBOX, metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    num_groups: int = field(default=256, metadata={"help": "Sandbox, pair and group methods: rows of its dataset."})
-    num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
-    num_clips: int = field(default=256, metadata={"help": "Sandbox, other methods: simulated clips."})
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
         default=None,
@@ -68,10 +57,6 @@ class DataArguments:
     )
     sample_prompts: str | None = field(
         default=None, metadata={"help": "File of prompts for them. Unset: four of the sandbox's held-out ones."}
-    )
-    on_collapse: Literal["warn", "stop"] = field(
-        default="warn",
-        metadata={"help": "Pair and group methods: what to do when the model gets worse at both videos of a pair."},
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Print configuration, rows, tokens, memory and steps; start nothing."}
@@ -144,7 +129,7 @@ def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) ->
 
 def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:
     """A trainer, its data loaded or made, and encoded."""
-    dataset = training_data(trainer_class, data, args)
+    dataset = load_training_rows(data, args, trainer_class.row_type)
     held_out = None
     if data.eval_rows:
         if not 0 < data.eval_rows < len(dataset):
@@ -159,23 +144,6 @@ def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> An
         callbacks=_callbacks(trainer_class, data),
         evaluator=_evaluator(data, args),
     )
-
-
-def training_data(trainer_class: type[Any], data: DataArguments, args: Any) -> "Dataset":
-    """The dataset that was named, or the sandbox's: groups, or for rows of the video type simulated clips."""
-    if data.dataset_name is not None:
-        from ..data.tables import load_rows
-
-        return load_rows(data.dataset_name, data.dataset_split)
-    from ..sandbox import build_clip_dataset, build_group_dataset, load_sandbox
-
-    folder = Path(args.output_dir)
-    with args.main_process_first():
-        if trainer_class.row_type == "video":
-            return build_clip_dataset(folder / "clips", num_clips=data.num_clips)
-        return build_group_dataset(
-            load_sandbox(), folder / "dataset", num_groups=data.num_groups, num_rejected=data.num_rejected
-        )
 
 
 def training_rows(trainer_class: type[Any], data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:

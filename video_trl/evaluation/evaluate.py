@@ -15,7 +15,7 @@ from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
 from .runs.generate import Generator, generate_run, load_generator
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
-from .runs.run import SCORE_FOLDER, Run, shard
+from .runs.run import RUN_FILE, SCORE_FOLDER, Run, shard
 from .runs.score import score_run, slug
 from .runs.tables import RunTable, benchmark_named, tabulate
 
@@ -102,6 +102,52 @@ def evaluate_model(
         return None
     if num_ranks > 1:
         _wait_for_scores(run, judge.name)
+    return tabulate(run, judge=judge.name)
+
+
+def evaluate_pipeline(
+    run_dir: str | os.PathLike[str],
+    generator: Generator,
+    judge: VideoJudge,
+    prompts: Sequence[EvaluationPrompt | str],
+    *,
+    seeds: Sequence[int] = (0,),
+    name: str = "model",
+    training_seed: int | None = None,
+    batch_size: int = 16,
+) -> RunTable:
+    """
+    Evaluates a pipeline in memory, in this process and from the start: a run that is in the directory is replaced. The
+    judge sees the frames as the pipeline makes them, so that compression has no part in its scores.
+
+    Args:
+        run_dir (path): Directory of the run.
+        generator ([`Generator`]): The model.
+        judge ([`VideoJudge`]): Any judge that fits beside the model.
+        prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
+        name (`str`), training_seed (`int`): As in [`generate_run`].
+        batch_size (`int`, *optional*, defaults to `16`): Videos generated together.
+
+    Returns:
+        [`RunTable`]
+
+    Raises:
+        ValueError: As in [`generate_run`].
+    """
+    if os.path.isfile(os.path.join(run_dir, RUN_FILE)):
+        shutil.rmtree(run_dir)
+    run = generate_run(
+        run_dir,
+        generator,
+        prompts,
+        seeds=seeds,
+        name=name,
+        training_seed=training_seed,
+        batch_size=batch_size,
+        judge=judge,
+        rank=0,
+        num_ranks=1,
+    )
     return tabulate(run, judge=judge.name)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .benchmark import evaluate
     from .data.datasets import build_clip_dataset, build_group_dataset
     from .judge.judge import SandboxJudge
     from .weights.pipeline import Sandbox, load_sandbox
@@ -21,7 +20,6 @@ _HOME = {
     "SandboxJudge": "judge.judge",
     "build_clip_dataset": "data.datasets",
     "build_group_dataset": "data.datasets",
-    "evaluate": "benchmark",
     "load_sandbox": "weights.pipeline",
     "simulate": "world.simulate",
 }
@@ -32,7 +30,6 @@ __all__ = [
     "SandboxJudge",
     "build_clip_dataset",
     "build_group_dataset",
-    "evaluate",
     "load_sandbox",
     "simulate",
 ]

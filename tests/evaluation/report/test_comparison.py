@@ -9,9 +9,15 @@ import pytest
 from tests.support.evaluation.browser import chromium, page_of
 from tests.support.evaluation.runs import ColourJudge, make_run
 from video_trl.evaluation import holm, paired_bootstrap, prompt_sign_test, summary_table
-from video_trl.evaluation.report.comparison import compare_runs, training_curves, write_comparison
+from video_trl.evaluation.report.comparison import (
+    compare_runs,
+    compare_tables,
+    training_curves,
+    write_comparison,
+)
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
 from video_trl.evaluation.runs.score import load_scores, score_run
+from video_trl.evaluation.runs.tables import tabulate
 from video_trl.evaluation.votes.study import Vote, VoteFile, open_study
 
 
@@ -59,6 +65,18 @@ def test_comparisons_pool_training_seeds_resample_prompts_and_correct_for_their_
     assert [c.verdict for c in comparisons[:2]] == ["better", "no difference shown"]
     table = summary_table(comparisons)
     assert "p (Holm)" in table and "48 / 8 / 3" in table
+
+
+def test_pairs_of_tables_stand_by_themselves_metric_by_metric(folders):
+    """The same differences without a p-value, in the order asked for."""
+    tables = [tabulate(folder) for folder in folders]
+    pairs = [("ours", "base"), ("base", "ours")]
+    comparisons = compare_tables(tables, pairs)
+    assert [(c.metric, c.a, c.b) for c in comparisons] == [(m, *pair) for m in ("pc", "sa", "joint") for pair in pairs]
+    assert all(c.p_adjusted is None for c in comparisons)
+    assert [c.difference for c in comparisons[::2]] == [c.difference for c in compare_runs(folders)]
+    assert (comparisons[0].verdict, comparisons[1].verdict) == ("better", "worse")
+    assert "p (Holm)" not in summary_table(comparisons)
 
 
 def test_one_training_seed_never_earns_the_word_better(folders):

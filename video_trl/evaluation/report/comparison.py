@@ -83,30 +83,62 @@ def write_comparison(
     Raises:
         ValueError: As in [`compare_runs`], or if the votes are about other runs.
     """
-    runs = [load_run(folder) for folder in run_dirs]
-    tables = [tabulate(run, judge=judge, benchmark=benchmark, level=level) for run in runs]
-    comparisons = _compare(tables, baseline, level)
-    labels = [_label(run) for run in runs]
-    shown = _spread_prompts(runs[0], max_prompts)
-    per_prompt = len(runs[0].seeds)
-    samples = [_sample(tables, labels, index * per_prompt) for index in shown]
-    page_tables = [_runs_table(tables), *_group_tables(tables)]
-    if votes_path is not None:
-        page_tables.append(votes_table(vote_results(votes_path, level=level)))
-    told = [
-        f"Videos: {len(shown)} of {len(runs[0].prompts)} prompts, the first ones of each category in turn, not chosen "
-        f"by their scores; seed {runs[0].seeds[0]} of {list(runs[0].seeds)}.",
-        *(f"{label}: {_provenance(run)}" for label, run in zip(labels, runs, strict=True)),
+    tables = [tabulate(load_run(folder), judge=judge, benchmark=benchmark, level=level) for folder in run_dirs]
+    votes = [] if votes_path is None else [votes_table(vote_results(votes_path, level=level))]
+    return write_page(
+        out_html,
+        tables,
+        _compare(tables, baseline, level),
+        shown=tables,
+        max_prompts=max_prompts,
+        further_tables=votes,
+        curves=curves,
+        title=title,
+        notes=notes,
+    )
+
+
+def write_page(
+    out_html: str | os.PathLike[str],
+    tables: Sequence[RunTable],
+    comparisons: Sequence[Comparison],
+    *,
+    shown: Sequence[RunTable],
+    max_prompts: int | None = 24,
+    further_tables: Sequence[Table] = (),
+    curves: Sequence[Curve] = (),
+    title: str = "Comparison",
+    notes: Sequence[str] = (),
+) -> Path:
+    """
+    The page of [`write_comparison`] for runs that are counted already.
+
+    Args:
+        out_html, max_prompts, curves, title, notes: As in [`write_comparison`].
+        tables (list of [`RunTable`]): Every run, of the same prompts and seeds.
+        comparisons (list of [`Comparison`]): Shown first.
+        shown (list of [`RunTable`]): Runs whose videos are embedded, a column each.
+        further_tables (list of [`Table`], *optional*): Shown below those of the runs.
+
+    Returns:
+        `Path`: The file written.
+    """
+    run, labels = shown[0].run, [_label(table.run) for table in shown]
+    prompts = _spread_prompts(run, max_prompts)
+    facts = [
+        f"Videos: {len(prompts)} of {len(run.prompts)} prompts, the first ones of each category in turn, not chosen "
+        f"by their scores; seed {run.seeds[0]} of {list(run.seeds)}.",
+        *(f"{_label(table.run)}: {_provenance(table.run)}" for table in tables),
     ]
     return write_report(
         out_html,
         title=title,
         columns=[Column(label) for label in labels],
-        samples=samples,
+        samples=[_sample(shown, labels, index * len(run.seeds)) for index in prompts],
         comparisons=comparisons,
-        tables=page_tables,
+        tables=[_runs_table(tables), *_group_tables(tables), *further_tables],
         curves=curves,
-        notes=[*notes, *told],
+        notes=[*notes, *facts],
         disagreement="pc",
     )
 
@@ -148,23 +180,44 @@ def _is_curve(key: str, value: Any) -> bool:
     return not timing and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _compare(tables: Sequence[RunTable], baseline: str | None, level: float) -> list[Comparison]:
-    if not tables:
-        raise ValueError("A comparison needs at least one run, got none.")
-    methods = _methods(tables)
-    baseline = tables[0].run.name if baseline is None else baseline
-    if baseline not in methods:
-        raise ValueError(f"The baseline {baseline!r} is not among the methods {sorted(methods)}.")
-    seeds = {name: [table.run.training_seed for table in runs] for name, runs in methods.items()}
-    trained = {tuple(sorted(map(str, values))): name for name, values in seeds.items() if values != [None]}
-    if len(trained) > 1:
-        raise ValueError(
-            f"Methods are compared training seed by training seed; each needs the same ones, got {seeds}."
+def compare_tables(
+    tables: Sequence[RunTable], pairs: Sequence[tuple[str, str]], *, level: float = 0.95
+) -> list[Comparison]:
+    """
+    Pairs of methods, the first of each against the second, in the metrics of [`compare_runs`]. The intervals stand by
+    themselves: no p-value, and no correction for the number of comparisons.
+
+    Args:
+        tables (list of [`RunTable`]): Runs; those of one name are training seeds of one method.
+        pairs (list of (`str`, `str`)): Names of methods.
+        level (`float`, *optional*, defaults to `0.95`): Confidence level of the intervals.
+
+    Returns:
+        `list[Comparison]`: Metric by metric, the pairs in their order.
+
+    Raises:
+        ValueError: As in [`compare_runs`].
+    """
+    values, clusters, num_seeds = _paired_values(tables)
+    return [
+        Comparison(
+            metric,
+            a,
+            b,
+            paired_bootstrap(values[a][metric], values[b][metric], level=level, clusters=clusters),
+            num_seeds,
         )
-    num_seeds = max(len(values) for values in seeds.values())
-    clusters = [case.prompt_index for case in tables[0].run.cases] * num_seeds
-    values = {name: _pooled(runs, num_seeds) for name, runs in methods.items()}
-    pairs = [(metric, name) for name in methods if name != baseline for metric in METRICS]
+        for metric in METRICS
+        for a, b in pairs
+    ]
+
+
+def _compare(tables: Sequence[RunTable], baseline: str | None, level: float) -> list[Comparison]:
+    values, clusters, num_seeds = _paired_values(tables)
+    baseline = tables[0].run.name if baseline is None else baseline
+    if baseline not in values:
+        raise ValueError(f"The baseline {baseline!r} is not among the methods {sorted(values)}.")
+    pairs = [(metric, name) for name in values if name != baseline for metric in METRICS]
     differences, p_values = [], []
     for metric, name in pairs:
         a, b = values[name][metric], values[baseline][metric]
@@ -174,6 +227,22 @@ def _compare(tables: Sequence[RunTable], baseline: str | None, level: float) -> 
         Comparison(metric, name, baseline, difference, num_seeds, p)
         for (metric, name), difference, p in zip(pairs, differences, holm(p_values), strict=True)
     ]
+
+
+def _paired_values(tables: Sequence[RunTable]) -> tuple[dict[str, dict[str, list[float]]], list[int], int]:
+    """Method -> metric -> values of its videos, paired by position; the prompt of each; number of training seeds."""
+    if not tables:
+        raise ValueError("A comparison needs at least one run, got none.")
+    methods = _methods(tables)
+    seeds = {name: [table.run.training_seed for table in runs] for name, runs in methods.items()}
+    trained = {tuple(sorted(map(str, values))): name for name, values in seeds.items() if values != [None]}
+    if len(trained) > 1:
+        raise ValueError(
+            f"Methods are compared training seed by training seed; each needs the same ones, got {seeds}."
+        )
+    num_seeds = max(len(values) for values in seeds.values())
+    clusters = [case.prompt_index for case in tables[0].run.cases] * num_seeds
+    return {name: _pooled(runs, num_seeds) for name, runs in methods.items()}, clusters, num_seeds
 
 
 def _methods(tables: Sequence[RunTable]) -> dict[str, list[RunTable]]:

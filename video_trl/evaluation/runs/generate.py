@@ -20,9 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
+from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, remove_leftovers, shard
+from .score import open_scores, require_scores, write_scores
 
 
 logger = logging.getLogger(__name__)
@@ -139,6 +141,7 @@ def generate_run(
     training_seed: int | None = None,
     benchmark: str = "custom",
     batch_size: int = 1,
+    judge: VideoJudge | None = None,
     rank: int | None = None,
     num_ranks: int | None = None,
 ) -> Run:
@@ -155,14 +158,16 @@ def generate_run(
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
         name (`str`), training_seed (`int`), benchmark (`str`): As in [`Run`].
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together; those with an image go singly.
+        judge ([`~video_trl.judges.VideoJudge`], *optional*): Scores the frames of each video as the pipeline makes
+            them. Without one, [`score_run`] scores the files, whose compression moves exact scores a little.
         rank (`int`, *optional*), num_ranks (`int`, *optional*): Share of this process, by default as launched.
 
     Returns:
         [`Run`]
 
     Raises:
-        ValueError: If the directory holds another run, another process is working on the same videos, or the pipeline
-            gives values that are not finite.
+        ValueError: If the directory holds another run, another process is working on the same videos, the pipeline
+            gives values that are not finite, or the judge leaves a video without a score.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -179,16 +184,28 @@ def generate_run(
     default_rank, default_ranks = shard()
     share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
     folder = run.folder / VIDEO_FOLDER
+    scores = None if judge is None else open_scores(run, judge, of_frames=True)
+    failures: list[str] = []
     with claimed(folder / ".lock", [position for position, _ in share]):
         remove_leftovers(folder, [run.video(case).name for _, case in share])
-        todo = [case for _, case in share if not run.video(case).is_file()]
+        # The frames are gone when a run was stopped between a video and its score: such a video is made again.
+        todo = [
+            case
+            for _, case in share
+            if not run.video(case).is_file() or (scores is not None and not (scores / f"{case.key}.json").is_file())
+        ]
         with tqdm(
             total=len(share), initial=len(share) - len(todo), desc=f"Generating {name}", unit="video"
         ) as progress:
             for batch in _batches(todo, batch_size):
-                for case, video in zip(batch, _generate(generator, batch), strict=True):
+                videos = _generate(generator, batch)
+                for case, video in zip(batch, videos, strict=True):
                     write_video(run.video(case), video, generator.fps)
+                if judge is not None and scores is not None:
+                    failures += write_scores(run, judge, batch, list(videos), scores)
                 progress.update(len(batch))
+    if judge is not None:
+        require_scores(judge, failures, len(share))
     return run
 
 

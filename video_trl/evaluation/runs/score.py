@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...data.video_io import video_hash
-from ...judges import VideoJudge
+from ...judges import Video, VideoJudge
 from .prompts import read_json_file
 from .run import SCORE_FOLDER, Case, Run, cases_of, claimed, load_run, remove_leftovers, shard, write_json
 
@@ -50,38 +50,49 @@ def score_run(
     run = load_run(run_dir)
     default_rank, default_ranks = shard()
     share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
-    folder = _open_scores(run, judge)
+    folder = open_scores(run, judge)
     with claimed(folder / ".lock", [position for position, _ in share]):
         remove_leftovers(folder, [f"{case.key}.json" for _, case in share])
         todo = [case for _, case in share if not (folder / f"{case.key}.json").is_file()]
         run.check_videos(todo)
-        failures = _score(run, judge, todo, folder, batch_size)
-    if failures:
-        raise ValueError(
-            f"Judge {judge.name!r} left {len(failures)} of {len(share)} videos without a usable score; the others are "
-            f"kept. Repair the judge and score again: it does what is missing. The first: {failures[0]}"
-        )
+        failures = []
+        with tqdm(total=len(todo), desc=f"Scoring {run.name}", unit="video") as progress:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                failures += write_scores(run, judge, batch, [run.video(case) for case in batch], folder)
+                progress.update(len(batch))
+    require_scores(judge, failures, len(share))
     return run
 
 
-def _score(run: Run, judge: VideoJudge, cases: Sequence[Case], folder: Path, batch_size: int) -> list[str]:
-    """Scores the cases and writes each score; returns what is wrong with those that cannot be used."""
+def write_scores(
+    run: Run, judge: VideoJudge, cases: Sequence[Case], videos: Sequence[Video], folder: Path
+) -> list[str]:
+    """Lets the judge see the videos of the cases and writes each score; returns what is wrong with unusable ones."""
     failures = []
-    with tqdm(total=len(cases), desc=f"Scoring {run.name}", unit="video") as progress:
-        for start in range(0, len(cases), batch_size):
-            batch = cases[start : start + batch_size]
-            scores = judge.score([run.video(case) for case in batch], [case.prompt.text for case in batch])
-            if len(scores) != len(batch):
-                raise ValueError(f"Judge {judge.name!r} gave {len(scores)} scores for {len(batch)} videos.")
-            for case, score in zip(batch, scores, strict=True):
-                fault = _fault(score, case)
-                if fault:
-                    failures.append(fault)
-                else:
-                    content = {"video_hash": video_hash(run.video(case)), "score": _plain(score)}
-                    write_json(folder / f"{case.key}.json", content)
-            progress.update(len(batch))
+    scores = judge.score(videos, [case.prompt.text for case in cases])
+    if len(scores) != len(cases):
+        raise ValueError(f"Judge {judge.name!r} gave {len(scores)} scores for {len(cases)} videos.")
+    for case, score in zip(cases, scores, strict=True):
+        fault = _fault(score, case)
+        if fault:
+            failures.append(fault)
+        else:
+            content = {"video_hash": video_hash(run.video(case)), "score": _plain(score)}
+            write_json(folder / f"{case.key}.json", content)
     return failures
+
+
+def require_scores(judge: VideoJudge, failures: Sequence[str], total: int) -> None:
+    """
+    Raises:
+        ValueError: If the judge left videos without a score that can be used.
+    """
+    if failures:
+        raise ValueError(
+            f"Judge {judge.name!r} left {len(failures)} of {total} videos without a usable score; the others are "
+            f"kept. Repair the judge and score again: it does what is missing. The first: {failures[0]}"
+        )
 
 
 def load_scores(run: Run, judge: str | None = None) -> list[dict[str, Any]]:
@@ -134,10 +145,13 @@ def judge_of(run: Run, judge: str | None = None) -> str:
     return str(read_json_file(_score_folder(run, judge) / _JUDGE_FILE)["name"])
 
 
-def _open_scores(run: Run, judge: VideoJudge) -> Path:
-    """Folder of the judge's scores; refuses one that another judge of that name has begun."""
+def open_scores(run: Run, judge: VideoJudge, *, of_frames: bool = False) -> Path:
+    """
+    Folder of the judge's scores; refuses one that another judge of that name has begun, and one where it saw the other
+    thing: frames as the model made them (`of_frames`), or the compressed files.
+    """
     folder = run.folder / SCORE_FOLDER / slug(judge.name)
-    described = {"name": judge.name, "identity": judge.identity}
+    described = {"name": judge.name, "identity": judge.identity, **({"judged": "frames"} if of_frames else {})}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _JUDGE_FILE).is_file():
         write_json(folder / _JUDGE_FILE, described)

@@ -69,6 +69,20 @@ class RunTable:
     shares: Mapping[str, Mapping[str, Share]]
     means: Mapping[str, Mapping[str, float]]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Every video as JSON values: `prompt`, `category`, `seed`, the judge's `score`s, `joint`, path of `video`."""
+        return [
+            {
+                "prompt": case.prompt.text,
+                "category": case.prompt.category,
+                "seed": case.seed,
+                **score,
+                "joint": float(self.benchmark.passes["joint"](score)),
+                "video": str(self.run.video(case)),
+            }
+            for case, score in zip(self.run.cases, self.scores, strict=True)
+        ]
+
     def as_table(self) -> Table:
         """The counts as a table of text, each share with its interval."""
         criteria = list(self.benchmark.passes)

@@ -1,4 +1,4 @@
-"""The sandbox's group dataset and benchmark, on the shipped pipeline with few steps."""
+"""The sandbox's datasets, prompts and videos, on the shipped pipeline with few steps."""
 
 import re
 from dataclasses import replace
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from video_trl.data import check_columns, read_video
-from video_trl.sandbox import build_clip_dataset, build_group_dataset, evaluate, load_sandbox, simulate
-from video_trl.sandbox.benchmark import as_columns
+from video_trl.sandbox import build_clip_dataset, build_group_dataset, load_sandbox, simulate
 from video_trl.sandbox.data.datasets import REQUEST_NAME
 from video_trl.sandbox.data.generate import generate
 from video_trl.sandbox.data.prompts import balanced_prompts
@@ -100,19 +99,6 @@ def test_generation_does_not_depend_on_the_batch_size(sandbox):
         generate(sandbox.pipeline, prompts, [1, 2, 3], dict(sandbox.call_kwargs), batch_size=size) for size in (1, 3)
     )
     assert np.abs(one.astype(int) - many).max() <= 1
-
-
-def test_records_of_two_models_pair_up(sandbox, tmp_path):
-    prompts = balanced_prompts("heldout", 2)
-    arguments = (sandbox.pipeline, sandbox.judge, prompts, [0, 1], dict(sandbox.call_kwargs))
-    first, second = evaluate(*arguments, tmp_path / "a"), evaluate(*arguments, tmp_path / "b")
-    assert [(r.prompt, r.seed) for r in first] == [(p, s) for p in prompts for s in (0, 1)]
-    assert [r.pc for r in first] == [r.pc for r in second]
-    videos = [read_video(record.video) for record in first]
-    assert not np.array_equal(videos[0], videos[1])  # another seed, another video
-    columns = as_columns(first)
-    assert len(columns["pc"]) == 4 and all(0 <= value <= 1 for value in columns["pc"] + columns["sa"])
-    assert all(r.joint == float(r.sa >= 0.5 and r.pc >= 0.5) for r in first)
 
 
 def test_clips_are_simulated_ones_with_their_sentences(tmp_path):
