@@ -69,7 +69,7 @@ STEPS = {
 }
 
 
-POLICIES = (None, "ffn", "every_2", "attention", "full", "offload")
+POLICIES = (None, "attention", "full", "offload")
 # GPUs, engine, GPUs that share a video
 CLUSTERS = [(8, "ddp", 1), (8, "fsdp2", 1), (8, "fsdp2", 4), (64, "fsdp2", 8), (512, "fsdp2", 8)]
 

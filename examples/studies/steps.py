@@ -47,7 +47,7 @@ MODELS = {  # name -> (heads of 32, blocks, latents of a video)
     "tiny": (2, 2, (16, 4, 8, 8)),
     "2k tokens": (4, 4, (16, 8, 32, 32)),
 }
-POLICIES = (None, "every_2", "attention", "full")
+POLICIES = (None, "attention", "full")
 
 
 def transformer_of(name: str) -> tuple[WanTransformer3DModel, ModelFamily, tuple[int, int, int, int]]:
@@ -83,7 +83,7 @@ class Step:
     def checkpoint(self, policy: str | None) -> None:
         self.transformer.disable_gradient_checkpointing()
         if policy is not None:
-            enable_recompute(self.transformer, list(self.family.blocks(self.transformer)), policy)
+            enable_recompute(self.transformer, policy)
 
     def loss(self, policy: Tensor, reference: Tensor) -> Tensor:
         rewards = implicit_reward(policy, reference, BETA)

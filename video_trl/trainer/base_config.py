@@ -86,7 +86,7 @@ class VideoConfig(TrainingArguments):
         metadata={
             "help": "What activation checkpointing recomputes. 'full': whole blocks. 'offload': the same, with their "
             "inputs in the host's memory meanwhile. 'attention': blocks without their self-attention, whose "
-            "output is kept. 'ffn': the feed-forward parts. 'every_<k>': every k-th block."
+            "output is kept."
         },
     )
     attention_backend: str | None = field(

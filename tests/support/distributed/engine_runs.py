@@ -85,7 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compiled-checkpointed": {"compile_blocks": True, "activation_checkpointing": True},
     **{
         policy: {"activation_checkpointing": True, "checkpointing_policy": policy}
-        for policy in ("attention", "ffn", "every_2", "offload")
+        for policy in ("attention", "offload")
     },
 }
 RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}

@@ -31,7 +31,7 @@ MEASURED = [
     ("wan group", "wan", "GroupDPO", 3, {"step_mode": "concat", "loss_type": "plackett_luce"}),
     ("wan group sequential", "wan", "GroupDPO", 3, {"step_mode": "sequential", "loss_type": "plackett_luce"}),
     ("wan sft attention", "wan", "SFT", 0, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
-    ("wan pair ffn", "wan", "DPO", 1, {"activation_checkpointing": True, "checkpointing_policy": "ffn"}),
+    ("wan pair attention", "wan", "DPO", 1, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
     ("cogvideox sft", "cogvideox", "SFT", 0, {}),
     ("cogvideox pair", "cogvideox", "DPO", 1, {"step_mode": "concat"}),
     ("cogvideox pair sequential", "cogvideox", "RegDPO", 1, {"step_mode": "sequential"}),

@@ -34,8 +34,8 @@ def workload(**changes) -> Workload:
 def test_one_gpu_is_the_count_itself():
     work = workload(reference="adapter")
     settings = {"num_videos": 2, "reference": "adapter", "lora_rank": 4, "step_mode": "sequential"}
-    plan = plan_step(work.config, work.latents_shape, checkpointing_policy="every_2", **settings)
-    found = estimate(work, Placement(step_mode="sequential", checkpointing_policy="every_2"))
+    plan = plan_step(work.config, work.latents_shape, checkpointing_policy="attention", **settings)
+    found = estimate(work, Placement(step_mode="sequential", checkpointing_policy="attention"))
     assert found.peak == plan.peak and found.flops == plan.flops and found.sent == {}
     assert found.parts["adapter"] == 4 * plan.trained and found.parts["block inputs"] > 0
     without = estimate(work, Placement(step_mode="sequential", checkpointing_policy=None))

@@ -17,7 +17,7 @@ from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
 
 
-POLICIES = ["full", "attention", "ffn", "offload", "every_2"]
+POLICIES = ["full", "attention", "offload"]
 
 
 def gradients(directory, **changes: Any) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def one_step(policy: str | None, host: Any = None) -> tuple[Counter[str], int, i
     transformer = tiny_wan_pipeline().transformer.train()
     adapter = family_for(transformer)
     if policy is not None:
-        enable_recompute(transformer, list(adapter.blocks(transformer)), policy, host)
+        enable_recompute(transformer, policy, host)
     latents, prompts = torch.randn(1, 4, 4, 16, 16), {"prompt_embeds": torch.randn(1, 6, 16)}
 
     def step() -> None:
@@ -73,17 +73,12 @@ def one_step(policy: str | None, host: Any = None) -> tuple[Counter[str], int, i
 
 def test_each_policy_recomputes_what_it_says():
     layers = len(tiny_wan_pipeline().transformer.blocks)
-    kept, attentions, most = one_step(None)
+    _, attentions, most = one_step(None)
     full, full_attentions, least = one_step("full")
     assert attentions == 2 * layers and full_attentions == 2 * attentions  # self- and cross-attention
     without_attention, count, held = one_step("attention")
     assert count == attentions + layers  # to the prompt
     assert without_attention["addmm"] == full["addmm"] and least < held < most
-    feed_forward, count, held = one_step("ffn")
-    assert count == attentions and feed_forward["gelu"] == kept["gelu"] + layers
-    assert least < held < most
-    _, count, held = one_step("every_2")
-    assert attentions < count < full_attentions and least < held < most
 
 
 def test_offloaded_inputs_are_in_the_hosts_memory():
@@ -107,9 +102,7 @@ def test_offloaded_inputs_are_in_the_hosts_memory():
     assert len(unpacked) == len(packed)
 
 
-@pytest.mark.parametrize("policy", ["half", "every_1", "every_0", "every_", "Full"])
+@pytest.mark.parametrize("policy", ["half", "ffn", "every_2", "Full"])
 def test_unknown_policies_are_refused(policy, tmp_path):
-    with pytest.raises(
-        ValueError, match="`checkpointing_policy` must be one of 'full', 'attention', 'ffn', 'offload'"
-    ):
+    with pytest.raises(ValueError, match="`checkpointing_policy` must be one of 'full', 'attention', 'offload', got"):
         video_trl.VideoSFTConfig(output_dir=str(tmp_path), use_cpu=True, checkpointing_policy=policy)

@@ -200,8 +200,8 @@ def test_blocks_are_compiled_of_policy_and_reference_and_not_of_a_later_trainer(
 def test_what_does_not_go_with_compiled_blocks_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="compile anew for every size"):
         config(tmp_path, compile_blocks=True, resolution_buckets=["32x32", "32x48"])
-    with pytest.raises(ValueError, match="`checkpointing_policy='ffn'` is not supported"):
-        config(tmp_path, compile_blocks=True, checkpointing_policy="ffn")
+    with pytest.raises(ValueError, match="`checkpointing_policy='attention'` is not supported"):
+        config(tmp_path, compile_blocks=True, checkpointing_policy="attention")
     with pytest.raises(ValueError, match="looks into a block"):
         VideoREPAConfig(output_dir=str(tmp_path), use_cpu=True, compile_blocks=True)
     monkeypatch.setenv("PATH", "")

@@ -145,7 +145,7 @@ def test_a_group_needs_the_memory_of_one_video(tmp_path):
     assert one <= 0.3 * whole and one <= 0.55 * pair
 
 
-@pytest.mark.parametrize("policy", [None, "full", "ffn", "attention", "every_2"])
+@pytest.mark.parametrize("policy", [None, "full", "attention"])
 def test_auto_takes_all_videos_at_once_where_they_fit(policy):
     config = {**tiny_wan_pipeline().transformer.config, "_class_name": "WanTransformer3DModel"}
     work = Workload(config, (4, 4, 16, 16), num_videos=4, reference="adapter", lora_rank=4)
@@ -161,7 +161,7 @@ def test_auto_is_settled_for_the_trainers_own_step(tmp_path, monkeypatch):
     """On a CPU at once; with the memory of an accelerator, by what the step was estimated to take."""
     rows = tiny_encoded_group(1, m=3, latents_shape=(4, 4, 16, 16))
     loss = {"loss_type": "plackett_luce", "physics_rewarding": False, "per_device_train_batch_size": 1}
-    settings = {"rows": rows, "activation_checkpointing": True, "checkpointing_policy": "ffn", **loss}
+    settings = {"rows": rows, "activation_checkpointing": True, "checkpointing_policy": "attention", **loss}
     made = make(tmp_path, "GroupDPO", "auto", **settings)
     assert made.step_mode == "concat"
     needed = estimate(made.workload(), made.placement()).peak

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ...models import ModelFamily, family_for
-from ..setup.activation_checkpointing import check_policy, chosen_every, enable_recompute
+from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.passes import Denoising, SequentialErrors
 
@@ -163,14 +163,12 @@ def plan_step(
     shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
     settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
     depth = int(config.get("num_layers", 0))
-    # Blocks are alike, or each k of them are: what more of them cost tells what the rest will.
-    every = chosen_every(policy) if policy else None
-    depths = _DEPTHS if every is None else (2 * every, 3 * every)
-    if depth <= depths[1]:
+    if depth <= _DEPTHS[1]:
         plan = _count(json.dumps({**config}), *settings)
     else:
-        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in depths)
-        more = (depth - depths[1]) / (depths[1] - depths[0])
+        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in _DEPTHS)
+        # Blocks are alike: what one more of them costs, so do the rest.
+        more = (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
         plan = StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
     if quantization is None:
         return plan
@@ -199,7 +197,7 @@ def _count(
     transformer, family = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
     family.check_latents(transformer, latents_shape)
     if policy is not None:
-        enable_recompute(transformer, list(family.blocks(transformer)), policy, host=_on_host)
+        enable_recompute(transformer, policy, host=_on_host)
     transformer.train()
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     counter = LiveBytes()

@@ -23,7 +23,6 @@ _SHARDS_WEIGHTS = ("zero3", "zero3-offload", "fsdp2")
 _WAYS: list[tuple[Literal["concat", "sequential"], str | None]] = [
     ("concat", None),
     ("sequential", None),
-    ("concat", "every_2"),
     ("concat", "attention"),
     ("sequential", "attention"),
     ("concat", "full"),
@@ -270,7 +269,7 @@ def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> 
     if sharing > 1:
         config = workload.config
         width, depth = config["num_attention_heads"] * config["attention_head_dim"], int(config["num_layers"])
-        recomputed = 0 if placement.checkpointing_policy in (None, "attention", "ffn") else 1
+        recomputed = 0 if placement.checkpointing_policy in (None, "attention") else 1
         passes = videos * (2 + recomputed + (workload.reference != "none")) + (videos - 1 if one_by_one else 0)
         # Queries, keys, values and the output change between tokens and heads: four exchanges of a block's states.
         of_block = 4 * plan.tokens / sharing * width * (2 if workload.bf16 else 4)

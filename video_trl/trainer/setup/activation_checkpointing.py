@@ -1,21 +1,18 @@
 """Which activations of the blocks are kept for the backward pass, recomputed in it, or moved to the host's memory."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention import FeedForward
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
-POLICIES = ("full", "attention", "ffn", "offload", "every_<k>")
-_EVERY = re.compile(r"every_([2-9]|[1-9]\d+)")
+POLICIES = ("full", "attention", "offload")
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -26,39 +23,24 @@ _ATTENTION = (
 
 def check_policy(policy: str) -> None:
     """Raise a `ValueError` if `policy` is not one that [`enable_recompute`] knows."""
-    if policy not in POLICIES[:-1] and chosen_every(policy) is None:
-        raise ValueError(
-            f"`checkpointing_policy` must be one of {', '.join(map(repr, POLICIES))} with a k of at least 2, got "
-            f"{policy!r}."
-        )
-
-
-def chosen_every(policy: str) -> int | None:
-    """The k of `"every_<k>"`; none for the other policies."""
-    match = _EVERY.fullmatch(policy)
-    return int(match[1]) if match else None
+    if policy not in POLICIES:
+        raise ValueError(f"`checkpointing_policy` must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}.")
 
 
 def enable_recompute(
-    transformer: ModelMixin,
-    blocks: Sequence[nn.Module],
-    policy: str,
-    host: Callable[[], AbstractContextManager[Any]] | None = None,
+    transformer: ModelMixin, policy: str, host: Callable[[], AbstractContextManager[Any]] | None = None
 ) -> None:
     """
     Switch activation checkpointing on. Passes without gradients, such as the reference's, run without it.
 
     Args:
         transformer (`ModelMixin`): A diffusers transformer that supports gradient checkpointing.
-        blocks (`Sequence[torch.nn.Module]`): Its blocks, in order.
         policy (`str`): What is recomputed, non-reentrantly:
 
             - `"full"`: the blocks, of which only the inputs are kept.
             - `"offload"`: the same, with those inputs in the host's memory, pinned where there is an accelerator.
             - `"attention"`: the blocks, but for their self-attention, the costly part of long videos, whose output is
               kept. Holds for torch's own attention; that of other libraries is recomputed.
-            - `"ffn"`: the feed-forward parts of the blocks.
-            - `"every_<k>"`: the first of each k blocks, whole.
         host (`Callable`, *optional*): Makes the context in which what is saved goes to the host, for `"offload"`;
             `torch.autograd.graph.save_on_cpu` if not given.
 
@@ -67,23 +49,16 @@ def enable_recompute(
     """
     check_policy(policy)
     function: Callable[..., Any]
-    every = chosen_every(policy)
-    if every is not None:
-        function = partial(_chosen_blocks, {id(block) for block in blocks[::every]})
-    elif policy == "offload":
+    if policy == "offload":
         host = host or partial(save_on_cpu, pin_memory=torch.accelerator.is_available())
         function = partial(_block_with_inputs_on_host, host)
     else:
-        function = {"full": _block, "attention": _block_but_self_attention, "ffn": _feed_forward}[policy]
+        function = {"full": _block, "attention": _block_but_self_attention}[policy]
     transformer.enable_gradient_checkpointing(function)
 
 
 def _block(block: nn.Module, *args: Any) -> Any:
     return checkpoint(block, *args, use_reentrant=False)
-
-
-def _chosen_blocks(chosen: set[int], block: nn.Module, *args: Any) -> Any:
-    return _block(block, *args) if id(block) in chosen else block(*args)
 
 
 def _block_with_inputs_on_host(host: Callable[[], AbstractContextManager[Any]], block: nn.Module, *args: Any) -> Any:
@@ -102,20 +77,3 @@ def _keep_self_attention(context: Any, operation: Any, *args: Any, **kwargs: Any
     if is_attention and args[0].shape == args[1].shape:  # to a prompt it costs little, and its output is as large
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _feed_forward(block: nn.Module, *args: Any) -> Any:
-    with _checkpointed([part for part in block.children() if isinstance(part, FeedForward)]):
-        return block(*args)
-
-
-@contextmanager
-def _checkpointed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, what happens in the modules is recomputed. Nothing of it stays on them."""
-    for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

@@ -31,6 +31,6 @@ def adapt_for_trainer(transformer: ModelMixin, family: ModelFamily, checkpointin
     transformer._internal_dict = _TrackedConfig(transformer.config)
 
     def activation_checkpointing_enable(**kwargs: Any) -> None:  # the configuration has refused every argument
-        enable_recompute(transformer, list(family.blocks(transformer)), checkpointing_policy)
+        enable_recompute(transformer, checkpointing_policy)
 
     transformer.activation_checkpointing_enable = activation_checkpointing_enable

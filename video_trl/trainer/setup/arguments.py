@@ -101,8 +101,8 @@ def _check_step_options(args: VideoConfig, engine: Engine) -> None:
     if args.gradient_checkpointing and args.checkpointing_policy == "attention":
         raise ValueError(
             "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches weights "
-            "inside of what is recomputed, and not by the same operations the second time. Use 'full', 'offload', "
-            "'ffn' or 'every_<k>', or shard by FSDP2 (`fsdp2.yaml`)."
+            "inside of what is recomputed, and not by the same operations the second time. Use 'full' or "
+            "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
         )
 
 
