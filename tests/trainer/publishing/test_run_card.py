@@ -1,12 +1,12 @@
 """The model card of a run: everything that a reader asks, from what happened, and a snippet that runs."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers.integrations import CodeCarbonCallback
 
 from tests.support.hub_server import USER, serving, use
 from tests.support.tiny import PROMPTS, tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
@@ -14,8 +14,13 @@ from tests.support.trainer.runs import StopAfter, config, disturb_adapter, train
 from video_trl import hub
 from video_trl.data import probe_video
 from video_trl.trainer import LogVideosCallback
-from video_trl.trainer.energy import EnergyMeter
-from video_trl.trainer.publishing.run_card import TrainingData, hyperparameters, log_table, loss_parameters
+from video_trl.trainer.publishing.run_card import (
+    TrainingData,
+    hyperparameters,
+    log_table,
+    loss_parameters,
+    measured_energy,
+)
 
 
 def judge(pipeline, *, output_dir, step):
@@ -171,23 +176,33 @@ def test_numbers_of_a_later_evaluation_replace_those_of_the_card(tmp_path):
         hub.add_evaluation(tmp_path / "other.md", numbers)
 
 
-def test_energy_is_read_from_the_counters_of_the_processors(tmp_path):
-    for zone, energy in (("intel-rapl:0", 1_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 5)):
-        (tmp_path / zone).mkdir()
-        (tmp_path / zone / "energy_uj").write_text(str(energy))
-        (tmp_path / zone / "max_energy_range_uj").write_text("10000000")
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    assert meter.devices[-2:] == ["intel-rapl:0", "intel-rapl:1"]
-    before = meter.joules
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("3000000")  # 2 J
-    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("500000")  # it began anew: 10 - 9 + 0.5 J
-    meter.update()
-    assert math.isclose(meter.joules - before, 3.5)
-    nothing = EnergyMeter(tmp_path / "nowhere")
-    nothing.start()
-    nothing.update()
-    assert nothing.joules is None or nothing.devices
+def test_energy_that_codecarbon_has_written_is_added_up(tmp_path):
+    """Over the starts of a run; a tracker that was flushed has written more than one row, each with its sum so far."""
+    trainer(config(tmp_path, max_steps=1)).create_model_card()
+    assert "energy in kWh" not in card_of(tmp_path)[1] and measured_energy(tmp_path) is None
+    rows = ["run_id,duration,energy_consumed,country_name", "a,10,0.25,", "a,20,0.75,", "b,5,0.125,"]
+    (tmp_path / "emissions.csv").write_text("\n".join(rows) + "\n")
+    trainer(config(tmp_path, max_steps=1)).create_model_card()
+    assert "| energy in kWh (CodeCarbon) | 0.875 |" in card_of(tmp_path)[1]
+
+
+def test_a_tracker_of_codecarbon_without_a_network(tmp_path, monkeypatch):
+    codecarbon = pytest.importorskip("codecarbon", reason="needs video-trl[energy]")
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"CodeCarbon went on-line: {arguments}")
+
+    monkeypatch.setattr("requests.sessions.Session.request", refuse)
+    energy = CodeCarbonCallback()
+    energy.tracker = codecarbon.OfflineEmissionsTracker(
+        country_iso_code="FRA", output_dir=str(tmp_path), log_level="error"
+    )
+    made = trainer(config(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), callbacks=[energy])
+    made.create_model_card()
+    made.train()
+    spent = energy.tracker.final_emissions_data.energy_consumed
+    assert spent > 0 and measured_energy(tmp_path) == pytest.approx(spent)
+    assert f"| energy in kWh (CodeCarbon) | {hub.card.cell(spent)} |" in card_of(tmp_path)[1]
 
 
 def test_a_video_that_cannot_be_read_is_left_out(tmp_path, caplog):

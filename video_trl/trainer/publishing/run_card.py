@@ -1,5 +1,6 @@
 """Model card of a run: what was trained, on what, how, at what cost, and how well."""
 
+import csv
 import dataclasses
 import json
 import logging
@@ -23,7 +24,6 @@ from ...data.columns import MapDataset, as_videos, column_names, undecoded
 from ...hub.lora import write_whole
 from ..base_config import VideoConfig
 from ..callbacks import LogVideosCallback
-from ..energy import EnergyMeter
 from ..setup.rows import datasets_in
 
 
@@ -102,7 +102,6 @@ class ModelCardCallback(TrainerCallback):
 
     def __init__(self, data: TrainingData) -> None:
         self._data = data
-        self._meter = EnergyMeter()
         self._seconds = 0.0
         self._since: float | None = None
         self._trainer: VideoTrainer | None = None
@@ -117,16 +116,11 @@ class ModelCardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.monotonic()
-        self._meter.start()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._meter.update()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seconds, self._since = self.seconds(), None
-        self._meter.update()
         if self._trainer is not None and args.should_save and (Path(args.output_dir) / hub.CARD_NAME).exists():
             self.write(Path(args.output_dir))
 
@@ -138,8 +132,7 @@ class ModelCardCallback(TrainerCallback):
         """Go on from what a checkpoint says was spent."""
         path = checkpoint / RESOURCES_NAME
         if path.is_file():
-            spent = json.loads(path.read_text())
-            self._seconds, self._meter.joules = float(spent["seconds"]), spent["joules"]
+            self._seconds = float(json.loads(path.read_text())["seconds"])
 
     def write(self, directory: Path, **details: Any) -> None:
         """
@@ -152,9 +145,7 @@ class ModelCardCallback(TrainerCallback):
         """
         assert self._trainer is not None, "the trainer calls set_trainer"
         self._details |= {name: value for name, value in details.items() if value is not None}
-        self._meter.update()
-        spent = {"seconds": self.seconds(), "joules": self._meter.joules}
-        (directory / RESOURCES_NAME).write_text(json.dumps(spent))
+        (directory / RESOURCES_NAME).write_text(json.dumps({"seconds": self.seconds()}))
         # Under a new name first: an upload may be reading the old one.
         write_whole(directory / hub.CARD_NAME, self._card(self._trainer).encode())
 
@@ -195,9 +186,24 @@ class ModelCardCallback(TrainerCallback):
 
     def _resources(self, args: VideoConfig) -> dict[str, Any]:
         found: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
-        if self._meter.joules is not None:
-            found[f"energy in kWh ({', '.join(self._meter.devices)})"] = round(self._meter.joules / 3.6e6, 6)
+        energy = measured_energy(Path(args.output_dir))
+        if energy is not None:
+            found["energy in kWh (CodeCarbon)"] = energy
         return found
+
+
+def measured_energy(output_dir: Path) -> float | None:
+    """
+    Energy in kWh that CodeCarbon has written down in the folder of a run, `None` if it has not.
+
+    `report_to="codecarbon"` leaves a row in `emissions.csv` whenever the run ends: also before it is resumed.
+    """
+    path = output_dir / "emissions.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="") as file:
+        energy = {row["run_id"]: float(row["energy_consumed"]) for row in csv.DictReader(file)}
+    return sum(energy.values())  # of one `run_id`, the last row counts: a flushed tracker writes the sum again
 
 
 def loss_parameters(args: VideoConfig) -> dict[str, Any]:
