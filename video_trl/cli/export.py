@@ -1,5 +1,5 @@
 """
-Bring an adapter into the layout of ComfyUI and of the model's original code, or a file in that layout back.
+Write an adapter of Wan in the layout of ComfyUI and of the model's original code, or bring a file in that layout back.
 
 Examples:
 
@@ -7,8 +7,7 @@ Examples:
   video-trl export my-name/wan-phygdpo wan-phygdpo.safetensors
   video-trl export somebodys-lora.safetensors out/from-comfyui --to diffusers
 
-Wan's layout is that of ComfyUI; for CogVideoX, ComfyUI takes the adapter as it is. The map of names stands in
-docs/sharing/comfyui.md.
+For CogVideoX, ComfyUI takes the adapter as it is. The map of names stands in docs/sharing/comfyui.md.
 """
 
 from collections.abc import Sequence

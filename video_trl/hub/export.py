@@ -1,8 +1,8 @@
 """
-LoRA files for other tools, and back.
+LoRA files of Wan for ComfyUI and other tools that run the model's original code, and back to diffusers.
 
-A tool that runs the original code of a model, as ComfyUI does, names layers as that code does. Weights are the same
-numbers; only names change, and the scale `alpha / rank` moves from the file's metadata into tensors.
+Layers are named as that code names them. Weights are the same numbers; only names change, and the scale `alpha / rank`
+moves from the file's metadata into tensors.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,95 +25,31 @@ from .lora import PREFIX, load_lora_state, write_lora, write_whole
 
 
 _CONFIG_KEY = "video_trl_adapter"  # the adapter's configuration, for the way back
-
-
-@dataclass(frozen=True)
-class Layout:
-    """
-    Names of layers in another tool's files.
-
-    Attributes:
-        prefix (`str`): Stands before every name.
-        blocks (`tuple[str, str]`): Names of the list of blocks, there and in diffusers.
-        in_block (`dict[str, str]`): Names within a block, there and in diffusers.
-        outside (`dict[str, str]`): Names of other layers.
-        down (`str`), up (`str`): Names of the two matrices, in place of `{}` or behind a dot at the end.
-        has_alpha (`bool`): Whether a layer in a block has a tensor `alpha`.
-    """
-
-    prefix: str
-    blocks: tuple[str, str]
-    in_block: Mapping[str, str]
-    outside: Mapping[str, str]
-    down: str
-    up: str
-    has_alpha: bool
-
-    def theirs(self, name: str) -> str | None:
-        """Name of a layer in this layout, from that in diffusers; `None` where it has none."""
-        inner = {ours: theirs for theirs, ours in self.in_block.items()}
-        found = re.fullmatch(rf"{self.blocks[1]}\.(\d+)\.(.+)", name)
-        if found is not None and found[2] in inner:
-            return f"{self.blocks[0]}.{found[1]}.{inner[found[2]]}"
-        return {ours: theirs for theirs, ours in self.outside.items()}.get(name)
-
-    def ours(self, name: str) -> str | None:
-        """Name of a layer in diffusers; `None` for one that it does not know."""
-        found = re.fullmatch(rf"{re.escape(self.blocks[0])}\.(\d+)\.(.+)", name)
-        if found is not None and found[2] in self.in_block:
-            return f"{self.blocks[1]}.{found[1]}.{self.in_block[found[2]]}"
-        return self.outside.get(name)
-
-    def is_block(self, name: str) -> bool:
-        """Whether a name of diffusers is that of a layer in a block."""
-        return name.startswith(f"{self.blocks[1]}.")
-
-
-WAN = Layout(
-    prefix="diffusion_model.",
-    blocks=("blocks", "blocks"),
-    in_block={
-        "self_attn.q": "attn1.to_q",
-        "self_attn.k": "attn1.to_k",
-        "self_attn.v": "attn1.to_v",
-        "self_attn.o": "attn1.to_out.0",
-        "cross_attn.q": "attn2.to_q",
-        "cross_attn.k": "attn2.to_k",
-        "cross_attn.v": "attn2.to_v",
-        "cross_attn.o": "attn2.to_out.0",
-        "cross_attn.k_img": "attn2.add_k_proj",
-        "cross_attn.v_img": "attn2.add_v_proj",
-        "ffn.0": "ffn.net.0.proj",
-        "ffn.2": "ffn.net.2",
-    },
-    outside={
-        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-        "time_projection.1": "condition_embedder.time_proj",
-        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-        "head.head": "proj_out",
-    },
-    down="lora_down.weight",
-    up="lora_up.weight",
-    has_alpha=True,
-)
-COGVIDEOX = Layout(
-    prefix="model.diffusion_model.transformer.",
-    blocks=("layers", "transformer_blocks"),
-    in_block={
-        "attention.query_key_value.{}.0": "attn1.to_q",
-        "attention.query_key_value.{}.1": "attn1.to_k",
-        "attention.query_key_value.{}.2": "attn1.to_v",
-        "attention.dense.{}.0": "attn1.to_out.0",
-    },
-    outside={},
-    down="matrix_A",
-    up="matrix_B",
-    has_alpha=False,
-)
+_WAN_PREFIX = "diffusion_model."
+_IN_BLOCK = {  # names of layers in `blocks.N`, there and in diffusers
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+_OUTSIDE = {  # of other layers
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+}
 _ENDS = {  # of the names of the two matrices, in files of all tools
     "lora_down.weight": "lora_A.weight",
     "lora_A.weight": "lora_A.weight",
@@ -123,12 +58,31 @@ _ENDS = {  # of the names of the two matrices, in files of all tools
 }
 
 
+def original_name(name: str) -> str | None:
+    """Name of a layer in Wan's original code, from that in diffusers; `None` where it has none."""
+    in_block, outside = ({ours: theirs for theirs, ours in names.items()} for names in (_IN_BLOCK, _OUTSIDE))
+    return _renamed_layer(name, in_block, outside)
+
+
+def diffusers_name(name: str) -> str | None:
+    """Name of a layer in diffusers, from that in Wan's original code; `None` where it has none."""
+    return _renamed_layer(name, _IN_BLOCK, _OUTSIDE)
+
+
+def _renamed_layer(name: str, in_block: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
+    block = re.match(r"blocks\.\d+\.", name)
+    if block is None:
+        return outside.get(name)
+    inner = in_block.get(name[block.end() :])
+    return None if inner is None else block[0] + inner
+
+
 def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """
-    Write an adapter in the layout of the model's original code: for Wan that of ComfyUI, for CogVideoX that of SAT.
+    Write an adapter of Wan in the layout of the model's original code, which is that of ComfyUI.
 
-    Weights are not rounded, so [`import_lora`] gives them back bit for bit. A Wan file is read back with diffusers'
-    own converter before it is written.
+    Weights are not rounded, so [`import_lora`] gives them back bit for bit. The file is read back with diffusers' own
+    converter before it is written. CogVideoX needs no export: ComfyUI takes `pytorch_lora_weights.safetensors`.
 
     Args:
         source (`str` or `Path`): Folder with `pytorch_lora_weights.safetensors`, or that file.
@@ -138,10 +92,14 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
         `Path`: The file.
 
     Raises:
-        ValueError: No such adapter, or one with layers or parts that the layout has no names for.
+        ValueError: No such adapter, one of another model, or one with parts that the layout has no place for.
     """
     weights, config = load_lora_state(source)
-    layout = _layout_of(weights)
+    if not any(key.startswith("blocks.") for key in weights):
+        raise ValueError(
+            f"{source}: expected an adapter of Wan, with layers in `blocks`, got layers {sorted(weights)[:2]}, .... "
+            "For CogVideoX nothing is to be exported: ComfyUI takes `pytorch_lora_weights.safetensors` as it is."
+        )
     if config.use_dora or config.lora_bias:
         raise ValueError(
             f"{source} is an adapter with {'DoRA' if config.use_dora else 'biases'}, which this layout has no place "
@@ -149,22 +107,21 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
         )
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted({key.rpartition(".lora_")[0] for key in weights}):
-        theirs = layout.theirs(name)
+        theirs = original_name(name)
         if theirs is None:
             raise ValueError(f"{source}: the layout has no name for {name!r}. Train without that layer to export it.")
         down = weights[f"{name}.lora_A.weight"]
-        tensors[layout.prefix + _matrix(theirs, layout.down)] = down
-        tensors[layout.prefix + _matrix(theirs, layout.up)] = weights[f"{name}.lora_B.weight"]
+        tensors[f"{_WAN_PREFIX}{theirs}.lora_down.weight"] = down
+        tensors[f"{_WAN_PREFIX}{theirs}.lora_up.weight"] = weights[f"{name}.lora_B.weight"]
         alpha = _alpha(config, name, len(down))
-        if layout.has_alpha and layout.is_block(name):
-            tensors[f"{layout.prefix}{theirs}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        if name.startswith("blocks."):
+            tensors[f"{_WAN_PREFIX}{theirs}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         elif alpha != len(down):
             raise ValueError(
                 f"{source}: {name!r} has alpha {alpha:g} and rank {len(down)}, and the layout has no place for "
                 "another alpha than the rank there. Train with `lora_alpha` = `lora_rank` to export it."
             )
-    if layout is WAN:
-        _check_with_diffusers(tensors, set(weights), source)
+    _check_with_diffusers(tensors, set(weights), source)
     described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     path = Path(target)
     if path.suffix != ".safetensors":
@@ -191,25 +148,13 @@ def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str
     """
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"No file {path}; expected a LoRA file in the layout of Wan's or CogVideoX's original code.")
+        raise ValueError(f"No file {path}; expected a LoRA file in the layout of Wan's original code.")
     with safe_open(path, framework="pt", device="cpu") as file:
         header = file.metadata() or {}
         found = {name: file.get_tensor(name) for name in file.keys()}
-    layout = WAN if any(name.startswith(WAN.prefix) for name in found) else COGVIDEOX
-    weights, alphas = _renamed(found, layout, path)
+    weights, alphas = _renamed(found, path)
     config = LoraConfig(**json.loads(header[_CONFIG_KEY])) if _CONFIG_KEY in header else _config_of(weights, alphas)
     return write_lora(directory, weights, config, config.base_model_name_or_path)
-
-
-def _layout_of(weights: Mapping[str, torch.Tensor]) -> Layout:
-    for layout in (WAN, COGVIDEOX):
-        if any(layout.is_block(name) for name in weights):
-            return layout
-    raise ValueError(f"Expected an adapter of Wan or CogVideoX, got layers such as {sorted(weights)[:2]}.")
-
-
-def _matrix(name: str, matrix: str) -> str:
-    return name.format(matrix) if "{}" in name else f"{name}.{matrix}"
 
 
 def _alpha(config: LoraConfig, name: str, rank: int) -> float:
@@ -232,17 +177,15 @@ def _check_with_diffusers(tensors: Mapping[str, torch.Tensor], names: set[str], 
         )
 
 
-def _renamed(
-    found: Mapping[str, torch.Tensor], layout: Layout, path: Path
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _renamed(found: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Weights by PEFT's names, and the alpha of layers that have one."""
     weights: dict[str, torch.Tensor] = {}
     alphas: dict[str, float] = {}
     unknown = []
     for key, tensor in found.items():
-        inner = key.removeprefix(layout.prefix)
-        name, ending = _split(inner, layout)
-        ours = layout.ours(name)
+        inner = key.removeprefix(_WAN_PREFIX)
+        name, ending = _split(inner)
+        ours = diffusers_name(name)
         if ours is None or not ending or inner == key:
             unknown.append(key)
         elif ending == "alpha":
@@ -251,19 +194,14 @@ def _renamed(
             weights[f"{ours}.{ending}"] = tensor
     if unknown or not weights:
         raise ValueError(
-            f"{path}: expected names in the layout of Wan's original code ({WAN.prefix}...) or CogVideoX's "
-            f"({COGVIDEOX.prefix}...), got {sorted(unknown)[:3]}."
+            f"{path}: expected names in the layout of Wan's original code ({_WAN_PREFIX}...), got "
+            f"{sorted(unknown)[:3]}."
         )
     return weights, alphas
 
 
-def _split(name: str, layout: Layout) -> tuple[str, str]:
+def _split(name: str) -> tuple[str, str]:
     """Layer, and which of its tensors: `lora_A.weight`, `lora_B.weight`, `alpha`; the latter empty for any other."""
-    if not layout.has_alpha:
-        for matrix, ending in ((layout.down, "lora_A.weight"), (layout.up, "lora_B.weight")):
-            if f".{matrix}." in name:
-                return name.replace(f".{matrix}.", ".{}."), ending
-        return name, ""
     if name.endswith(".alpha"):
         return name.removesuffix(".alpha"), "alpha"
     ending = next((ending for ending in _ENDS if name.endswith(f".{ending}")), "")
