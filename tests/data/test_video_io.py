@@ -1,5 +1,9 @@
+import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.tiny import tiny_mp4, tiny_video
-from video_trl.data import VideoDecodeError, probe_video, read_video, video_hash, write_video
+from video_trl.data import VideoDecodeError, probe_video, read_video, video_hash, video_io, write_video
 
 
 def noise_video(num_frames: int = 13, height: int = 32, width: int = 48) -> np.ndarray:
@@ -116,6 +120,57 @@ def test_failed_write_leaves_the_older_file(tmp_path):
     with pytest.raises((ValueError, OSError)):
         write_video(path, tiny_video(1), fps=8, preset="no-such-preset")
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+WRITER = """
+import hashlib, importlib.util, json, sys
+from pathlib import Path
+
+import numpy as np
+
+# By its path: the package would import torch, which takes longer than all the writing.
+spec = importlib.util.spec_from_file_location("video_io", sys.argv[1])
+video_io = importlib.util.module_from_spec(spec)
+sys.modules["video_io"] = video_io
+spec.loader.exec_module(video_io)
+folder, number, video_io._X264_PARAMS = Path(sys.argv[2]), sys.argv[3], video_io._X264_PARAMS + sys.argv[4]
+videos = [np.load(path) for path in sorted(folder.glob("*.npy"))]
+path, found, dirt = folder / f"{number}.mp4", [], np.random.default_rng(int(number))
+for _ in range(25):
+    # Other bytes in the memory that is free, as after any other work in this process.
+    blocks = [dirt.bytes(int(size)) for size in dirt.integers(64, 100_000, 200)]
+    del blocks
+    hashes = []
+    for video in videos:
+        video_io.write_video(path, video, fps=8)
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        video_io.read_video(path, height=24, width=40)
+    found.append(hashes)
+print(json.dumps(found))
+"""
+
+
+def test_equal_frames_give_equal_bytes_on_every_processor_and_under_load(tmp_path):
+    """300 files of three videos, by four processes at once with the instructions that x264 and libc may use."""
+    videos = [moving_ramps()[:9], tiny_video(0, num_frames=9, height=32, width=64), noise_video()]
+    for number, video in enumerate(videos):
+        np.save(tmp_path / f"{number}.npy", video)
+    older = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX2,-FMA"}
+    processors = [("", {}), ("", {}), (":asm=avx2", {}), (":asm=0", older)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, video_io.__file__, str(tmp_path), str(number), asm],
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number, (asm, variables) in enumerate(processors)
+    ]
+    found = [json.loads(worker.communicate(timeout=240)[0]) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4
+    hashes = [tuple(files) for files_of_one in found for files in files_of_one]
+    assert len(hashes) == 100 and len(set(hashes)) == 1
+    assert len(set(hashes[0])) == 3
 
 
 def test_array_and_file_take_the_same_way_through_size_and_count():

@@ -14,8 +14,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from tests.support.distributed.engine_runs import run
+from tests.support import rounding
+from tests.support.distributed.engine_runs import precision, run
 from tests.support.distributed.launch import launch
+from tests.support.trainer.runs import SMOOTH_ADAM
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
 
 
@@ -131,9 +133,9 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 
 
 @functools.cache
-def alone(task: str) -> dict[str, Tensor]:
+def alone(task: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What one process computes."""
-    return run(task, "alone", Path(tempfile.mkdtemp()))
+    return run(task, "alone", Path(tempfile.mkdtemp()), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def compiled(tmp_path_factory) -> Path:
 
 def distances(directory: Path, name: str) -> tuple[float, float]:
     """Of the update, relative to its largest entry, and of the losses, to what one process computes."""
-    expected = alone(name.split("+")[0].partition(":")[0])
+    expected = alone(name.split("+")[0].partition(":")[0], precision(name))
     found = safetensors.torch.load_file(directory / f"{name}.safetensors")
     assert found.keys() == expected.keys()
     losses = (found.pop("losses") / expected["losses"] - 1).abs().max()
@@ -188,10 +190,15 @@ def distances(directory: Path, name: str) -> tuple[float, float]:
 
 def check(directory: Path, name: str) -> None:
     update, losses = distances(directory, name)
-    if name.startswith("adamw"):  # which divides by the size of a gradient, also of a very small one
-        assert update < 2e-3 and losses < 1e-4
-    else:
-        assert update < 1e-5 and losses < 1e-5
+    gradient, task = rounding.SINGLE, name.partition("+")[0]
+    if precision(name) == torch.float64:
+        gradient = rounding.DOUBLE
+        if "full" in task and "cogvideox" not in task:  # Wan's norms: two steps, videos of all rows, their tokens
+            gradient = rounding.sums(2 * 4 * 4 * 45)
+    if task.startswith("adamw"):
+        # Updates are about lr steps g / (g + epsilon) and differ by rounding.adam; with gradients below 1:
+        gradient *= 2 * (1 + SMOOTH_ADAM["adam_epsilon"]) / SMOOTH_ADAM["adam_epsilon"]
+    assert update < gradient and losses < max(gradient, rounding.LOGGED)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -288,12 +295,12 @@ def test_deepspeed_resumes_exactly(with_deepspeed, stage, tolerance):
 
 
 def test_the_adapter_of_sharded_weights_is_whole_and_that_of_one_process(quick, tmp_path):
-    run("adamw", "alone", tmp_path)
+    run("adamw", "alone", tmp_path, precision("adamw+rows+fsdp2"))
     expected, expected_config = load_lora_state(tmp_path / "checkpoint-4")
     found, found_config = load_lora_state(quick / "adamw+rows+fsdp2" / "checkpoint-4")
     assert found_config == expected_config and found.keys() == expected.keys()
     for name, weight in found.items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
+        rounding.assert_close(weight, expected[name], 1e-4)
     names = {path.name for path in (quick / "adamw+rows+fsdp2" / "checkpoint-4").iterdir()}
     assert {LORA_FILE_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
     assert not [name for name in names if name.startswith("pytorch_model")]  # the base is not saved along

@@ -1,4 +1,8 @@
-"""Two processes with gloo compute what one computes: gradients, metrics, checkpoints, and when to stop."""
+"""
+Two processes with gloo compute what one computes: gradients, metrics, checkpoints, and when to stop.
+
+The weights are float64, so that rounding hides nothing; see tests/rounding.py for what is left of it.
+"""
 
 import json
 import os
@@ -11,14 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.support import rounding
 from tests.support.paths import ROOT
-from tests.support.tiny import tiny_encoded_group
+from tests.support.rounding import assert_close_weights
+from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
 from tests.support.trainer.runs import (
+    SMOOTH_ADAM,
     RecordGradients,
-    assert_close_weights,
     assert_equal_weights,
     config,
+    double,
     losses,
     mixed_shapes,
     trained_weights,
@@ -52,8 +59,9 @@ def alone(directory: Path, resume: Path | None = None, **settings: Any):
     """The same run in this process, with batches of four; with the gradients of its steps."""
     recorder = RecordGradients()
     data = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
-    defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "max_grad_norm": 0.0}
-    made = trainer(config(directory, **(defaults | settings)), rows=8, callbacks=[recorder], **data)
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "max_grad_norm": 0.0, **SMOOTH_ADAM}
+    model = double(tiny_wan_pipeline())
+    made = trainer(config(directory, **(defaults | settings)), rows=8, model=model, callbacks=[recorder], **data)
     made.train(resume_from_checkpoint=resume and str(resume))
     return made, recorder.steps
 
@@ -70,29 +78,32 @@ def report_of(directory: Path, name: str) -> dict[str, Any]:
 def test_two_processes_compute_the_step_of_one(two_processes, tmp_path, name):
     made, gradients = alone(tmp_path, max_steps=3)
     report = report_of(two_processes, name)
-    assert report["losses"][0] == pytest.approx(losses(made)[0], rel=1e-5)
-    assert_close_weights(weights_of(two_processes, name, "gradients"), gradients[0], 1e-5)
-    assert report["losses"] == pytest.approx(losses(made), rel=1e-3)
+    assert report["losses"][0] == pytest.approx(losses(made)[0], rel=rounding.LOGGED)
+    assert_close_weights(weights_of(two_processes, name, "gradients"), gradients[0], rounding.DOUBLE)
+    assert report["losses"] == pytest.approx(losses(made), rel=1e-4)
     for metric, value in made.state.log_history[0].items():
         if "/" in metric or metric in ("alpha", "gamma", "win_gap", "lose_gap"):
-            assert report["log"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+            assert report["log"][metric] == pytest.approx(value, rel=rounding.LOGGED, abs=rounding.LOGGED), metric
 
 
 def test_two_processes_fill_the_bank_of_one(two_processes, tmp_path):
     bank = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "bank")}
     made, gradients = alone(tmp_path, max_steps=3, **bank)
-    assert_close_weights(weights_of(two_processes, "banked", "gradients"), gradients[0], 1e-5)
+    # The bank is float32: where it rounds an error to the other neighbour, `beta` (5000) multiplies that.
+    errors = 5000 / 2 * 2 * rounding.DOUBLE
+    assert_close_weights(weights_of(two_processes, "banked", "gradients"), gradients[0], errors)
     assert report_of(two_processes, "banked")["losses"] == pytest.approx(losses(made), rel=1e-3)
     (theirs,), (ours,) = (
         [load_bank(path) for path in folder.glob("bank/reference_errors/*")] for folder in (two_processes, tmp_path)
     )
     assert len(theirs) == len(ours) == 8
-    torch.testing.assert_close(torch.stack(theirs), torch.stack(ours))
+    rounding.assert_close(torch.stack(theirs), torch.stack(ours), 2 * rounding.DOUBLE)  # neighbours
 
 
 def test_all_weights_are_trained_alike(two_processes, tmp_path):
     made, gradients = alone(tmp_path, max_steps=2, use_peft=False, learning_rate=1e-3)
-    assert_close_weights(weights_of(two_processes, "full", "gradients"), gradients[0], 1e-5)
+    terms = 4 * 4 * 8  # rows, videos of a row, tokens of a video
+    assert_close_weights(weights_of(two_processes, "full", "gradients"), gradients[0], rounding.sums(terms))
     assert report_of(two_processes, "full")["losses"] == pytest.approx(losses(made), rel=1e-3)
 
 
@@ -105,30 +116,38 @@ def test_evaluation_counts_every_sample_once(two_processes, tmp_path):
     for metric in ("eval_loss", "eval_alpha", "eval_gamma", "eval_rewards/accuracies"):
         assert actual[metric] == pytest.approx(expected[metric], rel=1e-3), metric
     for metric in ("eval_rewards/margins", "eval_rewards/chosen", "eval_win_gap"):
-        assert actual[metric] == pytest.approx(expected[metric], rel=2e-2, abs=1e-3), metric
+        assert actual[metric] == pytest.approx(expected[metric], rel=1e-3, abs=1e-3), metric
 
 
 def test_rows_of_several_shapes_make_the_same_steps(two_processes, tmp_path):
     """Eleven rows, four a step: one epoch has two full steps, one of two rows, and one of a single row."""
     made, gradients = alone(tmp_path, train_dataset=mixed_shapes(), eval_dataset=mixed_shapes())
     report = report_of(two_processes, "mixed")
-    assert_close_weights(weights_of(two_processes, "mixed", "gradients"), gradients[0], 1e-5)
+    assert_close_weights(weights_of(two_processes, "mixed", "gradients"), gradients[0], rounding.DOUBLE)
     assert report["losses"] == pytest.approx(losses(made), rel=1e-3)
     evaluated = made.evaluate()
     for metric in ("eval_loss", "eval_alpha"):
         assert report["evaluations"][0][metric] == pytest.approx(evaluated[metric], rel=1e-3), metric
     shrunk, _ = alone(tmp_path / "shrunk", two_processes / "mixed" / "checkpoint-3", train_dataset=mixed_shapes())
-    assert_close_weights(trained_weights(shrunk), trained_weights(made), 1e-4)
+    assert_close_weights(trained_weights(shrunk), trained_weights(made), weights_bound(made, gradients))
+
+
+def weights_bound(made, gradients) -> float:
+    """Of the weights after all steps, relative to the largest."""
+    largest = max(float(gradient.abs().max()) for step in gradients for gradient in step.values())
+    settings = {"learning_rate": 1e-2, "steps": 6, "epsilon": SMOOTH_ADAM["adam_epsilon"]}
+    scale = max(float(weight.abs().max()) for weight in trained_weights(made).values())
+    return rounding.adam(rounding.DOUBLE * largest, **settings) / scale
 
 
 def test_a_module_beside_the_transformer_is_trained_alike(two_processes, tmp_path):
     recorder = RecordGradients()
     settings = {"max_grad_norm": 0.0, "max_steps": 2, "per_device_train_batch_size": 4}
-    made = head_trainer(tmp_path, rows=8, callbacks=[recorder], **settings)
+    made = head_trainer(tmp_path, rows=8, callbacks=[recorder], **SMOOTH_ADAM, **settings)
     made.train()
     gradients = weights_of(two_processes, "head", "gradients")
     assert "auxiliary.layers.0.weight" in gradients
-    assert_close_weights(gradients, recorder.steps[0], 1e-5)
+    assert_close_weights(gradients, recorder.steps[0], rounding.SINGLE)  # as such a module is
     assert report_of(two_processes, "head")["losses"] == pytest.approx(losses(made), rel=1e-3)
     saved = safetensors.torch.load_file(two_processes / "head" / "checkpoint-2" / "auxiliary.safetensors")
     assert_close_weights(saved, dict(made.auxiliary.named_parameters()), 1e-3)
@@ -140,11 +159,13 @@ def test_resuming_on_as_many_processes_is_bit_exact(two_processes):
 
 
 def test_resuming_on_another_number_of_processes_agrees_to_rounding(two_processes, tmp_path):
-    straight, _ = alone(tmp_path / "straight")
+    straight, gradients = alone(tmp_path / "straight")
     shrunk, _ = alone(tmp_path / "shrunk", two_processes / "watched" / "checkpoint-3")
-    assert_close_weights(trained_weights(shrunk), trained_weights(straight), 1e-4)
-    assert_close_weights(weights_of(two_processes, "grown"), trained_weights(straight), 1e-4)
-    assert_close_weights(weights_of(two_processes, "watched"), trained_weights(straight), 1e-4)
+    bound = weights_bound(straight, gradients)
+    assert bound < 1e-4  # a step moves weights by about 1e-2
+    assert_close_weights(trained_weights(shrunk), trained_weights(straight), bound)
+    assert_close_weights(weights_of(two_processes, "grown"), trained_weights(straight), bound)
+    assert_close_weights(weights_of(two_processes, "watched"), trained_weights(straight), bound)
 
 
 def test_checkpoints_and_videos_are_written_once_and_whole(two_processes):

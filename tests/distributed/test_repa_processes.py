@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from tests.support import rounding
 from tests.support.distributed.repa_worker import run
 from tests.support.paths import ROOT
-from tests.support.trainer.runs import assert_close_weights
 
 
 def test_two_processes_compute_the_step_of_one(tmp_path):
@@ -29,7 +29,8 @@ def test_two_processes_compute_the_step_of_one(tmp_path):
     log, recorder = run(tmp_path / "alone", per_device_train_batch_size=2)
     gradients = safetensors.torch.load_file(tmp_path / "gradients.safetensors")
     assert sum(name.startswith("auxiliary.") for name in gradients) == 8
-    assert_close_weights(gradients, recorder.steps[0], 1e-5)
+    # The head is float32, and what it makes of the hidden states too.
+    rounding.assert_close_weights(gradients, recorder.steps[0], rounding.SINGLE)
     for entry, expected in zip(json.loads((tmp_path / "log.json").read_text()), log, strict=True):
         for name in ("loss", "loss/diffusion", "loss/alignment", "trd/spatial", "trd/temporal", "trd/raw"):
             assert entry[name] == pytest.approx(expected[name], rel=1e-3), name

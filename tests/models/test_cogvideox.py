@@ -5,6 +5,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import Tensor, nn
 
+from tests.support import rounding
 from tests.support.models.calls import image, pixels, recorded_calls
 from tests.support.tiny import (
     COGVIDEOX_LATENTS_SHAPE,
@@ -133,7 +134,7 @@ def test_predict_is_the_transformer_call_of_the_pipeline(pipeline, family, size)
         assert torch.equal(conditions["prompt_embeds"], kwargs["encoder_hidden_states"])
         if takes_image(pipeline):
             assert not first[:, :, 1:].any()
-            torch.testing.assert_close(conditions["first_frame_latents"], first[:, :, :1], rtol=0, atol=1e-5)
+            rounding.assert_close(conditions["first_frame_latents"], first[:, :, :1], rounding.SINGLE)
             conditions["first_frame_latents"] = first[:, :, :1]  # as the pipeline has drawn it
         with recorded_calls(pipeline.transformer) as ours, torch.no_grad():
             velocity = family.predict(pipeline.transformer, noisy, kwargs["timestep"], conditions)
@@ -158,7 +159,7 @@ def test_predict_depends_on_each_sample_s_own_timestep_and_conditions(pipeline, 
             one = slice(row, row + 1)
             own = {name: values[one] for name, values in conditions.items()}
             alone = family.predict(pipeline.transformer, latents[one], timesteps[one], own)
-            torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+            rounding.assert_close(together[one], alone, rounding.SINGLE)
         swapped = family.predict(pipeline.transformer, latents, timesteps.flip(0), conditions)
         assert not torch.allclose(together, swapped, atol=1e-4)
         for name, values in conditions.items():
@@ -219,7 +220,7 @@ def test_encode_video_is_the_scaled_mode_of_the_posterior(pipeline, family):
     assert latents.shape == (2, *COGVIDEOX_LATENTS_SHAPE) and latents.dtype == torch.float32
     assert torch.equal(latents, family.encode_video(vae, video)) and not latents.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(family.decode_latents(vae, latents), vae.decode(mode).sample, rtol=0, atol=1e-5)
+        rounding.assert_close(family.decode_latents(vae, latents), vae.decode(mode).sample, rounding.SINGLE)
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -230,7 +231,7 @@ def test_first_frame_latents_are_scaled_as_the_checkpoint_says(inverted):
         pipeline(image(), PROMPTS[0], **(CALL | {"num_inference_steps": 1}))
     ((kwargs, _),) = calls
     found = family.encode_image(pipeline, [image()], 9)["first_frame_latents"]
-    torch.testing.assert_close(found, kwargs["hidden_states"].transpose(1, 2)[:, 4:, :1], rtol=0, atol=1e-5)
+    rounding.assert_close(found, kwargs["hidden_states"].transpose(1, 2)[:, 4:, :1], rounding.SINGLE)
     alone = family.encode_video(pipeline.vae, pixels(1, num_frames=1))  # of a video that is this image
     assert torch.allclose(found, alone, atol=1e-5) != inverted  # scaled as videos are, or inversely
     # In a longer video the frames share their group normalisation, and the first one's latents are others.

@@ -264,7 +264,8 @@ def tiny_mp4(seed: int, fps: int = 8, **size: int) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         video = tiny_video(seed, **size)
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12", "threads": "1"})
+        options = {"crf": "12", "threads": "1", "x264-params": "cpu-independent=1"}  # as `write_video` does
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

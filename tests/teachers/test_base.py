@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support import rounding
 from tests.support.teachers import models
 from video_trl.load import load_teacher
 from video_trl.teachers import TeacherTokens, VideoMAETeacher, VideoTeacher
@@ -38,7 +39,7 @@ def test_autocast_and_batch_do_not_change_the_tokens():
     expected = teacher()(clip).tokens
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(teacher()(clip).tokens, expected)
-    torch.testing.assert_close(teacher()(clip[1:]).tokens, expected[1:])
+    rounding.assert_close(teacher()(clip[1:]).tokens, expected[1:], rounding.SINGLE)
 
 
 def test_half_precision_weights():

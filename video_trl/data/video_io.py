@@ -27,6 +27,9 @@ _BT601_LIMITED = {
     "colorspace": 6,
     "color_range": 1,
 }  # AVCOL_SPC_SMPTE170M, AVCOL_RANGE_MPEG: swscale's default
+# x264's macroblock tree has a routine for each instruction set, and they round differently. That for AVX-512 also lets
+# in what happens to lie in memory: without this option equal frames give other bytes in every process.
+_X264_PARAMS = "cpu-independent=1"
 
 
 class VideoDecodeError(ValueError):
@@ -248,7 +251,11 @@ def write_video(
     Write frames as an mp4 that browsers play (H.264, yuv420p, index in front).
 
     yuv420p needs even sides: an odd side grows by one pixel, a copy of the last column or row. The file appears under
-    its name only when it is whole. Equal frames give equal bytes, whatever the number of cores.
+    its name only when it is whole.
+
+    Equal frames and options give equal bytes with one build of FFmpeg and x264, as in one wheel of PyAV: on every
+    x86-64 processor, with any number of cores and under load. Another version, or another architecture, may give other
+    bytes, and so another [`video_hash`].
 
     Args:
         path (`str` or `Path`): File to write, ending in `.mp4`; its folder is made where needed.
@@ -276,7 +283,8 @@ def write_video(
         partial = Path(folder) / "video.mp4"  # a real file: the second pass of `faststart` opens it again by its name
         with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             rate = Fraction(fps).limit_denominator(100_000)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+            options = {"crf": str(crf), "preset": preset, "x264-params": _X264_PARAMS}
+            stream = container.add_stream("libx264", rate=rate, options=options)
             stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
             stream.codec_context.thread_count = 1  # x264 output depends on its number of threads
             stream.codec_context.colorspace = _BT601_LIMITED["colorspace"]

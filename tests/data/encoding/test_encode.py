@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import rounding
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
 from video_trl.data.encoding.store import EncodedWriter
@@ -81,15 +82,15 @@ def test_every_video_and_prompt_equals_encoding_it_by_hand(pipeline, tmp_path):
         assert list(example) == ["prompt", "chosen_latents", "rejected_latents", "prompt_embeds", "rejected_scores"]
         assert example["prompt"] == row["prompt"]
         assert example["chosen_latents"].dtype == torch.float32
-        torch.testing.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), atol=1e-5, rtol=1e-5)
+        rounding.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), rounding.SINGLE)
         for latents, video in zip(example["rejected_latents"], row["rejected"], strict=True):
-            torch.testing.assert_close(latents, by_hand(pipeline, video), atol=1e-5, rtol=1e-5)
+            rounding.assert_close(latents, by_hand(pipeline, video), rounding.SINGLE)
         padded, _ = pipeline.encode_prompt(
             row["prompt"], do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
         length = len(row["prompt"].split()) + 1
         assert example["prompt_embeds"].shape[0] == length
-        torch.testing.assert_close(example["prompt_embeds"], padded[0, :length], atol=1e-6, rtol=1e-6)
+        rounding.assert_close(example["prompt_embeds"], padded[0, :length], rounding.SINGLE)
         scores = [[score["sa"], score["pc"]] for score in row["rejected_scores"]]
         assert example["rejected_scores"].tolist() == scores
 
@@ -101,7 +102,7 @@ def test_video_and_preference_rows(pipeline, tmp_path):
     pairs = [{"prompt": "a red ball falls", "chosen": tiny_video(0), "rejected": tiny_video(1)}]
     pair = encode(pairs, pipeline, tmp_path, row_type="preference")[0]
     assert pair["rejected_latents"].shape == (1, 4, 2, 4, 4) and "rejected_scores" not in pair
-    torch.testing.assert_close(pair["chosen_latents"], example["latents"], atol=1e-6, rtol=1e-6)
+    rounding.assert_close(pair["chosen_latents"], example["latents"], rounding.SINGLE)
 
 
 def test_files_bytes_and_arrays_encode_to_the_same_latents(pipeline, tmp_path):
@@ -110,7 +111,7 @@ def test_files_bytes_and_arrays_encode_to_the_same_latents(pipeline, tmp_path):
     rows = [{"prompt": "a red ball falls", "video": cell} for cell in cells]
     encoded = encode(rows, pipeline, tmp_path / "cache", row_type="video")
     for example in encoded:
-        torch.testing.assert_close(example["latents"], encoded[0]["latents"], atol=1e-6, rtol=1e-6)
+        rounding.assert_close(example["latents"], encoded[0]["latents"], rounding.SINGLE)
 
 
 def test_size_options_reach_the_pixels(pipeline, tmp_path):
@@ -120,7 +121,7 @@ def test_size_options_reach_the_pixels(pipeline, tmp_path):
     example = encode(rows, pipeline, tmp_path / "cache", row_type="video", **options)[0]
     expected = by_hand(pipeline, read_video(path, **options))
     assert expected.shape == (4, 2, 2, 3)
-    torch.testing.assert_close(example["latents"], expected, atol=1e-5, rtol=1e-5)
+    rounding.assert_close(example["latents"], expected, rounding.SINGLE)
 
 
 def test_each_distinct_video_and_prompt_is_encoded_once(pipeline, tmp_path):
@@ -471,4 +472,4 @@ def test_embedded_parquet_of_a_stranger_trains_as_it_is(pipeline, tmp_path):
     )
     dataset = datasets.Dataset.from_list([row], features=features).with_format("numpy")
     example = encode(dataset, pipeline, tmp_path)[0]
-    torch.testing.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), atol=1e-5, rtol=1e-5)
+    rounding.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), rounding.SINGLE)

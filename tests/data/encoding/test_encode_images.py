@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.support import rounding
 from tests.support.tiny import (
     MAX_SEQUENCE_LENGTH,
     PROMPTS,
@@ -82,7 +83,7 @@ def test_the_first_frame_is_that_of_the_chosen_video_and_is_shared(case, tmp_pat
     for row, example in zip(rows, encoded, strict=True):
         assert list(example) == ["prompt", "chosen_latents", "rejected_latents", *columns]
         for name, expected in by_hand(pipeline, row["chosen"][0], frames).items():
-            torch.testing.assert_close(example[name], expected, rtol=1e-5, atol=1e-5)
+            rounding.assert_close(example[name], expected, rounding.SINGLE)
     distinct = [key for key in stored(encoded) if key.startswith("first_frame_latents/")]
     assert len(distinct) == 2  # of three rows, two begin alike
     assert all(parameter.device.type == "cpu" for parameter in pipeline.vae.parameters())
@@ -106,9 +107,9 @@ def test_an_image_of_the_row_replaces_the_first_frame_whatever_form_it_has(wan, 
     expected = by_hand(wan, pixels, 5)
     for example in list(encoded)[:-1]:
         for name, values in expected.items():
-            torch.testing.assert_close(example[name], values, rtol=1e-5, atol=1e-5)
+            rounding.assert_close(example[name], values, rounding.SINGLE)
     for name, values in by_hand(wan, tiny_video(0)[0], 5).items():  # no image: that of the video
-        torch.testing.assert_close(encoded[-1][name], values, rtol=1e-5, atol=1e-5)
+        rounding.assert_close(encoded[-1][name], values, rounding.SINGLE)
     assert len([key for key in stored(encoded) if key.startswith("image_embeds/")]) == 2
     assert len([key for key in stored(encoded) if key.startswith("videos/")]) == 1
 
@@ -125,7 +126,7 @@ def test_a_column_of_the_image_type_is_read_undecoded(wan, tmp_path):
     row = {"prompt": PROMPTS[0], "video": str(video), "image": {"path": None, "bytes": png(pixels)}}
     example = encode(datasets.Dataset.from_list([row], features=features), wan, tmp_path)[0]
     for name, values in by_hand(wan, pixels, 5).items():
-        torch.testing.assert_close(example[name], values, rtol=1e-5, atol=1e-5)
+        rounding.assert_close(example[name], values, rounding.SINGLE)
 
 
 def test_images_are_scaled_and_cropped_as_videos_are(wan, tmp_path):
@@ -133,9 +134,9 @@ def test_images_are_scaled_and_cropped_as_videos_are(wan, tmp_path):
     rows = [{"prompt": PROMPTS[0], "video": large}, {"prompt": PROMPTS[0], "video": large, "image": large[0]}]
     first, second = encode(rows, wan, tmp_path, height=32, width=32)
     for name in ("first_frame_latents", "image_embeds"):
-        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-5)
+        rounding.assert_close(first[name], second[name], rounding.SINGLE)
     kept = encode([video_row(image=large[0])], wan, tmp_path)[0]  # no size asked for: that of the row's video
-    torch.testing.assert_close(kept["first_frame_latents"], first["first_frame_latents"], rtol=1e-5, atol=1e-5)
+    rounding.assert_close(kept["first_frame_latents"], first["first_frame_latents"], rounding.SINGLE)
 
 
 def test_one_image_before_videos_of_two_lengths_is_encoded_for_both(wan, tmp_path):

@@ -26,7 +26,7 @@ from tests.support.tiny import (
     tiny_pipeline,
     tiny_transformer,
 )
-from tests.support.trainer.runs import config, losses, mixed_shapes
+from tests.support.trainer.runs import SMOOTH_ADAM, config, losses, mixed_shapes
 from video_trl import VideoGroupDPOTrainer
 from video_trl.trainer.checkpoints.weights import gather, trained_weights
 
@@ -51,6 +51,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "banked-full": {"precompute_ref_errors": 1, "use_peft": False, "learning_rate": 1e-3},
     "bf16": {"bf16": True},
     "adamw": {
+        **SMOOTH_ADAM,
         "optim": "adamw_torch",
         "learning_rate": 1e-2,
         "max_steps": 4,
@@ -58,6 +59,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "save_steps": 2,
     },
     "adamw-full": {
+        **SMOOTH_ADAM,
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
         "max_steps": 4,
@@ -128,8 +130,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(task: str, layout: str, directory: Path, resume: Path | None = None, **arguments: Any) -> dict[str, Tensor]:
-    """Train; returns the update of the weights, with the losses beside them."""
+def precision(name: str) -> torch.dtype:
+    """Of the weights of a run: float64 where all of it can be; DeepSpeed and ring attention know float32 only."""
+    task, layout, engine_name = name.split("+")[:3]
+    single = task == "bf16" or "ring" in layout or engine_name.startswith("zero")
+    return torch.float32 if single else torch.float64
+
+
+def run(
+    task: str, layout: str, directory: Path, dtype: torch.dtype, resume: Path | None = None, **arguments: Any
+) -> dict[str, Tensor]:
+    """Train weights of a type; returns their update, with the losses beside them."""
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "beta": 20.0, "max_grad_norm": 0.0}
     task, _, option = task.partition(":")
     settings |= TASKS[task] | OPTIONS[option] | LAYOUTS[layout] | arguments
@@ -141,6 +152,7 @@ def run(task: str, layout: str, directory: Path, resume: Path | None = None, **a
         pipeline = tiny_pipeline(family)
     if "heads" in settings:
         pipeline.transformer = tiny_transformer(num_attention_heads=settings.pop("heads"))
+    pipeline.transformer.to(dtype)
     size = {"latents_shape": settings.pop("latents_shape")} if "latents_shape" in settings else {}
     if "precompute_ref_errors" in settings:
         settings["cache_dir"] = str(directory / "cache")
@@ -173,7 +185,7 @@ def main() -> None:
         task, layout, engine_name, *resumed = name.split("+")
         with engine(ENGINES[engine_name]):
             checkpoint = directory / "+".join(resumed) / "checkpoint-2" if resumed else None
-            results = run(task, layout, directory / name, checkpoint, **ENGINES[engine_name])
+            results = run(task, layout, directory / name, precision(name), checkpoint, **ENGINES[engine_name])
             keep(directory, name, results)
     dist.destroy_process_group()
 

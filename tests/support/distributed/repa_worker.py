@@ -8,7 +8,7 @@ import safetensors.torch
 import torch.distributed as dist
 
 from tests.support.trainer.repa_runs import repa_trainer
-from tests.support.trainer.runs import RecordGradients
+from tests.support.trainer.runs import SMOOTH_ADAM, RecordGradients
 
 
 SETTINGS = {"max_steps": 3, "max_grad_norm": 0.0, "spatial_pooling": "conv", "activation_checkpointing": True}
@@ -17,7 +17,7 @@ SETTINGS = {"max_steps": 3, "max_grad_norm": 0.0, "spatial_pooling": "conv", "ac
 def run(directory: Path, **settings: object) -> tuple[list[dict], RecordGradients]:
     """Train on six rows; the log and the gradients of every step."""
     recorder = RecordGradients()
-    made = repa_trainer(directory, callbacks=[recorder], **SETTINGS, **settings)
+    made = repa_trainer(directory, callbacks=[recorder], **SETTINGS, **SMOOTH_ADAM, **settings)
     made.train()
     return [entry for entry in made.state.log_history if "trd/raw" in entry], recorder
 

@@ -11,9 +11,18 @@ from typing import Any
 import safetensors.torch
 import torch.distributed as dist
 
-from tests.support.tiny import PROMPTS, tiny_encoded_group
+from tests.support.tiny import PROMPTS, tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
-from tests.support.trainer.runs import RecordGradients, config, losses, mixed_shapes, trained_weights, trainer
+from tests.support.trainer.runs import (
+    SMOOTH_ADAM,
+    RecordGradients,
+    config,
+    double,
+    losses,
+    mixed_shapes,
+    trained_weights,
+    trainer,
+)
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.step.nan_guard import NonFiniteLossError
 
@@ -25,7 +34,8 @@ def train(name: str, directory: Path, resume: Path | None = None, **settings: An
         if argument in settings:
             arguments[argument] = settings.pop(argument)
     arguments["callbacks"] = [recorder, *arguments.get("callbacks", [])]
-    made = trainer(config(directory / name, ddp_backend="gloo", max_grad_norm=0.0, **settings), rows=8, **arguments)
+    args = config(directory / name, ddp_backend="gloo", max_grad_norm=0.0, **SMOOTH_ADAM, **settings)
+    made = trainer(args, rows=8, model=double(tiny_wan_pipeline()), **arguments)
     made.train(resume_from_checkpoint=resume and str(resume))
     keep(name, directory, made, recorder)
 
@@ -34,6 +44,7 @@ def train_head(directory: Path) -> None:
     """A module beside the transformer, trained on eight videos."""
     recorder = RecordGradients()
     settings = {"ddp_backend": "gloo", "max_grad_norm": 0.0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings |= SMOOTH_ADAM
     made = head_trainer(directory / "head", rows=8, callbacks=[recorder], **settings)
     made.train()
     keep("head", directory, made, recorder)

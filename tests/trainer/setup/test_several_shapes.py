@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_mp4
+from tests.support import rounding
+from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_mp4, tiny_wan_pipeline
 from tests.support.trainer.runs import (
+    SMOOTH_ADAM,
     RecordGradients,
     StopAfter,
-    assert_close_weights,
     assert_equal_weights,
     config,
+    double,
     losses,
     mixed_shapes,
     trained_weights,
@@ -24,10 +26,11 @@ from video_trl import VideoREPAConfig
 from video_trl.trainer.checkpoints.weights import check_description
 
 
-def run(directory, resume=None, callbacks=(), rows=None, **changes):
+def run(directory, resume=None, callbacks=(), rows=None, model=None, **changes):
     recorder = RecordGradients()
     made = trainer(
         config(directory, **({"max_grad_norm": 0.0, "max_steps": 8, "loss_type": "sum"} | changes)),
+        model=model or tiny_wan_pipeline(),
         train_dataset=rows or mixed_shapes(),
         callbacks=[recorder, *callbacks],
     )
@@ -37,24 +40,23 @@ def run(directory, resume=None, callbacks=(), rows=None, **changes):
 
 def test_the_split_of_a_step_does_not_matter(tmp_path):
     """Eleven rows of two shapes, four a step: two full steps and two of three and two rows... whatever the split."""
-    whole, gradients = run(tmp_path, per_device_train_batch_size=4)
+    whole, gradients = run(tmp_path, model=double(tiny_wan_pipeline()), per_device_train_batch_size=4, **SMOOTH_ADAM)
     assert whole.state.epoch == 2.0  # four steps an epoch
     for batch, accumulation in ((2, 2), (1, 4)):
-        split, split_gradients = run(
-            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
-        )
+        division = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        split, split_gradients = run(tmp_path, model=double(tiny_wan_pipeline()), **division, **SMOOTH_ADAM)
         assert split.state.epoch == 2.0
-        assert_close_weights(split_gradients[0], gradients[0], 1e-5)
-        assert losses(split) == pytest.approx(losses(whole), rel=1e-3)
+        rounding.assert_close_weights(split_gradients[0], gradients[0], rounding.DOUBLE)
+        assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
         for entry, expected in zip(split.state.log_history[:8], whole.state.log_history[:8], strict=True):
             for metric in ("rewards/margins", "rewards/accuracies", "win_gap", "alpha"):
-                assert entry[metric] == pytest.approx(expected[metric], rel=1e-2, abs=1e-4), metric
+                assert entry[metric] == pytest.approx(expected[metric], rel=1e-3, abs=1e-4), metric
 
 
 def test_each_step_is_the_mean_over_its_rows(tmp_path):
     """Against every row's own gradient, the weights held still."""
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
-    made, gradients = run(tmp_path, max_steps=4, **settings)
+    made, gradients = run(tmp_path, model=double(tiny_wan_pipeline()), max_steps=4, **settings)
     sampler = made.get_train_dataloader().batch_sampler
     seen = sorted(row for rows in sampler.steps() for row in rows)
     assert seen == list(range(11)) and [len(rows) for rows in sampler.steps()].count(4) == 2
@@ -65,7 +67,7 @@ def test_each_step_is_the_mean_over_its_rows(tmp_path):
         for row in rows:
             made.compute_loss(made.model, made.data_collator([made.train_dataset[row]])).div(len(rows)).backward()
         expected = {name: w.grad for name, w in made.model.named_parameters() if w.grad is not None}
-        assert_close_weights(gradients[step], expected, 1e-5)
+        rounding.assert_close_weights(gradients[step], expected, rounding.DOUBLE)
 
 
 @pytest.mark.parametrize("changes", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
@@ -91,11 +93,15 @@ def test_resuming_with_other_rows_per_step_warns(tmp_path, caplog):
 
 def test_evaluation_takes_several_shapes_and_counts_every_row_once(tmp_path):
     alone, together = (
-        trainer(config(tmp_path, per_device_eval_batch_size=size), eval_dataset=mixed_shapes()).evaluate()
+        trainer(
+            config(tmp_path, per_device_eval_batch_size=size),
+            model=double(tiny_wan_pipeline()),
+            eval_dataset=mixed_shapes(),
+        ).evaluate()
         for size in (1, 4)
     )
     for metric in ("eval_loss", "eval_alpha", "eval_rewards/margins"):
-        assert together[metric] == pytest.approx(alone[metric], rel=1e-4), metric
+        assert together[metric] == pytest.approx(alone[metric], rel=rounding.LOGGED), metric
     made = trainer(config(tmp_path), eval_dataset={"a": mixed_shapes(), "b": tiny_encoded_group(3)})
     assert made.evaluate()["eval_a_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import video_trl
+from tests.support import rounding
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     RecordGradients,
     StopAfter,
     assert_equal_weights,
+    double,
     losses,
     mixed_shapes,
     trained_weights,
@@ -71,7 +73,8 @@ def test_every_error_is_that_of_the_reference_on_its_noise(tmp_path):
     rows = mixed_shapes()
     changes = {"rows": rows, "loss_type": "sum", "physics_rewarding": False, "per_device_train_batch_size": 4}
     cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path)}
-    made = make(tmp_path, "GroupDPO", "concat", max_steps=1, **changes, **cached)
+    model = double(tiny_wan_pipeline())
+    made = make(tmp_path, "GroupDPO", "concat", model=model, max_steps=1, **changes, **cached)
     made.train()
     (path,) = tmp_path.glob("reference_errors/*.safetensors")
     errors = load_bank(path)
@@ -83,7 +86,8 @@ def test_every_error_is_that_of_the_reference_on_its_noise(tmp_path):
             inputs = {**made.data_collator([made.train_dataset[index]]), "index": [index]}
             with torch.no_grad():
                 made.compute_loss(made.model, inputs)
-            torch.testing.assert_close(errors[index][number], made._errors_for_bank)
+            expected = made._errors_for_bank.float()  # as the bank rounds it, or to the other neighbour
+            torch.testing.assert_close(errors[index][number], expected, rtol=2 * rounding.DOUBLE, atol=0)
 
 
 def test_the_first_loss_is_log_2(tmp_path):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import video_trl
+from tests.support import rounding
+from tests.support.rounding import assert_close_weights
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
-from tests.support.trainer.runs import RecordGradients, assert_close_weights, disturb_adapter, losses, mixed_shapes
+from tests.support.trainer.runs import SMOOTH_ADAM, RecordGradients, disturb_adapter, double, losses, mixed_shapes
 from tests.trainer.test_families import rows_for, tiny_pipeline
 from video_trl.trainer.planning.estimate import HEADROOM, Placement, Workload, estimate, fitting_step_mode
 
@@ -49,9 +51,11 @@ def make(directory, name: str, mode: str, *, rows=None, model=None, callbacks=No
     return getattr(video_trl, f"Video{name}Trainer")(model or tiny_wan_pipeline(), args, rows, callbacks=callbacks)
 
 
-def run(directory, name: str, mode: str, **changes: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+def run(directory, name: str, mode: str, *, model=None, **changes: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """In float64: both modes are to compute the same, and not only what rounding lets pass."""
     recorder = RecordGradients()
-    made = make(directory, name, mode, callbacks=[recorder], **changes)
+    model = double(model or tiny_wan_pipeline())
+    made = make(directory, name, mode, model=model, callbacks=[recorder], **SMOOTH_ADAM, **changes)
     if changes.get("use_peft", True):
         disturb_adapter(made)
     made.train()
@@ -62,11 +66,15 @@ def run(directory, name: str, mode: str, **changes: Any) -> tuple[Any, list[dict
 def test_both_modes_compute_the_same_step(name, changes, tmp_path):
     concat, expected = run(tmp_path / "concat", name, "concat", **changes)
     sequential, gradients = run(tmp_path / "sequential", name, "sequential", **changes)
-    assert_close_weights(gradients[0], expected[0], 1e-5)
+    # Two rows of two videos of eight tokens.
+    bound = rounding.DOUBLE if changes.get("use_peft", True) else rounding.sums(2 * 2 * 8)
+    assert_close_weights(gradients[0], expected[0], bound)
     assert losses(sequential) == pytest.approx(losses(concat), rel=1e-4)
     for metric, value in concat.state.log_history[0].items():
         if metric not in ("epoch", "step"):
-            assert sequential.state.log_history[0][metric] == pytest.approx(value, rel=1e-3, abs=1e-5), metric
+            assert sequential.state.log_history[0][metric] == pytest.approx(value, rel=1e-4, abs=rounding.LOGGED), (
+                metric
+            )
     assert sequential.evaluate(tiny_encoded_group(3, seed=9))["eval_loss"] == pytest.approx(
         concat.evaluate(tiny_encoded_group(3, seed=9))["eval_loss"], rel=1e-3
     )
@@ -85,9 +93,9 @@ def test_accumulated_and_uneven_steps_are_weighed_alike(accumulation, tmp_path):
     }
     _, expected = run(tmp_path / "concat", "GroupDPO", "concat", **changes)
     _, gradients = run(tmp_path / "sequential", "GroupDPO", "sequential", **changes)
-    assert_close_weights(gradients[0], expected[0], 1e-5)
+    assert_close_weights(gradients[0], expected[0], rounding.DOUBLE)
     for ours, theirs in zip(gradients, expected, strict=True):
-        assert_close_weights(ours, theirs, 1e-2)  # rounding grows with every update
+        assert_close_weights(ours, theirs, 1e-4)  # rounding grows with every update
 
 
 @pytest.mark.parametrize("family", ["wan-i2v", "cogvideox-t2v", "cogvideox-i2v"])
@@ -97,7 +105,7 @@ def test_conditions_of_every_family_follow_their_video(family, tmp_path):
         run(tmp_path / mode, "DPO", mode, model=tiny_pipeline(family), rows=rows_for(family, "DPO"))[1]
         for mode in ("concat", "sequential")
     ]
-    assert_close_weights(steps[1][0], steps[0][0], 1e-5)
+    assert_close_weights(steps[1][0], steps[0][0], rounding.DOUBLE)
 
 
 def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(tmp_path):

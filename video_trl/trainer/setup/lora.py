@@ -66,9 +66,10 @@ def attach_lora(
     transformer: ModelMixin, args: VideoConfig, peft_config: PeftConfig | None, family: ModelFamily
 ) -> str:
     """
-    Freeze a transformer and make one LoRA adapter on it trainable, in float32 whatever the base is stored in.
+    Freeze a transformer and make one LoRA adapter on it trainable, in float32 also on a base in half precision.
 
-    A bfloat16 adapter would lose most updates: at a learning rate of 1e-5 they round to nothing.
+    A bfloat16 adapter would lose most updates: at a learning rate of 1e-5 they round to nothing. On a float64 base the
+    adapter is float64.
 
     Args:
         transformer (`ModelMixin`): Transformer that `check_adapters` has accepted. Its adapter, if it has one, is
@@ -89,7 +90,7 @@ def attach_lora(
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
     transformer.requires_grad_(False)
     transformer.set_adapter(name)
-    _cast_adapters_to_float32(transformer)
+    _cast_adapters(transformer)
     return name
 
 
@@ -101,13 +102,13 @@ def copy_adapter(transformer: ModelMixin, source: str) -> None:
         transformer.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
     state = get_peft_model_state_dict(transformer, adapter_name=source)
     set_peft_model_state_dict(transformer, state, adapter_name=REFERENCE_ADAPTER)
-    _cast_adapters_to_float32(transformer)
+    _cast_adapters(transformer)
     transformer.set_adapter(source)  # adding an adapter activates it
 
 
 def train_all_weights(transformer: ModelMixin) -> None:
-    """Make every weight of a transformer trainable, in float32."""
-    if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+    """Make every weight of a transformer trainable, in float32, or float64 where it is float64."""
+    if any(parameter.dtype.itemsize < 4 for parameter in transformer.parameters()):
         gib = sum(parameter.numel() for parameter in transformer.parameters()) * 4 / 2**30
         logger.warning("Casting the transformer to float32 (%.1f GiB): in half precision small updates are lost.", gib)
         transformer.float()
@@ -146,7 +147,7 @@ def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def _cast_adapters_to_float32(transformer: nn.Module) -> None:
+def _cast_adapters(transformer: nn.Module) -> None:
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
