@@ -1,7 +1,7 @@
 """
 Two processes with gloo compute what one computes: gradients, metrics, checkpoints, and when to stop.
 
-The weights are float64, so that rounding hides nothing; see tests/rounding.py for what is left of it.
+The weights are float64, so that rounding hides nothing; see tests/support/rounding.py for what is left of it.
 """
 
 import json

@@ -56,7 +56,7 @@ class VideoModel:
         dtype (`str`, defaults to `"bfloat16"`): Attribute of `torch` that the weights are loaded in.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call: `num_frames`, `num_inference_steps`,
             `guidance_scale`, ... Without `height` and `width` it is asked for the size of the real clip.
-        batch_size (`int`, defaults to `1`): Videos made in one call. Other batch sizes change the last bits.
+        batch_size (`int`, defaults to `1`): Videos made in one call. Other sizes or processors change the last bits.
     """
 
     name: str

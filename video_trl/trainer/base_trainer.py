@@ -30,6 +30,7 @@ from .parallel.mesh import (
     enable_context_parallelism,
     make_mesh,
 )
+from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .publishing.evaluator import Evaluator, log_evaluator, run_evaluator
 from .publishing.progress import ProgressReport
@@ -180,6 +181,8 @@ class VideoTrainer(_SharingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.accelerator.num_processes > 1:
+            leave_at_exit()
         check_set_up(self.engine, self.accelerator)
         if self.auxiliary is not None and self.optimizer is not None:
             add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())

@@ -94,7 +94,6 @@ def main() -> None:
             {"stop": stop, "head": head, "raw": raw, "again": again}[case](directory / name, ENGINES[engine_name])
         if dist.get_rank() == 0:
             (directory / name / "done").touch()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

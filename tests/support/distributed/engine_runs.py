@@ -187,7 +187,6 @@ def main() -> None:
             checkpoint = directory / "+".join(resumed) / "checkpoint-2" if resumed else None
             results = run(task, layout, directory / name, precision(name), checkpoint, **ENGINES[engine_name])
             keep(directory, name, results)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ def main() -> None:
         failure = f"{type(error).__name__}: {error}"
     told = {"calls": calls, "best": made.state.best_metric, "failure": failure}
     (directory / f"{dist.get_rank()}.json").write_text(json.dumps(told))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What each of two processes does in the test of `VideoREPATrainer`; run by `torchrun --nproc_per_node 2`."""
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,13 +24,21 @@ def run(directory: Path, **settings: object) -> tuple[list[dict], RecordGradient
     return [entry for entry in made.state.log_history if "trd/raw" in entry], recorder
 
 
+def note_threads(directory: Path) -> None:
+    """Write down the names of the threads of this process."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (directory / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(names))
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
+    atexit.register(note_threads, directory)  # before a trainer is made, so that it runs after what the trainer leaves
     log, recorder = run(directory / "run", per_device_train_batch_size=1, ddp_backend="gloo")
     if dist.get_rank() == 0:
         safetensors.torch.save_file(recorder.steps[0], directory / "gradients.safetensors")
+        note_threads(directory)
+        (directory / "running.json").write_text((directory / "threads-0.json").read_text())
         (directory / "log.json").write_text(json.dumps(log))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

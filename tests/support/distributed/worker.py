@@ -120,7 +120,6 @@ def main() -> None:
     )
     train_head(directory)
     stop_together(directory)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

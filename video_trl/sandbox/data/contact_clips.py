@@ -38,7 +38,7 @@ def contact_clips(number: int, *, seed: int, num_frames: int = NUM_FRAMES) -> li
 
     Args:
         number (`int`): How many; a multiple of 6 gives every scenario as often as every other, half of each "yes".
-        seed (`int`): Another seed gives other clips; the same gives the same bytes.
+        seed (`int`): Another seed gives other clips; the same gives the same bytes (see `simulate`).
         num_frames (`int`, defaults to that of the sandbox): Length of the clips, which end before the answer shows.
 
     Returns:

@@ -2,7 +2,7 @@
 Labelled footage for curation: clips that a pipeline should keep, and clips with one known defect each.
 
 Bodies move by the laws of the sandbox before a textured wall, drawn fast enough for thousands of frames. Everything is
-decided by the seed; the same arguments give the same bytes.
+decided by the seed; the same arguments give the same bytes, with one version of NumPy on one kind of processor.
 """
 
 import math

@@ -102,7 +102,8 @@ def simulate(
     fps: float = FPS,
 ) -> Clip:
     """
-    Samples and draws a clip. The same arguments give the same bytes.
+    Samples and draws a clip. The same arguments give the same bytes, with one version of NumPy on one kind of
+    processor.
 
     Args:
         seed: any integer >= 0.
