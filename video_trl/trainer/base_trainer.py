@@ -159,7 +159,7 @@ class VideoTrainer(_SharingTrainer):
         shapes = {shape for rows in datasets_in(prepared_train, prepared_eval) for shape in rows.shapes}
         check_context_parallelism(transformer, self.family, shapes, args)
 
-        adapt_for_trainer(transformer, self.family, args.checkpointing_policy)
+        adapt_for_trainer(transformer, args.checkpointing_policy)
         self._prepare_weights(transformer, ref_model, peft_config)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         self._description = describe_run(transformer, self.adapter_name, args.seed, separate)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from video_trl.sandbox.data import contact_clips as probe
-from video_trl.sandbox.data.contact_clips import SCENARIOS, contact_clips
+from video_trl.sandbox.data.contact_clips import contact_clips
 from video_trl.sandbox.world import laws
 from video_trl.sandbox.world.simulate import FPS, HEIGHT, NUM_FRAMES, WIDTH
 
@@ -18,7 +18,7 @@ def clips():
 
 def test_scenarios_and_answers_are_balanced_and_clips_have_the_sandbox_size(clips):
     counts = Counter((clip.scenario, clip.label) for clip in clips)
-    assert counts == {(scenario, label): 4 for scenario in SCENARIOS for label in (True, False)}
+    assert counts == {(scenario, label): 4 for scenario in probe._SCENARIOS for label in (True, False)}
     assert len({clip.name for clip in clips}) == 24
     for clip in clips:
         assert clip.video.shape == (NUM_FRAMES, HEIGHT, WIDTH, 3) and clip.video.dtype == np.uint8
@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(clips):
     assert not any(np.array_equal(a.video, b.video) for a, b in zip(again, other, strict=True))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", probe._SCENARIOS)
 @pytest.mark.parametrize("label", [True, False])
 def test_the_answer_is_what_the_laws_say_after_the_clip_and_never_during_it(scenario, label, monkeypatch):
     paths = []

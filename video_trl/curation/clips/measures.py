@@ -108,7 +108,7 @@ def measure_clip(source: VideoSource, text_detector: TextDetector | None = None)
         "camera_motion": camera,
         "object_motion": objects,
         "cuts": len(cut_at),
-        "blended": blended_share(slow, slow_clock),
+        "blended": blended_share(slow),
         "flashes": count_flashes(pictures.mean(axis=(1, 2)), clock),
         "text": float(detector(np.stack(large))),
     }
@@ -175,7 +175,7 @@ def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64]) -> int:
     return int(np.count_nonzero(flash[1:] & ~flash[:-1])) + int(flash[0])
 
 
-def blended_share(slow: Pictures, clock: NDArray[np.float64]) -> float:
+def blended_share(slow: Pictures) -> float:
     """
     How much of the picture cross-fades at once, or fades to black or white: in [0, 1].
 

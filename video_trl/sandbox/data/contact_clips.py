@@ -133,6 +133,5 @@ def _bounce(rng: Rng, radii: Radii, duration: float) -> Path:
 
 
 _SCENARIOS: dict[str, Callable[[Rng, Radii, float], Path]] = {"roll": _roll, "chase": _chase, "bounce": _bounce}
-SCENARIOS = tuple(_SCENARIOS)
 
 assert math.isclose(WIDTH / HEIGHT, 1.0), "start and target positions are chosen for square pictures"

@@ -6,7 +6,6 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from ...models import ModelFamily
 from ..repa.head import detach_auxiliary
 from .activation_checkpointing import enable_recompute
 
@@ -21,7 +20,7 @@ class _TrackedConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str)
 
 
-def adapt_for_trainer(transformer: ModelMixin, family: ModelFamily, checkpointing_policy: str) -> None:
+def adapt_for_trainer(transformer: ModelMixin, checkpointing_policy: str) -> None:
     """Add, to this instance, a configuration that trackers can read and the switch of activation checkpointing."""
     # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's; the
     # trainer itself may have left a module beside the transformer.
