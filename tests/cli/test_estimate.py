@@ -57,8 +57,11 @@ def test_what_does_not_fit_comes_with_what_does(folder, capsys):
     printed = capsys.readouterr().out
     assert f"Does not fit {peak:g} GiB" in printed
     assert "step_mode=sequential, recomputed: nothing" in printed.partition("This should fit:")[2]
-    assert main([*argv, "--card_gib", "0.000001", "--num_gpus", "2"]) == 0
-    assert "No way is known to fit 2 such GPU(s)" in capsys.readouterr().out
+    assert main([*argv, "--card_gib", "0.001", "--num_gpus", "2"]) == 0
+    assert (
+        "No configuration fits 2 GPUs of 0.001 GiB. Use more GPUs, fewer frames or a lower resolution."
+        in capsys.readouterr().out
+    )
 
 
 def test_other_engines_and_methods(folder, capsys):

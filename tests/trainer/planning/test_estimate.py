@@ -141,9 +141,9 @@ def test_fewer_bits_are_told_of_only_where_nothing_else_fits():
     assert "quantization" not in describe_recommendation(work, cards[None], 1)
     for kind in ("int8", "nf4"):
         told = describe_recommendation(work, cards[kind], 1)
-        assert "No way is known to fit 1 such GPU(s)" in told and f"Or take `quantization='{kind}'`" in told
+        assert "No configuration fits 1 GPU of " in told and f"Or use `quantization='{kind}'`" in told
         already = describe_recommendation(replace(work, quantization="int8"), cards["nf4"], 1)
-        assert "No way is known" in already and "Or take" not in already
+        assert "No configuration fits" in already and "Or use" not in already
 
 
 def test_cogvideox_is_estimated_too():

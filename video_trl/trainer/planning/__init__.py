@@ -1,1 +1,1 @@
-"""What a step costs in memory and operations, counted or estimated before it runs."""
+"""Memory, FLOPs and communication of a training step, counted or estimated before it runs."""

@@ -1,4 +1,4 @@
-"""What a training step will cost in memory and arithmetic, found by running it on tensors without contents."""
+"""Count the memory and FLOPs of a training step by running it on fake tensors, without the weights."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from ..step.passes import Denoising, SequentialErrors
 
 _CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
 _DEPTHS = (3, 4)  # numbers of blocks that are counted
-_ADAM_BYTES = 8  # two moments in float32 of each trained number
+_ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class StepPlan:
 
     Attributes:
         weights (`int`): Of the transformer, with its adapter, and of a copied reference.
-        gradients (`int`): Of what is trained.
+        gradients (`int`): Of the trainable parameters.
         optimizer (`int`): Two moments of Adam.
         activations (`int`): Everything else that is alive at the peak.
-        trained (`int`): Numbers that are trained.
-        tokens (`int`): Of one video.
+        trained (`int`): Number of trainable parameters.
+        tokens (`int`): Tokens of one video.
         flops (`int`): Floating-point operations of matrix products, convolutions and attention, as
             `torch.utils.flop_counter` counts them.
     """
@@ -60,12 +60,12 @@ class StepPlan:
 
 
 def class_name(transformer: nn.Module) -> str:
-    """The `_class_name` of a transformer's `config.json`, of the family's where it is of a class derived from that."""
+    """The `_class_name` in a transformer's `config.json`; of a derived class, that of the class in `_CLASSES`."""
     return next((name for name, kind in _CLASSES.items() if isinstance(transformer, kind)), type(transformer).__name__)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages while they are alive, and operations; for real tensors and for fake ones."""
+    """Counts the bytes of live storages and the FLOPs of operations, of real and of fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor unless it is counted already; of one made of tensors, those of its parts."""
+        """Count the storage of a tensor, once; of a tensor subclass made of tensors, those of its parts."""
         subclass: Any = tensor
         if is_traceable_wrapper_subclass(subclass):
             for name in subclass.__tensor_flatten__()[0]:
@@ -126,32 +126,32 @@ def plan_step(
     prompt_tokens: int | None = None,
 ) -> StepPlan:
     """
-    Run a step of a transformer of any size without its weights, and count.
+    Count the memory and FLOPs of a step of a transformer of any size, without its weights.
 
-    The code is that of training: the same modules, adapter and passes. Tensors are fake, so that seconds and little
-    memory are enough also for 14 billion parameters. What is not in it: encoding, which is done ahead, generation of
-    sample videos, and what an engine adds, such as the buckets of `DistributedDataParallel`.
+    The step runs the code of training (modules, adapter, passes) on fake tensors: 14 billion parameters take seconds
+    and little memory. Not counted: encoding, which is done ahead, generation of sample videos, and what an engine
+    adds, such as the buckets of `DistributedDataParallel`.
 
     Args:
         config (`Mapping`): Content of the transformer's `config.json`, of Wan or CogVideoX.
         latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
         num_videos (`int`): Videos in a micro-batch: 1 for fine-tuning, 2 for a pair, 1 + m for a group.
-        reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): Whether there is a pass of the reference,
-            and whether it is the policy with its adapter off or a second set of weights.
+        reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): The reference: none, the policy with its
+            adapter off, or a second set of weights.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
         checkpointing (`bool`, defaults to `True`): Whether activations are recomputed in the backward pass.
-        checkpointing_policy (`str`, defaults to `"full"`): Which; see `enable_recompute`.
+        checkpointing_policy (`str`, defaults to `"full"`): Which activations; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
-        bf16 (`bool`, defaults to `True`): Compute in bfloat16, and keep what is frozen in it.
-        quantization (`str`, *optional*): What frozen weights are kept in: `"nf4"`, `"int8"` or `"fp8"`.
+        bf16 (`bool`, defaults to `True`): Compute in bfloat16, with frozen weights in bfloat16.
+        quantization (`str`, *optional*): Format of frozen weights: `"nf4"`, `"int8"` or `"fp8"`.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
 
     Returns:
-        [`StepPlan`]: For AdamW; with any optimizer that has no state, subtract `optimizer`.
+        [`StepPlan`]: For AdamW; for an optimizer without state, subtract `optimizer`.
 
     Raises:
-        ValueError: If the configuration is not of a supported transformer, the latents do not suit it, a number is
-            not positive, or what is to be quantised is to be trained.
+        ValueError: If the transformer is not supported, the latents do not suit it, a number is not positive, or
+            weights are both quantised and trained.
     """
     for name, value in (("num_videos", num_videos), ("lora_rank", lora_rank), ("prompt_tokens", prompt_tokens)):
         if value is not None and value < 1:
@@ -235,8 +235,9 @@ def _errors(
     step_mode: str,
 ) -> tuple[Tensor, SequentialErrors | None]:
     """
-    The passes in `compute_loss`: errors of the policy, less those of the reference. As there, what only they needed is
-    gone when the backward pass begins.
+    Errors of the policy minus those of the reference, by the passes that `compute_loss` makes.
+
+    What only these passes needed is freed before the backward pass begins, as in `compute_loss`.
     """
     latents, noise = batch.clone(), torch.randn_like(batch)  # the videos that are compared, and a noise for each
     # In place of the noise process, which looks at its numbers to check them; it makes two tensors as well.
@@ -260,7 +261,7 @@ def _errors(
 def _without_contents(
     config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
 ) -> tuple[ModelMixin, ModelFamily]:
-    """A transformer with its adapter on the meta device, in the dtypes of training, and the family's adapter."""
+    """A transformer with its LoRA on the meta device, in the dtypes of training, and its family."""
     kind = _CLASSES.get(config.get("_class_name", ""))
     if kind is None:
         raise ValueError(
@@ -283,7 +284,7 @@ def _without_contents(
 
 
 def _on_host() -> AbstractContextManager[None]:
-    """What a graph saves inside is not on the device: only its shape is remembered, for when it is fetched again."""
+    """Tensors that the graph saves inside are offloaded: only shape and dtype stay, from which they are made again."""
 
     def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
         return tensor.shape, tensor.dtype
@@ -296,7 +297,7 @@ def _on_host() -> AbstractContextManager[None]:
 
 @contextmanager
 def fake_weights(model: nn.Module) -> Iterator[None]:
-    """Replace weights and buffers by fake tensors on the CPU, where every operation has its kernel's memory."""
+    """Replace weights and buffers by fake tensors on the CPU, whose operations allocate as real kernels do."""
     with FakeTensorMode():
         for module in model.modules():
             for name, weight in module._parameters.items():
@@ -316,7 +317,7 @@ def _conditions(
     num_videos: int,
     prompt_tokens: int | None,
 ) -> dict[str, Tensor]:
-    """What the transformer is conditioned on, in the sizes of the published checkpoints."""
+    """The transformer's conditions, in the sizes of the published checkpoints."""
     config = transformer.config
     length = family.prompt_length(transformer) or prompt_tokens or 512
     channels, frames, height, width = latents_shape

@@ -1,4 +1,4 @@
-"""What a training takes from every GPU, by part, on one GPU or on many, and what fits a card."""
+"""Estimate memory, FLOPs and communication per GPU, and find a configuration that fits."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from .counter import LiveBytes, StepPlan, class_name, fake_weights, plan_step
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
 ReferencePass = Literal["none", "adapter", "copy"]
-HEADROOM = 0.9  # share of a card to plan with: the allocator's gaps and CUDA itself need the rest
+HEADROOM = 0.9  # proportion of a GPU's memory to plan with: the allocator's gaps and CUDA need the rest
 _SHARDS_WEIGHTS = ("zero3", "zero3-offload", "fsdp2")
-# What a step may do to save memory, cheapest in time first: (step mode, recomputed).
-_WAYS: list[tuple[Literal["concat", "sequential"], str | None]] = [
+# Options of a step that save memory, fastest first: (step mode, checkpointing policy).
+_STEP_OPTIONS: list[tuple[Literal["concat", "sequential"], str | None]] = [
     ("concat", None),
     ("sequential", None),
     ("concat", "attention"),
@@ -34,16 +34,16 @@ _WAYS: list[tuple[Literal["concat", "sequential"], str | None]] = [
 @dataclass(frozen=True)
 class Workload:
     """
-    What is trained. The fields are those of [`~video_trl.trainer.planning.counter.plan_step`].
+    A step to estimate. The fields are those of [`~video_trl.trainer.planning.counter.plan_step`].
 
     Attributes:
         config (`Mapping`): Content of the transformer's `config.json`.
         latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
         num_videos (`int`): Videos in a micro-batch on one GPU.
-        reference (`"none"`, `"adapter"` or `"copy"`): The pass of the reference.
+        reference (`"none"`, `"adapter"` or `"copy"`): The reference: none, the policy with its adapter off, or a copy.
         lora_rank (`int`, *optional*): Rank of the adapter; `None` trains all weights.
         bf16 (`bool`): Compute in bfloat16.
-        quantization (`str`, *optional*): What frozen weights are kept in.
+        quantization (`str`, *optional*): Format of frozen weights.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; those of the published checkpoints if not given.
         alignment (`tuple[int, int, int]`, *optional*): For VideoREPA: frames, tokens of a frame, and width of the
             teacher's tokens, which the relation loss compares.
@@ -97,14 +97,14 @@ class WorkloadOptions(Protocol):
 @dataclass(frozen=True)
 class Placement:
     """
-    Where and how it is trained.
+    GPUs, engine and options of a step.
 
     Attributes:
         num_gpus (`int`): GPUs in all.
         engine (`str`): `"ddp"`, DeepSpeed's `"zero1"`, `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
         context_parallel (`int`): GPUs that share the tokens of a video.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
-        checkpointing_policy (`str`, *optional*): What is recomputed; nothing if `None`.
+        checkpointing_policy (`str`, *optional*): Activations to recompute; none if `None`.
 
     Raises:
         ValueError: If a number is not positive, the GPUs are not divided by `context_parallel`, or there is no such
@@ -128,7 +128,7 @@ class Placement:
 
     @property
     def cluster(self) -> tuple[EngineName, int]:
-        """What decides how weights and videos are divided among the GPUs."""
+        """Engine and context parallelism, which decide how weights and videos are divided among the GPUs."""
         return self.engine, self.context_parallel
 
     def __str__(self) -> str:
@@ -141,15 +141,15 @@ class Placement:
 @dataclass(frozen=True)
 class Estimate:
     """
-    Cost of one micro-batch for each GPU.
+    Memory, FLOPs and communication of one micro-batch per GPU.
 
     Attributes:
-        placement ([`Placement`]): Where and how.
+        placement ([`Placement`]): GPUs, engine and options of the step.
         parts (`dict[str, int]`): Bytes at the peak, by part.
         flops (`int`): Floating-point operations.
-        sent (`dict[str, int]`): Bytes that it sends in an optimizer step of one micro-batch, by purpose.
-        trained (`int`): Numbers that are trained, on all GPUs together.
-        tokens (`int`): Of one video.
+        sent (`dict[str, int]`): Bytes sent in an optimizer step of one micro-batch, by purpose.
+        trained (`int`): Number of trainable parameters, on all GPUs together.
+        tokens (`int`): Tokens of one video.
     """
 
     placement: Placement
@@ -166,19 +166,19 @@ class Estimate:
 
     @property
     def activations(self) -> int:
-        """Bytes of what a step makes and drops again."""
+        """Bytes of activations."""
         return sum(self.parts.get(part, 0) for part in ("block inputs", "other activations"))
 
 
 def estimate(workload: Workload, placement: Placement) -> Estimate:
     """
-    Memory by part, operations and communication, from a step counted on tensors without contents (`plan_step`).
+    Estimate memory by part, FLOPs and communication from a step that [`plan_step`] counts.
 
-    Weights, gradients, moments and activations are then divided as the engine divides them: counted is what a rank
-    keeps, and two blocks that are gathered at a time where weights are sharded.
+    Weights, gradients, moments and activations are divided as the engine divides them. Where weights are sharded, a
+    rank holds its shard and two gathered blocks.
 
     Raises:
-        ValueError: As `plan_step`; or if quantised weights are to be divided, which no trainer does.
+        ValueError: As `plan_step`; or if quantised weights are to be sharded, which no trainer does.
     """
     check_quantised_engine(workload.quantization, placement.engine)
     return _divided(workload, placement, _plan(workload, placement))
@@ -215,10 +215,10 @@ def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str
     one_block = base // depth // (2 if workload.reference == "copy" else 1)
     sharded = engine in _SHARDS_WEIGHTS and number > 1
     on_host = engine == "zero3-offload"
-    kept = 0 if on_host else base // number if sharded else base
+    resident = 0 if on_host else base // number if sharded else base
     inputs = min(_block_inputs(workload, placement, plan), plan.activations)
     parts = {
-        "weights": kept + (2 * one_block if on_host or sharded else 0),
+        "weights": resident + (2 * one_block if on_host or sharded else 0),
         "adapter": adapter // number if sharded else adapter,
         "gradients": plan.gradients if engine in ("ddp", "zero1") else plan.gradients // number,
         "optimizer": 0 if on_host else plan.optimizer if engine == "ddp" else plan.optimizer // number,
@@ -232,7 +232,7 @@ def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str
 
 
 def _block_inputs(workload: Workload, placement: Placement, plan: StepPlan) -> int:
-    """Bytes of the hidden states that wait for the backward pass, of all videos whose graphs are alive at once."""
+    """Bytes of the hidden states saved for the backward pass, of all videos whose graphs are alive at once."""
     config, policy = workload.config, placement.checkpointing_policy
     if policy is None or policy == "offload":
         return 0
@@ -242,7 +242,7 @@ def _block_inputs(workload: Workload, placement: Placement, plan: StepPlan) -> i
 
 
 def _relation_bytes(workload: Workload) -> int:
-    """Peak of the relation loss and its gradient, counted on tensors without contents."""
+    """Bytes at the peak of the relation loss and its gradient, counted on fake tensors."""
     assert workload.alignment is not None
     frames, tokens, width = workload.alignment
     counter = LiveBytes()
@@ -279,7 +279,7 @@ def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> 
 
 def encoding_peak(vae: ModelMixin, family: ModelFamily, size: tuple[int, int, int]) -> int:
     """
-    Bytes at the peak of encoding one video, before training, weights of the VAE included; in float32, as it is done.
+    Bytes at the peak of encoding one video in float32, as before training, weights of the VAE included.
 
     Args:
         vae (`ModelMixin`): On the device `meta`; its weights are replaced by fake tensors.
@@ -295,10 +295,10 @@ def encoding_peak(vae: ModelMixin, family: ModelFamily, size: tuple[int, int, in
     return counter.peak
 
 
-def ways(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[Placement]:
+def placements(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[Placement]:
     """
-    Ways to train on so many GPUs, roughly in the order of the time they take: first what saves memory on one GPU, then
-    sharded weights, then videos shared by 2, 4 and 8 GPUs, whose heads that must divide.
+    Configurations for a number of GPUs, roughly fastest first: options of the step, then sharded weights, then
+    context parallelism over 2, 4 and 8 GPUs, which must divide the attention heads.
     """
     for sharing in (1, 2, 4, 8):
         if num_gpus % sharing or heads % sharing:
@@ -306,7 +306,7 @@ def ways(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[P
         for engine in engines:
             if sharing > 1 and engine == "ddp" and len(engines) > 1:
                 continue
-            for mode, policy in _WAYS:
+            for mode, policy in _STEP_OPTIONS:
                 yield Placement(num_gpus, engine, sharing, mode, policy)
 
 
@@ -314,45 +314,45 @@ def recommend(
     workload: Workload, card: int, num_gpus: int = 1, engines: Sequence[EngineName] = ("ddp", "fsdp2")
 ) -> Estimate | None:
     """
-    The first of `ways` whose peak fits a card.
+    Find the first of `placements` whose peak fits the memory of a GPU.
 
     Args:
-        workload ([`Workload`]): What is trained.
+        workload ([`Workload`]): The step.
         card (`int`): Bytes of memory of each GPU, of which a tenth is left free.
-        num_gpus (`int`, defaults to `1`): GPUs.
-        engines (`Sequence[str]`, defaults to `("ddp", "fsdp2")`): Those to choose from; one GPU needs none.
+        num_gpus (`int`, defaults to `1`): Number of GPUs.
+        engines (`Sequence[str]`, defaults to `("ddp", "fsdp2")`): Engines to choose from; one GPU needs none.
 
     Returns:
-        [`Estimate`] or `None`: `None` if nothing fits.
+        [`Estimate`] or `None`: `None` if none fits.
     """
     if card < 1:
         raise ValueError(f"`card` must be a positive number of bytes, got {card}.")
-    # Quantised weights are trained on as a whole only.
+    # No engine shards quantised weights.
     engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
     plans: dict[tuple[str, str | None], StepPlan] = {}
     too_large: set[tuple[EngineName, int]] = set()
     compares = workload.reference != "none"  # other trainers have no step mode
-    for placement in ways(num_gpus, engines, workload.config["num_attention_heads"]):
+    for placement in placements(num_gpus, engines, workload.config["num_attention_heads"]):
         if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
             continue
         key = (placement.step_mode, placement.checkpointing_policy)
         if key not in plans:
             plans[key] = _plan(workload, placement)
-        found = _divided(workload, placement, plans[key])
-        if found.peak <= HEADROOM * card:
-            return found
-        if found.peak - found.activations > HEADROOM * card:  # no way to make a step helps against that
+        divided = _divided(workload, placement, plans[key])
+        if divided.peak <= HEADROOM * card:
+            return divided
+        if divided.peak - divided.activations > HEADROOM * card:  # options of the step save activations only
             too_large.add(placement.cluster)
     return None
 
 
 def fitting_step_mode(workload: Workload, placement: Placement, card: int | None) -> Literal["concat", "sequential"]:
     """
-    The faster step mode, all videos at once, if it fits a card or there is none; else the one that needs less memory.
+    Choose `"concat"`, which is faster, if it fits the GPU or there is none; else `"sequential"`, which needs less.
 
     Args:
-        workload ([`Workload`]): What is trained.
-        placement ([`Placement`]): Where and how; its own step mode does not matter.
+        workload ([`Workload`]): The step.
+        placement ([`Placement`]): GPUs, engine and options; its step mode is not used.
         card (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
     """
     if card is None:
@@ -362,55 +362,56 @@ def fitting_step_mode(workload: Workload, placement: Placement, card: int | None
 
 
 def accelerator_memory(device: torch.device) -> int | None:
-    """Bytes of memory of an accelerator, free or not, so that plans are the same on every start; none for the CPU."""
+    """Total bytes of memory of an accelerator, `None` for the CPU. Not the free ones: every start decides alike."""
     return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
 
 
-def describe_estimate(found: Estimate) -> str:
-    """An estimate as a table of lines."""
+def describe_estimate(cost: Estimate) -> str:
+    """Format an estimate as lines of text."""
     gib = 2**30
-    lines = [f"{found.placement}; {found.tokens:,} tokens a video, {found.trained:,} trained numbers"]
-    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB" for name, count in found.parts.items()]
-    lines += [f"  {'peak:':22}{found.peak / gib:9.2f} GiB on each GPU"]
-    lines += [f"  {'operations:':22}{found.flops / 1e15:9.3f} PFLOP a micro-batch on each GPU"]
+    lines = [f"{cost.placement}; {cost.tokens:,} tokens a video, {cost.trained:,} trainable parameters"]
+    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB" for name, count in cost.parts.items()]
+    lines += [f"  {'peak:':22}{cost.peak / gib:9.2f} GiB on each GPU"]
+    lines += [f"  {'FLOPs:':22}{cost.flops / 1e15:9.3f} PFLOP a micro-batch on each GPU"]
     lines += [
-        f"  {'sent, ' + name + ':':22}{count / gib:9.2f} GiB a step by each GPU" for name, count in found.sent.items()
+        f"  {'sent, ' + name + ':':22}{count / gib:9.2f} GiB a step by each GPU" for name, count in cost.sent.items()
     ]
     return "\n".join(lines)
 
 
 def advise(workload: Workload, placement: Placement, card: int | None) -> str:
     """
-    What to change when memory ran out.
+    Say what to change after a step has run out of memory.
 
     Args:
-        workload ([`Workload`]): What is trained.
-        placement ([`Placement`]): Where and how.
-        card (`int`, *optional*): Bytes of memory of each GPU; none where that is not known.
+        workload ([`Workload`]): The step.
+        placement ([`Placement`]): GPUs, engine and options.
+        card (`int`, *optional*): Bytes of memory of each GPU; `None` where that is not known.
     """
-    found = estimate(workload, placement)
-    told = [f"Memory ran out. As estimated, a step takes\n{describe_estimate(found)}"]
-    # What was estimated to fit did not: something else is on the card, or shares it.
-    room = min(card or found.peak, found.peak) - 1
-    told.append(describe_recommendation(workload, room, placement.num_gpus))
-    told.append(
+    cost = estimate(workload, placement)
+    # Less than the step was estimated to take: it has run out of that, whatever else is on the GPU.
+    room = min(card or cost.peak, cost.peak) - 1
+    return (
+        f"Memory ran out. As estimated, a step takes\n{describe_estimate(cost)}\n"
+        f"{describe_recommendation(workload, room, placement.num_gpus)}\n"
         "`step_mode` and `checkpointing_policy` are arguments of the trainer; engines: docs/trainers/scaling.md."
     )
-    return "\n".join(told)
 
 
 def describe_recommendation(workload: Workload, card: int, num_gpus: int) -> str:
     """
-    What `recommend` finds, as text. Where that is nothing, frozen weights in fewer bits are tried, first in 8; not
-    before, because that is another base model.
+    Say what `recommend` finds. If nothing fits, try the frozen weights in 8 and then in 4 bits.
+
+    Quantisation comes last because it changes the base model.
     """
-    found = recommend(workload, card, num_gpus)
-    if found is not None:
-        return f"This should fit:\n{describe_estimate(found)}"
-    told = f"No way is known to fit {num_gpus} such GPU(s): take more of them, or shorter or smaller videos."
+    fitting = recommend(workload, card, num_gpus)
+    if fitting is not None:
+        return f"This should fit:\n{describe_estimate(fitting)}"
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {card / 2**30:.4g} GiB"
+    advice = f"No configuration fits {gpus}. Use more GPUs, fewer frames or a lower resolution."
     if workload.lora_rank is not None and workload.quantization is None:
         for kind in ("int8", "nf4"):
-            found = recommend(replace(workload, quantization=kind), card, num_gpus)
-            if found is not None:
-                return f"{told} Or take `quantization='{kind}'`, with which this should:\n{describe_estimate(found)}"
-    return told
+            fitting = recommend(replace(workload, quantization=kind), card, num_gpus)
+            if fitting is not None:
+                return f"{advice} Or use `quantization='{kind}'`, with which this fits:\n{describe_estimate(fitting)}"
+    return advice
