@@ -39,7 +39,8 @@ from video_trl.losses import dpo_loss, group_dpo_loss, implicit_reward
 from video_trl.models import ModelFamily, family_for
 from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
-from video_trl.trainer.step.passes import Denoising, SequentialErrors
+from video_trl.trainer.step.denoising import Denoising
+from video_trl.trainer.step.passes import SequentialErrors, forward_errors
 
 
 BETA = 500.0
@@ -80,6 +81,9 @@ class Step:
         timesteps = torch.full((videos,), 500.0)
         self.denoising = Denoising(0.5 * latents + 0.5 * noise, timesteps, conditions, noise - latents)
 
+    def errors(self, videos: Denoising) -> Tensor:
+        return forward_errors(self.family, self.transformer, videos)
+
     def checkpoint(self, policy: str | None) -> None:
         self.transformer.disable_gradient_checkpointing()
         if policy is not None:
@@ -96,28 +100,28 @@ class Step:
         self.transformer.disable_adapters()
         try:
             with torch.no_grad():
-                return torch.cat([video.errors(self.family, self.transformer) for video in videos])
+                return torch.cat([self.errors(video) for video in videos])
         finally:
             self.transformer.enable_adapters()
 
     def finetuning(self) -> None:
         """The step of supervised fine-tuning on one video, the yardstick of memory."""
-        next(self.denoising.one_by_one()).errors(self.family, self.transformer).mean().backward()
+        self.errors(self.denoising[:1]).mean().backward()
 
     def singles(self) -> None:
         """Policy on one video after the other, all graphs kept, then the reference: how most trainers do it."""
-        errors = [video.errors(self.family, self.transformer) for video in self.denoising.one_by_one()]
+        errors = [self.errors(video) for video in self.denoising.one_by_one()]
         self.loss(torch.cat(errors), self.reference(one_by_one=True)).backward()
 
     def policy_first(self) -> None:
         """Policy on all videos at once, then the reference: the other common way."""
-        errors = self.denoising.errors(self.family, self.transformer)
+        errors = self.errors(self.denoising)
         self.loss(errors, self.reference(one_by_one=False)).backward()
 
     def concat(self, cached: Tensor | None = None) -> None:
         """`step_mode="concat"`."""
         reference = self.reference(one_by_one=False) if cached is None else cached
-        self.loss(self.denoising.errors(self.family, self.transformer), reference).backward()
+        self.loss(self.errors(self.denoising), reference).backward()
 
     def sequential(self, cached: Tensor | None = None) -> None:
         """`step_mode="sequential"`."""

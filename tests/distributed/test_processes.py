@@ -31,7 +31,7 @@ from tests.support.trainer.runs import (
     trained_weights,
     trainer,
 )
-from video_trl.trainer.step.reference_bank import load_bank
+from video_trl.trainer.step.reference_errors import load_errors
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_two_processes_fill_the_bank_of_one(two_processes, tmp_path):
     assert_close_weights(weights_of(two_processes, "banked", "gradients"), gradients[0], errors)
     assert report_of(two_processes, "banked")["losses"] == pytest.approx(losses(made), rel=1e-3)
     (theirs,), (ours,) = (
-        [load_bank(path) for path in folder.glob("bank/reference_errors/*")] for folder in (two_processes, tmp_path)
+        [load_errors(path) for path in folder.glob("bank/reference_errors/*")] for folder in (two_processes, tmp_path)
     )
     assert len(theirs) == len(ours) == 8
     rounding.assert_close(torch.stack(theirs), torch.stack(ours), 2 * rounding.DOUBLE)  # neighbours

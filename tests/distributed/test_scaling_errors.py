@@ -52,7 +52,7 @@ def test_videos_of_a_row_that_cannot_be_divided_are_refused(tmp_path):
     made = trainer(config(tmp_path, loss_type="plackett_luce"), train_dataset=tiny_encoded_group(4, m=2))
     made.args.group_parallel_size, made.mesh = 2, object()
     with pytest.raises(ValueError, match=r"must divide the 3 videos .* \[1, 3\]"):
-        _ = made.video_share
+        made.make_passes()
 
 
 def test_relation_distillation_sees_all_tokens_or_none(tmp_path, monkeypatch):

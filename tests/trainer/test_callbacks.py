@@ -75,8 +75,8 @@ def test_the_frame_rate_is_that_of_the_training_videos_where_it_is_known(tmp_pat
     assert probe_video(tmp_path / "samples" / "step_1" / "00.mp4").fps == 8
     made.create_model_card()
     assert "fps=8)" in (tmp_path / "README.md").read_text()
-    assert trainer(config(tmp_path, fps=4, **settings), train_dataset=raw).video_fps() == 4
-    assert trainer(config(tmp_path)).video_fps() == 16
+    assert trainer(config(tmp_path, fps=4, **settings), train_dataset=raw).sampler.fps == 4
+    assert trainer(config(tmp_path)).sampler.fps == 16
 
 
 def test_by_default_videos_are_made_at_each_evaluation(tmp_path):

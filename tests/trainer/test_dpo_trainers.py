@@ -33,7 +33,7 @@ from tests.support.trainer.runs import (
 )
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
 from video_trl.trainer.base_config import VideoConfig
-from video_trl.trainer.step.reference import AdapterReference, ModuleReference
+from video_trl.trainer.step.passes import AdapterReference, ModuleReference
 
 
 SHAPE = (4, 2, 4, 4)
@@ -136,7 +136,7 @@ def test_first_loss_has_its_closed_form(tmp_path, weight):
     """Policy and reference agree bit for bit before the first update: log 2, plus r times the chosen error."""
     made = make(tmp_path, weight)
     loss, outputs = made.compute_loss(made.model, first_batch(made, 0, 1), return_outputs=True)
-    logged = made._metrics["train"].pop(made.accelerator)
+    logged = made.metrics.train.pop(made.accelerator)
     assert torch.equal(outputs["chosen_rewards"], torch.zeros(2))
     assert torch.equal(outputs["rejected_rewards"], torch.zeros(2))
     assert logged["dgr"] == 125.0 and logged["win_gap"] == logged["lose_gap"] == 0.0

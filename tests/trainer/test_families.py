@@ -186,12 +186,12 @@ def test_from_videos_to_videos(family, tmp_path):
     assert first_log(made)["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for step in (0, 2):
         assert read_video(tmp_path / "samples" / f"step_{step}" / "01.mp4").shape == (frames, 32, 32, 3)
-    assert made.generation_kwargs()["num_frames"] == frames
+    assert made.sampler.call_kwargs["num_frames"] == frames
 
     made.save_model()
     fresh = tiny_pipeline(family)
     fresh.load_lora_weights(tmp_path)
-    call = made.generation_kwargs() | {"num_inference_steps": 2, "output_type": "np"}
+    call = made.sampler.call_kwargs | {"num_inference_steps": 2, "output_type": "np"}
     if "i2v" in family:
         call["image"] = Image.fromarray(tiny_video(0)[0])
     videos = [
@@ -285,6 +285,6 @@ def test_images_to_log_are_for_image_to_video(tmp_path):
     with pytest.raises(ValueError, match="a WanPipeline takes none"):
         make("wan-t2v", "DPO", tmp_path, extra={"callbacks": [callback]})
     made = make("wan-i2v", "DPO", tmp_path, extra={"callbacks": [callback]})
-    given = callback._generate(made)[0]
+    given = callback._generate(made.sampler)[0]
     callback.images = [Image.fromarray(tiny_video(1)[0])]
-    assert (given != callback._generate(made)[0]).any()
+    assert (given != callback._generate(made.sampler)[0]).any()

@@ -153,9 +153,9 @@ def test_metrics_are_means_over_everything_since_the_last_log(tmp_path):
     seen = []
     original = made.record
 
-    def record(name, values):
-        seen.append((name, values.detach().clone()))
-        original(name, values)
+    def record(metrics):
+        seen.extend((name, values.detach().clone()) for name, values in metrics.items())
+        original(metrics)
 
     made.record = record
     made.train()

@@ -86,7 +86,7 @@ def test_loss_and_gradients_equal_the_computation_by_hand(tmp_path, alignment_lo
     assert loss.item() == pytest.approx(expected.item(), rel=bound)
     assert outputs["alignment"].tolist() == pytest.approx([x.item() for _, x, _ in by_hand], rel=1e-4)
     assert outputs["losses"].mean().item() == pytest.approx(loss.item())
-    logged = made._metrics["train"].pop(made.accelerator)
+    logged = made.metrics.train.pop(made.accelerator)
     assert logged["trd/raw"] == pytest.approx(sum(raw.item() for *_, raw in by_hand) / 2, rel=1e-4)
     names = [name for name, weight in made.model.named_parameters() if weight.requires_grad]
     rounding.assert_close_weights(

@@ -11,10 +11,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
 from ..models.attention.ring import check_ring_backend
-from .parallel.engines import check_deepspeed_installed
+from .parallel.engines import Engine, check_deepspeed_installed
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
-from .setup.quantization import Quantization, check_optimizer, check_quantization
+from .setup.quantization import Quantization, check_optimizer, check_quantised_engine, check_quantization
 
 
 ContextParallelMethod = Literal["ulysses", "ring"]
@@ -272,6 +272,24 @@ class VideoConfig(TrainingArguments):
     def describe_processes_per_row(self) -> str:
         """The options that `processes_per_row` is the product of."""
         return f"`context_parallel_size={self.context_parallel_size}`"
+
+    def check_engine(self, engine: Engine) -> None:
+        """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
+        check_quantised_engine(self.quantization, engine)
+        if engine != "zero3":
+            return
+        if self.compile_blocks:
+            raise ValueError(
+                "`compile_blocks` is not supported with the engine 'zero3': DeepSpeed fetches the weights of each "
+                "layer inside of the blocks, which are compiled as a whole. Shard by FSDP2, which fetches a block at "
+                "a time (`fsdp2.yaml`), or leave `compile_blocks` off."
+            )
+        if self.gradient_checkpointing and self.checkpointing_policy == "attention":
+            raise ValueError(
+                "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches "
+                "weights inside of what is recomputed, and not by the same operations the second time. Use 'full' or "
+                "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""

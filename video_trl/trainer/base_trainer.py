@@ -1,29 +1,40 @@
-"""What `transformers.Trainer` cannot do for a video transformer. No loss, no method, no model family in here."""
+"""The base of all trainers: what `transformers.Trainer` cannot do for a video transformer. No loss in here."""
 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import DistributedType
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from ..data import check_columns
 from ..data.columns import MapDataset
+from ..hub import Measurement
 from .base_config import VideoConfig
-from .callbacks import LogVideosCallback
+from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.weights import describe_run
-from .parallel.engines import SHARDED, check_set_up, offloads_weights, requested_engine, whole_weights
+from .parallel.engines import (
+    SHARDED,
+    DeepSpeedSteps,
+    check_set_up,
+    configure_fsdp,
+    offloads_weights,
+    whole_weights,
+)
 from .parallel.mesh import (
     check_context_parallel_method,
     check_context_parallelism,
@@ -32,43 +43,43 @@ from .parallel.mesh import (
 )
 from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
-from .publishing.evaluator import Evaluator, log_evaluator, run_evaluator
+from .publishing.evaluator import Evaluator, EvaluatorCalls
 from .publishing.progress import ProgressReport
-from .publishing.run_card import ModelCardCallback, base_model_name
-from .publishing.uploader import _SharingTrainer
+from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
+from .publishing.sampling import Sampler, SamplingCallback
+from .publishing.uploader import Uploader
 from .repa.head import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
 from .setup.adapt import adapt_for_trainer
 from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
-from .setup.loaders import MICRO_BATCH, describe_order, make_loader
+from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import find_family, load_model
 from .setup.quantization import keep_weights_quantised
+from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
     datasets_in,
     for_each,
-    generation_kwargs,
     prepare_rows,
     resolve_max_sequence_length,
     resolve_timestep_shift,
-    video_fps,
 )
-from .step.metrics import MetricStore
+from .step.denoising import EVALUATION_STEP, DenoisingStep
+from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
-from .step.noise import EVALUATION_STEP, NoiseDraw, draw_noise, to_device
-from .step.reference import ModuleReference, Reference, check_ref_model, make_reference
+from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
 
 
 logger = logging.getLogger(__name__)
 
 
-class VideoTrainer(_SharingTrainer):
+class VideoTrainer(Trainer):
     """
-    Plumbing of all video trainers: model and data preparation, noise streams, the reference, metrics, checkpoints.
+    The base of all video trainers. It prepares model and data and holds the parts of a run.
 
-    A subclass names its configuration, row type and collator, and writes out a complete `compute_loss`, whose outputs
-    include the `losses` `(B,)` of the samples.
+    A subclass names its configuration, row type and collator, and writes out a complete `compute_loss` with the help
+    of `step`, `passes` and `record`. Its outputs include the `losses` `(B,)` of the samples.
 
     Args:
         model (`str`, `DiffusionPipeline` or `ModelMixin`):
@@ -95,9 +106,24 @@ class VideoTrainer(_SharingTrainer):
             Called once in every evaluation, on the main process, with the pipeline. With one, evaluation needs no
             `eval_dataset`.
 
+    Attributes:
+        pipeline (`DiffusionPipeline`, *optional*): The pipeline; none for a bare transformer.
+        family ([`ModelFamily`]): What differs between families of models.
+        adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
+        reference ([`Reference`], *optional*): Context manager factory: `with trainer.reference() as module`.
+        step ([`DenoisingStep`]): Draws timesteps and noise, makes noisy latents and their target.
+        passes ([`Passes`]): Run reference and policy.
+        metrics ([`Metrics`]): What has been recorded since the last log.
+        checkpointer ([`Checkpointer`]): Saves and resumes.
+        uploader ([`Uploader`]): Sends to the Hub.
+        sampler ([`Sampler`]): Lends the pipeline to whoever generates.
+
     Raises:
         ValueError: If an argument does not fit; always before anything is encoded or trained.
     """
+
+    args: VideoConfig
+    control: TrainerControl
 
     # What a method says of itself; command line, dry run, estimate and model card ask for it here.
     method_name: ClassVar[str]  # ends the name of the default output folder
@@ -127,50 +153,50 @@ class VideoTrainer(_SharingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         evaluator: Evaluator | None = None,
     ) -> None:
-        args = check_arguments(
+        args, engine = check_arguments(
             type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
         )
-        self.args = args
-        self.engine = requested_engine(args)
+        self.args, self.engine = args, engine
         check_generation(self.engine, args, evaluator, callbacks)
-        for dataset in datasets_in(train_dataset, eval_dataset):
+        given = datasets_in(train_dataset, eval_dataset)
+        for dataset in given:
             self.check_dataset(dataset)
-        self.begin_sharing(datasets_in(train_dataset, eval_dataset)[0])
+        self.uploader = Uploader(
+            args, announce=lambda: self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        )
+        if args.push_to_hub:
+            self.uploader.open()
+        data = TrainingData(given[0])  # for the card, before the rows are encoded
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
             self.pipeline, transformer = load_model(model, args)
         self.family = find_family(self.pipeline, transformer)
-        self.base_model = base_model_name(model, transformer)
-        prompt_length = self.family.prompt_length(transformer)
-        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, prompt_length)
+        self.max_sequence_length = resolve_max_sequence_length(
+            args, self.pipeline, self.family.prompt_length(transformer)
+        )
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
-        self.evaluator = evaluator
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, args, peft_config)
         check_context_parallel_method(transformer, self.family, args)
-        check_acceleration(transformer, args)
+        check_acceleration(
+            transformer,
+            args.device,
+            attention_backend=args.attention_backend,
+            compiles=args.compile_blocks,
+            half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        )
         check_ref_model(transformer, ref_model)
-
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
-        shapes = {shape for rows in datasets_in(prepared_train, prepared_eval) for shape in rows.shapes}
-        check_context_parallelism(transformer, self.family, shapes, args)
+        rows = datasets_in(prepared_train, prepared_eval)
+        check_context_parallelism(transformer, self.family, {shape for each in rows for shape in each.shapes}, args)
 
-        adapt_for_trainer(transformer, args.checkpointing_policy)
-        self._prepare_weights(transformer, ref_model, peft_config)
-        separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
-        self._description = describe_run(transformer, self.adapter_name, args.seed, separate)
-        self._description["order"] = None if prepared_train is None else describe_order(prepared_train, args)
-        self.auxiliary = self.make_auxiliary(transformer)
-        if self.auxiliary is not None:
-            attach_auxiliary(transformer, self.auxiliary)
-            self._description[AUXILIARY] = describe_auxiliary(self.auxiliary)
-        self._prepare_passes(transformer, separate)
-        self._metrics = {"train": MetricStore(), "eval": MetricStore()}
-        self._counted = True  # whether the rows at hand count, or stand in for rows that a step lacks
+        order = None if prepared_train is None else describe_order(prepared_train, args)
+        description = self._prepare_transformer(transformer, ref_model, peft_config, order)
+        self._make_parts(transformer, rows[0], evaluator, base_model_name(model, transformer), description, data)
         super().__init__(
             model=transformer,
             args=args,
@@ -188,28 +214,31 @@ class VideoTrainer(_SharingTrainer):
             add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
-        self.add_callback(self._guard)
-        self.add_callback(self._card)
-        self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LogVideosCallback):
-                callback.set_trainer(self)
+        self.passes = self.make_passes()
+        self._add_callbacks()
 
     # ---- Preparation ----
 
-    def _prepare_weights(
+    def _prepare_transformer(
         self,
         transformer: ModelMixin,
         ref_model: ModelMixin | DiffusionPipeline | None,
         peft_config: PeftConfig | None,
-    ) -> None:
-        """Decide what is trained and what the reference is."""
-        set_seed(self.args.seed)  # the weights of a new adapter are random
+        order: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """
+        Decide what is trained, what the reference is, and on which processes and kernels both compute.
+
+        Returns:
+            `dict`: What a checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
+        """
+        args, family = self.args, self.family
+        adapt_for_trainer(transformer, args.checkpointing_policy)
+        set_seed(args.seed)  # the weights of a new adapter are random
         continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
-        if self.args.use_peft:
-            self.adapter_name = attach_lora(transformer, self.args, peft_config, self.family)
+        if args.use_peft:
+            self.adapter_name = attach_lora(transformer, args, peft_config, family)
         else:
             train_all_weights(transformer)
         disable_dropout(transformer)
@@ -218,21 +247,87 @@ class VideoTrainer(_SharingTrainer):
             self.reference = make_reference(
                 transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
             )
+        separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
+        description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
+        self.auxiliary = self.make_auxiliary(transformer)
+        if self.auxiliary is not None:
+            attach_auxiliary(transformer, self.auxiliary)
+            description[AUXILIARY] = describe_auxiliary(self.auxiliary)
+        self.mesh = make_mesh(args)
+        for module in filter(None, (transformer, separate)):
+            keep_weights_quantised(module)
+            # Compiled first, so that the hooks by which tokens are shared stay outside; kernels are chosen last,
+            # because sharing tokens exchanges what computes attention.
+            compile_blocks(list(family.blocks(module)), enabled=args.compile_blocks)
+            if args.context_parallel_size > 1:
+                assert self.mesh is not None
+                enable_context_parallelism(module, family, self.mesh)
+            if args.attention_backend is not None:
+                set_attention_backend(module, args.attention_backend)
+        return description
 
-    def _prepare_passes(self, transformer: ModelMixin, separate: ModelMixin | None) -> None:
-        """Decide on which processes and with which kernels policy and reference compute."""
-        self.mesh = make_mesh(self.args)
-        for module in (transformer, separate):
-            if module is not None:
-                keep_weights_quantised(module)
-                # Compiled first, so that the hooks by which tokens are shared stay outside; kernels are chosen last,
-                # because sharing tokens exchanges what computes attention.
-                compile_blocks(list(self.family.blocks(module)), enabled=self.args.compile_blocks)
-                if self.args.context_parallel_size > 1:
-                    assert self.mesh is not None
-                    enable_context_parallelism(module, self.family, self.mesh)
-                if self.args.attention_backend is not None:
-                    set_attention_backend(module, self.args.attention_backend)
+    def _make_parts(
+        self,
+        transformer: ModelMixin,
+        rows: IndexedDataset,
+        evaluator: Evaluator | None,
+        base_model: str,
+        description: dict[str, Any],
+        data: TrainingData,
+    ) -> None:
+        """Make the parts that need no accelerator."""
+        args = self.args
+        self.metrics = Metrics()
+        self.step = DenoisingStep(
+            self.family,
+            seed=args.seed,
+            device=args.device,
+            now=lambda: self.state.global_step if self.model.training else EVALUATION_STEP,
+            sampling=args.timestep_sampling,
+            shift=self.timestep_shift,
+            logit_mean=args.timestep_logit_mean,
+            logit_std=args.timestep_logit_std,
+        )
+        self.checkpointer = Checkpointer(
+            transformer,
+            adapter_name=self.adapter_name,
+            auxiliary=self.auxiliary,
+            engine=self.engine,
+            base_model=base_model,
+            description=description,
+            should_save=args.should_save,
+        )
+        self.sampler = Sampler(
+            self.pipeline,
+            self.family,
+            rows,
+            device=args.device,
+            max_sequence_length=self.max_sequence_length,
+            fps=args.fps,
+            tensorboard=lambda: next(
+                (each.tb_writer for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)),
+                None,
+            ),
+        )
+        self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
+        all_weights = type(transformer).__name__ if self.adapter_name is None else None
+        pipeline_class = self.family.pipeline_classes[0]
+        facts = RunFacts(self.tag, self.summary, self.citation, base_model, pipeline_class, all_weights, data)
+        self._card = ModelCardCallback(args, facts, self.sampler, self.uploader)
+
+    def make_passes(self) -> Passes:
+        """The passes of a step; all videos of a batch at once unless a subclass says otherwise."""
+        return ConcatPasses(self.family, self.reference)
+
+    def _add_callbacks(self) -> None:
+        """Add the callbacks that belong to every run, and hand the sampler to those that generate."""
+        self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
+        self.add_callback(self._guard)
+        self.add_callback(self._card)
+        self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SamplingCallback):
+                callback.use(self.sampler)
 
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
@@ -281,64 +376,27 @@ class VideoTrainer(_SharingTrainer):
             give_own_learning_rate(optimizer, self.auxiliary, rate)
         return optimizer
 
-    # ---- Building blocks of compute_loss ----
-
-    def draw(
-        self, indices: Iterable[int], latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
-    ) -> NoiseDraw:
-        """
-        Random numbers of a batch, a function of (seed, step, sample index) only.
-
-        Args:
-            indices (`Iterable[int]`): Positions of the B samples in their dataset; a tensor must be on the CPU.
-            latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
-            num_noises (`int`, defaults to `1`): Independent noises per sample.
-            num_choices (`int`, defaults to `1`): Number of options that `choice` selects from.
-
-        Returns:
-            [`NoiseDraw`]: Choice and noise on the trainer's device, u on the CPU, where timesteps are made of it.
-        """
-        numbers = [int(index) for index in indices]
-        steps = self.noise_steps(numbers)
-        drawn = draw_noise(
-            self.args.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices
-        )
-        return NoiseDraw(drawn.u, *to_device(self.args.device, drawn.choice, drawn.noise))
-
-    def noise_steps(self, indices: Sequence[int]) -> list[int]:
-        """The step under which each sample draws: the optimizer's in training, always the same one in evaluation."""
-        return [self.state.global_step if self.model.training else EVALUATION_STEP] * len(indices)
-
-    def sample_timesteps(self, u: Tensor) -> Tensor:
-        """Timesteps `(B,)` on the model's scale and the trainer's device, by the configured law, from u `(B,)`."""
-        timesteps = self.family.noise_process.sample_timesteps(
-            u,
-            scheme=self.args.timestep_sampling,
-            shift=self.timestep_shift,
-            logit_mean=self.args.timestep_logit_mean,
-            logit_std=self.args.timestep_logit_std,
-        )
-        return to_device(self.args.device, timesteps)[0]
-
-    def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
-        """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
-        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.family.condition_columns}
-
-    def reference_policy(self) -> AbstractContextManager[nn.Module]:
-        """Context in which the module it yields predicts as the reference does; enter it under `torch.no_grad()`."""
-        assert self.reference is not None, "only trainers with `uses_reference` have one"
-        return self.reference()
-
-    def record(self, name: str, values: Tensor) -> None:
-        """Add per-sample values, of any shape with the batch first, to the metric `name` of the next log."""
-        self._metrics["train" if self.model.training else "eval"].record(name, values if self._counted else values[:0])
+    def record(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add per-sample values, of any shape with the batch first, to the metrics of these names in the next log."""
+        store = self.metrics.train if self.model.training else self.metrics.eval
+        store.record(metrics, counted=self.metrics.counted)
 
     # ---- Training and evaluation ----
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `transformers.Trainer`; where memory runs out, what would fit is logged before the error goes on."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        As in `transformers.Trainer`. Where memory runs out, what would fit is logged before the error goes on.
+
+        Raises:
+            ValueError: If there is nothing to train on or to resume from.
+        """
+        if self.train_dataset is None:
+            raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
+        checkpoint = self.checkpointer.find(resume_from_checkpoint, Path(self.args.output_dir))
+        if checkpoint is not None:
+            self._card.restore(Path(checkpoint))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError:
             logger.error("%s", advise(self.workload(), self.placement(), accelerator_memory(self.args.device)))
             raise
@@ -395,16 +453,18 @@ class VideoTrainer(_SharingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        batch = inputs.pop(MICRO_BATCH)
-        self._counted = batch.counted
-        if not batch.counted and not self.accelerator.sync_gradients and self.engine not in SHARDED:
+        weight = inputs.pop(BATCH_WEIGHT)
+        self.metrics.counted = weight.counted
+        if not weight.counted and not self.accelerator.sync_gradients and self.engine not in SHARDED:
             return torch.zeros((), device=self.args.device)  # no other process waits for this one
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
-        self.current_gradient_accumulation_steps = batch.divisor(self.args.data_parallel_size)
+        self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
+        with self.compute_loss_context_manager():
+            self.passes.backward()
         return loss
 
     def prediction_step(
@@ -415,11 +475,11 @@ class VideoTrainer(_SharingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of a batch, with the noise that evaluation always uses. There are no predictions to return."""
-        self._counted = inputs.pop(MICRO_BATCH).counted
+        self.metrics.counted = inputs.pop(BATCH_WEIGHT).counted
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         # Trainer's own mean is over batches, which differ in size.
-        self.record("loss", outputs["losses"])
+        self.record({"loss": outputs["losses"]})
         return loss, None, None
 
     def evaluation_loop(
@@ -434,7 +494,7 @@ class VideoTrainer(_SharingTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        metrics = self._metrics["eval"].pop(self.accelerator) | run_evaluator(self)
+        metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -457,32 +517,172 @@ class VideoTrainer(_SharingTrainer):
             eval_dataset = self.prepare_dataset(eval_dataset, self.model)
         if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        evaluator, self.evaluator = self.evaluator, None  # once for all datasets, not with each of them
-        try:
+        with self._measure.paused():  # once for all datasets, not with each of them
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.evaluator = evaluator
-        return metrics | log_evaluator(self, metric_key_prefix)
+        measured = {
+            f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.state.global_step).items()
+        }
+        if measured:  # logged as an evaluation of its own
+            self.log(dict(measured))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
+        return metrics | measured
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check(self.args, self.state)
         # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
         if "loss" in logs:
-            logs = {**logs, **self._metrics["train"].pop(self.accelerator)}
+            logs = {**logs, **self.metrics.train.pop(self.accelerator)}
         super().log(logs, start_time)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)
-        if isinstance(callback, LogVideosCallback | ModelCardCallback):
-            callback.set_trainer(self)
+        if isinstance(callback, SamplingCallback):
+            callback.use(self.sampler)
 
-    # ---- Generating ----
+    # ---- Checkpoints ----
 
-    def generation_kwargs(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the data."""
-        rows = datasets_in(self.train_dataset, self.eval_dataset)[0]
-        return generation_kwargs(rows, self.pipeline, self.max_sequence_length)
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As in `transformers.Trainer`, which would load from FSDP and DeepSpeed what is not in our checkpoints."""
+        if self.engine == "ddp":
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.engine == "fsdp2":
+            configure_fsdp(self.accelerator, self.model)
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.engine != "fsdp2":
+            self.accelerator.deepspeed_engine_wrapped = DeepSpeedSteps(
+                model, self._guard, lambda: self._guard.check_losses(self.args, self.state)
+            )
+        if resume_from_checkpoint is not None:
+            directory = Path(resume_from_checkpoint)
+            self.checkpointer.load_sharded(directory, self.model_wrapped, self.optimizer, self.lr_scheduler)
+            if self.engine != "fsdp2":
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return model, loader
 
-    def video_fps(self) -> float:
-        """Frames per second of the training videos; 16 where that is not known."""
-        return video_fps(datasets_in(self.train_dataset, self.eval_dataset)[0], self.args)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.checkpointer.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
+        self.checkpointer.load(Path(self.state.best_model_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights, whole, and the card into a folder; all processes must call this."""
+        directory = Path(output_dir or self.args.output_dir)
+        self.checkpointer.save(directory)
+        if self.args.should_save:
+            (directory / "training_args.json").write_text(self.args.to_json_string())
+            self._card.write(directory, self.state)
+        if self.args.push_to_hub and not _internal_call:
+            with self.uploader.forgiving():
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `transformers.Trainer`, but under a temporary name until the checkpoint is complete."""
+        self._guard.check(self.args, self.state)
+        self.store_flos()
+        run_directory = Path(self._get_output_dir(trial=trial))
+        final = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        exportable = [*self.callback_handler.callbacks, self.control]
+        with self.checkpointer.checkpoint(final, self.accelerator, self.state, exportable) as partial_directory:
+            self.save_model(partial_directory, _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(partial_directory)
+                self._save_scaler(partial_directory)
+                self._save_rng_state(partial_directory)
+        if self.args.push_to_hub:
+            self.uploader.upload_checkpoint(final, self.state.global_step)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_directory),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in `transformers.Trainer`, but without a second copy of the weights that are frozen, or saved already."""
+        if self.engine == "ddp":
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            self.checkpointer.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
+
+    # ---- The Hub ----
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """The repository, once there is one."""
+        return self.uploader.repository
+
+    @hub_model_id.setter
+    def hub_model_id(self, value: str | None) -> None:
+        pass  # Trainer's constructor sets it to none; the uploader may have made the repository before
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in `transformers.Trainer`, but once, and a Hub that is away is tried again later."""
+        self.uploader.open(token, private)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        license: str | None = None,
+        evaluation: Sequence[Measurement] | None = None,
+    ) -> None:
+        """
+        Write the model card into `output_dir`. [`~transformers.Trainer.push_to_hub`] hands its keyword arguments here.
+
+        Args:
+            model_name (`str`, *optional*): Title of the card while the repository is not known.
+            dataset_name (`str`, *optional*): What was trained on; by default the repository that a dataset came from.
+            license (`str`, *optional*): Licence identifier, such as `"apache-2.0"`; by default that of the base model.
+            evaluation (list of [`~video_trl.hub.Measurement`], *optional*): Results; by default the last evaluation's.
+        """
+        if self.is_world_process_zero():
+            details = {"model_name": model_name, "dataset_name": dataset_name}
+            directory = Path(self.args.output_dir)
+            self._card.write(directory, self.state, license=license, evaluation=evaluation, **details)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Upload weights, model card, sample videos and TensorBoard's curves. Nothing else of `output_dir` is sent.
+
+        Args:
+            commit_message (`str`, defaults to `"End of training"`): Message of the commit.
+            blocking (`bool`, defaults to `True`): Whether to wait for the end.
+            token (`str`, *optional*): Access token; by default that of the arguments, or the one logged in with.
+            revision (`str`, *optional*): Branch; by default that of the arguments.
+            private (`bool`, *optional*): Visibility of a new repository.
+            **kwargs: Passed on to `create_model_card`.
+
+        Returns:
+            `CommitInfo`, or a `Future` of one where not `blocking`; `None` on all processes but the first.
+
+        Raises:
+            HubUploadError: If the Hub refuses or cannot be reached. Everything is in `output_dir` then, and the
+                message says how to upload it later.
+        """
+        self.uploader.announce()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        how: dict[str, Any] = {"token": token, "revision": revision, "private": private}
+        return self.uploader.upload(self.state.global_step, commit_message or "Model save", blocking=blocking, **how)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.uploader.upload_checkpoint(Path(checkpoint_folder), self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        self.uploader.finish()

@@ -4,26 +4,22 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data import write_video
-from .publishing.sampling import first_frame, generation
-from .setup.rows import datasets_in
+from .publishing.sampling import Sampler, SamplingCallback
 
-
-if TYPE_CHECKING:
-    from .base_trainer import VideoTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class LogVideosCallback(TrainerCallback):
+class LogVideosCallback(SamplingCallback):
     """
     Generate the same videos, from fixed prompts and seeds, again and again during training.
 
@@ -81,80 +77,74 @@ class LogVideosCallback(TrainerCallback):
         self.every_steps = every_steps
         self.fps = fps
         self.call_kwargs = dict(call_kwargs or {})
-        self._trainer: VideoTrainer | None = None
+        self._sampler: Sampler | None = None
         self._shown: int | None = None  # the step of the last set
 
-    def set_trainer(self, trainer: "VideoTrainer") -> None:
+    def use(self, sampler: Sampler) -> None:
         """Called by the trainer that the callback is given to."""
-        if trainer.pipeline is None:
+        if sampler.pipeline is None:
             raise ValueError(
                 "`LogVideosCallback` generates with the trainer's pipeline, but the trainer was given a bare "
                 "transformer. Pass the pipeline as `model`."
             )
-        if self.images is not None and "first_frame_latents" not in trainer.family.condition_columns:
+        if self.images is not None and "first_frame_latents" not in sampler.family.condition_columns:
             raise ValueError(
-                f"`LogVideosCallback` was given images, but a {type(trainer.pipeline).__name__} takes none. Leave "
+                f"`LogVideosCallback` was given images, but a {type(sampler.pipeline).__name__} takes none. Leave "
                 "`images` out."
             )
-        self._trainer = trainer
+        self._sampler = sampler
+        sampler.prompts = sampler.prompts or self.prompts  # the model card shows the first callback's
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._shown = None
         if state.global_step == 0:
-            self._log_videos(state)
+            self._log_videos(args, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_steps is not None and state.global_step % self.every_steps == 0:
-            self._log_videos(state)
+            self._log_videos(args, state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_steps is None and self._shown != state.global_step:  # of several datasets, at the first
-            self._log_videos(state)
+            self._log_videos(args, state)
 
-    def _log_videos(self, state: TrainerState) -> None:
-        assert self._trainer is not None, "the trainer calls set_trainer"
+    def _log_videos(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self._sampler is not None, "the trainer calls use"
         self._shown = state.global_step
         if state.is_world_process_zero:
-            videos = self._generate(self._trainer)
-            folder = Path(self._trainer.args.output_dir) / "samples" / f"step_{state.global_step}"
+            videos, fps = self._generate(self._sampler), self.fps or self._sampler.fps
+            folder = Path(args.output_dir) / "samples" / f"step_{state.global_step}"
             paths = [folder / f"{number:02d}.mp4" for number in range(len(videos))]
             for path, video in zip(paths, videos, strict=True):
-                write_video(path, video, self.fps or self._trainer.video_fps())
-            self._send_to_trackers(self._trainer, videos, paths, state.global_step)
-        self._trainer.accelerator.wait_for_everyone()
+                write_video(path, video, fps)
+            writer = self._sampler.tensorboard()
+            if writer is not None:
+                for number, video in enumerate(videos):
+                    _add_gif(writer, f"samples/{number:02d}", video, fps, state.global_step)
+            for name in {"wandb", "trackio"} & set(args.report_to):
+                _log_files(name, self.prompts, paths, state.global_step)
+        PartialState().wait_for_everyone()
 
-    def _generate(self, trainer: "VideoTrainer") -> list[np.ndarray]:
+    def _generate(self, sampler: Sampler) -> list[np.ndarray]:
         """Videos uint8 `(T, H, W, 3)`, one per prompt."""
         videos = []
-        call_kwargs = {**trainer.generation_kwargs(), **self.call_kwargs}
-        with generation(trainer.pipeline, trainer.args.device) as pipeline:
+        call_kwargs = {**sampler.call_kwargs, **self.call_kwargs}
+        with sampler.generation() as pipeline:
             for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
                 if self.images is not None:
                     call_kwargs["image"] = self.images[number]
-                elif "first_frame_latents" in trainer.family.condition_columns:
-                    rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
-                    call_kwargs["image"] = first_frame(pipeline, trainer.family, rows[number % len(rows)])
+                elif "first_frame_latents" in sampler.family.condition_columns:
+                    call_kwargs["image"] = sampler.first_frame(number)
                 generator = torch.Generator("cpu").manual_seed(seed)
                 frames = pipeline(prompt=prompt, generator=generator, output_type="np", **call_kwargs).frames[0]
                 videos.append((frames * 255).round().astype(np.uint8))
         return videos
-
-    def _send_to_trackers(
-        self, trainer: "VideoTrainer", videos: list[np.ndarray], paths: list[Path], step: int
-    ) -> None:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for number, video in enumerate(videos):
-                    fps = self.fps or trainer.video_fps()
-                    _add_gif(callback.tb_writer, f"samples/{number:02d}", video, fps, step)
-        for name in {"wandb", "trackio"} & set(trainer.args.report_to):
-            _log_files(name, self.prompts, paths, step)
 
 
 def _add_gif(writer: Any, tag: str, video: np.ndarray, fps: float, step: int) -> None:

@@ -52,17 +52,17 @@ class VideoDPOTrainer(PreferenceTrainer):
 
         # The pair shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 2
-        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
         rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
 
         latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
-        timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
-        conditions = self.conditions(inputs, repeats=2)
-        denoising = self.denoising(latents, noise, timesteps, conditions)
+        timesteps = self.step.timesteps(draw.u).repeat_interleave(2)  # (2B,)
+        conditions = self.step.conditions(inputs, repeats=2)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising, inputs["index"])
-        policy_error = self.policy_error(model, denoising)
+        reference_error = self.passes.reference(denoising, inputs["index"])
+        policy_error = self.passes.policy(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
         chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each
@@ -70,13 +70,17 @@ class VideoDPOTrainer(PreferenceTrainer):
         loss = losses.mean()
 
         win_gap, lose_gap = (policy_error - reference_error).view(batch_size, 2).unbind(dim=1)
-        self.record("win_gap", win_gap)
-        self.record("lose_gap", lose_gap)
-        self.record("s_theta", win_gap - lose_gap)
-        self.record("dgr", dgr(win_gap - lose_gap, self.args.beta))
-        self.record("rewards/chosen", chosen_rewards)
-        self.record("rewards/rejected", rejected_rewards)
-        self.record("rewards/margins", chosen_rewards - rejected_rewards)
-        self.record("rewards/accuracies", chosen_rewards > rejected_rewards)
+        self.record(
+            {
+                "win_gap": win_gap,
+                "lose_gap": lose_gap,
+                "s_theta": win_gap - lose_gap,
+                "dgr": dgr(win_gap - lose_gap, self.args.beta),
+                "rewards/chosen": chosen_rewards,
+                "rewards/rejected": rejected_rewards,
+                "rewards/margins": chosen_rewards - rejected_rewards,
+                "rewards/accuracies": chosen_rewards > rejected_rewards,
+            }
+        )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss

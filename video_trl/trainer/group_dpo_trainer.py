@@ -69,7 +69,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
 
         # The whole group shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 1 + num_compared
-        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
         compared = torch.arange(num_rejected, device=rejected.device).expand(batch_size, -1)  # (B, m)
         if self.args.loss_type == "sampled":
             compared = draw.choice[:, None]
@@ -79,12 +79,12 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         group_size = 1 + num_compared
         latents = torch.cat([chosen[:, None], rejected], dim=1).flatten(0, 1)  # (B * (1 + k), C, F, H, W)
         noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
-        timesteps = self.sample_timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
-        conditions = self.conditions(inputs, repeats=group_size)
-        denoising = self.denoising(latents, noise, timesteps, conditions)
+        timesteps = self.step.timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
+        conditions = self.step.conditions(inputs, repeats=group_size)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising, inputs["index"])
-        policy_error = self.policy_error(model, denoising)
+        reference_error = self.passes.reference(denoising, inputs["index"])
+        policy_error = self.passes.policy(model, denoising)
 
         rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)
         chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)
@@ -92,8 +92,6 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         if self.args.physics_rewarding:
             sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
             alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
-            self.record("alpha", alpha)
-            self.record("gamma", gamma)
         if self.args.loss_type == "plackett_luce":
             losses = group_dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
         elif self.args.loss_type == "sum":
@@ -105,11 +103,16 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         loss = losses.mean()
 
         gap = (policy_error - reference_error).view(batch_size, group_size)
-        self.record("rewards/chosen", chosen_rewards)
-        self.record("rewards/rejected", rejected_rewards)
-        self.record("rewards/margins", chosen_rewards[:, None] - rejected_rewards)
-        self.record("rewards/accuracies", chosen_rewards[:, None] > rejected_rewards)
-        self.record("win_gap", gap[:, 0])
-        self.record("lose_gap", gap[:, 1:])
+        self.record(
+            {
+                **({"alpha": alpha, "gamma": gamma} if self.args.physics_rewarding else {}),
+                "rewards/chosen": chosen_rewards,
+                "rewards/rejected": rejected_rewards,
+                "rewards/margins": chosen_rewards[:, None] - rejected_rewards,
+                "rewards/accuracies": chosen_rewards[:, None] > rejected_rewards,
+                "win_gap": gap[:, 0],
+                "lose_gap": gap[:, 1:],
+            }
+        )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from .base_config import VideoConfig, check_choice, check_positive
+from .parallel.engines import SHARDED, Engine
 
 
 StepMode = Literal["auto", "concat", "sequential"]
@@ -52,6 +53,16 @@ class PreferenceConfig(VideoConfig):
 
     def describe_processes_per_row(self) -> str:
         return f"{super().describe_processes_per_row()}, `group_parallel_size={self.group_parallel_size}`"
+
+    def check_engine(self, engine: Engine) -> None:
+        super().check_engine(engine)
+        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
+        if self.step_mode == "sequential" and engine in SHARDED and self.largest_batch > 1:
+            raise ValueError(
+                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
+                f"{self.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
+                "raise `gradient_accumulation_steps`: the steps are the same."
+            )
 
     def _check_base_values(self) -> None:
         super()._check_base_values()

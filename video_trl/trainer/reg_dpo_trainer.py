@@ -52,17 +52,17 @@ class VideoRegDPOTrainer(PreferenceTrainer):
 
         # The pair shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 2
-        draw = self.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
         rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
 
         latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
-        timesteps = self.sample_timesteps(draw.u).repeat_interleave(2)  # (2B,)
-        conditions = self.conditions(inputs, repeats=2)
-        denoising = self.denoising(latents, noise, timesteps, conditions)
+        timesteps = self.step.timesteps(draw.u).repeat_interleave(2)  # (2B,)
+        conditions = self.step.conditions(inputs, repeats=2)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions)
 
-        reference_error = self.reference_error(denoising, inputs["index"]).view(batch_size, 2)
-        policy_error = self.policy_error(model, denoising).view(batch_size, 2)
+        reference_error = self.passes.reference(denoising, inputs["index"]).view(batch_size, 2)
+        policy_error = self.passes.policy(model, denoising).view(batch_size, 2)
 
         coefficient = self.args.sft_coefficient
         losses, metrics = reg_dpo_loss(
@@ -75,8 +75,7 @@ class VideoRegDPOTrainer(PreferenceTrainer):
         )
         loss = losses.mean()
 
-        for name, values in metrics.items():
-            self.record(name, values)
+        self.record(metrics)
         outputs = {
             "losses": losses,
             "chosen_rewards": metrics["rewards/chosen"],

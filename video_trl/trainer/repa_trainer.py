@@ -14,7 +14,7 @@ from ..data import is_encoded
 from ..data.columns import MapDataset, undecoded
 from ..data.encoding.teacher_tokens import dequantise_tokens, encode_teacher
 from ..load import default_teacher, load_teacher
-from ..losses.preference import repa_loss, trd_loss, velocity_error
+from ..losses.preference import repa_loss, trd_loss
 from ..teachers import TeacherTokens, VideoTeacher
 from .base_trainer import VideoTrainer
 from .planning.estimate import Workload
@@ -243,28 +243,25 @@ class VideoREPATrainer(VideoTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         latents = inputs["latents"]  # (B, C, F, H, W)
-        draw = self.draw(inputs["index"], latents.shape[1:])
-        timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
-        noisy_latents = self.family.noise_process.add_noise(latents, noise, timesteps)
-        target = self.family.noise_process.velocity(latents, noise, timesteps)
+        draw = self.step.draw(inputs["index"], latents.shape[1:])
+        timesteps = self.step.timesteps(draw.u)  # (B,)
+        denoising = self.step.prepare(latents, draw.noise[:, 0], timesteps, self.step.conditions(inputs))
 
         seen = self.teacher_tokens(inputs)
         plan = self._plan(self.model, latents.shape, seen.grid, seen.frame_times.tolist())
         with tap_alignment(self.family, model, self._block, self.head, plan) as tap:
-            prediction = self.family.predict(model, noisy_latents, timesteps, self.conditions(inputs))
-        error = velocity_error(prediction, target)  # (B,)
+            error = self.passes.policy(model, denoising)  # (B,)
 
         assert tap.tokens is not None
         student, hidden = tap.tokens.projected, tap.tokens.hidden  # (B, F, N, D), (B, F, N, d)
         teacher = plan.align_teacher(seen.tokens)  # (B, F, N, D)
         relations = {"margin": self.margin, **self.args.relation_arguments()}
+        parts: dict[str, Tensor] = {}
         if self.args.alignment_loss == "repa":
             alignment = torch.stack([repa_loss(*pair) for pair in _one_by_one(student, teacher)])  # (B,)
         else:
-            parts = [torch.stack(trd_loss(*pair, **relations)) for pair in _one_by_one(student, teacher)]
-            alignment, spatial, temporal = torch.stack(parts, dim=1)  # (B,) each
-            self.record("trd/spatial", spatial)
-            self.record("trd/temporal", temporal)
+            trd = [torch.stack(trd_loss(*pair, **relations)) for pair in _one_by_one(student, teacher)]
+            alignment, parts["trd/spatial"], parts["trd/temporal"] = torch.stack(trd, dim=1)  # (B,) each
         coefficient = self.args.coefficient_at(self.state.global_step, self.state.max_steps)
         losses = error + coefficient * alignment  # (B,)
         loss = losses.mean()
@@ -272,10 +269,15 @@ class VideoREPATrainer(VideoTrainer):
         with torch.no_grad():  # what the transformer itself has learned: a projector can absorb the loss above
             chunk = self.args.row_chunk
             raw = [trd_loss(*pair, margin=0.0, row_chunk=chunk)[0] for pair in _one_by_one(hidden, teacher)]
-        self.record("loss/diffusion", error)
-        self.record("loss/alignment", alignment)
-        self.record("trd/raw", torch.stack(raw))
-        self.record("trd/coefficient", torch.full_like(error, coefficient))
+        self.record(
+            {
+                **parts,
+                "loss/diffusion": error,
+                "loss/alignment": alignment,
+                "trd/raw": torch.stack(raw),
+                "trd/coefficient": torch.full_like(error, coefficient),
+            }
+        )
         outputs = {"losses": losses, "errors": error, "alignment": alignment}
         return (loss, outputs) if return_outputs else loss
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..data import VideoCollator
 from ..data.columns import MapDataset
-from ..losses.preference import velocity_error
 from .base_trainer import VideoTrainer
 from .setup.chosen_rows import chosen_as_video
 from .setup.rows import IndexedDataset
@@ -50,12 +49,10 @@ class VideoSFTTrainer(VideoTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         latents = inputs["latents"]  # (B, C, F, H, W)
-        draw = self.draw(inputs["index"], latents.shape[1:])
-        timesteps, noise = self.sample_timesteps(draw.u), draw.noise[:, 0]
-        noisy_latents = self.family.noise_process.add_noise(latents, noise, timesteps)
-        target = self.family.noise_process.velocity(latents, noise, timesteps)
+        draw = self.step.draw(inputs["index"], latents.shape[1:])
+        timesteps = self.step.timesteps(draw.u)  # (B,)
+        denoising = self.step.prepare(latents, draw.noise[:, 0], timesteps, self.step.conditions(inputs))
 
-        prediction = self.family.predict(model, noisy_latents, timesteps, self.conditions(inputs))
-        error = velocity_error(prediction, target)  # (B,)
+        error = self.passes.policy(model, denoising)  # (B,)
         loss = error.mean()
         return (loss, {"losses": error}) if return_outputs else loss

@@ -12,14 +12,14 @@ from tests.support.tiny import tiny_encoded_group, tiny_latents_shape, tiny_pipe
 from tests.support.trainer.runs import disturb_adapter, losses
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoREPAConfig
 from video_trl.trainer.setup.attention_and_compile import (
-    SamePathCheck,
     attention_backends,
     check_compile,
     is_compiled,
     probe_attention_backend,
     set_attention_backend,
 )
-from video_trl.trainer.step.reference_bank import load_bank, save_bank
+from video_trl.trainer.step.passes import SamePathCheck
+from video_trl.trainer.step.reference_errors import load_errors, save_errors
 
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -161,7 +161,7 @@ def test_looked_up_errors_need_no_equal_bits(tmp_path):
     settings = {"attention_backend": "_native_math", "precompute_ref_errors": 1, "cache_dir": str(tmp_path)}
     dpo(tmp_path, **settings).train()
     (path,) = tmp_path.glob("reference_errors/*.safetensors")
-    save_bank(path, [error * (1 + 1e-6) for error in load_bank(path)])
+    save_errors(path, [error * (1 + 1e-6) for error in load_errors(path)])
     made, passes = dpo(tmp_path, **settings), []
     made.model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     made.train()

@@ -40,7 +40,7 @@ def broken(saved, tmp_path):
 def test_a_path_is_loaded_and_trained(saved, tmp_path):
     made = trainer(config(tmp_path, max_steps=1), model=str(saved))
     assert isinstance(made.pipeline, DiffusionPipeline) and made.model is made.pipeline.transformer
-    assert made.base_model == str(saved) and made.timestep_shift == 1.0
+    assert made.checkpointer.base_model == str(saved) and made.timestep_shift == 1.0
     made.train()
     made.save_model()
     assert f"`{saved}`" in (tmp_path / "README.md").read_text()
@@ -49,7 +49,7 @@ def test_a_path_is_loaded_and_trained(saved, tmp_path):
 def test_a_pipeline_loaded_from_a_path_object_can_be_saved(saved, tmp_path):
     made = trainer(config(tmp_path), model=DiffusionPipeline.from_pretrained(saved))
     made.save_model()  # writes the name of the base model, as JSON
-    assert made.base_model == str(saved) and f"`{saved}`" in (tmp_path / "README.md").read_text()
+    assert made.checkpointer.base_model == str(saved) and f"`{saved}`" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

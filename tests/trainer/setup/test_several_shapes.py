@@ -87,7 +87,7 @@ def test_resuming_with_other_rows_per_step_warns(tmp_path, caplog):
     for changes, warned in ((split, False), ({"per_device_train_batch_size": 3}, True)):
         caplog.clear()
         made = trainer(config(tmp_path / "other", **changes), train_dataset=mixed_shapes())
-        check_description(checkpoint, made._description)
+        check_description(checkpoint, made.checkpointer.description)
         assert ("rows_per_step: 2 / 3. The run goes on at the same step" in caplog.text) == warned
 
 
@@ -132,7 +132,7 @@ def test_raw_videos_go_to_the_nearest_bucket_with_their_whole_row(tmp_path):
     for number, shape in enumerate(made.train_dataset.shapes):
         assert made.train_dataset[number]["rejected_latents"].shape == (2, *shape)
     made.train()
-    assert made.generation_kwargs()["height"] == 32 and made.generation_kwargs()["width"] == 64
+    assert made.sampler.call_kwargs["height"] == 32 and made.sampler.call_kwargs["width"] == 64
     again = trainer(args, train_dataset=rows)
     assert again.train_dataset.rows.fingerprint == made.train_dataset.rows.fingerprint
     args.resolution_buckets = ["32x64", "48x32"]

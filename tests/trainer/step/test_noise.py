@@ -6,7 +6,7 @@ import torch
 
 from tests.support.tiny import tiny_encoded_group
 from tests.support.trainer.runs import config, first_batch, trainer
-from video_trl.trainer.step.noise import draw_noise, sample_generator
+from video_trl.trainer.step.denoising import draw_noise, sample_generator
 
 
 SHAPE = (2, 3, 4, 5)
@@ -99,4 +99,4 @@ def test_the_group_shares_a_timestep_and_noise_only_if_asked_to(tmp_path, monkey
 def test_the_configured_timestep_law_is_used(tmp_path, changes, expected):
     made = trainer(config(tmp_path, **changes))
     u = torch.linspace(0.01, 0.99, 50)
-    torch.testing.assert_close(made.sample_timesteps(u), 1000 * expected(u), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(made.step.timesteps(u), 1000 * expected(u), rtol=1e-5, atol=1e-3)

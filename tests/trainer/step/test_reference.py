@@ -44,7 +44,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_untouched_base(tmp_path):
     made = trainer(config(tmp_path))
     disturb_adapter(made)
     policy, before = predict(made.model), flags(made)
-    with made.reference_policy() as reference:
+    with made.reference() as reference:
         assert reference is made.model
         assert flags(made) == before  # PEFT's own switch would have cleared them
         assert torch.equal(predict(reference), base)
@@ -56,7 +56,7 @@ def test_the_reference_switch_recovers_from_an_error(tmp_path):
     made = trainer(config(tmp_path))
     disturb_adapter(made)
     policy, before = predict(made.model), flags(made)
-    with pytest.raises(RuntimeError, match="out of memory"), made.reference_policy():
+    with pytest.raises(RuntimeError, match="out of memory"), made.reference():
         raise RuntimeError("out of memory")
     assert flags(made) == before and torch.equal(predict(made.model), policy)
 
@@ -79,7 +79,7 @@ def test_a_starting_adapter_is_continued_against_its_frozen_copy(tmp_path):
     second.save_model()
     assert_equal_weights(frozen_weights(second), frozen)
     assert any(".ref." in name for name in frozen)
-    with second.reference_policy() as reference:
+    with second.reference() as reference:
         assert torch.equal(predict(reference), start)
     assert not torch.equal(predict(second.model), start)
     state, _ = hub.load_lora_state(tmp_path / "second")
@@ -92,7 +92,7 @@ def test_a_starting_adapter_is_continued_against_its_frozen_copy(tmp_path):
 def test_a_given_ref_model_is_used_and_frozen(tmp_path):
     other = tiny_transformer(seed=5)
     made = trainer(config(tmp_path, max_steps=2), ref_model=other)
-    with made.reference_policy() as reference:
+    with made.reference() as reference:
         assert torch.equal(predict(reference), predict(tiny_transformer(seed=5)))
     made.train()
     assert not any(weight.requires_grad or weight.grad is not None for weight in other.parameters())
@@ -131,7 +131,7 @@ def test_full_tuning_copies_the_reference_and_says_what_it_costs(tmp_path, caplo
     assert len(before) == len(list(made.model.parameters()))
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(math.log(4), rel=2e-7)
-    with made.reference_policy() as reference:
+    with made.reference() as reference:
         assert torch.equal(predict(reference), start)
     assert not torch.equal(predict(made.model), start)
 

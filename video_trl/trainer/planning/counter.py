@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ...models import ModelFamily, family_for
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
-from ..step.passes import Denoising, SequentialErrors
+from ..step.denoising import Denoising
+from ..step.passes import SequentialErrors, forward_errors
 
 
 _CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
@@ -249,11 +250,11 @@ def _errors(
         with torch.no_grad():
             if reference == "adapter":
                 transformer.disable_adapters()
-            offset = torch.cat([video.errors(family, transformer) for video in videos])
+            offset = torch.cat([forward_errors(family, transformer, video) for video in videos])
             if reference == "adapter":
                 transformer.enable_adapters()
     if step_mode == "concat":
-        return denoising.errors(family, transformer) - offset, None
+        return forward_errors(family, transformer, denoising) - offset, None
     sequential = SequentialErrors(denoising, family, transformer)
     return sequential.errors - offset, sequential
 

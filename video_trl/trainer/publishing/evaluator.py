@@ -1,16 +1,14 @@
-"""Measure the model in the evaluations of its training, by generating with it."""
+"""Measure the model in the evaluations of its run, by generating with it."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 
-from .sampling import generation
-
-
-if TYPE_CHECKING:
-    from ..base_trainer import VideoTrainer
+from .sampling import Sampler
 
 
 class Evaluator(Protocol):
@@ -20,51 +18,60 @@ class Evaluator(Protocol):
         """Return metrics by name; they are logged as `eval_<name>` and can select the best checkpoint."""
 
 
-def run_evaluator(trainer: "VideoTrainer") -> dict[str, float]:
+class EvaluatorCalls:
     """
-    Call the trainer's evaluator on the main process, and tell the others what came out; nothing if it has none.
+    Calls an evaluator, once in each evaluation.
 
-    Returns:
-        `dict[str, float]`: Its metrics, by the names that it gave them, the same on every process.
-
-    Raises:
-        RuntimeError: On the other processes, if the evaluator failed. The main process raises its own error; without
-            this the others would wait for it until they time out.
-        ValueError: If what it returned is not a mapping of names to numbers.
+    Args:
+        evaluator ([`Evaluator`], *optional*): What measures; nothing is measured without one.
+        sampler ([`Sampler`]): Lends the pipeline.
+        output_dir (`str`): Folder of the run.
     """
-    if trainer.evaluator is None:
-        return {}
-    assert trainer.pipeline is not None, "checked when the trainer was made"
-    outcome: list[Any] = [{}, None]
-    failure: Exception | None = None
-    if trainer.is_world_process_zero():
+
+    def __init__(self, evaluator: Evaluator | None, sampler: Sampler, output_dir: str) -> None:
+        self._evaluator, self._sampler, self._output_dir = evaluator, sampler, output_dir
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context in which nothing is measured: an evaluation on several datasets is measured once, after them."""
+        self._is_paused = True
         try:
-            with generation(trainer.pipeline, trainer.args.device) as pipeline:
-                step = trainer.state.global_step
-                outcome[0] = _numbers(trainer.evaluator(pipeline, output_dir=trainer.args.output_dir, step=step))
-        except Exception as error:
-            failure, outcome[1] = error, f"{type(error).__name__}: {error}"
-    metrics, message = broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise RuntimeError(f"The evaluator failed on the main process, which says why ({message}).")
-    return metrics
+            yield
+        finally:
+            self._is_paused = False
 
+    def __call__(self, step: int) -> dict[str, float]:
+        """
+        Call the evaluator on the main process, and tell the others what came out.
 
-def log_evaluator(trainer: "VideoTrainer", prefix: str) -> dict[str, float]:
-    """
-    Run the evaluator as an evaluation of its own: beside several datasets, whose metrics are logged one by one, or
-    where there are no rows to evaluate on.
+        Args:
+            step (`int`): Optimizer steps done so far.
 
-    Returns:
-        `dict[str, float]`: Metrics as they were logged, with `prefix`.
-    """
-    metrics = {f"{prefix}_{name}": value for name, value in run_evaluator(trainer).items()}
-    if metrics:
-        trainer.log(dict(metrics))
-        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-    return metrics
+        Returns:
+            `dict[str, float]`: Its metrics, by the names that it gave them, the same on every process.
+
+        Raises:
+            RuntimeError: On the other processes, if the evaluator failed. The main process raises its own error;
+                without this the others would wait for it until they time out.
+            ValueError: If what it returned is not a mapping of names to numbers.
+        """
+        if self._evaluator is None or self._is_paused:
+            return {}
+        outcome: list[Any] = [{}, None]
+        failure: Exception | None = None
+        if PartialState().is_main_process:
+            try:
+                with self._sampler.generation() as pipeline:
+                    outcome[0] = _numbers(self._evaluator(pipeline, output_dir=self._output_dir, step=step))
+            except Exception as error:
+                failure, outcome[1] = error, f"{type(error).__name__}: {error}"
+        metrics, message = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise RuntimeError(f"The evaluator failed on the main process, which says why ({message}).")
+        return metrics
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

@@ -9,9 +9,10 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -23,12 +24,9 @@ from ...data import read_video, write_video
 from ...data.columns import MapDataset, as_videos, column_names, undecoded
 from ...hub.lora import write_whole
 from ..base_config import VideoConfig
-from ..callbacks import LogVideosCallback
-from ..setup.rows import datasets_in
+from .sampling import Sampler
+from .uploader import Uploader
 
-
-if TYPE_CHECKING:
-    from ..base_trainer import VideoTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -68,49 +66,70 @@ class TrainingData:
         if "rejected" in columns:
             self.counts["rejected videos in the first row"] = len(as_videos(first[0]["rejected"]))
         self._samples = [
-            (str(row.get("prompt") or ""), {name: row[name] for name in _VIDEO_COLUMNS if name in columns})
+            (
+                str(row.get("prompt") or ""),
+                {name: (row[name], as_videos(row[name])) for name in _VIDEO_COLUMNS if name in columns},
+            )
             for row in first
         ]
+        self.prompt = self._samples[0][0]
 
     def facts(self, output_dir: Path, fps: float, name: str | None) -> hub.DatasetFacts:
         """The same for the card; the sample videos are written where they are not there yet."""
         samples = []
         for number, (prompt, cells) in enumerate(self._samples):
             videos = {}
-            for column, cell in cells.items():
-                several = column == "rejected" and isinstance(cell, list)
-                for k, video in enumerate(as_videos(cell)):
-                    label = f"{column} {k + 1}" if several else column
-                    path = output_dir / "samples" / "data" / f"row_{number}_{label.replace(' ', '_')}.mp4"
-                    try:
-                        _write_sample(video, path, fps)
-                    except (OSError, ValueError) as error:  # a row that training has skipped, or a file that is gone
-                        logger.warning("The model card goes without the %s video of row %d: %s", label, number, error)
-                        continue
-                    videos[label] = str(path.relative_to(output_dir))
+            for label, video in _labelled(cells).items():
+                path = output_dir / "samples" / "data" / f"row_{number}_{label.replace(' ', '_')}.mp4"
+                try:
+                    _write_sample(video, path, fps)
+                except (OSError, ValueError) as error:  # a row that training has skipped, or a file that is gone
+                    logger.warning("The model card goes without the %s video of row %d: %s", label, number, error)
+                    continue
+                videos[label] = str(path.relative_to(output_dir))
             samples.append({"prompt": prompt, "videos": videos})
         return hub.DatasetFacts(name or self.name, self.revision, self.counts, samples)
 
 
-class ModelCardCallback(TrainerCallback):
+@dataclass(frozen=True)
+class RunFacts:
     """
-    Measures what a training takes, and writes the model card: at every save, and at the end.
+    What is known of a run before its first step.
 
-    Args:
+    Attributes:
+        tag (`str`), method (`str`), citation (`str`, *optional*): Of the trainer's class.
+        base_model (`str`): Where the base weights are from.
+        pipeline_class (`str`): What loads the trained weights.
+        transformer_class (`str`, *optional*): Class of the transformer where all of its weights are trained.
         data ([`TrainingData`]): What is trained on.
     """
 
-    def __init__(self, data: TrainingData) -> None:
-        self._data = data
+    tag: str
+    method: str
+    citation: str | None
+    base_model: str
+    pipeline_class: str
+    transformer_class: str | None
+    data: TrainingData
+
+
+class ModelCardCallback(TrainerCallback):
+    """
+    Measures what a run takes, and writes the model card: at every save, and at the end.
+
+    Args:
+        args (`VideoConfig`): Of the trainer.
+        facts ([`RunFacts`]): Of the run.
+        sampler ([`Sampler`]): Knows how the model is called, and which samples were made.
+        uploader ([`Uploader`]): Knows the repository.
+    """
+
+    def __init__(self, args: VideoConfig, facts: RunFacts, sampler: Sampler, uploader: Uploader) -> None:
+        self._args, self._facts, self._sampler, self._uploader = args, facts, sampler, uploader
         self._seconds = 0.0
         self._since: float | None = None
-        self._trainer: VideoTrainer | None = None
         self._license: dict[str, str] | None = None
         self._details: dict[str, Any] = {}
-
-    def set_trainer(self, trainer: "VideoTrainer") -> None:
-        """Called by the trainer that makes the callback."""
-        self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,8 +140,8 @@ class ModelCardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seconds, self._since = self.seconds(), None
-        if self._trainer is not None and args.should_save and (Path(args.output_dir) / hub.CARD_NAME).exists():
-            self.write(Path(args.output_dir))
+        if args.should_save and (Path(args.output_dir) / hub.CARD_NAME).exists():
+            self.write(Path(args.output_dir), state)
 
     def seconds(self) -> float:
         """Time spent in training, that before an interruption included."""
@@ -134,49 +153,48 @@ class ModelCardCallback(TrainerCallback):
         if path.is_file():
             self._seconds = float(json.loads(path.read_text())["seconds"])
 
-    def write(self, directory: Path, **details: Any) -> None:
+    def write(self, directory: Path, state: TrainerState, **details: Any) -> None:
         """
         Write the card, and what was spent so far, into the folder of the run or of a checkpoint.
 
         Args:
             directory (`Path`): Folder.
+            state (`TrainerState`): Of the trainer.
             **details: `dataset_name`, `license`, `evaluation` and `model_name`, as of `create_model_card`; they hold
                 for later cards as well.
         """
-        assert self._trainer is not None, "the trainer calls set_trainer"
         self._details |= {name: value for name, value in details.items() if value is not None}
         (directory / RESOURCES_NAME).write_text(json.dumps({"seconds": self.seconds()}))
         # Under a new name first: an upload may be reading the old one.
-        write_whole(directory / hub.CARD_NAME, self._card(self._trainer).encode())
+        write_whole(directory / hub.CARD_NAME, self._card(state).encode())
 
-    def _card(self, trainer: "VideoTrainer") -> str:
-        args, state = trainer.args, trainer.state
-        output_dir, fps = Path(args.output_dir), trainer.video_fps()
-        rows = datasets_in(trainer.train_dataset, trainer.eval_dataset)[0]
+    def _card(self, state: TrainerState) -> str:
+        args, facts, details = self._args, self._facts, self._details
+        output_dir = Path(args.output_dir)
         options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         revision = options.get("revision")
-        name = self._details.get("model_name")
+        named = self._uploader.repository or args.hub_model_id or details.get("model_name")
         return hub.model_card(
-            repo_id=trainer.hub_model_id or args.hub_model_id or name or args.output_dir,
-            base_model=trainer.base_model,
+            repo_id=named or args.output_dir,
+            base_model=facts.base_model,
             revision=revision,
-            method=trainer.tag,
-            method_name=trainer.summary,
-            citation=trainer.citation,
-            prompt=rows[0].get("prompt") or "A red ball falls to the floor.",
-            fps=fps,
-            pipeline_class=trainer.family.pipeline_classes[0],
-            transformer_class=type(trainer.model).__name__ if trainer.adapter_name is None else None,
-            call_kwargs=trainer.generation_kwargs(),
+            method=facts.tag,
+            method_name=facts.method,
+            citation=facts.citation,
+            prompt=facts.data.prompt or "A red ball falls to the floor.",
+            fps=self._sampler.fps,
+            pipeline_class=facts.pipeline_class,
+            transformer_class=facts.transformer_class,
+            call_kwargs=self._sampler.call_kwargs,
             loss_parameters=loss_parameters(args),
             hyperparameters=hyperparameters(args)
             | {"optimizer steps": state.global_step, "processes": args.world_size},
             log=log_table(state.log_history),
-            evaluation=self._details.get("evaluation") or measurements(state),
-            videos=_sample_videos(trainer.callback_handler.callbacks, output_dir, state.global_step),
-            dataset=self._data.facts(output_dir, fps, self._details.get("dataset_name")),
+            evaluation=details.get("evaluation") or measurements(state),
+            videos=_sample_videos(self._sampler.prompts, output_dir, state.global_step),
+            dataset=facts.data.facts(output_dir, self._sampler.fps, details.get("dataset_name")),
             resources_used=self._resources(args),
-            license=self._details.get("license") or self._inherited(trainer.base_model, revision, args),
+            license=details.get("license") or self._inherited(facts.base_model, revision, args),
         )
 
     def _inherited(self, base_model: str, revision: str | None, args: VideoConfig) -> dict[str, str]:
@@ -321,17 +339,24 @@ def _write_sample(video: Any, path: Path, fps: float) -> None:
         write_video(path, read_video(video), fps)
 
 
-def _sample_videos(callbacks: Sequence[Any], output_dir: Path, step: int) -> list[tuple[str, str]]:
+def _labelled(cells: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
+    """The videos of a row, by names such as `"chosen"` and `"rejected 2"`; with each column, its cell as it is."""
+    labelled = {}
+    for column, (cell, videos) in cells.items():
+        several = column == "rejected" and isinstance(cell, list)
+        for number, video in enumerate(videos):
+            labelled[f"{column} {number + 1}" if several else column] = video
+    return labelled
+
+
+def _sample_videos(prompts: Sequence[str], output_dir: Path, step: int) -> list[tuple[str, str]]:
     """Prompts and the videos that were last made of them."""
-    for callback in callbacks:
-        if isinstance(callback, LogVideosCallback):
-            made = {int(path.name[5:]): path for path in output_dir.glob("samples/step_*") if path.name[5:].isdigit()}
-            last = max((number for number in made if number <= step), default=None)
-            if last is not None:
-                paths = [made[last] / f"{number:02d}.mp4" for number in range(len(callback.prompts))]
-                names = [str(path.relative_to(output_dir)) for path in paths]
-                return list(zip(callback.prompts, names, strict=True))
-    return []
+    made = {int(path.name[5:]): path for path in output_dir.glob("samples/step_*") if path.name[5:].isdigit()}
+    last = max((number for number in made if number <= step), default=None)
+    if last is None:
+        return []
+    paths = [made[last] / f"{number:02d}.mp4" for number in range(len(prompts))]
+    return [(prompt, str(path.relative_to(output_dir))) for prompt, path in zip(prompts, paths, strict=True)]
 
 
 def _shown(value: Any) -> Any:

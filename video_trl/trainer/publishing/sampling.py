@@ -1,8 +1,9 @@
-"""Sample videos in the middle of a training run without leaving a trace in it."""
+"""Sample videos in the middle of a run without leaving a trace in it."""
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,77 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import TrainerCallback
 
+from ...data import EncodedDataset
 from ...data.columns import as_tensor
 from ...models import ModelFamily
+from ..setup.rows import IndexedDataset
+
+
+DEFAULT_FPS = 16.0  # what Wan generates at
+
+
+class Sampler:
+    """
+    What whoever generates videos in the course of a run needs to know.
+
+    Args:
+        pipeline (`DiffusionPipeline`, *optional*): Pipeline whose transformer is trained.
+        family ([`ModelFamily`]): Of the transformer.
+        rows (`IndexedDataset`): What is trained, or evaluated, on.
+        device (`torch.device`): Where the transformer is.
+        max_sequence_length (`int`): Prompt length in tokens.
+        fps (`float`, *optional*): As configured.
+        tensorboard (`Callable`): The writer of TensorBoard, if the run has one.
+
+    Attributes:
+        call_kwargs (`dict`): Arguments of the pipeline's call that make videos of the size, and with the prompt
+            padding, of the rows: of the commonest size where there are several.
+        fps (`float`): Frames per second: as configured or recorded when the rows were encoded; where neither is, 16.
+        prompts (`list[str]`): What the sample videos in `<output_dir>/samples` are made of, in order.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline | None,
+        family: ModelFamily,
+        rows: IndexedDataset,
+        *,
+        device: torch.device,
+        max_sequence_length: int,
+        fps: float | None = None,
+        tensorboard: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.pipeline, self.family, self.rows, self.device = pipeline, family, rows, device
+        self.tensorboard = tensorboard
+        self.prompts: list[str] = []
+        recorded = rows.rows.fps if isinstance(rows.rows, EncodedDataset) else None
+        self.fps = fps or recorded or DEFAULT_FPS
+        self.call_kwargs: dict[str, Any] = {"max_sequence_length": max_sequence_length}
+        if pipeline is not None:
+            (_, frames, height, width), _ = Counter(rows.shapes).most_common(1)[0]
+            self.call_kwargs["num_frames"] = (frames - 1) * pipeline.vae_scale_factor_temporal + 1
+            self.call_kwargs["height"] = height * pipeline.vae_scale_factor_spatial
+            self.call_kwargs["width"] = width * pipeline.vae_scale_factor_spatial
+
+    def generation(self) -> AbstractContextManager[DiffusionPipeline]:
+        """Context that lends the pipeline, see [`generation`]."""
+        assert self.pipeline is not None, "refused for a bare transformer"
+        return generation(self.pipeline, self.device)
+
+    def first_frame(self, number: int) -> PIL.Image.Image:
+        """First frame of the chosen, or only, video of a row, an image to generate from."""
+        assert self.pipeline is not None, "refused for a bare transformer"
+        return first_frame(self.pipeline, self.family, self.rows[number % len(self.rows)])
+
+
+class SamplingCallback(TrainerCallback):
+    """A callback that generates: a trainer hands it its sampler, when it is made or given the callback."""
+
+    def use(self, sampler: Sampler) -> None:
+        """Take the sampler; a `ValueError` if it cannot do what the callback wants."""
+        raise NotImplementedError
 
 
 @contextmanager

@@ -1,28 +1,26 @@
 """
-Uploads of a training: what `transformers.Trainer` sends of its own models, sent for a video transformer.
+Upload weights, card and samples in the background; a failed upload never stops a run.
 
-An upload works on a snapshot of the folder and runs beside the training, which it can neither stop nor slow down: when
-the Hub refuses or is away there is a warning, the files stay where they are, and the next save tries again.
+An upload works on a snapshot of the folder. When the Hub refuses or is away there is a warning, the files stay where
+they are, and the next save tries again.
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy
 
-from ...data.columns import MapDataset
-from ...hub import CARD_NAME, LORA_FILE_NAME, HubUploadError, Measurement
+from ...hub import CARD_NAME, LORA_FILE_NAME, HubUploadError
 from ...hub.upload import again, explained, is_refusal, upload
 from ..base_config import VideoConfig
-from ..checkpoints.checkpointer import _SavingTrainer
-from ..checkpoints.weights import TRANSFORMER_FOLDER, find_checkpoint
-from .run_card import ModelCardCallback, TrainingData
+from ..checkpoints.weights import TRANSFORMER_FOLDER
 
 
 logger = logging.getLogger(__name__)
@@ -66,154 +64,101 @@ def make_repository(args: VideoConfig, token: str | None = None, private: bool |
         return None
 
 
-class _SharingTrainer(_SavingTrainer):
+class Uploader:
     """
-    Trainer whose uploads hold weights, their card and videos, and never end a training.
+    Uploads of a run. Without `push_to_hub` it does nothing until it is asked to.
+
+    Args:
+        args (`VideoConfig`): Output folder, repository, token and strategy.
+        announce (`Callable`): Called before an upload: a tracker may upload curves of its own.
 
     Attributes:
-        hub_model_id (`str`, *optional*): The repository, once there is one.
+        repository (`str`, *optional*): Id of the repository, once there is one.
     """
 
-    hub_model_id: str | None = None
-    _card: ModelCardCallback
+    def __init__(self, args: VideoConfig, announce: Callable[[], object]) -> None:
+        self.args = args
+        self.repository: str | None = None
+        self._announce = announce
+        self._is_open = False
+        self._uploads: list[tuple[Future[CommitInfo], str]] = []
 
-    # ---- The card ----
-
-    def begin_sharing(self, dataset: MapDataset) -> None:
+    def open(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Make the repository, and look at the rows for the card, before they are encoded.
+        Make the repository, on the main process and once; a Hub that is away is tried again by every upload.
 
         Raises:
-            ValueError: If there is to be a repository and the Hub refuses.
+            ValueError: If the Hub refuses.
         """
-        if self.args.push_to_hub:
-            self.init_hf_repo()
-        self._card = ModelCardCallback(TrainingData(dataset))
+        if self._is_open or self.args.process_index != 0:
+            return
+        self._is_open = True
+        for leftover in Path(self.args.output_dir).glob(f"{_SNAPSHOT_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.repository = make_repository(self.args, token, private)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        checkpoint = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
-        if checkpoint is not None:
-            self._card.restore(Path(checkpoint))
-        return super().train(checkpoint, *args, **kwargs)
+    def announce(self) -> None:
+        """Tell the trackers that an upload follows."""
+        try:
+            self._announce()
+        except Exception as error:  # whatever that tracker raises, it is not worth a run
+            logger.warning("A tracker could not upload its curves (%s: %s).", type(error).__name__, error)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        license: str | None = None,
-        evaluation: Sequence[Measurement] | None = None,
-    ) -> None:
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """Context in which an upload that fails is a warning: the files are saved."""
+        try:
+            yield
+        except HubUploadError as error:
+            logger.warning("%s", error)
+
+    def upload(self, step: int, message: str, *, blocking: bool, **how: Any) -> CommitInfo | Future[CommitInfo]:
         """
-        Write the model card into `output_dir`. [`~transformers.Trainer.push_to_hub`] hands its keyword arguments here.
+        Upload weights, card, samples and curves from the output folder, after the uploads before it.
 
         Args:
-            model_name (`str`, *optional*): Title of the card while the repository is not known.
-            dataset_name (`str`, *optional*): What was trained on; by default the repository that a dataset came from.
-            license (`str`, *optional*): Licence identifier, such as `"apache-2.0"`; by default that of the base model.
-            evaluation (list of [`~video_trl.hub.Measurement`], *optional*): Results; by default the last evaluation's.
-        """
-        if self.is_world_process_zero():
-            self._card.write(
-                Path(self.args.output_dir),
-                model_name=model_name,
-                dataset_name=dataset_name,
-                license=license,
-                evaluation=evaluation,
-            )
-
-    def _write_card(self, directory: Path) -> None:
-        self._card.write(directory)
-
-    # ---- What Trainer calls ----
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in `transformers.Trainer`, but once, and a Hub that is away is tried again later."""
-        if "_repository" not in self.__dict__:
-            self._uploads: list[tuple[Future[CommitInfo], str]] = []
-            self._repository: str | None = None
-            if self.is_world_process_zero():
-                for leftover in Path(self.args.output_dir).glob(f"{_SNAPSHOT_PREFIX}*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                self._repository = make_repository(self.args, token, private)
-        self.hub_model_id = self._repository
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`; a failed upload is a warning, for the files are saved."""
-        super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:
-            try:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-            except HubUploadError as error:
-                logger.warning("%s", error)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        """
-        Upload weights, model card, sample videos and TensorBoard's curves. Nothing else of `output_dir` is sent.
-
-        Args:
-            commit_message (`str`, defaults to `"End of training"`): Message of the commit.
-            blocking (`bool`, defaults to `True`): Whether to wait for the end.
-            token (`str`, *optional*): Access token; by default that of the arguments, or the one logged in with.
-            revision (`str`, *optional*): Branch; by default that of the arguments.
-            private (`bool`, *optional*): Visibility of a new repository.
-            **kwargs: Passed on to `create_model_card`.
-
-        Returns:
-            `CommitInfo`, or a `Future` of one where not `blocking`; `None` on all processes but the first.
+            step (`int`): Optimizer steps done so far.
+            message (`str`): Of the commit.
+            blocking (`bool`): Whether to wait for the end.
+            **how: `token`, `revision` and `private`, where they differ from those of the arguments.
 
         Raises:
-            HubUploadError: If the Hub refuses or cannot be reached. Everything is in `output_dir` then, and the
-                message says how to upload it later.
+            HubUploadError: If the Hub refuses or cannot be reached.
         """
-        self._announce()
-        super().save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
+        self.finish()
         output_dir = Path(self.args.output_dir)
-        how: dict[str, Any] = {"token": token, "revision": revision, "private": private}
         if blocking:
-            return self._send(output_dir, commit_message or "Model save", output_dir, **how)
-        return self._start(self._snapshot(output_dir, None), commit_message or "Model save", output_dir, **how)
+            return self._send(output_dir, message, output_dir, **how)
+        return self._start(self._snapshot(output_dir, step, None), message, output_dir, **how)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+    def upload_checkpoint(self, checkpoint: Path, step: int) -> None:
+        """Upload a checkpoint in the background, as `hub_strategy` says; never an error."""
+        if self.args.process_index != 0 or self.args.hub_strategy == HubStrategy.END:
             return
         self._report(finish=False)
         if self._uploads and not self.args.hub_always_push:
-            logger.info("Step %d is not uploaded: the last upload is still going on.", self.state.global_step)
+            logger.info("Step %d is not uploaded: the last upload is still going on.", step)
             return
-        self._announce()
-        checkpoint = Path(checkpoint_folder)
+        self.announce()
         whole = {HubStrategy.CHECKPOINT: _LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         try:
-            snapshot = self._snapshot(checkpoint, whole.get(HubStrategy(self.args.hub_strategy)))
+            snapshot = self._snapshot(checkpoint, step, whole.get(HubStrategy(self.args.hub_strategy)))
         except OSError as error:  # a full disk, for instance
-            logger.warning("Step %d is not uploaded: %s", self.state.global_step, error)
+            logger.warning("Step %d is not uploaded: %s", step, error)
             return
-        self._start(snapshot, f"Training in progress, step {self.state.global_step}", checkpoint)
+        self._start(snapshot, f"Training in progress, step {step}", checkpoint)
 
-    def _finish_current_push(self) -> None:
+    def finish(self) -> None:
+        """Wait for the uploads under way, and warn of those that failed."""
         self._report(finish=True)
 
-    # ---- How ----
-
-    def _snapshot(self, source: Path, checkpoint_as: str | None) -> Path:
+    def _snapshot(self, source: Path, step: int, checkpoint_as: str | None) -> Path:
         """
         A folder with what is to be uploaded. Files are linked, not copied: they cost nothing, and stay what they are
-        when the training goes on, writes the next ones and deletes old checkpoints.
+        when the run goes on, writes the next ones and deletes old checkpoints.
         """
         output_dir = Path(self.args.output_dir)
-        snapshot = output_dir / f"{_SNAPSHOT_PREFIX}{self.state.global_step}-{len(self._uploads)}"
+        snapshot = output_dir / f"{_SNAPSHOT_PREFIX}{step}-{len(self._uploads)}"
         shutil.rmtree(snapshot, ignore_errors=True)
         snapshot.mkdir(parents=True)
         parts = [source / name for name in _WEIGHTS_AND_CARD] + [output_dir / name for name in _SHOWN]
@@ -254,16 +199,16 @@ class _SharingTrainer(_SavingTrainer):
         private: bool | None = None,
     ) -> CommitInfo:
         """Upload a folder that looks like `source`, which stays."""
-        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        name = self.repository or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
         def send() -> CommitInfo:
             api = HfApi(token=token or self.args.hub_token)
-            if self.hub_model_id is None:  # the Hub was away when training began
+            if self.repository is None:  # the Hub was away when training began
                 visibility = self.args.hub_private_repo if private is None else private
-                self.hub_model_id = api.create_repo(name, private=visibility, exist_ok=True).repo_id
+                self.repository = api.create_repo(name, private=visibility, exist_ok=True).repo_id
             return upload(
                 api,
-                self.hub_model_id,
+                self.repository,
                 folder,
                 message,
                 revision=revision or self.args.hub_revision,
@@ -272,24 +217,17 @@ class _SharingTrainer(_SavingTrainer):
 
         return explained(send, again(source, name))
 
-    def _announce(self) -> None:
-        """Tell the callbacks, of which a tracker may upload curves of its own."""
-        try:
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        except Exception as error:  # whatever that tracker raises, it is not worth a training
-            logger.warning("A tracker could not upload its curves (%s: %s).", type(error).__name__, error)
-
     def _report(self, *, finish: bool) -> None:
         """Say how the uploads that are done, or with `finish` all, have ended."""
         left = []
-        for future, message in self.__dict__.get("_uploads", []):
+        for future, message in self._uploads:
             if not finish and not future.done():
                 left.append((future, message))
                 continue
             error = future.exception()
             if isinstance(error, HubUploadError):
                 logger.warning("'%s' was not uploaded; training is not affected. %s", message, error)
-            elif error is not None:  # whatever it is, it is no reason to end a training
+            elif error is not None:  # whatever it is, it is no reason to end a run
                 logger.warning("'%s' was not uploaded; training is not affected.", message, exc_info=error)
         self._uploads = left
 

@@ -3,23 +3,17 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 
 from ..base_config import VideoConfig
-from ..callbacks import LogVideosCallback
 from ..parallel.engines import SHARDED, Engine, requested_engine
-from ..preference_config import PreferenceConfig
-from .quantization import check_quantised_engine
-
-
-if TYPE_CHECKING:
-    from ..base_trainer import VideoTrainer
+from ..publishing.sampling import SamplingCallback
 
 
 def check_arguments(
-    kind: "type[VideoTrainer]",
+    kind: type[Any],
     model: Any,
     args: VideoConfig | None,
     train_dataset: Any,
@@ -27,7 +21,7 @@ def check_arguments(
     ref_model: Any,
     peft_config: PeftConfig | None,
     optimizers: tuple[Any, Any],
-) -> VideoConfig:
+) -> tuple[VideoConfig, Engine]:
     """
     Check a trainer's arguments against its class and against each other.
 
@@ -36,7 +30,7 @@ def check_arguments(
         model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers: As passed to its constructor.
 
     Returns:
-        `VideoConfig`: `args`, or the defaults of the trainer's own configuration.
+        `tuple[VideoConfig, Engine]`: `args`, or the defaults of the trainer's own configuration, and the engine.
 
     Raises:
         ValueError: If they do not go together, or ask for a kind of parallelism that is not supported, or that the
@@ -60,7 +54,7 @@ def check_arguments(
             "the schedule by `lr_scheduler_type`."
         )
     engine = requested_engine(args)
-    _check_step_options(args, engine)
+    args.check_engine(engine)
     if args.world_size % args.processes_per_row:
         raise ValueError(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
@@ -76,41 +70,14 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs. Launch one process for each, with `accelerate launch` or "
             "`torchrun --nproc_per_node`, or show it one with `CUDA_VISIBLE_DEVICES=0`."
         )
-    return args
-
-
-def _check_step_options(args: VideoConfig, engine: Engine) -> None:
-    """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
-    check_quantised_engine(args.quantization, engine)
-    if isinstance(args, PreferenceConfig) and args.step_mode == "sequential" and engine in SHARDED:
-        # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
-        if args.largest_batch > 1:
-            raise ValueError(
-                f"`step_mode='sequential'` under the engine '{engine}' needs batches of one row, got "
-                f"{args.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
-                "raise `gradient_accumulation_steps`: the steps are the same."
-            )
-    if engine != "zero3":
-        return
-    if args.compile_blocks:
-        raise ValueError(
-            "`compile_blocks` is not supported with the engine 'zero3': DeepSpeed fetches the weights of each layer "
-            "inside of the blocks, which are compiled as a whole. Shard by FSDP2, which fetches a block at a time "
-            "(`fsdp2.yaml`), or leave `compile_blocks` off."
-        )
-    if args.gradient_checkpointing and args.checkpointing_policy == "attention":
-        raise ValueError(
-            "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches weights "
-            "inside of what is recomputed, and not by the same operations the second time. Use 'full' or "
-            "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
-        )
+    return args, engine
 
 
 def check_generation(
     engine: Engine, args: VideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
 ) -> None:
     """Raise a `ValueError` if sample videos are asked for and no process could make them by itself."""
-    wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, LogVideosCallback))]
+    wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, SamplingCallback))]
     asking = [type(generator).__name__ for generator in wanted if generator is not None]
     if asking and (engine in SHARDED or args.context_parallel_size > 1):
         how = f"the engine '{engine}'" if engine in SHARDED else "`context_parallel_size` > 1"

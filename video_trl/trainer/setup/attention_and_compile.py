@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
@@ -17,10 +16,6 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from torch import Tensor, nn
 
 from ...models.attention.joint import JointAttentionProcessor
-
-
-if TYPE_CHECKING:
-    from ..base_config import VideoConfig
 
 
 # Attention kernels that quantise their inputs are made for sampling and have no backward pass.
@@ -99,14 +94,29 @@ def set_attention_backend(transformer: ModelMixin, name: str) -> None:
         _AttentionBackendRegistry.set_active_backend(active)  # diffusers makes it the default of all models
 
 
-def check_acceleration(transformer: ModelMixin, args: "VideoConfig") -> None:
-    """Raise a `ValueError` if the options do not work for this transformer on the device of the training."""
-    if args.attention_backend is not None:
-        half = torch.bfloat16 if args.bf16 else torch.float16
-        dtype = half if args.bf16 or args.fp16 else transformer.dtype
-        probe_attention_backend(args.attention_backend, transformer.config.attention_head_dim, args.device, dtype)
-    if args.compile_blocks:
-        check_compile(args.device)
+def check_acceleration(
+    transformer: ModelMixin,
+    device: torch.device,
+    *,
+    attention_backend: str | None,
+    compiles: bool,
+    half: torch.dtype | None,
+) -> None:
+    """
+    Raise a `ValueError` if the options do not work for this transformer on this device.
+
+    Args:
+        transformer (`ModelMixin`): The policy.
+        device (`torch.device`): Where it is trained.
+        attention_backend (`str`, *optional*): Attention kernel by its name.
+        compiles (`bool`): Whether its blocks are to be compiled.
+        half (`torch.dtype`, *optional*): Of mixed precision; without it, attention runs in the transformer's dtype.
+    """
+    if attention_backend is not None:
+        head_dim = transformer.config.attention_head_dim
+        probe_attention_backend(attention_backend, head_dim, device, half or transformer.dtype)
+    if compiles:
+        check_compile(device)
 
 
 def check_compile(device: torch.device) -> None:
@@ -139,50 +149,3 @@ def is_compiled(block: nn.Module) -> bool:
     """Whether [`compile_blocks`] has compiled a block."""
     forward = vars(block).get("forward")
     return isinstance(forward, FunctionType) and "_torchdynamo_orig_callable" in vars(forward)
-
-
-class SamePathCheck:
-    """
-    Whether policy and reference give the same numbers while they are the same model: looked at once, in a first step.
-
-    A preference loss is made of small differences between the two, multiplied by beta. If the kernels of their passes
-    round differently, in whatever precision, that is a difference before anything is learned, so none is allowed.
-
-    Args:
-        options (`dict`): The options that might cause one, by name.
-    """
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        self._reference_error: Tensor | None = None
-        self._done = not any(options.values())
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the two have yet to be compared."""
-        return not self._done
-
-    def see_reference(self, error: Tensor) -> None:
-        """The errors `(N,)` of the reference, to compare the next ones of the policy with."""
-        self._reference_error = error
-
-    def see_policy(self, error: Tensor) -> None:
-        """
-        The errors `(N,)` of the policy on the same videos, before its first update.
-
-        Raises:
-            ValueError: If they differ from the reference's in a bit.
-        """
-        if self._done or self._reference_error is None:
-            return
-        self._done = True
-        ours, theirs = error.detach().cpu(), self._reference_error.cpu()
-        if torch.equal(ours, theirs):
-            return
-        worst = int((ours - theirs).abs().argmax())
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
-        raise ValueError(
-            f"Policy and reference are the same model before the first step, and with {options} their errors differ: "
-            f"{ours[worst]:.9g} and {theirs[worst]:.9g} (policy, reference). The difference would be multiplied by "
-            "beta and learned from. Leave the option off, or use another back end."
-        )

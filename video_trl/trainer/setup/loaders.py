@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.data_loader import DataLoaderShard
@@ -15,13 +16,27 @@ from .rows import IndexedDataset
 
 logger = logging.getLogger(__name__)
 
-MICRO_BATCH = "micro_batch"
-"""Key of a batch under which its `MicroBatch` stands."""
+BATCH_WEIGHT = "batch_weight"
+"""Key of a batch under which its `BatchWeight` stands."""
 
 # What the host itself decides by, such as which noise to draw. On a device it would have to wait to read it back.
 _HOST_COLUMNS = ("index", "teacher_grid", "teacher_frame_times")
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BatchWeight:
+    """
+    What a batch weighs in its step.
+
+    Attributes:
+        counted (`bool`): Whether its rows count; see `MicroBatch`.
+        divisor (`float`): What to divide the mean over its rows by.
+    """
+
+    counted: bool
+    divisor: float
 
 
 class _MicroBatches(Dataset[Any]):
@@ -31,7 +46,7 @@ class _MicroBatches(Dataset[Any]):
         self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows.shapes)
 
     def __getitems__(self, batch: MicroBatch) -> tuple[list[dict[str, Any]], MicroBatch]:
         return [self.rows[number] for number in batch.rows], batch
@@ -39,18 +54,19 @@ class _MicroBatches(Dataset[Any]):
 
 class _Collate:
     """
-    A collator whose batches carry their `MicroBatch`, and lists of numbers where the host reads them; a class, so that
-    it can be sent to a worker.
+    A collator whose batches carry their `BatchWeight`, and lists of numbers where the host reads them. A class, so
+    that it can be sent to a worker.
     """
 
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, num_processes: int) -> None:
+        self.collator, self.num_processes = collator, num_processes
 
     def __call__(self, fetched: tuple[list[dict[str, Any]], MicroBatch]) -> dict[str, Any]:
         rows, batch = fetched
         collated = self.collator(rows)
         on_host = {name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}
-        return {**collated, **on_host, MICRO_BATCH: batch}
+        weight = BatchWeight(batch.counted, batch.divisor(self.num_processes))
+        return {**collated, **on_host, BATCH_WEIGHT: weight}
 
 
 def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, training: bool) -> DataLoader:
@@ -63,12 +79,13 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, 
         args (`VideoConfig`): Source of batch sizes, seed and `dataloader_*` settings.
         training (`bool`): Whether the rows are shuffled, by `data_seed` and the epoch, and make up optimizer steps.
     """
+    num_processes = args.data_parallel_size
     sampler = BucketBatchSampler(
         rows.shapes,
         batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
         accumulation=args.gradient_accumulation_steps if training else 1,
         rank=args.data_parallel_rank,
-        num_processes=args.data_parallel_size,
+        num_processes=num_processes,
         seed=args.data_seed if training else None,
     )
     if training:
@@ -80,7 +97,7 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, 
         device=args.device,
         _non_blocking=args.dataloader_pin_memory,  # pinned, so that nobody has to wait for the copy
         batch_sampler=sampler,
-        collate_fn=_Collate(collator),
+        collate_fn=_Collate(collator, num_processes),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=training and args.dataloader_persistent_workers,  # every evaluation makes a new loader
@@ -93,7 +110,7 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, 
 def describe_order(rows: IndexedDataset, args: VideoConfig) -> dict[str, Any]:
     """What the order of the rows in training depends on, for the description of the run."""
     return {
-        "rows": len(rows),
+        "rows": len(rows.shapes),
         "shapes": len(set(rows.shapes)),
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size,
         "data_seed": args.data_seed,

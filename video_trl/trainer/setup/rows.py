@@ -1,7 +1,6 @@
 """From the datasets a user passes to rows that a collator takes, and the settings that depend on the pipeline."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..base_config import VideoConfig
 
 
 DEFAULT_MAX_SEQUENCE_LENGTH = 512
-DEFAULT_FPS = 16.0  # what Wan generates at
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -35,7 +33,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         self.rows, self.shapes = rows, shapes
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.shapes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "index": index}
@@ -136,28 +134,6 @@ def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[i
     for number in range(len(dataset)):
         row = dataset[number]
         yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
-
-
-def generation_kwargs(
-    dataset: IndexedDataset, pipeline: DiffusionPipeline | None, max_sequence_length: int
-) -> dict[str, Any]:
-    """
-    Arguments of the pipeline's call that make videos of the size, and with the prompt padding, of the training: of the
-    commonest size where there are several.
-    """
-    call: dict[str, Any] = {"max_sequence_length": max_sequence_length}
-    if pipeline is not None:
-        (_, frames, height, width), _ = Counter(dataset.shapes).most_common(1)[0]
-        call["num_frames"] = (frames - 1) * pipeline.vae_scale_factor_temporal + 1
-        call["height"] = height * pipeline.vae_scale_factor_spatial
-        call["width"] = width * pipeline.vae_scale_factor_spatial
-    return call
-
-
-def video_fps(dataset: IndexedDataset, args: VideoConfig) -> float:
-    """Frames per second of the videos: as configured or recorded when they were encoded; where neither is, 16."""
-    recorded = dataset.rows.fps if isinstance(dataset.rows, EncodedDataset) else None
-    return args.fps or recorded or DEFAULT_FPS
 
 
 def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline | None, required: int | None) -> int:

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .passes import Denoising
+from .denoising import Denoising
 
 
-class VideoShare:
+class GroupParallel:
     """
-    This process's share of the videos of a step.
+    The videos of a step divided among processes.
 
     The loss is computed from all errors, alike on all processes; the gradients of a process are those of its videos,
     and sum up to the gradient over the processes.

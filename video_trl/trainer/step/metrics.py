@@ -1,4 +1,7 @@
-"""Training metrics that wait on the device until they are logged."""
+"""Metrics that wait on the device until they are logged."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -14,11 +17,13 @@ class MetricStore:
         self._sums: dict[str, Tensor] = {}  # name -> float32 scalar, on the device of the values
         self._counts: dict[str, int] = {}  # known to the host: copying them to the device would make it wait
 
-    def record(self, name: str, values: Tensor) -> None:
-        """Add values of any shape and dtype to the mean called `name`."""
-        total = values.detach().float().sum()
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
+    def record(self, metrics: Mapping[str, Tensor], *, counted: bool = True) -> None:
+        """Add values of any shape and dtype to the means of these names; without `counted`, the names only."""
+        for name, values in metrics.items():
+            values = values if counted else values[:0]
+            total = values.detach().float().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] = self._counts.get(name, 0) + values.numel()
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all values recorded since the last call, on all processes; every process must call this."""
@@ -31,3 +36,25 @@ class MetricStore:
         self._counts.clear()
         sums, counts = accelerator.reduce(totals, reduction="sum").unbind()
         return dict(zip(names, (sums / counts).tolist(), strict=True))
+
+
+class Metrics:
+    """
+    The metrics of a trainer, those of training and of evaluation apart.
+
+    Attributes:
+        counted (`bool`): Whether the rows at hand count, or stand in for rows that a step lacks.
+    """
+
+    def __init__(self) -> None:
+        self.train, self.eval = MetricStore(), MetricStore()
+        self.counted = True
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Context in which no row counts."""
+        before, self.counted = self.counted, False
+        try:
+            yield
+        finally:
+            self.counted = before

@@ -1,55 +1,127 @@
 """
-Errors of the videos of a preference step: from one forward over all of them, or with the graph of one video alive at a
-time.
+The passes of a step: errors of reference and policy on its videos, and what has to go backward after the loss.
 
 A preference loss needs the errors of all videos of a pair or group at once, but its gradient is a sum over videos: the
-gradient of each error times dL/d(error). So the errors are computed first, mostly without a graph, and the videos go
-forward and backward one by one afterwards, weighed by that derivative. Loss and gradient are exact, and the graph of
-one video is all that is kept: also the exact loss of a group needs no more memory than fine-tuning.
+gradient of each error times dL/d(error). So the errors are computed either from one forward over all videos, or first,
+mostly without a graph, and the videos go forward and backward one by one afterwards, weighed by that derivative. Loss
+and gradient are exact, and the graph of one video is all that is kept: also the exact loss of a group needs no more
+memory than fine-tuning.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator, DistributedType
+from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...losses.preference import velocity_error
 from ...models import ModelFamily
+from ..parallel.engines import engine_of, prepare_reference
+from .denoising import Denoising
+from .group import GroupParallel
 
 
-@dataclass(frozen=True)
-class Denoising:
+class Passes(Protocol):
+    """What `compute_loss` asks for errors. Its loss must depend on the weights through those of the policy alone."""
+
+    def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        """Velocity errors `(N,)` of the reference on the videos of the rows with these indices; no gradient."""
+
+    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+        """Velocity errors `(N,)` of the policy. In training, to be called once in a `compute_loss`."""
+
+    def backward(self) -> None:
+        """Carry on to the weights what the backward pass of the loss has left to do. Called after every one."""
+
+
+class ConcatPasses:
     """
-    Noisy videos, side by side, and what a perfect transformer would predict for them.
+    All videos of a step in one forward.
 
-    Attributes:
-        noisy_latents (`torch.Tensor` of shape `(N, C, F, H, W)`): Latents with noise.
-        timesteps (`torch.Tensor` of shape `(N,)`): Timesteps on the model's scale, float32.
-        conditions (`dict[str, torch.Tensor]`): What the transformer is conditioned on, each `(N, ...)`.
-        target (`torch.Tensor` of shape `(N, C, F, H, W)`): The velocity to regress.
+    Args:
+        family ([`ModelFamily`]): Of the transformer.
+        reference ([`Reference`], *optional*): For the trainers that have one.
+        group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
     """
 
-    noisy_latents: Tensor
-    timesteps: Tensor
-    conditions: dict[str, Tensor]
-    target: Tensor
+    def __init__(
+        self, family: ModelFamily, reference: "Reference | None" = None, group: GroupParallel | None = None
+    ) -> None:
+        self._family, self._reference, self._group = family, reference, group
 
-    def errors(self, family: ModelFamily, transformer: nn.Module) -> Tensor:
-        """Velocity errors `(N,)` of the transformer, from one forward."""
-        prediction = family.predict(transformer, self.noisy_latents, self.timesteps, self.conditions)
-        return velocity_error(prediction, self.target)
+    def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        assert self._reference is not None, "only trainers with `uses_reference` have one"
+        # The pass of the policy, with another module: so that both round alike.
+        with torch.no_grad(), self._reference() as module:
+            return self.policy(module, denoising)
 
-    def __getitem__(self, videos: slice) -> "Denoising":
-        """Some of its videos."""
-        conditions = {name: values[videos] for name, values in self.conditions.items()}
-        return Denoising(self.noisy_latents[videos], self.timesteps[videos], conditions, self.target[videos])
+    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+        own = denoising if self._group is None else self._group.own(denoising)
+        prediction = self._family.predict(model, own.noisy_latents, own.timesteps, own.conditions)
+        errors = velocity_error(prediction, own.target)
+        return errors if self._group is None else self._group.gather(errors)
 
-    def one_by_one(self) -> Iterator["Denoising"]:
-        """Its videos, each by itself."""
-        for number in range(len(self.timesteps)):
-            yield self[number : number + 1]
+    def backward(self) -> None:
+        """Nothing: the graph of the loss reaches the weights."""
+
+
+class SequentialPasses:
+    """
+    One video at a time, so that one graph is alive.
+
+    Args:
+        family ([`ModelFamily`]): Of the transformer.
+        reference ([`Reference`]): The reference.
+        accelerator (`Accelerator`): Of the trainer; knows how processes go through several backward passes in a step.
+        group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        reference: "Reference",
+        accelerator: Accelerator,
+        group: GroupParallel | None = None,
+    ) -> None:
+        self._family, self._reference, self._accelerator, self._group = family, reference, accelerator, group
+        self._waiting: SequentialErrors | None = None  # for the backward pass of the loss
+
+    def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        with torch.no_grad(), self._reference() as module:
+            return self.policy(module, denoising)
+
+    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+        own = denoising if self._group is None else self._group.own(denoising)
+        if torch.is_grad_enabled():
+            self._waiting = SequentialErrors(own, self._family, model, **self._backward_passes(model))
+            errors = self._waiting.errors
+        else:
+            errors = torch.cat([forward_errors(self._family, model, video) for video in own.one_by_one()])
+        return errors if self._group is None else self._group.gather(errors)
+
+    def backward(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.backward()
+
+    def _backward_passes(self, model: nn.Module) -> dict[str, Any]:
+        """How the processes go through several backward passes in a step."""
+        if self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return {"no_sync": partial(self._accelerator.no_sync, model)}
+        steps = self._accelerator.deepspeed_engine_wrapped
+        steps.expect_passes()
+        return {"backward": steps.backward_pass}
+
+
+def forward_errors(family: ModelFamily, model: nn.Module, denoising: Denoising) -> Tensor:
+    """Velocity errors `(N,)` of a transformer, from one forward."""
+    prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
+    return velocity_error(prediction, denoising.target)
 
 
 class SequentialErrors:
@@ -82,9 +154,9 @@ class SequentialErrors:
         self._family, self._model, self._no_sync, self._backward = family, model, no_sync, backward
         *self._others, last = denoising.one_by_one()
         with torch.no_grad():
-            known = [video.errors(family, model) for video in self._others]
+            known = [forward_errors(family, model, video) for video in self._others]
         with self._local(final=not self._others):
-            self._last = last.errors(family, model)
+            self._last = forward_errors(family, model, last)
         self.errors = torch.cat([*known, self._last.detach()]).requires_grad_()
 
     def backward(self) -> None:
@@ -98,9 +170,179 @@ class SequentialErrors:
         for number, video in enumerate(self._others):
             final = number == len(self._others) - 1
             with self._local(final=final):
-                errors = video.errors(self._family, self._model)
+                errors = forward_errors(self._family, self._model, video)
                 self._backward((coefficients[number : number + 1] * errors).sum(), final)
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""
         return nullcontext() if final else self._no_sync()
+
+
+class CheckedPasses:
+    """
+    Passes that are compared in the first step of a run, where policy and reference are still the same model.
+
+    Args:
+        passes ([`Passes`]): The passes.
+        check ([`SamePathCheck`]): Compares their errors.
+        now (`Callable`): Optimizer steps done so far, or `EVALUATION_STEP`.
+    """
+
+    def __init__(self, passes: Passes, check: "SamePathCheck", now: Callable[[], int]) -> None:
+        self._passes, self._check, self._now = passes, check, now
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this is a first step, and the two have yet to be compared."""
+        return self._check.is_due and self._now() == 0
+
+    def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        errors = self._passes.reference(denoising, indices)
+        if self.is_due:
+            self._check.see_reference(errors)
+        return errors
+
+    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+        errors = self._passes.policy(model, denoising)
+        if self.is_due:
+            self._check.see_policy(errors)
+        return errors
+
+    def backward(self) -> None:
+        self._passes.backward()
+
+
+class SamePathCheck:
+    """
+    Whether policy and reference give the same numbers while they are the same model: looked at once, in a first step.
+
+    A preference loss is made of small differences between the two, multiplied by beta. If the kernels of their passes
+    round differently, in whatever precision, that is a difference before anything is learned, so none is allowed.
+
+    Args:
+        options (`dict`): The options that might cause one, by name.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._reference_error: Tensor | None = None
+        self._done = not any(options.values())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the two have yet to be compared."""
+        return not self._done
+
+    def see_reference(self, error: Tensor) -> None:
+        """The errors `(N,)` of the reference, to compare the next ones of the policy with."""
+        self._reference_error = error
+
+    def see_policy(self, error: Tensor) -> None:
+        """
+        The errors `(N,)` of the policy on the same videos, before its first update.
+
+        Raises:
+            ValueError: If they differ from the reference's in a bit.
+        """
+        if self._done or self._reference_error is None:
+            return
+        self._done = True
+        ours, theirs = error.detach().cpu(), self._reference_error.cpu()
+        if torch.equal(ours, theirs):
+            return
+        worst = int((ours - theirs).abs().argmax())
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        raise ValueError(
+            f"Policy and reference are the same model before the first step, and with {options} their errors differ: "
+            f"{ours[worst]:.9g} and {theirs[worst]:.9g} (policy, reference). The difference would be multiplied by "
+            "beta and learned from. Leave the option off, or use another back end."
+        )
+
+
+# ---- The reference ----
+
+
+class Reference(Protocol):
+    """A context manager factory: inside `with reference() as module`, `module` predicts as the reference does."""
+
+    def __call__(self) -> AbstractContextManager[nn.Module]: ...
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place the reference on the device of the policy, with the same mixed precision."""
+
+    def set_aside(self) -> None:
+        """Make room on the device until the reference is used again, which brings it back by itself."""
+
+
+class AdapterReference:
+    """
+    The policy's own base weights, its adapter switched off or exchanged for a frozen one: no memory for a copy.
+
+    Policy and reference run through the same module and the same kernels, so that they agree to the last bit while
+    the adapter has not been trained.
+
+    Args:
+        transformer (`ModelMixin`): Transformer with the trained adapter, not wrapped for distributed training.
+        reference_adapter (`str`, *optional*): Name of the adapter that is the reference; none: the bare base.
+    """
+
+    def __init__(self, transformer: ModelMixin, reference_adapter: str | None = None) -> None:
+        self._transformer = transformer
+        self._reference_adapter = reference_adapter
+
+    @contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        # PEFT's own switches flip `requires_grad` too, which FSDP2 and the optimizer must not see, not even for a
+        # moment: so only the flags that a layer's forward reads are set, and set back.
+        layers = [module for module in self._transformer.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = self._reference_adapter is None
+                if self._reference_adapter is not None:
+                    layer._active_adapter = [self._reference_adapter]
+            yield self._transformer
+        finally:
+            for layer, (disabled, active) in zip(layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = disabled, active
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Nothing to do: the reference is part of the policy."""
+
+    def set_aside(self) -> None:
+        """Nothing to do, for the same reason."""
+
+
+class ModuleReference:
+    """
+    A second transformer, frozen.
+
+    Args:
+        transformer (`ModelMixin`): The reference; set to evaluation mode, its gradients switched off.
+    """
+
+    def __init__(self, transformer: ModelMixin) -> None:
+        self.transformer = transformer.requires_grad_(False).eval()
+        self._prepared: nn.Module | None = None
+        self._accelerator: Accelerator | None = None
+        self._is_aside = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        assert self._accelerator is not None and self._prepared is not None, "the trainer calls prepare"
+        if self._is_aside:
+            self.transformer.to(self._accelerator.device)
+            self._is_aside = False
+        with self._accelerator.autocast():  # the policy's forward has it built in
+            yield self._prepared
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        # Not `accelerator.prepare_model`: the accelerator would then take the policy to be prepared already.
+        self._prepared = prepare_reference(self.transformer, accelerator, engine_of(accelerator))
+        self._accelerator = accelerator
+
+    def set_aside(self) -> None:
+        assert self._accelerator is not None, "the trainer calls prepare"
+        if not self._is_aside and engine_of(self._accelerator) == "ddp":  # engines that shard it hold it themselves
+            self.transformer.to("cpu")
+            self._is_aside = True

@@ -25,7 +25,7 @@ from tests.support.trainer.runs import (
     trained_weights,
 )
 from tests.trainer.step.test_step_modes import make
-from video_trl.trainer.step.reference_bank import ReferenceBank, bank_step, load_bank
+from video_trl.trainer.step.reference_errors import CachedReferenceErrors, cached_step, load_errors
 
 
 LOSSES: list[tuple[str, dict[str, Any]]] = [
@@ -55,9 +55,9 @@ def test_training_is_that_with_the_same_noises(name, changes, mode, tmp_path):
         cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "cache")} if precomputed else {}
         made = make(tmp_path, name, mode, callbacks=[recorder], max_steps=4, **cached, **changes)
         if not precomputed:
-            bank = ReferenceBank(made.args.seed, [torch.zeros(2, 2)] * 4)
-            made.noise_steps = lambda indices: [
-                bank_step(bank.number(made.state.global_step, index)) for index in indices
+            bank = CachedReferenceErrors(made.args.seed, [torch.zeros(2, 2)] * 4)
+            made.step.noise_steps = lambda indices: [
+                cached_step(bank.number(made.state.global_step, index)) for index in indices
             ]
         made.train()
         return losses(made), recorder.steps
@@ -77,16 +77,13 @@ def test_every_error_is_that_of_the_reference_on_its_noise(tmp_path):
     made = make(tmp_path, "GroupDPO", "concat", model=model, max_steps=1, **changes, **cached)
     made.train()
     (path,) = tmp_path.glob("reference_errors/*.safetensors")
-    errors = load_bank(path)
+    errors = load_errors(path)
     assert [tuple(row.shape) for row in errors] == [(2, 4)] * 11
-    made._bank = None
     for index in (0, 1, 10):
         for number in range(2):
-            made._bank_number = number
             inputs = {**made.data_collator([made.train_dataset[index]]), "index": [index]}
-            with torch.no_grad():
-                made.compute_loss(made.model, inputs)
-            expected = made._errors_for_bank.float()  # as the bank rounds it, or to the other neighbour
+            measured = made.passes.measure(number, lambda inputs=inputs: made.compute_loss(made.model, inputs))
+            expected = measured.float()  # as the cache rounds it, or to the other neighbour
             torch.testing.assert_close(errors[index][number], expected, rtol=2 * rounding.DOUBLE, atol=0)
 
 
@@ -136,9 +133,9 @@ def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
 )
 def test_another_division_of_a_row_is_another_bank(name, value, tmp_path):
     made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
-    before = made._bank_settings()
+    before = made._cache_settings()
     setattr(made.args, name, value)
-    assert made._bank_settings() != before
+    assert made._cache_settings() != before
 
 
 def test_evaluation_is_with_the_reference_itself(tmp_path):
@@ -181,15 +178,17 @@ def test_a_resumed_run_goes_on_with_the_bank(tmp_path):
 
 
 def test_rows_see_all_noises_alike():
-    bank = ReferenceBank(0, [torch.zeros(4, 2)] * 3)
+    bank = CachedReferenceErrors(0, [torch.zeros(4, 2)] * 3)
     numbers = [bank.number(step, index) for step in range(1000) for index in range(3)]
     assert set(numbers) == {0, 1, 2, 3} and max(abs(numbers.count(number) - 750) for number in range(4)) < 100
-    assert numbers != [ReferenceBank(1, [torch.zeros(4, 2)] * 3).number(s, i) for s in range(1000) for i in range(3)]
+    assert numbers != [
+        CachedReferenceErrors(1, [torch.zeros(4, 2)] * 3).number(s, i) for s in range(1000) for i in range(3)
+    ]
     errors = [torch.arange(8.0).view(4, 2) + 10 * index for index in range(3)]
-    looked_up = ReferenceBank(0, errors).look_up(5, [2, 0])
+    looked_up = CachedReferenceErrors(0, errors).look_up(5, [2, 0])
     expected = [errors[index][bank.number(5, index)] for index in (2, 0)]
     assert torch.equal(looked_up, torch.cat(expected))
-    assert len({bank_step(number) for number in range(9)} | {-1, 0}) == 11
+    assert len({cached_step(number) for number in range(9)} | {-1, 0}) == 11
 
 
 @pytest.mark.parametrize("size", [0, -3])

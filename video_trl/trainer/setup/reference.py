@@ -1,0 +1,80 @@
+"""Choose the frozen model that a preference loss measures the policy against."""
+
+import copy
+import logging
+
+from diffusers import DiffusionPipeline, ModelMixin
+
+from ..step.passes import AdapterReference, ModuleReference, Reference
+from .lora import REFERENCE_ADAPTER, copy_adapter
+
+
+logger = logging.getLogger(__name__)
+
+
+def make_reference(
+    transformer: ModelMixin,
+    ref_model: ModelMixin | DiffusionPipeline | None,
+    *,
+    adapter_name: str | None,
+    continues_adapter: bool,
+) -> Reference:
+    """
+    Choose the reference of a policy.
+
+    Args:
+        transformer (`ModelMixin`): The policy, before its first update.
+        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*): A reference given by the user; comes first.
+        adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
+        continues_adapter (`bool`): Whether that adapter was there before training: then a frozen copy of it is the
+            reference, not the bare base.
+
+    Returns:
+        [`Reference`]: `ref_model`; else, for an adapter, the base without it or with its frozen copy; else a deep copy
+        of the transformer.
+    """
+    if ref_model is not None:
+        return ModuleReference(_transformer_of(ref_model))
+    if adapter_name is not None:
+        if not continues_adapter:
+            return AdapterReference(transformer)
+        copy_adapter(transformer, adapter_name)
+        return AdapterReference(transformer, REFERENCE_ADAPTER)
+    gib = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters()) / 2**30
+    logger.warning(
+        "No `ref_model` given while all weights are trained: the transformer is copied as the reference, which takes "
+        "%.2f GiB more. `use_peft=True` needs no copy.",
+        gib,
+    )
+    return ModuleReference(copy.deepcopy(transformer))
+
+
+def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | DiffusionPipeline | None) -> None:
+    """Raise a `ValueError` if a reference given by the user is the policy itself, or of another architecture."""
+    if ref_model is None:
+        return
+    reference = _transformer_of(ref_model)
+    if reference is transformer:
+        raise ValueError(
+            "`ref_model` is the very transformer that is trained, so it would change along. Load it a second time, or "
+            "leave `ref_model` out: the base without the adapter is then the reference, at no cost."
+        )
+    if type(reference) is not type(transformer):
+        raise ValueError(
+            f"`ref_model` must be of the class of the model, {type(transformer).__name__}, got "
+            f"{type(reference).__name__}."
+        )
+    different = {
+        name: (value, reference.config.get(name))
+        for name, value in transformer.config.items()
+        if not name.startswith("_") and reference.config.get(name) != value
+    }
+    if different:
+        listing = ", ".join(f"{name}: {ours} / {theirs}" for name, (ours, theirs) in sorted(different.items()))
+        raise ValueError(
+            f"`ref_model` must have the architecture of the model; they differ (model / ref) in {listing}."
+        )
+
+
+def _transformer_of(ref_model: ModelMixin | DiffusionPipeline) -> ModelMixin:
+    return ref_model.transformer if isinstance(ref_model, DiffusionPipeline) else ref_model

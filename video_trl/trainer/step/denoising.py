@@ -1,0 +1,191 @@
+"""
+Draw timesteps and noise, and make noisy latents with their target.
+
+Which random numbers a sample sees is a function of (seed, step, sample index), and of nothing else: neither the batch
+split, nor the number of processes or loader workers, nor evaluation, nor a restart, nor whatever else draws from a
+global generator changes them. That is what makes runs comparable and resumable exactly.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...diffusion import TimestepSampling
+from ...models import ModelFamily
+
+
+EVALUATION_STEP = -1
+"""Step under which evaluation draws: every evaluation of a sample sees the same noise, and training never does."""
+
+
+@dataclass(frozen=True)
+class NoiseDraw:
+    """
+    Random numbers of a batch.
+
+    Attributes:
+        u (`torch.Tensor` of shape `(B,)`): Uniform on (0, 1), float64; becomes the timestep.
+        choice (`torch.Tensor` of shape `(B,)`): Uniform on {0, ..., num_choices - 1}, int64.
+        noise (`torch.Tensor` of shape `(B, K, C, F, H, W)`): Standard normal, float32; K independent noises a sample.
+    """
+
+    u: Tensor
+    choice: Tensor
+    noise: Tensor
+
+
+def sample_generator(seed: int, step: int, index: int) -> torch.Generator:
+    """
+    Generator of one sample at one step.
+
+    Args:
+        seed (`int`): Seed of the run.
+        step (`int`): Optimizer steps done so far, or `EVALUATION_STEP`.
+        index (`int`): Index of the sample in its dataset.
+
+    Returns:
+        `torch.Generator`: On the CPU, so that the numbers are the same on every device.
+    """
+    digest = hashlib.blake2b(struct.pack("<3q", seed, step, index), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+
+
+def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors from the CPU on a device, without waiting until it has done what it is doing."""
+    if device.type == "cpu":
+        return tensors
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+
+
+def draw_noise(
+    seed: int,
+    steps: Iterable[int],
+    indices: Iterable[int],
+    latents_shape: Sequence[int],
+    *,
+    num_noises: int,
+    num_choices: int,
+) -> NoiseDraw:
+    """
+    Draw what a training step needs, for each sample from its own generator, in the order u, choice, noise.
+
+    Args:
+        seed (`int`): Seed of the run.
+        steps (`Iterable[int]`): For each sample, the optimizer steps done so far, or `EVALUATION_STEP`.
+        indices (`Iterable[int]`): Indices of the B samples of the batch in their dataset.
+        latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
+        num_noises (`int`): Independent noises K per sample.
+        num_choices (`int`): Number of options that `choice` selects from.
+
+    Returns:
+        [`NoiseDraw`]: The numbers, on the CPU. The first noise of a sample does not depend on `num_noises`.
+    """
+    us, choices, noises = [], [], []
+    for step, index in zip(steps, indices, strict=True):
+        generator = sample_generator(seed, step, index)
+        us.append(torch.rand((), generator=generator, dtype=torch.float64))
+        choices.append(torch.randint(num_choices, (), generator=generator))
+        # One call per noise: a single call for all would hand out its numbers in another order.
+        noises.append(torch.stack([torch.randn(*latents_shape, generator=generator) for _ in range(num_noises)]))
+    return NoiseDraw(torch.stack(us), torch.stack(choices), torch.stack(noises))
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """
+    Noisy videos, side by side, and what a perfect transformer would predict for them.
+
+    Attributes:
+        noisy_latents (`torch.Tensor` of shape `(N, C, F, H, W)`): Latents with noise.
+        timesteps (`torch.Tensor` of shape `(N,)`): Timesteps on the model's scale, float32.
+        conditions (`dict[str, torch.Tensor]`): What the transformer is conditioned on, each `(N, ...)`.
+        target (`torch.Tensor` of shape `(N, C, F, H, W)`): The velocity to regress.
+    """
+
+    noisy_latents: Tensor
+    timesteps: Tensor
+    conditions: dict[str, Tensor]
+    target: Tensor
+
+    def __getitem__(self, videos: slice) -> "Denoising":
+        """Some of its videos."""
+        conditions = {name: values[videos] for name, values in self.conditions.items()}
+        return Denoising(self.noisy_latents[videos], self.timesteps[videos], conditions, self.target[videos])
+
+    def one_by_one(self) -> list["Denoising"]:
+        """Its videos, each by itself."""
+        return [self[number : number + 1] for number in range(len(self.timesteps))]
+
+
+class DenoisingStep:
+    """
+    The part of a step before the transformer: what each `compute_loss` draws and prepares.
+
+    Args:
+        family ([`ModelFamily`]): Of the transformer.
+        seed (`int`): Seed of the run.
+        device (`torch.device`): Where the results are needed.
+        now (`Callable`): The step under which samples draw: optimizer steps done so far, or `EVALUATION_STEP`.
+        sampling (`str`), shift (`float`), logit_mean (`float`), logit_std (`float`): Distribution of the timesteps.
+
+    Attributes:
+        noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
+            replaced.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        *,
+        seed: int,
+        device: torch.device,
+        now: Callable[[], int],
+        sampling: TimestepSampling = "uniform",
+        shift: float = 1.0,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ) -> None:
+        self.family, self.seed, self.device, self.now = family, seed, device, now
+        self.sampling, self.shift, self.logit_mean, self.logit_std = sampling, shift, logit_mean, logit_std
+        self.noise_steps: Callable[[Sequence[int]], list[int]] = lambda indices: [now()] * len(indices)
+
+    def draw(
+        self, indices: Iterable[int], latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
+    ) -> NoiseDraw:
+        """
+        Random numbers of a batch, a function of (seed, step, sample index) only.
+
+        Args:
+            indices (`Iterable[int]`): Positions of the B samples in their dataset; a tensor must be on the CPU.
+            latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
+            num_noises (`int`, defaults to `1`): Independent noises per sample.
+            num_choices (`int`, defaults to `1`): Number of options that `choice` selects from.
+
+        Returns:
+            [`NoiseDraw`]: Choice and noise on the trainer's device, u on the CPU, where timesteps are made of it.
+        """
+        numbers = [int(index) for index in indices]
+        steps = self.noise_steps(numbers)
+        drawn = draw_noise(self.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices)
+        return NoiseDraw(drawn.u, *to_device(self.device, drawn.choice, drawn.noise))
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Timesteps `(B,)` on the model's scale and the trainer's device, from u `(B,)`, as configured."""
+        timesteps = self.family.noise_process.sample_timesteps(
+            u, scheme=self.sampling, shift=self.shift, logit_mean=self.logit_mean, logit_std=self.logit_std
+        )
+        return to_device(self.device, timesteps)[0]
+
+    def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
+        """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
+        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.family.condition_columns}
+
+    def prepare(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Denoising:
+        """Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity."""
+        process = self.family.noise_process
+        noisy_latents = process.add_noise(latents, noise, timesteps)
+        return Denoising(noisy_latents, timesteps, conditions, process.velocity(latents, noise, timesteps))
