@@ -15,13 +15,14 @@ What is in `output_dir` is not made again, so a study that was stopped goes on w
 """
 
 import json
-import os
 import random
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from video_trl.files import write_json
 
 
 if TYPE_CHECKING:
@@ -254,10 +255,7 @@ def write_result(args: StudyArguments, arm: str, result: dict[str, Any], seed: i
     path = result_path(args, arm, seed)
     if arm == "setting" and path.is_file() and json.loads(path.read_text()) != result:
         raise ValueError(f"{path} holds {path.read_text()}, expected {result}. Pass another --output_dir.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(result))
-    partial.replace(path)
+    write_json(path, result)
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------

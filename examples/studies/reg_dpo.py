@@ -19,7 +19,6 @@ and, when all result files are there, its figures and tables:
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+
+from video_trl.files import write_json
 
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
             if path.is_file():
                 read_result(path, args)
             elif arm != BASE or seed == args.seeds[0]:
-                write_result(path, run_arm(args, arm, seed))
+                write_json(path, run_arm(args, arm, seed))
                 print(f"{path} is written.")
 
 
@@ -208,14 +209,6 @@ def judged(sandbox: "Sandbox", number: int, folder: Path) -> list[dict[str, Any]
 def result_path(args: StudyArguments, arm: str, seed: int) -> Path:
     """The base model is not trained, so it has one file for all seeds."""
     return Path(args.output_dir) / (f"{arm}.json" if arm == BASE else f"{arm}-seed{seed}.json")
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: a killed run is made again."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(result))
-    partial.replace(path)
 
 
 def read_result(path: Path, args: StudyArguments) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """First frames that a dataset brings along as images of their own."""
 
-import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from ..files import fingerprint
 from .video_io import VideoDecodeError, read_video
 
 
@@ -59,10 +59,7 @@ def image_hash(source: ImageSource) -> str:
     Raises:
         VideoDecodeError: The image cannot be read.
     """
-    pixels = np.ascontiguousarray(read_image(source))
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(pixels.data)
-    return digest.hexdigest()
+    return fingerprint(np.ascontiguousarray(read_image(source)).data)
 
 
 def _open(source: ImageSource) -> PIL.Image.Image:

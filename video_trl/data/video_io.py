@@ -1,22 +1,22 @@
 """Reading and writing video files with PyAV. A damaged or incomplete file raises; nothing is made up for it."""
 
-import hashlib
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
+
+from ..files import atomic_file, fingerprint, hash_bytes
 
 
 VideoSource = str | os.PathLike[str] | Mapping[str, Any] | np.ndarray | list[Any]
@@ -274,26 +274,23 @@ def write_video(
     video = _check_array(video)
     if not fps > 0:
         raise ValueError(f"`fps` must be positive, got {fps}.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = video.shape[1:3]
     if height % 2 or width % 2:  # not else: a copy of 81 frames of 720p takes a quarter of a second
         video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        partial = Path(folder) / "video.mp4"  # a real file: the second pass of `faststart` opens it again by its name
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            rate = Fraction(fps).limit_denominator(100_000)
-            options = {"crf": str(crf), "preset": preset, "x264-params": _X264_PARAMS}
-            stream = container.add_stream("libx264", rate=rate, options=options)
-            stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-            stream.codec_context.thread_count = 1  # x264 output depends on its number of threads
-            stream.codec_context.colorspace = _BT601_LIMITED["colorspace"]
-            stream.codec_context.color_range = _BT601_LIMITED["color_range"]
-            for frame in video:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode(None))
-        os.replace(partial, path)
-    return path
+    # The second pass of `faststart` opens the file again by its name.
+    of_file = {"movflags": "+faststart"}
+    with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4", options=of_file) as container:
+        rate = Fraction(fps).limit_denominator(100_000)
+        options = {"crf": str(crf), "preset": preset, "x264-params": _X264_PARAMS}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1  # x264 output depends on its number of threads
+        stream.codec_context.colorspace = _BT601_LIMITED["colorspace"]
+        stream.codec_context.color_range = _BT601_LIMITED["color_range"]
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+    return Path(path)
 
 
 def video_hash(source: VideoSource) -> str:
@@ -303,16 +300,10 @@ def video_hash(source: VideoSource) -> str:
     Raises:
         VideoDecodeError: The file cannot be opened.
     """
-    digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, (np.ndarray, list)):
-        video = np.ascontiguousarray(_check_array(source))
-        digest.update(repr(video.shape).encode())
-        digest.update(video.data)
-        return digest.hexdigest()
+        return fingerprint(np.ascontiguousarray(_check_array(source)).data)
     with _open_bytes(source) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hash_bytes(file)
 
 
 def _check_array(video: np.ndarray | list[Any]) -> np.ndarray:
@@ -327,7 +318,7 @@ def _check_array(video: np.ndarray | list[Any]) -> np.ndarray:
 
 
 @contextmanager
-def _open_bytes(source: VideoSource) -> Iterator[IO[bytes]]:
+def _open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
     """The bytes of a source as a binary file."""
     name = source_name(source)
     if isinstance(source, Mapping) and source.get("bytes") is not None:

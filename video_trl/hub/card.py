@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import write_atomically
 from ..load import SANDBOX
 from .lora import LORA_FILE_NAME
 
@@ -174,7 +175,7 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
     front_matter = ModelCardData(**known, **index)
     section = evaluation_section(measurements)
     text = _EVALUATION.sub(lambda _: section, found.text)
-    path.write_text(f"---\n{front_matter.to_yaml()}\n---\n{text}", encoding="utf-8")
+    write_atomically(path, f"---\n{front_matter.to_yaml()}\n---\n{text}")
 
 
 def evaluation_section(evaluation: Sequence[Measurement | Mapping[str, Any]]) -> str:

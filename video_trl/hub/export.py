@@ -21,7 +21,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from .lora import PREFIX, load_lora_state, write_lora, write_whole
+from ..files import write_atomically
+from .lora import PREFIX, load_lora_state, write_lora
 
 
 _CONFIG_KEY = "video_trl_adapter"  # the adapter's configuration, for the way back
@@ -126,8 +127,9 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
     path = Path(target)
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
-    write_whole(path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(described)}))
-    return path
+    return write_atomically(
+        path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(described)})
+    )
 
 
 def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors import safe_open
+
+from ..files import write_atomically
 
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -121,9 +122,7 @@ def write_lora(
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     described = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
-    path = Path(directory) / LORA_FILE_NAME
-    write_whole(path, safetensors.torch.save(tensors, header))
-    return path
+    return write_atomically(Path(directory) / LORA_FILE_NAME, safetensors.torch.save(tensors, header))
 
 
 def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -160,19 +159,3 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
         )
     described = json.loads(header[METADATA_KEY])
     return tensors, LoraConfig(**{key.removeprefix(PREFIX): value for key, value in described.items()})
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """All of the file or none of it: a temporary name beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here
-        os.chmod(partial, 0o644)  # mkstemp gives 0600
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise

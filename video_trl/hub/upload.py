@@ -11,6 +11,7 @@ import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..files import PARTIAL_PATTERN
 from ..load import SANDBOX
 from .card import CARD_NAME, is_repo_id
 from .lora import LORA_FILE_NAME
@@ -104,7 +105,7 @@ def upload(
             folder_path=folder,
             commit_message=commit_message,
             allow_patterns=[*PUBLISHED, *(CHECKPOINTS if checkpoints else ())],
-            ignore_patterns=dropped,
+            ignore_patterns=[*dropped, PARTIAL_PATTERN],  # what a callback is writing meanwhile
             delete_patterns=f"{OUTDATED}/*",
             revision=revision,
         )

@@ -1,6 +1,5 @@
 """Scores that were computed once: any judge, with a memory on disk."""
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -9,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files import fingerprint
 from .base import Video, VideoJudge
 from .frames import check_request
 
@@ -73,7 +73,7 @@ class CachedJudge:
 
         check_request(videos, prompts)
         identity = self.identity
-        keys = [(video_hash(video), _hash(prompt)) for video, prompt in zip(videos, prompts, strict=True)]
+        keys = [(video_hash(video), fingerprint(prompt)) for video, prompt in zip(videos, prompts, strict=True)]
         found: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as database:
             for video, prompt in dict.fromkeys(keys):
@@ -109,7 +109,3 @@ class CachedJudge:
                 f"{self.path}: cannot be used as a score cache ({error}). Pass another path, or move the file away if "
                 "its scores can be computed again."
             ) from error
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,7 +1,6 @@
 """Scores that exist already: a table of videos, sentences and scores as a judge."""
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import fingerprint
 from .base import Video
 from .frames import check_request, video_name
 
@@ -73,7 +73,7 @@ class PrecomputedJudge:
     @property
     def identity(self) -> str:
         """Hash of the file's content at the time of asking."""
-        return f"{self.name}:table={hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()}"
+        return f"{self.name}:table={fingerprint(self.path)}"
 
     def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[dict[str, Any]]:
         """

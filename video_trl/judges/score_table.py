@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..files import atomic_file
 from .base import VideoJudge
 from .precomputed import SUFFIXES, read_table
 
@@ -72,17 +73,17 @@ def score_table(
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    with atomic_file(path) as partial:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        return
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+            return
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)

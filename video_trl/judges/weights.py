@@ -1,6 +1,5 @@
 """Where a judge's weights come from: a folder or the Hub, told apart, named in the judge's identity, loaded safely."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..files import fingerprint
 
 
 _WEIGHTS = (  # looked for in this order; a model is one file, or several and an index
@@ -60,18 +61,13 @@ def weights_identity(folder: Path) -> str:
     """
     if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for pattern in _NEEDED for p in folder.glob(pattern)):
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    files = sorted(path for pattern in _NEEDED for path in folder.glob(pattern))
+    return fingerprint(*(piece for path in files for piece in (path.name, path)))
 
 
 def text_hash(*texts: str) -> str:
     """Hash of prompt templates, or of any texts in order: 16 hexadecimal digits."""
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+    return fingerprint(*texts)[:16]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

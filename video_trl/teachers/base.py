@@ -1,7 +1,5 @@
 """What a teacher is: a frozen encoder that turns videos into tokens on a known grid at known times."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +9,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+
+from ..files import fingerprint
 
 
 CODE_VERSION = 1  # raise it when the same weights and video give other tokens, so that old caches are not used
@@ -124,11 +124,7 @@ class ModelTeacher(ABC):
         """32 hexadecimal digits. Reads all weights once."""
         config = {k: v for k, v in self._config().items() if k not in _RECORDS and not k.startswith("_")}
         settings = [CODE_VERSION, transformers.__version__, type(self).__name__, config, self._settings()]
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(settings, self.model)
 
     def to(self, device: torch.device | str) -> Self:
         self.model.to(device)

@@ -391,7 +391,7 @@ def encode_slowly(cache_dir: Path) -> None:
     encode(video_rows(3000), tiny_wan_pipeline(), cache_dir, row_type="video", batch_size=1)
 
 
-def test_kill_in_the_middle_leaves_no_cache(tmp_path, caplog):
+def test_kill_in_the_middle_leaves_no_cache(tmp_path):
     process = start(encode_slowly, tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.is_alive():
@@ -403,9 +403,9 @@ def test_kill_in_the_middle_leaves_no_cache(tmp_path, caplog):
     (leftover,) = tmp_path.iterdir()
     target = tmp_path / leftover.name.removeprefix(".").split(".")[0]
     assert leftover.name.startswith(".video-") and not target.exists()
-    with caplog.at_level(logging.WARNING, logger="video_trl"), EncodedWriter(target, "video", "x") as writer:
+    with EncodedWriter(target, "video", "x") as writer:
         writer.finish([], [])
-    assert leftover.name in caplog.text and target.is_dir()
+    assert list(tmp_path.iterdir()) == [target]  # the leftover is gone: the kernel says that its writer is
 
 
 def encode_on_a_full_disk(folder: Path) -> None:

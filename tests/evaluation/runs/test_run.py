@@ -14,9 +14,10 @@ import pytest
 from tests.support.evaluation.runs import make_run
 from tests.support.tiny import PROMPTS, tiny_wan_pipeline
 from video_trl.data.video_io import read_video
-from video_trl.evaluation.runs.generate import Generator, folder_hash, generate_run, load_generator
+from video_trl.evaluation.runs.generate import Generator, generate_run, load_generator
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
 from video_trl.evaluation.runs.run import RUN_FILE, claimed, create_run, load_run
+from video_trl.files import fingerprint, partial_path
 
 
 CALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -210,7 +211,7 @@ def test_kill_in_the_middle_costs_nothing_that_was_done(tmp_path, generator):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    (videos / ".00003-49.mp4.killed").mkdir()  # what the writer of a video leaves when it is killed inside
+    partial_path(videos / "00003-49.mp4").touch()  # what the writer of a video leaves when it is killed inside
     run = load_run(tmp_path)
     done = {path.name: path.stat().st_mtime_ns for path in videos.glob("*.mp4")}
     assert 3 <= len(done) < 196
@@ -235,7 +236,7 @@ def test_hash_of_a_pipeline_sees_weights_and_settings_and_nothing_else(generator
 def test_load_generator_reads_a_folder_and_records_its_content(tmp_path):
     tiny_wan_pipeline().save_pretrained(tmp_path / "model")
     first = load_generator(str(tmp_path / "model"), fps=8, call_kwargs=CALL)
-    assert first.revision == folder_hash(tmp_path / "model") and first.describe()["dtype"] == "float32"
+    assert first.revision == fingerprint(tmp_path / "model") and first.describe()["dtype"] == "float32"
     tiny_wan_pipeline(seed=1).save_pretrained(tmp_path / "model")
     assert load_generator(str(tmp_path / "model"), fps=8).revision != first.revision
 

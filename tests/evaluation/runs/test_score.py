@@ -8,6 +8,7 @@ from tests.support.evaluation.runs import ColourJudge, colour_video, make_run
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.runs.score import load_scores, score_run
+from video_trl.files import partial_path
 from video_trl.judges import VideoJudge
 
 
@@ -52,11 +53,12 @@ def test_shards_score_every_video_once(tmp_path):
 def test_a_killed_score_is_given_again_and_its_leftover_removed(tmp_path):
     run = make_run(tmp_path, "n", SCORES)
     folder = tmp_path / "scores" / "colour"
-    (folder / "00001-0.json").rename(folder / ".00001-0.json.abc")  # written, not yet renamed
+    leftover = partial_path(folder / "00001-0.json")
+    (folder / "00001-0.json").rename(leftover)  # written, not yet renamed
     judge = ColourJudge()
     score_run(tmp_path, judge)
     assert judge.calls == ["prompt 1"] and len(load_scores(run)) == 3
-    assert not list(folder.glob(".*.abc"))
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("bad", [math.nan, None, 1.5, -0.1, "0.5", True])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...data.buckets import AspectBucket
 from ...data.video_io import VideoDecodeError, VideoSource, iterate_video, write_video
+from ...files import atomic_file
 from ..engine.manifest import Batch
 from .sources import open_clip
 
@@ -100,6 +101,5 @@ def normalise_video(
 def save_first_frame(video: Path, image: Path) -> None:
     """The first frame of a file, exactly as it decodes, as a PNG that is whole or not there."""
     frame = next(iterate_video(video))
-    partial = image.with_name(f".{image.name}.{os.getpid()}")
-    Image.fromarray(frame).save(partial, format="PNG", compress_level=3)  # the usual 6 takes three times as long
-    os.replace(partial, image)
+    with atomic_file(image) as partial:
+        Image.fromarray(frame).save(partial, format="PNG", compress_level=3)  # the usual 6 takes three times as long

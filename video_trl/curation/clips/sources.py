@@ -18,6 +18,7 @@ import datasets
 import pyarrow as pa
 
 from ...data.video_io import video_hash
+from ...files import write_atomically
 from ..engine.manifest import OUTCOME, Batch, digest, new_manifest, with_columns
 
 
@@ -266,10 +267,7 @@ def _spool(cell: Mapping[str, Any], folder: Path) -> Path:
     """The bytes of a dataset's cell as a file named by them."""
     path = folder / f"{video_hash(cell)}{Path(cell.get('path') or 'clip.mp4').suffix}"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(cell["bytes"])
-        os.replace(partial, path)
+        write_atomically(path, cell["bytes"])
     return path
 
 

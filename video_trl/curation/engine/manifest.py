@@ -6,7 +6,6 @@ engine can run it as it stands. [`run_stage`] runs it here: split over processes
 every batch is committed as one atomically named parquet file and what is committed is never computed again.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -22,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
+
+from ...files import atomic_file, hash_bytes, remove_leftovers
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Shard:
 
 def digest(text: str, length: int = 16) -> str:
     """Hash of a text, `length` hexadecimal digits."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()[:length]
+    return hash_bytes(text.encode("utf-8", "surrogateescape"))[:length]
 
 
 def new_manifest(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
@@ -225,6 +226,7 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     shard = shard or Shard.from_environment()
     store = Path(folder) / stage.folder
     store.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(store)
     todo = alive(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
@@ -258,13 +260,8 @@ def commit_batch(store: Path, stage: Stage, keys: list[str], added: Batch) -> No
 
 def write_table(table: pa.Table, path: Path) -> None:
     """A parquet file that appears under its name only when it is whole, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial)
 
 
 def collect(store: Path, stage: Stage, keys: set[str]) -> pa.Table:

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from ...files import write_atomically
 from ...load import check_judge, load_judge
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
 from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
@@ -236,11 +237,8 @@ def finish(result: PhyAugResult, tried: pa.Table, config: PhyAugConfig, root: Pa
 
 
 def _write_state(root: Path, config: PhyAugConfig, state: str, funnel: dict[str, int]) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    partial_file = root / f".{RUN_NAME}.{os.getpid()}"
     record = {"state": state, "config": config.fingerprint, "funnel": funnel, "settings": config.settings()}
-    partial_file.write_text(json.dumps(record, indent=1, default=str))
-    partial_file.replace(root / RUN_NAME)
+    write_atomically(root / RUN_NAME, json.dumps(record, indent=1, default=str))
 
 
 def left(table: pa.Table, stage: str) -> int:

@@ -9,6 +9,8 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from ...files import write_atomically
+
 
 class CategoryRow(Protocol):
     """See [`~video_trl.curation.phyaug.pipeline.Category`]."""
@@ -85,7 +87,7 @@ def write_funnel(
         hard=bar_chart(hard, ["difficulty (1 - S_f)"], label="Difficulty by category"),
         told=told,
     )
-    _write(path, page)
+    write_atomically(path, page)
 
 
 def write_card(
@@ -122,7 +124,7 @@ def write_card(
         license_notes=license_notes,
         version=_version(),
     )
-    _write(path, card)
+    write_atomically(path, card)
 
 
 def _render(template: str, **values: Any) -> str:
@@ -148,10 +150,3 @@ def _version() -> str:
         return metadata.version("video-trl")
     except metadata.PackageNotFoundError:  # run from a checkout
         return "unknown"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

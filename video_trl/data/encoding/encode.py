@@ -1,7 +1,5 @@
 """Videos to latents and prompts to embeddings: every distinct one is encoded once, and the result is cached."""
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -24,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...files import fingerprint
 from ...models import ModelFamily
 from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
@@ -180,8 +179,8 @@ def _build(job: _Job, cache_dir: Path) -> str:
         buckets=job.buckets,
         max_crop=job.max_crop,
     )
-    fingerprint = _fingerprint(job, survey.rows)
-    directory = cache_dir / f"{job.row_type}-{fingerprint}"
+    identity = _fingerprint(job, survey.rows)
+    directory = cache_dir / f"{job.row_type}-{identity}"
     if directory.is_dir():
         logger.info("Using the encoded dataset in %s.", directory)
         return directory.name
@@ -190,7 +189,7 @@ def _build(job: _Job, cache_dir: Path) -> str:
     check_shapes(survey, rows, shapes, partial(job.family.check_video, job.pipeline.vae))
     fps = job.pixels["fps"] or probe_video(survey.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
-    with EncodedWriter(directory, job.row_type, fingerprint, encoder=job.family.name, fps=fps) as writer:
+    with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
         _encode_prompts(job, rows, writer)
         _encode_videos(job, survey, rows, shapes, writer)
         if job.image_columns:
@@ -203,27 +202,22 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     """Hash of everything that the encoded numbers depend on: 32 hexadecimal digits."""
     settings = [job.row_type, job.family.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
-    digest = hashlib.blake2b(json.dumps([versions, settings]).encode(), digest_size=16)
-    for row in rows:
-        digest.update(json.dumps([row.prompt, row.videos, row.scores]).encode())
-    digest.update(json.dumps(sorted(job.pipeline.tokenizer.get_vocab().items())).encode())
-    _hash_module(digest, job.pipeline.text_encoder, job.pipeline.text_encoder.config.to_dict())
-    _hash_module(digest, job.pipeline.vae, dict(job.pipeline.vae.config))
+    pipeline = job.pipeline
+    parts: list[Any] = [versions, settings, [[row.prompt, row.videos, row.scores] for row in rows]]
+    parts += [pipeline.tokenizer.get_vocab()]
+    parts += [pipeline.text_encoder, _settings_of(pipeline.text_encoder.config.to_dict())]
+    parts += [pipeline.vae, _settings_of(dict(pipeline.vae.config))]
     if job.image_columns:
-        digest.update(json.dumps([job.image_columns, [row.image for row in rows]]).encode())
+        parts += [job.image_columns, [row.image for row in rows]]
     if "image_embeds" in job.image_columns:
-        digest.update(job.pipeline.image_processor.to_json_string().encode())
-        _hash_module(digest, job.pipeline.image_encoder, job.pipeline.image_encoder.config.to_dict())
-    return digest.hexdigest()
+        parts += [pipeline.image_processor.to_json_string()]
+        parts += [pipeline.image_encoder, _settings_of(pipeline.image_encoder.config.to_dict())]
+    return fingerprint(*parts)
 
 
-def _hash_module(digest: "hashlib.blake2b", module: nn.Module, config: dict[str, Any]) -> None:
+def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
     # Where the weights came from and which version wrote them do not change the numbers.
-    described = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
-    digest.update(json.dumps([type(module).__name__, described], sort_keys=True, default=str).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
 
 
 def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
@@ -324,7 +318,7 @@ def _video_key(digest: str) -> str:
 
 
 def _prompt_key(prompt: str) -> str:
-    return f"prompts/{hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()}"
+    return f"prompts/{fingerprint(prompt)}"
 
 
 @contextmanager

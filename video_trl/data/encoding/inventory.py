@@ -1,6 +1,5 @@
 """What a raw dataset holds: its videos and images by content, which of them are unreadable, and their sizes."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from ...files import fingerprint
 from ..buckets import AspectBucket, nearest_bucket
 from ..columns import MapDataset, as_scores, as_videos
 from ..images import image_hash, image_name
@@ -171,8 +171,7 @@ def _hash_or_reason(place: Place, source: Any) -> tuple[str, str | None]:
     try:
         return (f"image-{image_hash(source)}" if place.column == IMAGE_COLUMN else video_hash(source)), None
     except VideoDecodeError as error:
-        marker = hashlib.blake2b(str(error).encode(), digest_size=16).hexdigest()
-        return f"unreadable-{marker}", _without_name(error, place.source_name(source))
+        return f"unreadable-{fingerprint(str(error))}", _without_name(error, place.source_name(source))
 
 
 def _bucket_or_reason(

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...files import atomic_folder, read_json, remove_leftovers
 from ...models import ModelFamily
 from ..columns import MapDataset, column_names
 
@@ -69,7 +68,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         index_path = self.directory / _INDEX_NAME
         if not index_path.is_file():
             raise ValueError(f"{self.directory} is not an encoded dataset: it has no {_INDEX_NAME}. Encode it again.")
-        index = json.loads(index_path.read_text())
+        index = read_json(index_path)
         for name, size in index["shards"].items():
             shard = self.directory / name
             found = shard.stat().st_size if shard.is_file() else None
@@ -159,8 +158,8 @@ def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
 
 class EncodedWriter:
     """
-    Write tensors and rows into a temporary folder; `finish` renames it to `directory`. Leaving the context before
-    that, by an exception, removes the temporary folder.
+    Write tensors and rows into a temporary folder, which becomes `directory` on leaving the context; an exception
+    removes it. If another process has finished the same folder meanwhile, that one stays.
 
     ```python
     with EncodedWriter(directory, "group", fingerprint) as writer:
@@ -186,18 +185,21 @@ class EncodedWriter:
         self._pending: dict[str, Tensor] = {}
 
     def __enter__(self) -> "EncodedWriter":
-        self._directory.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self._directory.name}."
-        for leftover in sorted(self._directory.parent.glob(prefix + "*")):
-            logger.warning("%s is from a run that still encodes, or was stopped; then delete it.", leftover)
-        self._partial = Path(tempfile.mkdtemp(dir=self._directory.parent, prefix=prefix))
-        self._partial.chmod(0o755)  # mkdtemp gives 0700
+        remove_leftovers(self._directory.parent)
+        self._folder = atomic_folder(self._directory, replace=False)
+        self._partial = self._folder.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)  # gone already after `finish`
+        assert kind is not None or (self._partial / _INDEX_NAME).is_file(), "`finish` was not called"
+        try:
+            self._folder.__exit__(kind, error, traceback)
+        except FileExistsError:
+            if not (self._directory / _INDEX_NAME).is_file():
+                raise
+            logger.info("%s was finished by another process meanwhile; using it.", self._directory)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -211,7 +213,7 @@ class EncodedWriter:
             self._flush()
 
     def finish(self, rows: list[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
-        """Write the rest and the index, and give the folder its name."""
+        """Write the rest and the index."""
         if self._pending:
             self._flush()
         index = {
@@ -224,22 +226,9 @@ class EncodedWriter:
             "rows": rows,
             "skipped": [asdict(row) for row in skipped],
         }
-        self._write(_INDEX_NAME, json.dumps(index).encode())
-        try:
-            os.rename(self._partial, self._directory)
-        except OSError:
-            if not (self._directory / _INDEX_NAME).is_file():
-                raise
-            logger.info("%s was finished by another process meanwhile; using it.", self._directory)
+        (self._partial / _INDEX_NAME).write_text(json.dumps(index))
 
     def _flush(self) -> None:
         name = f"{len(self._shards):05d}.safetensors"
-        self._shards[name] = self._write(name, safetensors.torch.save(self._pending))
+        self._shards[name] = (self._partial / name).write_bytes(safetensors.torch.save(self._pending))
         self._pending = {}
-
-    def _write(self, name: str, data: bytes) -> int:
-        with open(self._partial / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut, a renamed folder must not hold empty files
-        return len(data)

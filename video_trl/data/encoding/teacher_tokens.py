@@ -1,7 +1,5 @@
 """Tokens of a frozen teacher, encoded once ahead of the training: int8 with a scale for each token, cached on disk."""
 
-import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...files import fingerprint
 from ...teachers.base import TeacherTokens, VideoTeacher
 from ..columns import MapDataset, column_names, undecoded
 from ..video_io import read_video, source_name, video_hash
@@ -147,9 +146,8 @@ def _build(
     """Encode unless it is done already; the name of the folder in `cache_dir`."""
     cells = (dataset[number][column] for number in range(len(dataset)))
     digests = list(in_threads(video_hash, cells, len(dataset), "Hashing videos"))
-    settings = [_TOKENS_VERSION, teacher.identity, pixels, digests]
-    fingerprint = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
-    directory = cache_dir / f"{_ROW_TYPE}-{fingerprint}"
+    identity = fingerprint([_TOKENS_VERSION, teacher.identity, pixels, digests])
+    directory = cache_dir / f"{_ROW_TYPE}-{identity}"
     if directory.is_dir():
         logger.info("Using the teacher's tokens in %s.", directory)
         return directory.name
@@ -158,7 +156,7 @@ def _build(
     placed = teacher.to(device)
     try:
         with (
-            EncodedWriter(directory, _ROW_TYPE, fingerprint, encoder=teacher.identity) as writer,
+            EncodedWriter(directory, _ROW_TYPE, identity, encoder=teacher.identity) as writer,
             tqdm(total=len(rows), desc="Encoding with the teacher") as progress,
         ):
             first: TeacherTokens | None = None

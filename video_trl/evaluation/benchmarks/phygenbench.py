@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.prompts import EvaluationPrompt, check_prompts, read_json_file
+from ...files import read_json
+from ..runs.prompts import EvaluationPrompt, check_prompts
 
 
 MAX_POINTS = 3
@@ -142,7 +143,7 @@ def _mean(item: Mapping[str, Any], stages: Sequence[str]) -> float:
 
 
 def _items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    items = read_json_file(path)
+    items = read_json(path)
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}: expected a list of items, got {type(items).__name__}.")
     for number, item in enumerate(items):

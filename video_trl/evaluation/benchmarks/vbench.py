@@ -21,8 +21,8 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection, PreTrainedModel, ViTModel
 
 from ...data.video_io import read_video
+from ...files import read_json
 from ..report.page import Table
-from ..runs.prompts import read_json_file
 from ..statistics import rank_points
 
 
@@ -75,7 +75,7 @@ def load_vbench(
         ValueError: If the file is missing or of another form, lacks a dimension, or has a value that is not finite, a
             video twice, or another number of videos than expected.
     """
-    content = read_json_file(path)
+    content = read_json(path)
     missing = [name for name in dimensions if not isinstance(content, dict) or name not in content]
     if missing:
         raise ValueError(f"{path} has no results of {', '.join(missing)}. Run VBench on these dimensions too.")

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.prompts import ALL, read_json_file
+from ...files import read_json
+from ..runs.prompts import ALL
 from ..runs.run import Run, load_run
 from ..runs.tables import RunTable, tabulate
 from ..statistics import holm, paired_bootstrap, prompt_sign_test
@@ -155,7 +156,7 @@ def training_curves(log: str | os.PathLike[str] | Sequence[Mapping[str, Any]], n
         ValueError: If the file cannot be read or has no log.
     """
     if isinstance(log, str | os.PathLike):
-        content = read_json_file(log)
+        content = read_json(log)
         if not isinstance(content, dict) or "log_history" not in content:
             raise ValueError(f"{log} has no 'log_history'. Pass the trainer_state.json of a checkpoint.")
         entries: Sequence[Mapping[str, Any]] = content["log_history"]

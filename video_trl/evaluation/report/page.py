@@ -7,7 +7,6 @@ network. Every text is escaped: prompts and judges' explanations come from data 
 
 import base64
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from markupsafe import Markup
 
 from video_trl.evaluation.report.charts import interval_chart, line_chart
 from video_trl.evaluation.statistics import PairedDifference, verdict
+from video_trl.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def write_report(
         ],
         notes=notes,
     )
-    return _write_whole(Path(path), html)
+    return write_atomically(path, html)
 
 
 def _comparison_view(comparisons: Sequence[Comparison]) -> dict[str, object] | None:
@@ -267,18 +267,3 @@ def _data_uri(video: Path) -> Markup:
             f"A report embeds mp4 videos, which every browser plays; got {video}. Write it as .mp4 first."
         )
     return Markup("data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode("ascii"))
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Writes to a temporary name in the same folder, then renames: a full disk leaves the previous report alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            Path(file.name).chmod(0o644)  # temporary files are private; a report is to be shared
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return path

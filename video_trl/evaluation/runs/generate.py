@@ -1,7 +1,5 @@
 """From prompts and seeds to the videos of a run, with any diffusers video pipeline."""
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +18,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
+from ...files import fingerprint, remove_leftovers
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
-from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, remove_leftovers, shard
+from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores
 
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_HASH_BYTES = 64 << 20  # of larger files, the hash covers the size, the head and the tail
-_ENDS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,9 @@ def load_generator(
         model=model,
         fps=fps,
         call_kwargs={**default_call, **(call_kwargs or {})},
-        revision=folder.name if folder.parent.name == "snapshots" else folder_hash(folder),
+        revision=folder.name if folder.parent.name == "snapshots" else fingerprint(folder),
         adapter=adapter,
-        adapter_hash=None if adapter_file is None else _file_hash(adapter_file),
+        adapter_hash=None if adapter_file is None else fingerprint(adapter_file),
     )
 
 
@@ -187,7 +184,7 @@ def generate_run(
     scores = None if judge is None else open_scores(run, judge, of_frames=True)
     failures: list[str] = []
     with claimed(folder / ".lock", [position for position, _ in share]):
-        remove_leftovers(folder, [run.video(case).name for _, case in share])
+        remove_leftovers(folder)
         # The frames are gone when a run was stopped between a video and its score: such a video is made again.
         todo = [
             case
@@ -232,10 +229,9 @@ def _images_hash(prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
     """What the first frames are, where prompts have them: paths alone would not tell."""
     paths = [prompt.image for prompt in prompts if isinstance(prompt, EvaluationPrompt) and prompt.image is not None]
     try:
-        hashes = [_file_hash(path) for path in paths]
+        return {"images_hash": fingerprint(*map(Path, paths))} if paths else {}
     except OSError as error:
         raise ValueError(f"The image of a prompt cannot be read: {error}.") from error
-    return {"images_hash": hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()} if hashes else {}
 
 
 def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
@@ -253,41 +249,12 @@ def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
         yield batch
 
 
-def folder_hash(folder: str | os.PathLike[str]) -> str:
-    """
-    Fingerprint of a folder: names and contents of its files. Of files above 64 MiB only size, head and tail are read,
-    which tells retrained weights apart without reading tens of gigabytes.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            if size <= _WHOLE_HASH_BYTES:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(_ENDS_BYTES))
-                file.seek(size - _ENDS_BYTES)
-                digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _file_hash(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def _weights_hash(pipeline: DiffusionPipeline) -> str:
     """Hash of the weights of all networks of a pipeline, adapters included, and of the scheduler's settings."""
     # Private entries are no settings, and diffusers lists them in an order that changes from process to process.
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, module in sorted(pipeline.components.items()):
-        if isinstance(module, nn.Module):
-            for key, tensor in module.state_dict().items():
-                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    modules = {name: part for name, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module)}
+    return fingerprint(settings, *(piece for entry in modules.items() for piece in entry))
 
 
 def _pipeline_folder(model: str, revision: str | None) -> Path:

@@ -1,7 +1,6 @@
 """Prompts of an evaluation: what the model is given, what the judge reads, and the groups that a table counts."""
 
 import csv
-import hashlib
 import json
 import os
 from collections import Counter
@@ -9,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ...files import fingerprint, read_json
 
 
 ALL = "all"  # the group of all prompts
@@ -70,8 +71,7 @@ def check_prompts(prompts: Sequence[EvaluationPrompt | str]) -> tuple[Evaluation
 
 def prompts_hash(prompts: Sequence[EvaluationPrompt]) -> str:
     """Hash of the prompts with all that belongs to them, and of their order: 32 hexadecimal digits."""
-    content = json.dumps([prompt.to_dict() for prompt in prompts], sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return fingerprint([prompt.to_dict() for prompt in prompts])
 
 
 def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
@@ -124,19 +124,6 @@ def read_csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     return rows
 
 
-def read_json_file(path: str | os.PathLike[str]) -> Any:
-    """
-    Content of a JSON file.
-
-    Raises:
-        ValueError: If the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
-
-
 def _read_lines(path: Path) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
@@ -146,7 +133,7 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    content = read_json_file(path)
+    content = read_json(path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected a list of prompts, got {type(content).__name__}.")
     return content

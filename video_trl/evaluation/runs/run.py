@@ -9,15 +9,12 @@ A file stands under its name only when it is whole, so its presence says that th
 may share the work, each may be killed at any moment, and starting again does what is left.
 """
 
+import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -28,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from ...data.video_io import VideoDecodeError, probe_video, video_hash
-from .prompts import EvaluationPrompt, check_prompts, prompts_hash, read_json_file
+from ...files import fingerprint, read_json, write_atomically
+from .prompts import EvaluationPrompt, check_prompts, prompts_hash
 
 
 logger = logging.getLogger(__name__)
@@ -93,8 +91,7 @@ class Run:
     @property
     def identity(self) -> str:
         """Hash of what determines the videos: equal for two runs that must have the same ones."""
-        content = json.dumps(self.generation, sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return fingerprint(self.generation)
 
     def video(self, case: Case) -> Path:
         return self.folder / VIDEO_FOLDER / f"{case.key}.mp4"
@@ -148,7 +145,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
             f"Expected an evaluation run in {folder}, found no {RUN_FILE}. Pass a directory that `evaluate_model` or "
             "`generate_run` wrote."
         )
-    content = read_json_file(folder / RUN_FILE)
+    content = read_json(folder / RUN_FILE)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"{folder / RUN_FILE} is not in format {_FORMAT}, the one this version reads. Use the version of "
@@ -233,7 +230,8 @@ def create_run(
     strange = [path.name for path in folder.iterdir() if path.name not in _OWN_NAMES and not path.name.startswith(".")]
     if strange and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} holds files that are no evaluation run ({strange[0]}). Pass a new directory.")
-    _write_once(folder / RUN_FILE, text)
+    with contextlib.suppress(FileExistsError):
+        write_atomically(folder / RUN_FILE, text, replace=False)
     run = load_run(folder)
     _check_same(run, json.loads(text))
     (folder / VIDEO_FOLDER).mkdir(exist_ok=True)
@@ -275,7 +273,7 @@ def cases_of(run: Run, rank: int, num_ranks: int) -> list[tuple[int, Case]]:
     return list(enumerate(run.cases))[rank::num_ranks]
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(lock: Path, positions: Sequence[int]) -> Iterator[None]:
     """
     Claims cases for this process: one locked byte of a file for each. The kernel drops the locks when the process
@@ -295,20 +293,6 @@ def claimed(lock: Path, positions: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def remove_leftovers(folder: Path, names: Sequence[str]) -> None:
-    """Removes what a killed process left of the files `names`, which this process has claimed."""
-    mine = {f".{name}" for name in names}
-    for path in folder.glob(".*"):
-        if path.name.rpartition(".")[0] in mine:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            logger.info("Removed %s, left by a process that was stopped.", path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all; NaN and infinity are refused with a `ValueError`."""
-    os.replace(_write_partial(path, json.dumps(content, ensure_ascii=False, allow_nan=False)), path)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages that shape a video."""
     versions = {}
@@ -318,29 +302,3 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # run from a checkout
             versions[name] = "not installed as a package"
     return versions
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Writes the file unless it is there; of several writers exactly one wins, with a whole file."""
-    partial = _write_partial(path, text)
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
-
-
-def _write_partial(path: Path, text: str) -> Path:
-    """The text in a whole file of a temporary name beside `path`."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here
-        os.chmod(partial, 0o644)  # temporary files are private; a run is to be shared
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    return Path(partial)

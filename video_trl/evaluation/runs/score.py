@@ -11,9 +11,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...data.video_io import video_hash
+from ...files import read_json, remove_leftovers, write_json
 from ...judges import Video, VideoJudge
-from .prompts import read_json_file
-from .run import SCORE_FOLDER, Case, Run, cases_of, claimed, load_run, remove_leftovers, shard, write_json
+from .run import SCORE_FOLDER, Case, Run, cases_of, claimed, load_run, shard
 
 
 _JUDGE_FILE = "judge.json"
@@ -52,7 +52,7 @@ def score_run(
     share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
     folder = open_scores(run, judge)
     with claimed(folder / ".lock", [position for position, _ in share]):
-        remove_leftovers(folder, [f"{case.key}.json" for _, case in share])
+        remove_leftovers(folder)
         todo = [case for _, case in share if not (folder / f"{case.key}.json").is_file()]
         run.check_videos(todo)
         failures = []
@@ -120,7 +120,7 @@ def load_scores(run: Run, judge: str | None = None) -> list[dict[str, Any]]:
     run.check_videos()
     scores = []
     for case in run.cases:
-        content = read_json_file(folder / f"{case.key}.json")
+        content = read_json(folder / f"{case.key}.json")
         if content["video_hash"] != video_hash(run.video(case)):
             raise ValueError(
                 f"{run.video(case)} is not the video that was scored: it changed afterwards. Delete {folder} and "
@@ -142,7 +142,7 @@ def judge_of(run: Run, judge: str | None = None) -> str:
     Raises:
         ValueError: As in [`load_scores`].
     """
-    return str(read_json_file(_score_folder(run, judge) / _JUDGE_FILE)["name"])
+    return str(read_json(_score_folder(run, judge) / _JUDGE_FILE)["name"])
 
 
 def open_scores(run: Run, judge: VideoJudge, *, of_frames: bool = False) -> Path:
@@ -155,7 +155,7 @@ def open_scores(run: Run, judge: VideoJudge, *, of_frames: bool = False) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _JUDGE_FILE).is_file():
         write_json(folder / _JUDGE_FILE, described)
-    found = read_json_file(folder / _JUDGE_FILE)
+    found = read_json(folder / _JUDGE_FILE)
     if found != described:
         raise ValueError(
             f"{folder} holds the scores of another judge ({found}), not of this one ({described}). Rename or delete "
@@ -166,7 +166,7 @@ def open_scores(run: Run, judge: VideoJudge, *, of_frames: bool = False) -> Path
 
 def _score_folder(run: Run, judge: str | None) -> Path:
     folders = sorted(path.parent for path in (run.folder / SCORE_FOLDER).glob(f"*/{_JUDGE_FILE}"))
-    names = {str(read_json_file(folder / _JUDGE_FILE)["name"]): folder for folder in folders}
+    names = {str(read_json(folder / _JUDGE_FILE)["name"]): folder for folder in folders}
     if judge is not None and judge not in names:
         raise ValueError(f"{run.folder} has no scores of the judge {judge!r}; it has those of {sorted(names)}.")
     if judge is None and len(names) != 1:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ...files import fingerprint
 from ..runs.run import Case, Run, load_run
 from .gsb import BAD, GOOD, SAME
 
@@ -121,8 +122,7 @@ class Study:
     @cached_property
     def identity(self) -> str:
         """Hash of the questions and of every video; votes of another study are refused."""
-        content = json.dumps([self.kind, list(self.videos.items())], sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return fingerprint([self.kind, list(self.videos.items())])
 
     def header(self) -> dict[str, Any]:
         """First line of the file of votes."""

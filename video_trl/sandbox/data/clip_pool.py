@@ -5,9 +5,7 @@ Half of the clips show nothing that physics could be learned from, common motion
 captions promise what the clip does not show, and some rows are broken. The labels lie in a file of their own.
 """
 
-import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
+from ...files import read_json, write_atomically, write_json
 from ..world.prompts import MOTIONS, STILL_SCENES, describe, templates
 from ..world.simulate import FPS, simulate
 
@@ -77,7 +76,7 @@ def make_pool(folder: str | Path, *, num_clips: int = 2400, seed: int = 0) -> Pa
     request = {"version": POOL_VERSION, "num_clips": num_clips, "seed": seed}
     listing = folder / _LABELS
     if listing.is_file():
-        found = json.loads(listing.read_text())["request"]
+        found = read_json(listing)["request"]
         if found != request:
             raise ValueError(f"{folder} holds another pool, {found}, expected {request}. Pass another folder.")
         return folder / _TABLE
@@ -88,15 +87,14 @@ def make_pool(folder: str | Path, *, num_clips: int = 2400, seed: int = 0) -> Pa
         path = folder / "videos" / f"{index:06d}.mp4"
         if kind == "repeated":
             rows.append(rows[original] | {"video": str(path)})
-            _write_file(path, Path(rows[original]["video"]).read_bytes())
+            write_atomically(path, Path(rows[original]["video"]).read_bytes())
         else:
             rows.append(_write_row(path, kind, index, _FIRST_SEED + 1_000_000 * seed + index))
         labels.append(Label(kind, kind in MOTIONS))
         original = index if kind in MOTIONS else original
     datasets.Dataset.from_list(rows).save_to_disk(str(folder / _TABLE))
-    partial = listing.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"request": request, "labels": [asdict(label) for label in labels]}))
-    partial.replace(listing)  # comes last: without it, the pool is not whole
+    # It comes last: without it, the pool is not whole.
+    write_json(listing, {"request": request, "labels": [asdict(label) for label in labels]})
     return folder / _TABLE
 
 
@@ -110,7 +108,7 @@ def pool_labels(folder: str | Path) -> list[Label]:
     listing = Path(folder) / _LABELS
     if not listing.is_file():
         raise ValueError(f"{folder} holds no whole pool: no {_LABELS}. Run `make_pool` again.")
-    return [Label(**label) for label in json.loads(listing.read_text())["labels"]]
+    return [Label(**label) for label in read_json(listing)["labels"]]
 
 
 def _kinds(number: int, seed: int) -> list[str]:
@@ -127,7 +125,7 @@ def _kinds(number: int, seed: int) -> list[str]:
 def _write_row(path: Path, kind: str, index: int, seed: int) -> dict[str, str]:
     """The row of one clip; its file is written where it is not there yet."""
     if kind == "broken":
-        _write_file(path, b"<html>404</html>" * 50)
+        write_atomically(path, b"<html>404</html>" * 50)
         return {"video": str(path), "prompt": "A red ball rolls to the right and slows down."}
     motion = {"false_caption": STILL_SCENES[index % len(STILL_SCENES)]}.get(kind, kind)
     clip = simulate(seed, motion="rolling" if kind in FAULT_SHARES else motion)
@@ -142,8 +140,3 @@ def _write_row(path: Path, kind: str, index: int, seed: int) -> dict[str, str]:
     if kind != "missing" and not path.is_file():
         write_video(path, clip.video, FPS)
     return {"video": str(path), "prompt": prompt}
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)

@@ -4,20 +4,16 @@ ones are what the base model makes of the same sentence, judged. It is the data 
 a minute or two.
 """
 
-import hashlib
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.columns import group_features
 from ...data.video_io import write_video
+from ...files import atomic_folder, fingerprint, read_json, write_json
 from ..weights.pipeline import Sandbox
 from ..world.simulate import FPS, Clip, simulate
 from .generate import generate
@@ -89,14 +85,14 @@ def build_group_dataset(
     request: dict[str, Any] = {
         "version": DATASET_VERSION,
         "generator": str(sandbox.pipeline.config._name_or_path).rsplit("/", 1)[-1],
-        "weights": _weights_hash(sandbox.pipeline.transformer),  # other weights make other rejected videos
+        "weights": fingerprint(sandbox.pipeline.transformer),  # other weights make other rejected videos
         "num_groups": num_groups,
         "num_rejected": num_rejected,
         "seed": seed,
         "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
-    if stamp.is_file() and json.loads(stamp.read_text()) == request:
+    if stamp.is_file() and read_json(stamp) == request:
         return datasets.load_from_disk(str(folder / "table"))
     if folder.exists() and not stamp.is_file() and any(folder.iterdir()):
         raise ValueError(
@@ -107,36 +103,25 @@ def build_group_dataset(
     clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
     rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
-    # Complete under another name first: a killed run never leaves a folder that looks whole.
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "videos").mkdir(parents=True)
-    rows = []
-    for index, clip in enumerate(tqdm(clips, desc="Writing videos", unit="group")):
-        rows.append(
-            {
-                "prompt": clip.prompt,
-                **_write_videos(partial / "videos", index, clip.video, rejected[index]),
-                "rejected_scores": scores[index],
-                "category": clip.action,
-                "seeds": noise_seeds[index],
-                "generator": request["generator"],
-                "provenance": f"sandbox simulation, seed {_FIRST_SEED + 1_000_000 * seed + index}",
-            }
-        )
-    table = datasets.Dataset.from_list(rows, features=group_features("category", "seeds", "generator", "provenance"))
-    table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
-    (partial / REQUEST_NAME).write_text(json.dumps(request))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        rows = []
+        for index, clip in enumerate(tqdm(clips, desc="Writing videos", unit="group")):
+            rows.append(
+                {
+                    "prompt": clip.prompt,
+                    **_write_videos(partial / "videos", index, clip.video, rejected[index]),
+                    "rejected_scores": scores[index],
+                    "category": clip.action,
+                    "seeds": noise_seeds[index],
+                    "generator": request["generator"],
+                    "provenance": f"sandbox simulation, seed {_FIRST_SEED + 1_000_000 * seed + index}",
+                }
+            )
+        features = group_features("category", "seeds", "generator", "provenance")
+        table = datasets.Dataset.from_list(rows, features=features)
+        table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
+        write_json(partial / REQUEST_NAME, request)
     return datasets.load_from_disk(str(folder / "table"))
-
-
-def _weights_hash(module: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _rejected_videos(

@@ -6,7 +6,6 @@ asks whether colours, number of bodies, kind of motion and direction are those o
 """
 
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files import fingerprint
 from ...judges.base import Video
 from ..world.prompts import COLOURS, STILL_SCENES, PromptSpec, parse_prompt
 from . import fitting
@@ -146,11 +146,9 @@ _SCORING_CODE = {
 @functools.cache
 def _code_hash() -> str:
     """Of the modules above: 16 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for package, modules in _SCORING_CODE.items():
-        for module in modules:
-            digest.update((Path(__file__).parents[1] / package / f"{module}.py").read_bytes())
-    return digest.hexdigest()
+    folder = Path(__file__).parents[1]
+    files = [folder / package / f"{module}.py" for package, modules in _SCORING_CODE.items() for module in modules]
+    return fingerprint(*files)[:16]
 
 
 def _nothing_fitted(num_frames: int) -> dict[str, Any]:

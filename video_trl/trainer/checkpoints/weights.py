@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ... import files
 from ...hub import load_lora_state
 from ...hub.lora import write_lora
 from ..parallel.engines import assign_weight, full_shape, full_weight
@@ -40,9 +41,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION_NAME = "video_trl_run.json"
 TRANSFORMER_FOLDER = "transformer"
 AUXILIARY_NAME = f"{AUXILIARY}.safetensors"
-# The underscore keeps both from being taken for checkpoints, and from being uploaded to the Hub.
+# Every process must know the name, so it is no random one; the underscore keeps it from being taken for a checkpoint.
 _PARTIAL_PREFIX = "_partial-"
-_REPLACED_PREFIX = "_replaced-"
 _ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
@@ -53,23 +53,10 @@ def partial_directory(final: Path) -> Path:
 
 def remove_leftovers(run_directory: Path) -> None:
     """Delete what an interrupted save left behind in the run's folder."""
-    for prefix in (_PARTIAL_PREFIX, _REPLACED_PREFIX):
-        for leftover in run_directory.glob(f"{prefix}*"):
-            logger.info("Removing %s, left behind by an interrupted save.", leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a completely written folder its name, replacing an older one of that name."""
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            _flush_to_disk(path)
-    replaced = final.with_name(_REPLACED_PREFIX + final.name)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    _flush_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    files.remove_leftovers(run_directory)
+    for leftover in run_directory.glob(f"{_PARTIAL_PREFIX}*"):
+        logger.info("Removing %s, left behind by an interrupted save.", leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -93,7 +80,7 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
         yield partial
         accelerator.wait_for_everyone()
         if should_save:
-            publish(partial, final)
+            files.publish_folder(partial, final)
     except Exception as error:
         error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
         if should_save:  # half a checkpoint is of no use, and the disk may be full
@@ -111,6 +98,7 @@ def find_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: Pa
     """
     if not isinstance(resume, bool):
         return None if resume is None else os.fspath(resume)
+    files.remove_leftovers(output_dir)  # a checkpoint whose replacement was stopped has its name again
     found = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
     if resume and found is None:
         listing = sorted(os.listdir(output_dir))[:10] if output_dir.is_dir() else "no such folder"
@@ -187,7 +175,7 @@ def describe_run(
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
     """Write what `describe_run` returned into a checkpoint."""
-    (directory / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2))
+    files.write_atomically(directory / DESCRIPTION_NAME, json.dumps(description, indent=2))
 
 
 def check_description(directory: Path, ours: dict[str, Any]) -> None:
@@ -283,10 +271,10 @@ def save_weights(
     if adapter_name is not None:
         write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model)
         return
-    folder = directory / TRANSFORMER_FOLDER
-    transformer.save_config(folder)
     name, extension = os.path.splitext(SAFETENSORS_WEIGHTS_NAME)
-    save_torch_state_dict(weights, folder, filename_pattern=f"{name}{{suffix}}{extension}", max_shard_size="10GB")
+    with files.atomic_folder(directory / TRANSFORMER_FOLDER) as folder:
+        transformer.save_config(folder)
+        save_torch_state_dict(weights, folder, filename_pattern=f"{name}{{suffix}}{extension}", max_shard_size="10GB")
 
 
 def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | None) -> None:
@@ -361,11 +349,3 @@ def _difference(theirs: Any, ours: Any) -> str:
     names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     shown = ", ".join(f"{name}: {theirs.get(name)} / {ours.get(name)}" for name in names[:5])
     return shown + (f", and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

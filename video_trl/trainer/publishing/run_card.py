@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ... import hub
 from ...data import read_video, write_video
 from ...data.columns import MapDataset, as_videos, column_names, undecoded
-from ...hub.lora import write_whole
+from ...files import write_atomically, write_json
 from ..base_config import VideoConfig
 from .sampling import Sampler
 from .uploader import Uploader
@@ -164,9 +164,8 @@ class ModelCardCallback(TrainerCallback):
                 for later cards as well.
         """
         self._details |= {name: value for name, value in details.items() if value is not None}
-        (directory / RESOURCES_NAME).write_text(json.dumps({"seconds": self.seconds()}))
-        # Under a new name first: an upload may be reading the old one.
-        write_whole(directory / hub.CARD_NAME, self._card(state).encode())
+        write_json(directory / RESOURCES_NAME, {"seconds": self.seconds()})
+        write_atomically(directory / hub.CARD_NAME, self._card(state))  # an upload may be reading the old one
 
     def _card(self, state: TrainerState) -> str:
         args, facts, details = self._args, self._facts, self._details
@@ -334,7 +333,7 @@ def _write_sample(video: Any, path: Path, fps: float) -> None:
     if content is None and isinstance(source, str | os.PathLike) and str(source).endswith(".mp4"):
         content = Path(source).read_bytes()
     if content is not None and content[4:8] == b"ftyp":
-        write_whole(path, content)
+        write_atomically(path, content)
     else:
         write_video(path, read_video(video), fps)
 

@@ -6,9 +6,7 @@ noise in every step never meets the same twice; with K noises it does, from the 
 """
 
 import hashlib
-import json
 import logging
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from ...data import EncodedDataset
 from ...data.columns import as_tensor
+from ...files import fingerprint, write_atomically
 from ..setup.rows import IndexedDataset
 from .denoising import EVALUATION_STEP, Denoising, to_device
 from .passes import CheckedPasses, Passes, Reference
@@ -201,33 +200,24 @@ def _full_batches(rows: IndexedDataset, batch_size: int) -> list[list[int]]:
 def cache_path(directory: Path, rows: IndexedDataset, settings: Mapping[str, Any]) -> Path:
     """Where errors are kept: the name is a hash of the rows' contents and of the settings they depend on."""
     described = {**settings, "rows": _fingerprint(rows), "version": _VERSION}
-    digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
-    return directory / "reference_errors" / f"{digest.hexdigest()}.safetensors"
+    return directory / "reference_errors" / f"{fingerprint(described)}.safetensors"
 
 
 def _fingerprint(rows: IndexedDataset) -> str:
     if isinstance(rows.rows, EncodedDataset):
         return rows.rows.fingerprint
-    digest = hashlib.blake2b(digest_size=16)
+    hashes = []
     for number in range(len(rows.rows)):
         for name, value in sorted(rows.rows[number].items()):
-            digest.update(name.encode())
-            if isinstance(value, str):
-                digest.update(value.encode())
-            else:
-                tensor = as_tensor(value)
-                digest.update(str((tensor.shape, tensor.dtype)).encode())
-                digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            hashes.append(fingerprint(name, value if isinstance(value, str) else as_tensor(value)))
+    return fingerprint(hashes)
 
 
 def save_errors(path: Path, errors: Sequence[Tensor]) -> None:
     """Write the errors of all rows; the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     shapes = torch.tensor([tuple(row.shape) for row in errors])
-    safetensors.torch.save_file({"errors": torch.cat([row.flatten() for row in errors]), "shapes": shapes}, partial)
-    os.replace(partial, path)
+    tensors = {"errors": torch.cat([row.flatten() for row in errors]), "shapes": shapes}
+    write_atomically(path, safetensors.torch.save(tensors))
 
 
 def load_errors(path: Path) -> list[Tensor]:

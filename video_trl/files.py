@@ -1,0 +1,405 @@
+"""
+Atomic writes of files and folders, and fingerprints of content.
+
+What is written here is whole or absent, after a kill, on a full disk and after a power cut: it is made under a
+temporary name in the same folder, flushed to the disk, and renamed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Content = (
+        str
+        | bytes
+        | memoryview
+        | io.BufferedIOBase
+        | Path
+        | Tensor
+        | nn.Module
+        | Mapping[str, Any]
+        | list[Any]
+        | float
+        | None
+    )
+
+logger = logging.getLogger(__name__)
+
+#: Matches the temporary names, for those who list a folder while it is written to.
+PARTIAL_PATTERN = "*.partial"
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>partial|replaced)", re.DOTALL)
+_NAME_BYTES = 220  # of a target's name that a temporary name repeats: file systems allow 255 in all
+_ATTEMPTS = 20
+_IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, replace: bool = True) -> Path:
+    """
+    Write a file whole or not at all.
+
+    Args:
+        path (`str` or `Path`): File to write; its folder is made where needed.
+        content (`bytes` or `str`): All of it; a text is written in UTF-8.
+        replace (`bool`, defaults to `True`): Whether an older file is replaced; see [`atomic_file`].
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        FileExistsError: There is a file already and `replace=False`.
+        OSError: The file cannot be written. An older one is left as it was.
+    """
+    with atomic_file(path, replace=replace) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = None) -> Path:
+    """
+    Write a JSON file whole or not at all.
+
+    Raises:
+        ValueError: The content holds NaN or infinity, which JSON does not have.
+        TypeError: The content holds something else that has no form in JSON.
+        OSError: The file cannot be written. An older one is left as it was.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, as in a file's name that is not UTF-8, becomes the escape that JSON has for it.
+    return write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """
+    Content of a JSON file.
+
+    Raises:
+        ValueError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """
+    A temporary name for a file, which gets its own name on leaving.
+
+    It has the permissions of the file that it replaces, or those that any new file gets. A symbolic link stays one:
+    the file that it leads to is replaced. Of several writers the last one to leave wins, with a whole file.
+
+    Args:
+        path (`str` or `Path`): File to write; its folder is made where needed.
+        replace (`bool`, defaults to `True`): Whether an older file is replaced. If not, of several writers the first
+            one to leave wins.
+
+    Yields:
+        `Path`: An empty file in the same folder, to be written, or opened again, by its name. It is removed when an
+            exception comes through.
+
+    Raises:
+        FileExistsError: There is a file already and `replace=False`.
+        OSError: The file cannot be written, or is protected (no one may write to it), a folder or a device.
+    """
+    target = Path(os.path.realpath(path))
+    mode = _replaceable_mode(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock = _new_partial(target, folder=False)
+    try:
+        if mode is not None:
+            os.fchmod(lock, mode)
+        yield partial
+        _flush(partial)
+        if replace:
+            os.replace(partial, target)
+        else:
+            os.link(partial, target)  # unlike a rename, it refuses to replace
+            partial.unlink()
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(lock)
+    _flush(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """
+    A temporary name for a folder, which gets its own name on leaving.
+
+    Args:
+        path (`str` or `Path`): Folder to write.
+        replace (`bool`, defaults to `True`): Whether an older folder is replaced, with all that is in it.
+
+    Yields:
+        `Path`: An empty folder beside it. It is removed when an exception comes through.
+
+    Raises:
+        FileExistsError: There is a folder already, not empty, and `replace=False`.
+        OSError: The folder cannot be written. An older one is left as it was.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock = _new_partial(target, folder=True)
+    try:
+        yield partial
+        publish_folder(partial, target, replace=replace)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def publish_folder(partial: str | os.PathLike[str], final: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """
+    Flush a completely written folder to the disk and give it its name.
+
+    Args:
+        partial (`str` or `Path`): The folder, in the same file system.
+        final (`str` or `Path`): Its name. An empty folder of that name gives way.
+        replace (`bool`, defaults to `True`): Whether a folder that is not empty does too. A kill between the two
+            renames that this takes leaves the old one under another name, and [`remove_leftovers`] brings it back.
+
+    Raises:
+        FileExistsError: There is a folder already, not empty, and `replace=False`.
+        OSError: A file cannot be flushed or the folder not renamed. An older one is left as it was.
+    """
+    target = Path(os.path.realpath(final))
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            if not os.path.islink(path := os.path.join(folder, name)):
+                _flush(Path(path))
+        _flush(Path(folder))
+    for _ in range(_ATTEMPTS):
+        try:
+            os.rename(partial, target)
+            break
+        except OSError as error:
+            if error.errno not in _IS_TAKEN:
+                raise
+            if not replace:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(final)) from error
+        if _exchange(Path(partial), target):
+            break
+    else:
+        raise OSError(f"{final}: other processes replace this folder all the time. End them, or pass another path.")
+    _flush(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """
+    Remove what killed processes left in a folder, and bring back a folder whose replacement they did not finish.
+
+    What a process is still writing stays: it holds a lock on it, which the kernel drops when the process ends, however
+    it ends. What another machine wrote stays too, with a warning, since not every file system shares locks.
+
+    Args:
+        folder (`str` or `Path`): Where files or folders are written; need not exist.
+    """
+    for path in sorted(Path(folder).glob(".*")):
+        name = _TEMPORARY.fullmatch(path.name)
+        if name is None:
+            continue
+        if name["host"] != _host():
+            logger.warning("%s is from another machine, which still writes or was stopped; then delete it.", path)
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _clear(path)
+            finally:
+                os.close(lock)
+        except (BlockingIOError, FileNotFoundError):  # still being written, or finished since the folder was listed
+            continue
+        except OSError as error:  # of another user, or in a file system without locks
+            logger.warning("%s is from a run that still writes, or was stopped (%s); then delete it.", path, error)
+
+
+def partial_path(path: str | os.PathLike[str], kind: str = "partial") -> Path:
+    """A temporary name beside `path` that no one else has."""
+    target, name = Path(path), os.path.basename(path)
+    if kind == "partial":  # the other kind is read again, for the name to go back to
+        name = os.fsencode(name)[:_NAME_BYTES].decode(errors="ignore")
+    return target.with_name(f".{name}.{_host()}{secrets.token_hex(4)}.{kind}")
+
+
+def hash_bytes(content: bytes | io.BufferedIOBase) -> str:
+    """BLAKE2b of bytes, or of the rest of an open binary file: 32 hexadecimal digits, those of `b2sum -l 128`."""
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def fingerprint(*parts: "Content") -> str:
+    """
+    Hash that names content: equal parts in the same order give equal hashes, on every machine.
+
+    Args:
+        *parts: Each is hashed by itself, so that `("ab", "c")` differs from `("a", "bc")`. A text, number, list or
+            dict counts by its value (the order of a dict's keys does not matter; what JSON does not have counts by its
+            `str`), bytes and arrays (as `memoryview`) by their bytes and shape, an open binary file or a `Path` to a
+            file by the bytes in it, a `Path` to a folder by the names and contents of its files, a tensor by dtype,
+            shape and bytes, a module by its class and its tensors with their names.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(_digest(part))
+    return whole.hexdigest()
+
+
+def _digest(part: "Content") -> bytes:
+    if part is None or isinstance(part, str | int | float | list | tuple | Mapping):
+        text = json.dumps(part, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), person=b"value").digest()
+    if isinstance(part, Path):
+        if part.is_dir():
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            pieces = [piece for path in files for piece in (str(path.relative_to(part)), path)]
+            return hashlib.blake2b(fingerprint(*pieces).encode(), person=b"folder").digest()
+        with open(part, "rb") as file:
+            return _digest(file)
+    if isinstance(part, bytes | io.BufferedIOBase):
+        return hashlib.blake2b(hash_bytes(part).encode(), person=b"bytes").digest()
+    if isinstance(part, memoryview):
+        digest = hashlib.blake2b(json.dumps([part.format, part.shape]).encode(), person=b"array")
+        digest.update(part)
+        return digest.digest()
+    return _digest_of_tensors(part)
+
+
+def _digest_of_tensors(part: "Tensor | nn.Module") -> bytes:
+    import torch  # not above: the workers of curation hash texts and files alone, and start faster without it
+
+    if isinstance(part, torch.nn.Module):
+        entries = [piece for name, tensor in sorted(part.state_dict().items()) for piece in (name, tensor)]
+        return hashlib.blake2b(fingerprint(type(part).__name__, *entries).encode(), person=b"module").digest()
+    flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    described = fingerprint(str(part.dtype), list(part.shape), flat.data)
+    return hashlib.blake2b(described.encode(), person=b"tensor").digest()
+
+
+def _replaceable_mode(target: Path) -> int | None:
+    """Permissions of the file that is to be replaced, `None` where there is none."""
+    try:
+        status = os.stat(target)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{target} is a folder or a device, and no file can take its place. Pass another path.")
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & 0o222:  # a rename would not ask
+        raise PermissionError(errno.EACCES, "is protected: no one may write to it", os.fspath(target))
+    return mode
+
+
+def _new_partial(target: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new file or folder of a temporary name, with the permissions of any new one, and its locked descriptor."""
+    for _ in range(_ATTEMPTS):
+        partial = partial_path(target)
+        if folder:
+            partial.mkdir()
+        else:
+            partial.touch(exist_ok=False)
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another process cleared it away before it was locked
+            continue
+        if _locked(lock) and partial.exists():
+            return partial, lock
+        os.close(lock)
+    raise OSError(f"No temporary name could be had beside {target}: other processes clear them away. End them.")
+
+
+def _exchange(partial: Path, target: Path) -> bool:
+    """Put a folder in place of another one, by two renames. False where another process was faster: try again."""
+    replaced = partial_path(target, "replaced")
+    try:
+        lock = os.open(target, os.O_RDONLY)
+        try:
+            _locked(lock)  # or `remove_leftovers` of another process would bring it back
+            os.rename(target, replaced)
+            try:
+                os.rename(partial, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):  # another process had the lock, and has cleared it away
+                    _clear(replaced)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        if error.errno not in (*_IS_TAKEN, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
+def _clear(path: Path) -> None:
+    """Delete something of a temporary name; a folder that was to be replaced and is not takes its name back."""
+    name = _TEMPORARY.fullmatch(path.name)
+    assert name is not None, path
+    if name["kind"] == "replaced":
+        final = path.with_name(name["name"])
+        if not final.exists():
+            os.rename(path, final)
+            logger.info("Brought %s back, which a stopped process was replacing.", final)
+            return
+        path = path.rename(partial_path(final))  # half deleted it must not come back
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
+    logger.debug("Removed %s.", path)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file or folder until it is closed; False where another process has it. True where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # then `remove_leftovers` cannot lock either, and leaves everything there
+        return True
+    return True
+
+
+@functools.cache
+def _host() -> str:
+    return fingerprint(socket.gethostname())[:8]
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk. A full disk may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
