@@ -246,7 +246,7 @@ def partial_path(path: str | os.PathLike[str], kind: str = "partial") -> Path:
 
 
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:
-    """BLAKE2b of bytes, or of the rest of an open binary file: 32 hexadecimal digits, those of `b2sum -l 128`."""
+    """BLAKE2b of bytes, or of those of a file just opened: 32 hexadecimal digits, as of `b2sum -l 128`."""
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

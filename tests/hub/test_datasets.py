@@ -124,6 +124,25 @@ def test_shards_hold_so_many_rows_and_an_older_export_goes(server, tmp_path, mon
     ]
 
 
+def test_an_export_that_fails_half_way_leaves_the_older_one(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("video_trl.hub.dataset._ROWS_PER_FILE", 1)
+    hub.export_dataset(pairs.select([0, 1]), tmp_path / "export", name="first")
+    before = {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()}
+    (tmp_path / "rejected2.mp4").unlink()
+    with pytest.raises(ValueError, match="Row 2: .*rejected2.mp4 cannot be read"):
+        hub.export_dataset(pairs, tmp_path / "export", name="second")
+    assert {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_path):
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "notes.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds more than an export \(notes.txt\)"):
+        hub.export_dataset(pairs, tmp_path / "mine", name="x")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "years of work" and (tmp_path / "mine" / "data").is_dir()
+
+
 def test_a_failed_upload_leaves_the_files_and_says_so(server, pairs, tmp_path):
     server.fail("*/commit/main", 403)
     with pytest.raises(hub.HubUploadError, match="403.*The files are in .*export. Call `push_dataset` again"):

@@ -1,7 +1,6 @@
 """Curated datasets on the Hub: parquet files that hold their videos, and a card that shows some of them."""
 
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
 
 from ..data.columns import undecoded
+from ..files import atomic_folder, remove_leftovers
 from .card import CARD_NAME, render, settings_table, table
 from .upload import explained, without_conflict
 
@@ -56,7 +56,7 @@ def export_dataset(
     Args:
         dataset (`datasets.Dataset`): Rows with videos as features of that type, or as paths in the columns `video`,
             `chosen` and `rejected`; images (`image`, `reference_image`) likewise.
-        folder (`str` or `Path`): Folder to write; an older export there is replaced.
+        folder (`str` or `Path`): Folder to write, whole or not at all; an older export there is replaced.
         name (`str`): Title of the card: the repository's id, where it is known.
         split (`str`, defaults to `"train"`): Name of the split.
         license (`str`, *optional*): Licence identifier.
@@ -67,31 +67,35 @@ def export_dataset(
         `Path`: The folder.
 
     Raises:
-        ValueError: There are no rows, no videos, or a file is gone.
+        ValueError: There are no rows, no videos, or a file is gone; or the folder holds anything but an export.
     """
     folder = Path(folder)
     features = _features(dataset)
     media = {column for column, feature in features.items() if _media_type(feature) is not None}
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
-    for part in ("data", "samples"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / "data").mkdir(parents=True)
-    shards = 0
-    shown: list[dict[str, Any]] = []
-    for rows in _shards(undecoded(dataset), media):
-        shards += 1
-        if not shown:
-            shown = [_show(row, number, media, folder) for number, row in enumerate(rows[:_SHOWN_ROWS])]
-        content = datasets.Dataset.from_list(rows, features=features)
-        pq.write_table(content.with_format("arrow")[:], _shard(folder, split, shards), row_group_size=16)
-    for number in range(1, shards + 1):
-        _shard(folder, split, number).rename(folder / "data" / f"{split}-{number - 1:05d}-of-{shards:05d}.parquet")
-    card = dataset_card(
-        dataset, features, name=name, split=split, shown=shown, license=license, description=description,
-        details=details,
-    )  # fmt: skip
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME)]
+    if strange:
+        raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
+    remove_leftovers(folder.parent)
+    with atomic_folder(folder) as partial:
+        (partial / "data").mkdir()
+        shards = 0
+        shown: list[dict[str, Any]] = []
+        for rows in _shards(undecoded(dataset), media):
+            shards += 1
+            if not shown:
+                shown = [_show(row, number, media, partial) for number, row in enumerate(rows[:_SHOWN_ROWS])]
+            content = datasets.Dataset.from_list(rows, features=features)
+            pq.write_table(content.with_format("arrow")[:], _shard(partial, split, shards), row_group_size=16)
+        for number in range(1, shards + 1):
+            name_of_all = f"{split}-{number - 1:05d}-of-{shards:05d}.parquet"
+            _shard(partial, split, number).rename(partial / "data" / name_of_all)
+        card = dataset_card(
+            dataset, features, name=name, split=split, shown=shown, license=license, description=description,
+            details=details,
+        )  # fmt: skip
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return folder
 
 

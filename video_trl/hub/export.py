@@ -19,10 +19,9 @@ import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 
 from ..files import write_atomically
-from .lora import PREFIX, load_lora_state, write_lora
+from .lora import PREFIX, load_lora_state, read_tensors, write_lora
 
 
 _CONFIG_KEY = "video_trl_adapter"  # the adapter's configuration, for the way back
@@ -151,9 +150,7 @@ def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"No file {path}; expected a LoRA file in the layout of Wan's original code.")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        header = file.metadata() or {}
-        found = {name: file.get_tensor(name) for name in file.keys()}
+    found, header = read_tensors(path)
     weights, alphas = _renamed(found, path)
     config = LoraConfig(**json.loads(header[_CONFIG_KEY])) if _CONFIG_KEY in header else _config_of(weights, alphas)
     return write_lora(directory, weights, config, config.base_model_name_or_path)

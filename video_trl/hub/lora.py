@@ -145,17 +145,26 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
         raise ValueError(
             f"No LoRA weights at {path}; expected a folder with {LORA_FILE_NAME} as `save_lora` writes it."
         )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
-    if METADATA_KEY not in header or not all(name.startswith(PREFIX) for name in names):
+    tensors, header = read_tensors(path)
+    if METADATA_KEY not in header or not all(name.startswith(PREFIX) for name in tensors):
         raise ValueError(
             f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
             "Save it with `video_trl.hub.save_lora`."
         )
     described = json.loads(header[METADATA_KEY])
-    return tensors, LoraConfig(**{key.removeprefix(PREFIX): value for key, value in described.items()})
+    config = LoraConfig(**{key.removeprefix(PREFIX): value for key, value in described.items()})
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: The file is incomplete, or is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
