@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 from tests.support.tiny import tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import write_video
+from video_trl.files import partial_path
 from video_trl.hub.upload import inherited_license
 
 
@@ -42,6 +43,7 @@ def adapter(tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# adapter\n![](samples/step_20/00.mp4)\n")
     for step in (0, 10, 20):
         write_video(folder / "samples" / f"step_{step}" / "00.mp4", torch.full((2, 32, 32, 3), step).byte().numpy(), 8)
+    partial_path(folder / "samples" / "step_20" / "01.mp4").write_bytes(b"half a video")
     for name in ("checkpoint-10/optimizer.pt", "training_args.bin", "training_args.json", "dataset/rows.arrow"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"private")

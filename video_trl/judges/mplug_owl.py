@@ -111,6 +111,11 @@ class _MplugOwlJudge:
             )
         return rows
 
+    def _questions(self, captions: Sequence[str]) -> list[list[list[int]]]:
+        """What `sa` and `pc` ask of every video; `pc` is asked without the caption."""
+        adherence, physics = self.templates[:2]
+        return [self._encode_prompts(adherence, captions), self._encode_prompts(physics, [""]) * len(captions)]
+
     @torch.inference_mode()
     def _encode_videos(self, videos: Sequence[Video]) -> Tensor:
         """`(B, V, D)` video tokens."""
@@ -163,10 +168,7 @@ class VideoConPhysicsJudge(_MplugOwlJudge):
             ValueError: a request that cannot be answered, or captions that do not fit the window.
         """
         check_request(videos, prompts)
-        questions = [
-            self._encode_prompts(VIDEOCON_SA, prompts),
-            self._encode_prompts(VIDEOCON_PC, [""]) * len(prompts),
-        ]
+        questions = self._questions(prompts)
         answers = [self.tokenizer.encode(word)[:1] for word in ("Yes", "No")]
         logprobs = self._logprobs(videos, questions, answers)
         yes = logprobs.softmax(dim=-1)[..., 0]
@@ -231,10 +233,7 @@ class VideoPhy2Judge(_MplugOwlJudge):
             ValueError: a request that cannot be answered, or captions that do not fit the window.
         """
         check_request(videos, prompts)
-        questions = [
-            self._encode_prompts(VIDEOPHY2_SA, prompts),
-            self._encode_prompts(VIDEOPHY2_PC, [""]) * len(prompts),
-        ]
+        questions = self._questions(prompts)
         results = []
         for answers in self._rate(videos, questions, range(1, 6)):
             raw = dict(zip(("sa", "pc"), answers, strict=True))

@@ -27,6 +27,7 @@ from tests.support.trainer.runs import (
     trained_weights,
     trainer,
 )
+from video_trl.files import partial_path
 from video_trl.trainer.checkpoints.weights import find_checkpoint
 
 
@@ -191,6 +192,17 @@ def test_leftovers_of_an_interrupted_save_are_ignored_and_then_removed(tmp_path)
     resumed = trainer(config(tmp_path, **SAVING), callbacks=[StopAfter(3)])
     resumed.train(resume_from_checkpoint=True)
     assert not leftover.exists() and (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_a_checkpoint_whose_replacement_was_killed_is_resumed_from_and_stays(tmp_path):
+    """Between the two renames the folder has a temporary name, and the new one is in `_partial-...`."""
+    trainer(config(tmp_path, **SAVING), callbacks=[StopAfter(2)]).train()
+    (tmp_path / "checkpoint-2").rename(partial_path(tmp_path / "checkpoint-2", "replaced"))
+    (tmp_path / "_partial-checkpoint-2").mkdir()
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = trainer(config(tmp_path, **SAVING), callbacks=[StopAfter(3)])
+    resumed.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced_as_a_whole(tmp_path):
