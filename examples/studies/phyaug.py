@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_trl.files import write_json
+from video_trl.files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def write_result(args: StudyArguments, arm: str, result: dict[str, Any], seed: i
     path = result_path(args, arm, seed)
     if arm == "setting" and path.is_file() and json.loads(path.read_text()) != result:
         raise ValueError(f"{path} holds {path.read_text()}, expected {result}. Pass another --output_dir.")
-    write_json(path, result)
+    write_atomically(path, json.dumps(result))
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------

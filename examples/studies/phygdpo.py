@@ -28,6 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from video_trl.files import write_atomically
+
 
 if TYPE_CHECKING:
     from video_trl.evaluation.runs.prompts import EvaluationPrompt
@@ -132,8 +134,7 @@ def claim_folder(args: StudyArguments) -> None:
     """
     path = args.folder / "setting.json"
     if not path.is_file():
-        args.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(args.setting()))
+        write_atomically(path, json.dumps(args.setting()))
     found = json.loads(path.read_text())
     if found != args.setting():
         raise ValueError(f"{args.folder} was made with {found}, expected {args.setting()}. Pass another --output_dir.")
@@ -156,7 +157,8 @@ def train(args: StudyArguments, arm: str, seed: int) -> None:
     trainer.save_model()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
-    (folder / TRAINING_LOG).write_text(json.dumps({"log": log, "seconds": seconds}))  # last: it says that all is there
+    # Last: it says that all is there.
+    write_atomically(folder / TRAINING_LOG, json.dumps({"log": log, "seconds": seconds}))
 
 
 def make_trainer(args: StudyArguments, arm: str, seed: int, sandbox: "Sandbox", max_steps: int) -> Any:
@@ -295,7 +297,7 @@ def measure_memory(args: StudyArguments, arm: str) -> None:
         "training": max(itertools.accumulate(event["args"]["Bytes"] for event in events)),
         "trained": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
     }
-    path.write_text(json.dumps(content))
+    write_atomically(path, json.dumps(content))
 
 
 def file_size(args: StudyArguments, arm: str) -> int:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from video_trl.files import write_json
+from video_trl.files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
             if path.is_file():
                 read_result(path, args)
             elif arm != BASE or seed == args.seeds[0]:
-                write_json(path, run_arm(args, arm, seed))
+                write_atomically(path, json.dumps(run_arm(args, arm, seed)))
                 print(f"{path} is written.")
 
 

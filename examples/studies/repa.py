@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from video_trl.files import write_atomically
+
 
 if TYPE_CHECKING:
     import datasets
@@ -142,8 +144,7 @@ def run_arms(study: ScriptArguments, args: "VideoREPAConfig", folder: Path) -> N
             measured = measure(study, args, arm, base, trained, material)
             result = {"arm": arm, "seed": seed, "log": log, "training_seconds": seconds, **measured}
             result["seconds"] = time.process_time() - started
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1))
+            write_atomically(path, json.dumps(result, indent=1))
 
 
 def make_base(study: ScriptArguments, folder: Path) -> str:

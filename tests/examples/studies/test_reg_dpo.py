@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import EXAMPLES
+from video_trl.files import write_atomically
 
 
 SCRIPT = EXAMPLES / "studies" / "reg_dpo.py"
@@ -59,7 +60,7 @@ def finished(study, tmp_path):
     for arm in study.ARMS:
         for seed in (0, 1, 2):
             path = study.result_path(args, arm, seed)
-            study.write_result(path, result(study, arm, seed, args.setting()))
+            write_atomically(path, json.dumps(result(study, arm, seed, args.setting())))
     return args
 
 
