@@ -306,6 +306,9 @@ def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(tmp_path):
     for content in ("old", "new"):
         fill_folder(tmp_path / "folder", content)
         assert (tmp_path / "folder").is_symlink() and contents(tmp_path / "disk" / "folder") == {content}
+    (tmp_path / "disk" / "partial").mkdir()
+    publish_folder(tmp_path / "disk" / "partial", tmp_path / "folder")
+    assert (tmp_path / "folder").is_symlink() and not contents(tmp_path / "disk" / "folder")
     assert sorted(os.listdir(tmp_path / "disk")) == ["file", "folder"]
 
 
