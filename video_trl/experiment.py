@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import write_atomically
 from .load import SANDBOX, ScriptArguments, load_training_rows
 
 
@@ -214,7 +215,7 @@ def _save_results(
             for adapter, table in zip(adapters, tables, strict=True)
         ],
     }
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=1))
 
 
 def _write_report(

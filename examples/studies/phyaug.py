@@ -286,7 +286,7 @@ def write_report(page: Path, args: StudyArguments) -> None:
         MARKS[1],
     ]
     before, rest = text.split(MARKS[0])
-    page.write_text(before + "\n\n".join(block) + rest.split(MARKS[1])[1])
+    write_atomically(page, before + "\n\n".join(block) + rest.split(MARKS[1])[1])
     print(f"{page} is written.")
 
 

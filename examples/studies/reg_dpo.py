@@ -273,7 +273,7 @@ def write_report(page: Path, results: Results, args: StudyArguments) -> None:
         MARKS[1],
     ]
     before, rest = text.split(MARKS[0])
-    page.write_text(before + "\n\n".join(block) + rest.split(MARKS[1])[1])
+    write_atomically(page, before + "\n\n".join(block) + rest.split(MARKS[1])[1])
     print(f"{page}, {curves} and {scores} are written.")
 
 

@@ -29,7 +29,6 @@ from .score import open_scores, require_scores, write_scores
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class Generator:
     """

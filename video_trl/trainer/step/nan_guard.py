@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...files import write_atomically
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient was infinite or not a number; the weights have not been updated with it, nor since."""
@@ -128,8 +130,7 @@ class FiniteLossGuard(TrainerCallback):
             "samples": [{"index": index, **self._describe(index)} for index in step.indices],
         }
         path = Path(args.output_dir) / f"non_finite_step_{step.number}_process_{args.process_index}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False))
+        write_atomically(path, json.dumps(report, indent=2, ensure_ascii=False))
         raise NonFiniteLossError(
             f"Step {step.number}: expected finite losses and gradients, got losses {report['losses']} (on this "
             "process). The weights were not updated and earlier checkpoints are intact. The samples of the step are "
