@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from ..data import check_columns
 from ..data.columns import MapDataset
+from ..files import write_atomically
 from ..hub import Measurement
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
@@ -574,7 +575,7 @@ class VideoTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         self.checkpointer.save(directory)
         if self.args.should_save:
-            (directory / "training_args.json").write_text(self.args.to_json_string())
+            write_atomically(directory / "training_args.json", self.args.to_json_string())
             self._card.write(directory, self.state)
         if self.args.push_to_hub and not _internal_call:
             with self.uploader.forgiving():
