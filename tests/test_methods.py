@@ -9,7 +9,7 @@ import pytest
 from tests.support.paths import ROOT
 from video_trl.cli import main
 from video_trl.methods import ENTRY_POINTS, Method, known_methods, own_methods
-from video_trl.trainer import VideoConfig, VideoTrainer
+from video_trl.trainer import PreferenceConfig, VideoConfig, VideoTrainer
 
 
 @pytest.fixture
@@ -36,6 +36,8 @@ def test_every_method_says_all_that_is_asked_of_it(method):
         assert text
     options = {name: field.default for name, field in trainer_class.config_class.__dataclass_fields__.items()}
     assert set(trainer_class.workload_options) <= set(options)
+    if issubclass(trainer_class.config_class, PreferenceConfig):
+        assert set(trainer_class.config_class.reference_error_options) <= set(options)
     assert ("beta" in options) >= trainer_class.config_class.logs_gaps
     assert trainer_class.config_class.regulariser_field in {None, *options}
 

@@ -17,6 +17,7 @@ class VideoDPOConfig(PreferenceConfig):
     """
 
     logs_gaps = True
+    reference_error_options = (*PreferenceConfig.reference_error_options, "shared_noise")
 
     # Defaults that are replaced
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})

@@ -23,6 +23,7 @@ class VideoGroupDPOConfig(PreferenceConfig):
     """
 
     logs_gaps = True
+    reference_error_options = (*PreferenceConfig.reference_error_options, "shared_noise")
 
     # Defaults of TrainingArguments that are replaced
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})

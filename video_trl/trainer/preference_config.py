@@ -1,7 +1,7 @@
 """Arguments shared by the trainers whose loss compares videos."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from .base_config import VideoConfig, check_choice, check_positive
 from .parallel.engines import SHARDED, Engine
@@ -13,6 +13,26 @@ StepMode = Literal["auto", "concat", "sequential"]
 @dataclass
 class PreferenceConfig(VideoConfig):
     """Arguments that all preference trainers share; everything else is inherited from `VideoConfig`."""
+
+    # Options on which the errors of the reference depend: which noise a row sees, and how numbers are computed. Cached
+    # errors are those of a run in which all of them are the same. A method adds its own; which videos are compared,
+    # its trainer says with `workload_options`.
+    reference_error_options: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "precompute_ref_errors",
+        "timestep_sampling",
+        "timestep_logit_mean",
+        "timestep_logit_std",
+        "per_device_train_batch_size",
+        "bf16",
+        "fp16",
+        "quantization",
+        "attention_backend",
+        "compile_blocks",
+        "context_parallel_size",
+        "context_parallel_method",
+        "group_parallel_size",
+    )
 
     step_mode: StepMode = field(
         default="auto",

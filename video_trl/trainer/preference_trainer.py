@@ -28,26 +28,6 @@ from .step.reference_errors import CachedPasses, cache_path, compute_errors
 
 logger = logging.getLogger(__name__)
 
-# Arguments that decide which noise a row sees, which of its videos are compared, and how the numbers are computed.
-_CACHE_ARGUMENTS = (
-    "seed",
-    "precompute_ref_errors",
-    "shared_noise",
-    "loss_type",
-    "timestep_sampling",
-    "timestep_logit_mean",
-    "timestep_logit_std",
-    "per_device_train_batch_size",
-    "bf16",
-    "fp16",
-    "quantization",
-    "attention_backend",
-    "compile_blocks",
-    "context_parallel_size",
-    "context_parallel_method",
-    "group_parallel_size",
-)
-
 
 class PreferenceTrainer(VideoTrainer):
     """
@@ -161,9 +141,10 @@ class PreferenceTrainer(VideoTrainer):
         scheduler = None if self.pipeline is None else dict(self.pipeline.scheduler.config)
         names = ("transformer", "base_weights", "reference_weights")
         arguments = self.args.to_dict()
+        options = (*self.args.reference_error_options, *self.workload_options)
         return {
             **{name: self.checkpointer.description[name] for name in names},
-            **{name: arguments[name] for name in _CACHE_ARGUMENTS if name in arguments},
+            **{name: arguments[name] for name in options},
             "timestep_shift": self.timestep_shift,
             "max_sequence_length": self.max_sequence_length,
             "scheduler": scheduler,

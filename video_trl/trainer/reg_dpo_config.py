@@ -20,6 +20,7 @@ class VideoRegDPOConfig(PreferenceConfig):
     """
 
     logs_gaps = True
+    reference_error_options = (*PreferenceConfig.reference_error_options, "shared_noise")
     regulariser_field = "sft_coefficient"
 
     # Defaults that are replaced

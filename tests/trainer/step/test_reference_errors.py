@@ -1,4 +1,4 @@
-"""The reference's errors computed ahead: the same training, to the last bit, as with the same noises and no bank."""
+"""The reference's errors computed ahead: the same training, to the last bit, as with the same noises and no cache."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from tests.support.trainer.runs import (
     trained_weights,
 )
 from tests.trainer.step.test_step_modes import make
+from video_trl.data import GroupCollator
+from video_trl.trainer import PreferenceConfig, PreferenceTrainer
 from video_trl.trainer.step.reference_errors import CachedReferenceErrors, cached_step, load_errors
 
 
@@ -55,9 +59,9 @@ def test_training_is_that_with_the_same_noises(name, changes, mode, tmp_path):
         cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "cache")} if precomputed else {}
         made = make(tmp_path, name, mode, callbacks=[recorder], max_steps=4, **cached, **changes)
         if not precomputed:
-            bank = CachedReferenceErrors(made.args.seed, [torch.zeros(2, 2)] * 4)
+            drawn = CachedReferenceErrors(made.args.seed, [torch.zeros(2, 2)] * 4)
             made.step.noise_steps = lambda indices: [
-                cached_step(bank.number(made.state.global_step, index)) for index in indices
+                cached_step(drawn.number(made.state.global_step, index)) for index in indices
             ]
         made.train()
         return losses(made), recorder.steps
@@ -110,8 +114,55 @@ def test_the_reference_runs_k_times_a_row_and_in_the_next_run_not_at_all(tmp_pat
     assert counts == {"with gradient": 10} and losses(again) == losses(made)
 
 
-def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
-    def banks(**changes: Any) -> int:
+@dataclass
+class StrongNoiseConfig(PreferenceConfig):
+    """Of a method from outside the package, with an option that changes the noise, one that does not, and one that
+    decides which videos are compared."""
+
+    reference_error_options = (*PreferenceConfig.reference_error_options, "noise_factor")
+
+    noise_factor: float = 1.0
+    loss_factor: float = 1.0
+    other_first: bool = False
+
+
+class StrongNoiseTrainer(PreferenceTrainer):
+    method_name, tag, summary = "StrongNoise", "strong-noise", "preference optimisation with strong noise"
+    config_class = StrongNoiseConfig
+    row_type = "preference"
+    collator_class = GroupCollator
+    workload_options = ("other_first",)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        chosen, rejected = inputs["chosen_latents"], inputs["rejected_latents"][:, -1 if self.args.other_first else 0]
+        draw = self.step.draw(inputs["index"], chosen.shape[1:])
+        latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)
+        noise = self.args.noise_factor * draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
+        timesteps = self.step.timesteps(draw.u).repeat_interleave(2)
+        denoising = self.step.prepare(latents, noise, timesteps, self.step.conditions(inputs, repeats=2))
+        reference_error = self.passes.reference(denoising, inputs["index"])
+        gap = (self.passes.policy(model, denoising) - reference_error).view(-1, 2)
+        losses = self.args.loss_factor * torch.nn.functional.softplus(gap[:, 0] - gap[:, 1])
+        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+
+
+def test_an_option_of_a_method_from_outside_that_changes_errors_is_another_file(tmp_path):
+    def files(**changes: Any) -> dict[str, list[torch.Tensor]]:
+        settings = {"max_steps": 1, "precompute_ref_errors": 1, "cache_dir": str(tmp_path), "use_cpu": True, **changes}
+        args = StrongNoiseConfig(str(tmp_path), save_strategy="no", disable_tqdm=True, **settings)
+        StrongNoiseTrainer(tiny_wan_pipeline(), args, tiny_encoded_group(2)).train()
+        return {path.name: load_errors(path) for path in tmp_path.glob("reference_errors/*")}
+
+    assert len(files()) == len(files(loss_factor=2.0)) == 1
+    assert len(files(noise_factor=2.0)) == 2
+    stored = list(files(other_first=True).values())
+    assert len(stored) == 3
+    for first, second in combinations(stored, 2):
+        assert not torch.equal(torch.cat(first), torch.cat(second))
+
+
+def test_another_base_row_seed_or_distribution_of_noise_is_another_file(tmp_path):
+    def files(**changes: Any) -> int:
         settings = {"max_steps": 1, "precompute_ref_errors": 1, "cache_dir": str(tmp_path), **changes}
         make(tmp_path, "DPO", "concat", **settings).train()
         return len(list(tmp_path.glob("reference_errors/*")))
@@ -121,17 +172,17 @@ def test_another_base_row_seed_or_law_of_noise_is_another_bank(tmp_path):
     other = tiny_wan_pipeline()
     with torch.no_grad():
         other.transformer.proj_out.weight.add_(1e-3)
-    assert banks() == banks() == banks(learning_rate=0.5, lora_rank=2) == 1
+    assert files() == files() == files(learning_rate=0.5, lora_rank=2) == 1
     different = [{"seed": 1}, {"timestep_sampling": "logit_normal"}, {"rows": rows}, {"model": other}]
     different += [{"shared_noise": False}, {"step_mode": "sequential"}, {"precompute_ref_errors": 2}]
-    assert [banks(**change) for change in different] == list(range(2, 2 + len(different)))
+    assert [files(**change) for change in different] == list(range(2, 2 + len(different)))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("context_parallel_size", 2), ("context_parallel_method", "ring"), ("group_parallel_size", 2)],
 )
-def test_another_division_of_a_row_is_another_bank(name, value, tmp_path):
+def test_another_division_of_a_row_is_another_file(name, value, tmp_path):
     made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
     before = made._cache_settings()
     setattr(made.args, name, value)
@@ -161,7 +212,7 @@ def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
     assert losses == others == expected and len(set(losses)) == 5  # three steps, two evaluations
     step, passes = ["step on cpu"], ["pass on watched"] * 2
     assert second == step * 2 + passes + step + passes
-    assert first == passes + second  # which fill the bank
+    assert first == passes + second  # which fill the cache
     assert {what.split()[-1] for what in stays} == {"watched"}
 
 
@@ -178,15 +229,15 @@ def test_a_resumed_run_goes_on_with_the_bank(tmp_path):
 
 
 def test_rows_see_all_noises_alike():
-    bank = CachedReferenceErrors(0, [torch.zeros(4, 2)] * 3)
-    numbers = [bank.number(step, index) for step in range(1000) for index in range(3)]
+    cached = CachedReferenceErrors(0, [torch.zeros(4, 2)] * 3)
+    numbers = [cached.number(step, index) for step in range(1000) for index in range(3)]
     assert set(numbers) == {0, 1, 2, 3} and max(abs(numbers.count(number) - 750) for number in range(4)) < 100
     assert numbers != [
         CachedReferenceErrors(1, [torch.zeros(4, 2)] * 3).number(s, i) for s in range(1000) for i in range(3)
     ]
     errors = [torch.arange(8.0).view(4, 2) + 10 * index for index in range(3)]
     looked_up = CachedReferenceErrors(0, errors).look_up(5, [2, 0])
-    expected = [errors[index][bank.number(5, index)] for index in (2, 0)]
+    expected = [errors[index][cached.number(5, index)] for index in (2, 0)]
     assert torch.equal(looked_up, torch.cat(expected))
     assert len({cached_step(number) for number in range(9)} | {-1, 0}) == 11
 
