@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import rounding
 from tests.support.judges.tiny_owl import tiny_model, write_checkpoint
 from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.judges import VideoConPhysicsJudge, VideoJudge, VideoPhy2Judge, mplug_owl
@@ -119,10 +120,14 @@ def test_videocon_score_is_yes_against_no(videocon):
         for key, template in (("sa", PROMPTS["VIDEOCON_SA"]), ("pc", PROMPTS["VIDEOCON_PC"])):
             logits = _logits_by_hand(videocon, video, template.format(caption=caption))[0]
             everything = logits.softmax(0)
-            assert score[key] == pytest.approx((everything[yes] / (everything[yes] + everything[no])).item(), abs=1e-5)
+            assert score[key] == pytest.approx(
+                (everything[yes] / (everything[yes] + everything[no])).item(), abs=rounding.SINGLE
+            )
             assert score["raw"][key]["yes"] == pytest.approx(everything[yes].log().item(), abs=1e-4)
     assert len({round(score["sa"], 4) for score in scores}) == 3
-    assert scores[0]["pc"] == pytest.approx(videocon.score(VIDEOS[:1], ["something else"])[0]["pc"], abs=1e-6)
+    assert scores[0]["pc"] == pytest.approx(
+        videocon.score(VIDEOS[:1], ["something else"])[0]["pc"], abs=rounding.SINGLE
+    )
 
 
 def test_scores_do_not_depend_on_the_batch(videocon, videophy2):
@@ -130,7 +135,7 @@ def test_scores_do_not_depend_on_the_batch(videocon, videophy2):
         together = judge.score(VIDEOS, CAPTIONS)
         alone = [judge.score([video], [caption])[0] for video, caption in zip(VIDEOS, CAPTIONS, strict=True)]
         for a, b in zip(together, alone, strict=True):
-            assert (a["sa"], a["pc"]) == pytest.approx((b["sa"], b["pc"]), abs=1e-5)
+            assert (a["sa"], a["pc"]) == pytest.approx((b["sa"], b["pc"]), abs=rounding.SINGLE)
 
 
 def test_videophy2_rates_by_the_likelihood_of_the_whole_answer(videophy2):
@@ -146,7 +151,7 @@ def test_videophy2_rates_by_the_likelihood_of_the_whole_answer(videophy2):
     rating = 1 + int(logprobs.argmax())
     expectation = sum(r * p for r, p in zip(range(1, 6), logprobs.softmax(0).tolist(), strict=True))
     assert score["raw"]["sa"]["rating"] == rating and score["sa"] == rating / 5
-    assert score["raw"]["sa"]["expectation"] == pytest.approx(expectation, abs=1e-5)
+    assert score["raw"]["sa"]["expectation"] == pytest.approx(expectation, abs=rounding.SINGLE)
 
 
 def test_videophy2_expectation(checkpoint, videophy2):
@@ -202,7 +207,7 @@ def test_files_and_arrays(videocon, tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(tiny_mp4(0, num_frames=8))
     from_file, from_text = videocon.score([path, str(path)], CAPTIONS[:1] * 2)
-    assert from_file["sa"] == pytest.approx(from_text["sa"], abs=1e-6)
+    assert from_file["sa"] == pytest.approx(from_text["sa"], abs=rounding.SINGLE)
     assert json.loads(json.dumps(from_file)) == from_file
     assert videocon.score([], []) == [] and isinstance(videocon, VideoJudge)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.support import rounding
 from tests.support.judges.tiny_qwen import write_qwen
 from tests.support.tiny import tiny_video
 from video_trl.judges import QwenVLJudge, VideoJudge
@@ -115,7 +116,7 @@ def test_scores_are_the_models_own_log_probabilities(folder, answers):
         assert score["raw"][key]["logprobs"] == pytest.approx(picked, abs=1e-4)
         shares = np.exp(list(picked.values())) / np.exp(list(picked.values())).sum()
         expected = shares[0] if answers == "yes_no" else (shares @ np.arange(1, 6) - 1) / 4
-        assert score[key] == pytest.approx(expected, abs=1e-5)
+        assert score[key] == pytest.approx(expected, abs=rounding.SINGLE)
         assert score["raw"][key]["coverage"] == pytest.approx(sum(map(math.exp, picked.values())), abs=1e-4)
 
 

@@ -257,14 +257,17 @@ def test_full_fine_tuning_has_a_copied_reference(tmp_path, weight, caplog):
 
 
 def test_the_reference_is_the_adapter_switched_off_or_the_given_model(tmp_path):
-    off = make(tmp_path, None)
+    off = make(tmp_path, None, model=double(tiny_wan_pipeline()))
     assert isinstance(off.reference, AdapterReference)
-    same, other = (make(tmp_path, None, ref_model=tiny_transformer(seed)) for seed in (0, 1))
+    same, other = (
+        make(tmp_path, None, model=double(tiny_wan_pipeline()), ref_model=tiny_transformer(seed).double())
+        for seed in (0, 1)
+    )
     values = []
     for made in (off, same, other):
         disturb_adapter(made)
         values.append(made.compute_loss(made.model, first_batch(made, 0, 1)).item())
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[1], rel=rounding.DOUBLE)
     assert values[2] != pytest.approx(values[0], rel=1e-2)
 
 

@@ -129,7 +129,7 @@ def test_one_rejected_video_without_weights_is_diffusion_dpo(tmp_path):
     values = []
     for loss_type in LOSS_TYPES:
         args = config(tmp_path, loss_type=loss_type, physics_rewarding=False)
-        made = trainer(args, train_dataset=tiny_encoded_group(2, m=1))
+        made = trainer(args, model=double(tiny_wan_pipeline()), train_dataset=tiny_encoded_group(2, m=1))
         disturb_adapter(made)
         loss, outputs = made.compute_loss(made.model, first_batch(made, 0, 1), return_outputs=True)
         margins = outputs["chosen_rewards"] - outputs["rejected_rewards"][:, 0]
@@ -165,7 +165,8 @@ def test_metrics_are_means_over_everything_since_the_last_log(tmp_path):
         values = torch.cat([values.float().flatten() for key, values in seen if key == name])
         assert len(values) in (6, 18)
         assert logged[name] == pytest.approx(values.mean().item(), rel=1e-5, abs=1e-9), name
-    assert logged["rewards/margins"] == pytest.approx(logged["rewards/chosen"] - logged["rewards/rejected"], abs=1e-5)
+    difference, scale = logged["rewards/chosen"] - logged["rewards/rejected"], abs(logged["rewards/chosen"])
+    assert logged["rewards/margins"] == pytest.approx(difference, abs=rounding.LOGGED * (scale + abs(difference)))
     assert logged["rewards/chosen"] == pytest.approx(-250 * logged["win_gap"], rel=1e-4)
 
 
@@ -216,13 +217,13 @@ def test_evaluation_reports_the_metrics_of_training_per_sample_and_repeatably(tm
     reports = []
     for batch_size in (1, 2):  # three samples: the mean must be over samples, not over batches of unequal size
         args = config(tmp_path, per_device_eval_batch_size=batch_size)
-        made = trainer(args, eval_dataset=tiny_encoded_group(3, seed=9))
+        made = trainer(args, model=double(tiny_wan_pipeline()), eval_dataset=tiny_encoded_group(3, seed=9))
         disturb_adapter(made)
         reports += [made.evaluate(), made.evaluate()]
     names = {"eval_loss", "eval_win_gap", "eval_lose_gap", "eval_alpha", "eval_gamma", "eval_rewards/margins"}
     for name in names | {"eval_rewards/accuracies", "eval_rewards/chosen", "eval_rewards/rejected"}:
         assert reports[0][name] == reports[1][name] and reports[2][name] == reports[3][name]
-        assert reports[0][name] == pytest.approx(reports[2][name], rel=2e-3), name
+        assert reports[0][name] == pytest.approx(reports[2][name], rel=1e-4), name
     assert reports[0]["eval_rewards/margins"] != 0
 
 

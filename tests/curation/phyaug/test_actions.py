@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import rounding
 from video_trl.curation.phyaug.actions import ClusterBatch, load_embedder, read_actions
 from video_trl.sandbox.world.prompts import ACTIONS, MOTIONS, all_prompts, parse_prompt
 
@@ -61,11 +62,11 @@ def test_similarity_and_margin_tell_what_belongs_nowhere(sports):
 def test_cosines_are_those_of_the_model(sports, minilm):
     embedder = load_embedder(minilm)
     (vector,), wordings = embedder(["a man rows"]), embedder([texts[0] for texts in SPORTS.values()])
-    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=rounding.SINGLE)
     best = sorted(wordings @ vector)[::-1]
     columns = sports({"prompt": ["a man rows"]})
-    assert columns["similarity"][0] == pytest.approx(best[0], abs=1e-5)
-    assert columns["margin"][0] == pytest.approx(best[0] - best[1], abs=1e-5)
+    assert columns["similarity"][0] == pytest.approx(best[0], abs=rounding.SINGLE)
+    assert columns["margin"][0] == pytest.approx(best[0] - best[1], abs=rounding.SINGLE)
     assert columns["embedder"][0] == embedder.identity
 
 
@@ -82,7 +83,7 @@ def test_the_nearest_of_several_wordings_counts():
     stage = ClusterBatch(partial(load_embedder, "sandbox"), read_actions(ACTIONS_TWICE))
     wording = "a ball moves in water"
     assert stage({"prompt": [wording]})["category"] == ["second"]
-    assert stage({"prompt": [wording]})["similarity"][0] == pytest.approx(1, abs=1e-5)
+    assert stage({"prompt": [wording]})["similarity"][0] == pytest.approx(1, abs=rounding.SINGLE)
 
 
 ACTIONS_TWICE = {"first": ["a ball is thrown"], "second": ["a pendulum swings", "a ball moves in water"]}

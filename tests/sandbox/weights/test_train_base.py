@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import rounding
 from video_trl.sandbox import load_sandbox, simulate
 from video_trl.sandbox.weights.pipeline import LATENT_CHANNELS, build_pipeline, build_vae
 from video_trl.sandbox.weights.train_base import (
@@ -52,8 +53,9 @@ def test_the_corpus_is_normalised_by_what_the_vae_config_says():
     vae = build_vae().eval()
     latents, prompts = encode_corpus(vae, 8, seed=0, measure=True)
     assert latents.shape == (8, LATENT_CHANNELS, 4, 8, 8) and len(prompts) == 8
-    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(LATENT_CHANNELS), atol=1e-5, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(LATENT_CHANNELS), atol=1e-4, rtol=0)
+    bound = rounding.sums(2 * latents[:, 0].numel())  # measured over them, and measured again
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(LATENT_CHANNELS), atol=bound, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(LATENT_CHANNELS), atol=bound, rtol=0)
     assert len(vae.config.latents_mean) == len(vae.config.latents_std) == LATENT_CHANNELS
     assert all(deviation > 0 for deviation in vae.config.latents_std)
 

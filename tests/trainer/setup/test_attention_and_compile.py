@@ -8,8 +8,9 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support import rounding
 from tests.support.tiny import tiny_encoded_group, tiny_latents_shape, tiny_pipeline
-from tests.support.trainer.runs import disturb_adapter, losses
+from tests.support.trainer.runs import SMOOTH_ADAM, disturb_adapter, losses
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoREPAConfig
 from video_trl.trainer.setup.attention_and_compile import (
     attention_backends,
@@ -53,7 +54,7 @@ class CountFusedAttention(TorchDispatchMode):
 def test_a_back_end_takes_over_all_attention_and_gives_the_same_losses(tmp_path, family):
     runs = {}
     for name in (None, "_native_math"):
-        made = dpo(tmp_path / str(name), family, attention_backend=name)
+        made = dpo(tmp_path / str(name), family, attention_backend=name, **SMOOTH_ADAM)
         with CountFusedAttention() as counted:
             made.train()
         assert (counted.calls == 0) == (name == "_native_math")
@@ -91,7 +92,7 @@ def test_cogvideox_goes_through_the_dispatcher_with_the_numbers_of_its_own_proce
         total = sum(output.square().sum() for output in outputs)
         results.append([*outputs, *torch.autograd.grad(total, (video, text))])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        rounding.assert_close(ours, theirs, rounding.SINGLE)
 
 
 def test_an_unknown_back_end_is_refused_with_the_list_before_anything_is_loaded(tmp_path):
@@ -176,7 +177,8 @@ def test_looked_up_errors_need_no_equal_bits(tmp_path):
 def test_compiled_blocks_train_alike_and_start_at_log_2(tmp_path, monkeypatch, changes):
     # A run that was killed leaves half a library in the common folder.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    plain, compiled = (dpo(tmp_path / str(on), compile_blocks=on, max_steps=3, **changes) for on in (False, True))
+    changes = {"max_steps": 3, **SMOOTH_ADAM, **changes}
+    plain, compiled = (dpo(tmp_path / str(on), compile_blocks=on, **changes) for on in (False, True))
     plain.train()
     compiled.train()
     assert losses(compiled)[0] == pytest.approx(math.log(2), abs=1e-7)
