@@ -5,9 +5,6 @@ The weights are float64, so that rounding hides nothing; see tests/support/round
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.support import rounding
-from tests.support.paths import ROOT
+from tests.support.distributed.launch import launch
 from tests.support.rounding import assert_close_weights
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
@@ -39,19 +36,7 @@ def two_processes(tmp_path_factory) -> Path:
     """Folder with what two processes have written; `alone` in it is a checkpoint of one process to resume from."""
     directory = tmp_path_factory.mktemp("two")
     alone(directory / "alone", save_strategy="steps", save_steps=3)
-    repository = ROOT
-    # `accelerate launch --cpu --num_processes 2` starts a single process; `--standalone` picks a free port.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("worker.py")), str(directory)],
-        env=environment,
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch("worker.py", directory)
     return directory
 
 

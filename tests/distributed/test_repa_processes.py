@@ -1,31 +1,17 @@
 """Two processes align as one does: the head lies inside the forward that distributed training watches."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from tests.support import rounding
+from tests.support.distributed.launch import launch
 from tests.support.distributed.repa_worker import run
-from tests.support.paths import ROOT
 
 
 def test_two_processes_compute_the_step_of_one(tmp_path):
-    repository = ROOT
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("repa_worker.py")), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch("repa_worker.py", tmp_path)
     # A thread of gloo that is at work when Python ends is killed, and the process with it: none may be left by then.
     running, *ended = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("running", "threads-0", "threads-1")

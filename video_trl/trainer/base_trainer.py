@@ -208,8 +208,6 @@ class VideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.accelerator.num_processes > 1:
-            leave_at_exit()
         check_set_up(self.engine, self.accelerator)
         if self.auxiliary is not None and self.optimizer is not None:
             add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())
@@ -254,6 +252,8 @@ class VideoTrainer(Trainer):
         if self.auxiliary is not None:
             attach_auxiliary(transformer, self.auxiliary)
             description[AUXILIARY] = describe_auxiliary(self.auxiliary)
+        if args.world_size > 1:
+            leave_at_exit()
         self.mesh = make_mesh(args)
         for module in filter(None, (transformer, separate)):
             keep_weights_quantised(module)
