@@ -138,20 +138,20 @@ def compared(result: "GTPairResult", footage: Path, labels: dict[str, str | None
         str(Path(row["path"]).relative_to(footage.absolute())): row["dropped_by"]
         for row in result.manifest.select(["path", "dropped_by"]).to_pylist()
     }
-    kept = {name for name, fate in fates.items() if fate is None}
+    accepted = {name for name, fate in fates.items() if fate is None}
     good = {name for name, defect in labels.items() if defect is None}
-    named = sum(fates[name] == defect for name, defect in labels.items() if defect is not None)
+    by_rule = sum(fates[name] == defect for name, defect in labels.items() if defect is not None)
     lines = [
-        f"precision {share(len(kept & good), len(kept))}: clips kept that are good",
-        f"recall    {share(len(kept & good), len(good))}: good clips that are kept",
-        f"named     {share(named, len(labels) - len(good))}: bad clips dropped by the rule that is meant for them",
+        f"precision {proportion(len(accepted & good), len(accepted))}: clips kept that are good",
+        f"recall    {proportion(len(accepted & good), len(good))}: good clips that are kept",
+        f"named     {proportion(by_rule, len(labels) - len(good))}: bad clips dropped by the rule meant for them",
     ]
     otherwise = [name for name in labels if fates[name] != labels[name]]
     lines += [f"  {name}: {labels[name] or 'good'}, judged {fates[name] or 'good'}" for name in sorted(otherwise)]
     return "\n".join(lines)
 
 
-def share(count: int, total: int) -> str:
+def proportion(count: int, total: int) -> str:
     from video_trl.evaluation import wilson_interval
 
     low, high = wilson_interval(count, total)

@@ -80,24 +80,24 @@ def compared(result: "PhyAugResult", pool: Path) -> str:
     labels = pool_labels(pool)
     rows = result.manifest.select(["dropped_by", "physics_label", "category"]).to_pylist()
     after = ("no_action", "ambiguous_action", "no_score", "not_sampled", "generation", None)
-    kept = [row["dropped_by"] in after for row in rows]
+    passes = [row["dropped_by"] in after for row in rows]
     rich = [label.rich for label in labels]
-    hits = sum(a and b for a, b in zip(kept, rich, strict=True))
+    hits = sum(a and b for a, b in zip(passes, rich, strict=True))
     right = sum(
         row["category"] == ACTIONS[label.kind]
-        for row, label, passed in zip(rows, labels, kept, strict=True)
+        for row, label, passed in zip(rows, labels, passes, strict=True)
         if passed and label.kind in MOTIONS
     )
     lines = [
-        f"precision  {share(hits, sum(kept))}: clips kept by the filter that are rich in physics",
-        f"recall     {share(hits, sum(rich))}: clips rich in physics that the filter kept",
-        f"categories {share(right, hits)}: of these, clips sorted under their true action",
+        f"precision  {proportion(hits, sum(passes))}: clips kept by the filter that are rich in physics",
+        f"recall     {proportion(hits, sum(rich))}: clips rich in physics that the filter kept",
+        f"categories {proportion(right, hits)}: of these, clips sorted under their true action",
     ]
     for kind in dict.fromkeys(label.kind for label in labels if not label.rich):
-        of_kind = [passed for passed, label in zip(kept, labels, strict=True) if label.kind == kind]
+        of_kind = [passed for passed, label in zip(passes, labels, strict=True) if label.kind == kind]
         if any(of_kind):
             lines.append(f"  kept by mistake: {sum(of_kind)} of {len(of_kind)} {kind}")
-    lines.append(f"{'action':>32}   found  score  difficulty  sampled  share of category")
+    lines.append(f"{'action':>32}   found  score  difficulty  sampled  proportion of category")
     for row in sorted(result.categories, key=lambda row: -(row.difficulty or 0)):
         lines.append(
             f"{row.name:>32} {row.found:7d}  {row.score:.3f}  {row.difficulty:10.3f}  {row.taken:7d}"
@@ -106,7 +106,7 @@ def compared(result: "PhyAugResult", pool: Path) -> str:
     return "\n".join(lines)
 
 
-def share(count: int, total: int) -> str:
+def proportion(count: int, total: int) -> str:
     from video_trl.evaluation import wilson_interval
 
     low, high = wilson_interval(count, max(total, 1))

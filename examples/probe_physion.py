@@ -50,7 +50,7 @@ class ProbeArguments:
     block: int = field(default=4, metadata={"help": "Block whose output is probed, counted from 1."})
     noise_levels: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 0.5],
-        metadata={"help": "Noise of the clips, shares of the schedule; cross-validation chooses one."},
+        metadata={"help": "Noise of the clips, as proportions of the schedule; cross-validation chooses one."},
     )
     num_train: int = field(default=480, metadata={"help": "Sandbox: clips that the probe is fitted on."})
     num_test: int = field(default=480, metadata={"help": "Sandbox: clips that it is tested on."})
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> None:
     from video_trl.evaluation.probes.probe import probe_models
 
     (args,) = TrlParser((ProbeArguments,)).parse_args_and_config(args=argv)
-    chosen = asdict(args)
-    output, height, width = (chosen.pop(name) for name in ("output", "teacher_height", "teacher_width"))
+    options = asdict(args)
+    output, height, width = (options.pop(name) for name in ("output", "teacher_height", "teacher_width"))
     size = {"height": height, "width": width} if height else {}
-    results = probe_models(chosen.pop("model_name_or_path"), teacher_kwargs=size, **chosen)
+    results = probe_models(options.pop("model_name_or_path"), teacher_kwargs=size, **options)
     print(probe_table(results))
     if output:
         content = {"arguments": asdict(args), "results": {name: asdict(result) for name, result in results.items()}}

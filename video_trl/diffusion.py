@@ -158,10 +158,10 @@ class VPrediction:
             ValueError: If an entry is missing, or asks for another prediction or another kind of betas.
         """
         expected = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "trained_betas": None}
-        found = {name: config.get(name) for name in expected}
-        if found != expected:
+        actual = {name: config.get(name) for name in expected}
+        if actual != expected:
             raise ValueError(
-                f"Expected a scheduler with {expected}, got {found}. Use the scheduler of the checkpoint."
+                f"Expected a scheduler with {expected}, got {actual}. Use the scheduler of the checkpoint."
             )
         names = tuple(cls.__dataclass_fields__)
         missing = [name for name in names if name not in config]
@@ -216,7 +216,8 @@ class VPrediction:
         Timesteps from uniform random numbers. A pure function: the same `u` gives the same timesteps.
 
         Takes what [`noise_levels`] takes; its result, multiplied by `num_train_timesteps`, is rounded down. The
-        schemes are laws of the timestep here: the shift of the signal-to-noise ratio is in the schedule already.
+        schemes are distributions of the timestep here: the shift of the signal-to-noise ratio is in the schedule
+        already.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Timesteps in [0, `num_train_timesteps`), int64.
@@ -272,15 +273,15 @@ def noise_levels(
     logit_std: float = 1.0,
 ) -> Tensor:
     r"""
-    Timesteps as shares of their scale, from uniform random numbers.
+    Timesteps as proportions of their scale, from uniform random numbers.
 
     Args:
         u (`torch.Tensor` of shape `(B,)`):
             Uniform random numbers in [0, 1].
         scheme (`str`, *optional*, defaults to `"uniform"`):
-            Law of the noise level \\( \sigma \\): `"uniform"` takes `u` itself; `"logit_normal"` takes
+            Distribution of the noise level \\( \sigma \\): `"uniform"` takes `u` itself; `"logit_normal"` takes
             `sigmoid(logit_mean + logit_std * z)` with `z` the normal quantile of `u` (Stable Diffusion 3);
-            `"shifted"` takes `shift * u / (1 + (shift - 1) * u)`, the law of a sampler with that flow shift.
+            `"shifted"` takes `shift * u / (1 + (shift - 1) * u)`, the distribution of a sampler with that flow shift.
         shift (`float`, *optional*, defaults to `1.0`):
             Flow shift, positive, read by `"shifted"` only. Above 1 it favours high noise; 1 is uniform.
         logit_mean (`float`, *optional*, defaults to `0.0`):

@@ -58,7 +58,7 @@ def verdicts(rows: list[dict[str, Any]], rules: Sequence[Rule]) -> list[str | No
     return apply_rules(batch, rules)["dropped_by"]
 
 
-def share(count: int, total: int) -> str:
+def proportion(count: int, total: int) -> str:
     low, high = wilson_interval(count, total)
     return f"{count}/{total} [{low:.2f}, {high:.2f}]"
 
@@ -87,12 +87,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             alone = sum(name is not None for name in verdicts(bad, [rule]))
             any_rule = sum(name is not None for name in verdicts(bad, rules))
             cells = (rule.name, f"`{rule.column}`", limit, span(fine), kind, span(poor), f"{auc:.4f}")
-            lines.append(f"| {' | '.join(cells)} | {share(alone, len(bad))} | {share(any_rule, len(bad))} |")
+            lines.append(f"| {' | '.join(cells)} | {proportion(alone, len(bad))} | {proportion(any_rule, len(bad))} |")
     lines += ["", "| good footage | kept | dropped by |", "|---|---|---|"]
     for kind in (kind for kind, defect in KINDS.items() if defect is None):
         names = verdicts([row for row in good if row["kind"] == kind], rules)
         dropped = ", ".join(sorted({name for name in names if name is not None})) or "-"
-        lines.append(f"| {kind} | {share(names.count(None), len(names))} | {dropped} |")
+        lines.append(f"| {kind} | {proportion(names.count(None), len(names))} | {dropped} |")
     return "\n".join(lines)
 
 

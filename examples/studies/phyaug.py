@@ -52,7 +52,7 @@ class StudyArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of selection and training."})
     pool_clips: int = field(default=2400, metadata={"help": "Clips in the pool."})
     num_groups: int = field(default=96, metadata={"help": "Training groups of every arm."})
-    num_rejected: int = field(default=2, metadata={"help": "Losers of each group."})
+    num_rejected: int = field(default=2, metadata={"help": "Rejected videos of each group."})
     representatives: int = field(default=12, metadata={"help": "Representatives of each category."})
     max_steps: int = field(default=100, metadata={"help": "Training steps."})
     batch_size: int = field(default=8, metadata={"help": "Groups of a step."})
@@ -84,8 +84,8 @@ def run_study(args: StudyArguments) -> None:
     write_result(args, "setting", args.setting())
     if BASE in args.arms and not result_path(args, BASE).is_file():
         write_result(args, BASE, {"scores": judged(sandbox, args, "base")})
-    wanted = [(arm, seed) for arm in ARMS for seed in args.seeds if arm in args.arms]
-    if all(result_path(args, arm, seed).is_file() for arm, seed in wanted):
+    cells = [(arm, seed) for arm in ARMS for seed in args.seeds if arm in args.arms]
+    if all(result_path(args, arm, seed).is_file() for arm, seed in cells):
         return
     selections = select(args, sandbox)
     for seed in args.seeds:  # a study that is stopped has whole seeds
@@ -99,12 +99,12 @@ def run_study(args: StudyArguments) -> None:
                 )
                 scores = judged(sandbox, args, name)
                 sandbox.pipeline.unload_lora_weights()
-                chosen = Counter(row["category"] for row in selections[arm, seed])
-                write_result(args, arm, {"scores": scores, "log": log, "categories": dict(chosen)}, seed)
+                counts = Counter(row["category"] for row in selections[arm, seed])
+                write_result(args, arm, {"scores": scores, "log": log, "categories": dict(counts)}, seed)
 
 
 def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """The groups of every arm and seed, encoded. Clips that several of them choose have the same losers."""
+    """The groups of every arm and seed, encoded. Clips that several of them choose have the same rejected videos."""
     from video_trl.curation.engine.manifest import Shard, alive
     from video_trl.curation.phyaug.pipeline import (
         PhyAugConfig,
@@ -144,18 +144,18 @@ def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], li
         scores.setdefault(category, []).append((sa + pc) / 2)
     means = {category: sum(values) / len(values) for category, values in scores.items()}
     write_result(args, "difficulty", means)
-    chosen = {
+    contents_of = {
         (arm, seed): choose(arm, seed, pool, rich, means, args.num_groups) for arm in ARMS for seed in args.seeds
     }
-    needed = set().union(*chosen.values())
-    asked = pool.filter([content in needed for content in pool["content"].to_pylist()])
-    clips, losers = generate(alive(asked), config, root, run)
-    rows = group_rows(clips, losers, root)
-    missing = [content for content in needed if content not in rows]
-    assert not missing, f"{len(missing)} chosen clips have no losers"
-    ready = encoded(args, sandbox, [rows[content] for content in sorted(needed)])
-    of_content = dict(zip(sorted(needed), ready, strict=True))
-    return {key: [of_content[content] for content in sorted(contents)] for key, contents in chosen.items()}
+    all_contents = set().union(*contents_of.values())
+    selection = pool.filter([content in all_contents for content in pool["content"].to_pylist()])
+    clips, rejected = generate(alive(selection), config, root, run)
+    rows = group_rows(clips, rejected, root)
+    missing = [content for content in all_contents if content not in rows]
+    assert not missing, f"{len(missing)} chosen clips have no rejected videos"
+    rows_encoded = encoded(args, sandbox, [rows[content] for content in sorted(all_contents)])
+    of_content = dict(zip(sorted(all_contents), rows_encoded, strict=True))
+    return {key: [of_content[content] for content in sorted(contents)] for key, contents in contents_of.items()}
 
 
 def encoded(args: StudyArguments, sandbox: "Sandbox", rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def encoded(args: StudyArguments, sandbox: "Sandbox", rows: list[dict[str, Any]]
     from video_trl.data import encode_dataset
     from video_trl.models import family_for
 
-    done = encode_dataset(
+    dataset = encode_dataset(
         rows,
         sandbox.pipeline,
         family_for(sandbox.pipeline.transformer),
@@ -172,7 +172,7 @@ def encoded(args: StudyArguments, sandbox: "Sandbox", rows: list[dict[str, Any]]
         max_sequence_length=sandbox.call_kwargs["max_sequence_length"],
         device="cpu",
     )
-    return [done[index] | {"category": row["category"]} for index, row in enumerate(rows)]
+    return [dataset[index] | {"category": row["category"]} for index, row in enumerate(rows)]
 
 
 def choose(arm: str, seed: int, pool: "pa.Table", rich: "pa.Table", scores: dict[str, float], number: int) -> set[str]:
@@ -184,17 +184,17 @@ def choose(arm: str, seed: int, pool: "pa.Table", rich: "pa.Table", scores: dict
         contents = sorted(alive(pool if arm == "random" else rich)["content"].to_pylist())
         return set(random.Random(seed).sample(contents, number))
     members: dict[str, list[str]] = {}
-    kept = alive(rich).select(["content", "category"]).to_pydict()
-    for content, category in zip(kept["content"], kept["category"], strict=True):
+    survivors = alive(rich).select(["content", "category"]).to_pydict()
+    for content, category in zip(survivors["content"], survivors["category"], strict=True):
         members.setdefault(category, []).append(content)
     counts = {category: len(members[category]) for category in sorted(members)}
     tau = 0.0 if arm == "cluster" else 3.0
     # Every arm gets the same number of groups: what small categories leave over goes to the others.
-    taken = allocate(counts, scores, tau=tau, budget=number, redistribute=True)
-    return {content for category in members for content in draw(members[category], taken[category], seed)}
+    quotas = allocate(counts, scores, tau=tau, budget=number, redistribute=True)
+    return {content for category in members for content in draw(members[category], quotas[category], seed)}
 
 
-def group_rows(clips: "pa.Table", losers: "pa.Table", root: Path) -> dict[str, dict[str, Any]]:
+def group_rows(clips: "pa.Table", rejected: "pa.Table", root: Path) -> dict[str, dict[str, Any]]:
     from video_trl.curation.engine.manifest import alive
     from video_trl.sandbox.world.prompts import parse_prompt
 
@@ -203,7 +203,7 @@ def group_rows(clips: "pa.Table", losers: "pa.Table", root: Path) -> dict[str, d
         motion = parse_prompt(clip["prompt"]).motion
         row = {"prompt": clip["prompt"], "chosen": str(root / clip["video"]), "category": motion}
         rows[clip["content"]] = row | {"rejected": [], "rejected_scores": []}
-    for job in losers.to_pylist():
+    for job in rejected.to_pylist():
         if job["content"] in rows:
             rows[job["content"]]["rejected"].append(str(root / job["rejected"]))
             rows[job["content"]]["rejected_scores"].append({"sa": job["sa"], "pc": job["pc"]})
@@ -378,9 +378,9 @@ def compared(
         for record in run["scores"]
         if motions is None or record["category"] in motions
     ]
-    found = paired_bootstrap(pooled(results, a, score, motions), pooled(results, b, score, motions), clusters=prompts)
-    words = verdict(found, num_seeds=len(results["random"]))
-    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {words}"
+    result = paired_bootstrap(pooled(results, a, score, motions), pooled(results, b, score, motions), clusters=prompts)
+    words = verdict(result, num_seeds=len(results["random"]))
+    return f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}] {words}"
 
 
 def mean(values: list[float] | list[int]) -> float:

@@ -10,7 +10,7 @@ What a clip costs in each stage of PhyAugPipe, and how stages scale over workers
 First every stage on the sandbox, then the steps without a large model on clips of real size. CPU seconds are those of
 this process, which other programs on the machine change less than wall seconds. The last table multiplies: CPU
 seconds as measured on clips of real size, GPU seconds from operations (`gpu_operations`) and assumed utilisation, by
-the number of clips that the paper's shares give. No model of the GPU rows is run.
+the number of clips that the paper's proportions give. No model of the GPU rows is run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PEAK = 990e12  # operations a second, H100 SXM, bfloat16, dense
 UTILISATION = 0.4  # assumed, of forward passes over many tokens
 DECODING = 0.1  # assumed, of writing an answer token by token, batched
 CAPTION_SHARE = 0.135  # 135K of 1M pass the filter; of these, 20,000 are sampled whatever their number (Eq. 1)
-VIDEOS = 20_000 * 3 + 200 * 16  # losers of the sampled clips, and 16 representatives of each of 200 actions
+VIDEOS = 20_000 * 3 + 200 * 16  # rejected videos of the sampled clips, and 16 representatives of each of 200 actions
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ Every arm and training seed leaves an adapter, a training log and an evaluation 
 so that the study can be interrupted and continued:
 
     accelerate launch examples/studies/phygdpo.py                                  # all of it (make study-phygdpo)
-    accelerate launch examples/studies/phygdpo.py --arms sft phygdpo --seeds 0     # a share of it
+    accelerate launch examples/studies/phygdpo.py --arms sft phygdpo --seeds 0     # a part of it
 
 and, when everything is there, its tables and its figure:
 
@@ -135,9 +135,11 @@ def claim_folder(args: StudyArguments) -> None:
     path = args.folder / "setting.json"
     if not path.is_file():
         write_atomically(path, json.dumps(args.setting()))
-    found = json.loads(path.read_text())
-    if found != args.setting():
-        raise ValueError(f"{args.folder} was made with {found}, expected {args.setting()}. Pass another --output_dir.")
+    setting = json.loads(path.read_text())
+    if setting != args.setting():
+        raise ValueError(
+            f"{args.folder} was made with {setting}, expected {args.setting()}. Pass another --output_dir."
+        )
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -242,8 +244,8 @@ def evaluate(args: StudyArguments, arm: str, seed: int) -> None:
     generator = load_generator(adapter=str(weights) if spec is not None and spec.lora else None, device="cpu")
     if spec is not None and not spec.lora:
         transformer = generator.pipeline.transformer
-        loaded = type(transformer).from_pretrained(weights / "transformer")
-        generator.pipeline.transformer = loaded.eval()
+        trained = type(transformer).from_pretrained(weights / "transformer")
+        generator.pipeline.transformer = trained.eval()
         generator = replace(generator, model=f"sandbox with {weights}", revision=None)  # None: hash what is in memory
     run = generate_run(
         run_folder(args, arm, seed),
@@ -261,8 +263,8 @@ def prompts(number: int) -> "tuple[EvaluationPrompt, ...]":
     """Held-out sentences; the motions that are hard for the base model form a group, as VideoPhy-2 has one."""
     from video_trl.evaluation.evaluate import sandbox_prompts
 
-    drawn = sandbox_prompts(number, seed=PROMPT_DRAW)
-    return tuple(replace(p, groups=(*p.groups, HARD)) if p.category in HARD_MOTIONS else p for p in drawn)
+    sentences = sandbox_prompts(number, seed=PROMPT_DRAW)
+    return tuple(replace(p, groups=(*p.groups, HARD)) if p.category in HARD_MOTIONS else p for p in sentences)
 
 
 def run_folder(args: StudyArguments, arm: str, seed: int) -> Path:
@@ -408,23 +410,24 @@ CELLS = ("hard, right in both", "all, right in both", "mean pc", "mean sa", "pc 
 def cells(results: dict[str, Measured], arm: str) -> list[str]:
     from video_trl.evaluation import share_of
 
-    found = results[arm]
-    rows = list(zip(found.values["joint"], found.prompts, found.hard, strict=True))
-    rows = rows[: len(rows) // found.copies]  # every video counts once
+    measured = results[arm]
+    rows = list(zip(measured.values["joint"], measured.prompts, measured.hard, strict=True))
+    rows = rows[: len(rows) // measured.copies]  # every video counts once
     groups = [[row for row in rows if row[2]], rows]
-    shares = [share_of([row[0] > 0 for row in group], [row[1] for row in group]) for group in groups]
+    proportions = [share_of([row[0] > 0 for row in group], [row[1] for row in group]) for group in groups]
     over = "" if arm == BASE else interval(difference(results, arm, BASE, "pc"))
-    return [*map(str, shares), f"{found.mean('pc'):.3f}", f"{found.mean('sa'):.3f}", over]
+    return [*map(str, proportions), f"{measured.mean('pc'):.3f}", f"{measured.mean('sa'):.3f}", over]
 
 
 def cost_table(args: StudyArguments, results: dict[str, Measured]) -> str:
     rows = [["method", "trained parameters", "weights", "peak of tensors", "file", *CELLS[:2], CELLS[-1]]]
     for arm, label in COSTS:
         path = args.folder / "memory" / f"{COPIED if arm == COPIED_SLOW else arm}.json"
-        held = json.loads(path.read_text())
-        sizes = (held["weights"], held["weights"] + held["training"], file_size(args, arm))
+        memory = json.loads(path.read_text())
+        numbers = (memory["weights"], memory["weights"] + memory["training"], file_size(args, arm))
+        sizes = [f"{number / 2**20:.1f} MiB" for number in numbers]
         hard, joint, _, _, over = cells(results, arm)
-        rows.append([label, f"{held['trained']:,}", *(f"{size / 2**20:.1f} MiB" for size in sizes), hard, joint, over])
+        rows.append([label, f"{memory['trained']:,}", *sizes, hard, joint, over])
     return markdown_table(rows)
 
 
@@ -436,10 +439,10 @@ def comparison_table(results: dict[str, Measured], args: StudyArguments) -> str:
         prompt_sign_test(results[a].values["pc"], results[b].values["pc"], results[a].prompts) for a, b in COMPARISONS
     ]
     for (a, b), p in zip(COMPARISONS, holm(raw), strict=True):
-        found = difference(results, a, b, "pc")
+        result = difference(results, a, b, "pc")
         others = [interval(difference(results, a, b, name)) for name in ("joint", "sa")]
-        words = verdict(found, num_seeds=len(args.seeds), p_adjusted=p)
-        rows.append([f"{a} over {b}", interval(found), f"{p:.2g}", words, *others])
+        words = verdict(result, num_seeds=len(args.seeds), p_adjusted=p)
+        rows.append([f"{a} over {b}", interval(result), f"{p:.2g}", words, *others])
     return markdown_table(rows)
 
 
@@ -467,8 +470,8 @@ def difference(results: dict[str, Measured], a: str, b: str, name: str) -> Any:
     return paired_bootstrap(results[a].values[name], results[b].values[name], clusters=results[a].prompts)
 
 
-def interval(found: Any) -> str:
-    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+def interval(result: Any) -> str:
+    return f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -483,9 +486,9 @@ def draw(path: Path, results: dict[str, Measured], num_seeds: int) -> None:
     panel = (figure := Figure(figsize=(7.5, 3.4), layout="constrained")).subplots()
     arms = [arm for arm in ARMS if arm != BASE]
     for height, arm in enumerate(reversed(arms)):
-        found = difference(results, arm, BASE, "pc")
-        panel.plot([found.low, found.high], [height, height], color="tab:blue", linewidth=3, solid_capstyle="round")
-        panel.plot([found.difference], [height], "o", color="tab:blue", markersize=8)
+        result = difference(results, arm, BASE, "pc")
+        panel.plot([result.low, result.high], [height, height], color="tab:blue", linewidth=3, solid_capstyle="round")
+        panel.plot([result.difference], [height], "o", color="tab:blue", markersize=8)
         each = len(results[arm].prompts) // num_seeds
         gains = [a - b for a, b in zip(results[arm].values["pc"], results[BASE].values["pc"], strict=True)]
         seeds = [sum(gains[start : start + each]) / each for start in range(0, len(gains), each)]

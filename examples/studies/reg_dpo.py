@@ -10,7 +10,7 @@ times 1/5, 1/2, 1 and 2, each with several training seeds. Every arm and seed le
 not made again, so that the study can be interrupted, continued and shared between processes:
 
     accelerate launch examples/studies/reg_dpo.py                                  # all of it (make study-regdpo)
-    accelerate launch examples/studies/reg_dpo.py --arms dpo dgr-1 --seeds 0 1     # a share of it
+    accelerate launch examples/studies/reg_dpo.py --arms dpo dgr-1 --seeds 0 1     # a part of it
 
 and, when all result files are there, its figures and tables:
 
@@ -361,10 +361,10 @@ def holds(value: bool) -> str:
     return "holds" if value else "fails"
 
 
-def listed(found: Sequence[str], number: int) -> str:
+def listed(names: Sequence[str], number: int) -> str:
     """Which of `number` arms or scores a rule holds for."""
-    word = "holds" if len(found) == number else "fails" if not found else "in part"
-    return f"{word}: {', '.join(found) or 'none'} ({len(found)} of {number})"
+    word = "holds" if len(names) == number else "fails" if not names else "in part"
+    return f"{word}: {', '.join(names) or 'none'} ({len(names)} of {number})"
 
 
 def ends(results: Results, arm: str, metric: str) -> list[float]:
@@ -388,9 +388,9 @@ def difference(results: Results, a: str, b: str, score: str) -> Any:
 def compared(results: Results, a: str, b: str, score: str) -> str:
     from video_trl.evaluation import verdict
 
-    found = difference(results, a, b, score)
-    words = verdict(found, num_seeds=len(results["dpo"]))
-    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {words}"
+    result = difference(results, a, b, score)
+    words = verdict(result, num_seeds=len(results["dpo"]))
+    return f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}] {words}"
 
 
 def mean(values: Sequence[float]) -> float:
@@ -441,13 +441,13 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     """DPO black, fixed weights dashed, dynamic ones solid, the darker the stronger."""
     import matplotlib
 
-    found: dict[str, dict[str, Any]] = {}
+    by_arm: dict[str, dict[str, Any]] = {}
     for kind, name, line in (("fixed", "Blues", "--"), ("dgr", "Oranges", "-")):
         arms = [arm for arm in results if arm.startswith(kind)]
         for number, arm in enumerate(arms):
             colour = matplotlib.colormaps[name](0.35 + 0.6 * number / max(len(arms) - 1, 1))
-            found[arm] = {"color": colour, "linestyle": line, "linewidth": 1.4}
-    return {"dpo": {"color": "black", "linestyle": "-", "linewidth": 1.8}, **found}
+            by_arm[arm] = {"color": colour, "linestyle": line, "linewidth": 1.4}
+    return {"dpo": {"color": "black", "linestyle": "-", "linewidth": 1.8}, **by_arm}
 
 
 def new_figure(rows: int, columns: int) -> tuple[Any, list[Any]]:

@@ -65,10 +65,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "trd-8": {"coefficient": 8.0},
 }
 TEACHER, PIXELS, SHIPPED = EXTRAS = ("teacher", "pixels", "shipped model")  # probed beside the base model
-PROBE_BLOCK, PROBE_NOISE = 4, 0.5  # of every arm, wherever it was aligned; noise is a share of the schedule
+PROBE_BLOCK, PROBE_NOISE = 4, 0.5  # of every arm, wherever it was aligned; noise is a proportion of the schedule
 EVERY_TOKEN: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)}  # the sandbox has so few that none need be pooled
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0)
-ERROR_LEVELS = (0.125, 0.375, 0.625, 0.875)  # shares of the schedule at which the denoising error is measured
+ERROR_LEVELS = (0.125, 0.375, 0.625, 0.875)  # proportions of the schedule at which the denoising error is measured
 
 
 @dataclass
@@ -272,12 +272,12 @@ def probed(features: Any, material: Material) -> dict[str, Any]:
 
     from video_trl.evaluation.probes.physion import fit_probe
 
-    found = {
+    by_split = {
         split: torch.cat([features.of_latents(chunk)[:, 0] for chunk in latents.split(64)]).numpy()
         for split, latents in material.probe_latents.items()
     }
     clips = material.probe_clips
-    return asdict(fit_probe(found["train"], clips["train"], found["test"], clips["test"], c_grid=C_GRID))
+    return asdict(fit_probe(by_split["train"], clips["train"], by_split["test"], clips["test"], c_grid=C_GRID))
 
 
 def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[float]:
@@ -330,13 +330,13 @@ Results = dict[str, list[dict[str, Any]]]  # arm -> what its result files hold
 
 
 def read_results(folder: Path) -> Results:
-    found: Results = {}
+    by_arm: Results = {}
     for path in sorted((folder / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["arm"], []).append(result)
-    if BASE not in found or SFT not in found:
-        raise ValueError(f"Expected results of {BASE!r} and {SFT!r} in {folder / 'results'}, got {sorted(found)}.")
-    return {arm: found[arm] for arm in ARMS if arm in found}
+        by_arm.setdefault(result["arm"], []).append(result)
+    if BASE not in by_arm or SFT not in by_arm:
+        raise ValueError(f"Expected results of {BASE!r} and {SFT!r} in {folder / 'results'}, got {sorted(by_arm)}.")
+    return {arm: by_arm[arm] for arm in ARMS if arm in by_arm}
 
 
 def report(results: Results) -> str:
@@ -349,7 +349,7 @@ def report(results: Results) -> str:
         "",
         '## Probe: "will the two balls touch?"',
         "",
-        "Share of test clips answered right; chance is 0.5.",
+        "Proportion of test clips answered right; chance is 0.5.",
         "",
         *probe_table(results),
         "",
@@ -394,14 +394,14 @@ def probe_table(results: Results) -> list[str]:
         probes = [run["probes"][name] for run in results.get(name, results[BASE])]
         cells = []
         for scenario in (*scenarios, None):
-            kept = [
+            pairs = [
                 (number, right)
                 for probe in probes
                 for number, (right, where) in enumerate(zip(probe["correct"], probe["scenarios"], strict=True))
                 if scenario in (None, where)
             ]
-            share = share_of([right for _, right in kept], clusters=[number for number, _ in kept])
-            cells.append(f"{share.value:.3f}" + ("" if scenario else f" [{share.low:.3f}, {share.high:.3f}]"))
+            accuracy = share_of([right for _, right in pairs], clusters=[number for number, _ in pairs])
+            cells.append(f"{accuracy.value:.3f}" + ("" if scenario else f" [{accuracy.low:.3f}, {accuracy.high:.3f}]"))
         cells += ["" if name in (other, BASE) else compared(results, answers, name, other) for other in (BASE, SFT)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -442,7 +442,7 @@ def difference(results: Results, measured: Measure, ours: str, theirs: str) -> "
 
     runs = [[measured(run, name) for run in results.get(name, results[BASE])] for name in (ours, theirs)]
     number = max(map(len, runs))
-    a, b = (found * number if len(found) == 1 else found for found in runs)
+    a, b = (values * number if len(values) == 1 else values for values in runs)
     labels = [label for run in a for label, _ in run]
     return paired_bootstrap(*([value for run in runs for _, value in run] for runs in (a, b)), clusters=labels)
 
@@ -450,10 +450,10 @@ def difference(results: Results, measured: Measure, ours: str, theirs: str) -> "
 def compared(results: Results, measured: Measure, ours: str, theirs: str) -> str:
     from video_trl.evaluation import verdict
 
-    found = difference(results, measured, ours, theirs)
+    result = difference(results, measured, ours, theirs)
     number = max(len(results.get(name, results[BASE])) for name in (ours, theirs))
-    sizes = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{sizes} {verdict(found, num_seeds=number)}"
+    sizes = f"{result.difference:+.4f} [{result.low:+.4f}, {result.high:+.4f}]"
+    return f"{sizes} {verdict(result, num_seeds=number)}"
 
 
 def draw(results: Results, path: str) -> None:
@@ -465,12 +465,12 @@ def draw(results: Results, path: str) -> None:
 
     arms = [arm for arm in results if arm not in (BASE, SFT)]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.4 * len(arms) + 1.6), sharey=True)
-    titles = ("probe: share of right answers", "denoising error, below SFT's")
+    titles = ("probe: proportion of right answers", "denoising error, below SFT's")
     for axis, measured, title in zip(axes, (answers, errors), titles, strict=True):
         for row, arm in enumerate(arms):
-            found = difference(results, measured, arm, SFT)
-            axis.plot([found.low, found.high], [row, row], color="tab:blue")
-            axis.plot(found.difference, row, "o", color="tab:blue")
+            result = difference(results, measured, arm, SFT)
+            axis.plot([result.low, result.high], [row, row], color="tab:blue")
+            axis.plot(result.difference, row, "o", color="tab:blue")
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_title(title, fontsize=10)
         axis.locator_params(axis="x", nbins=6)
@@ -483,5 +483,5 @@ def draw(results: Results, path: str) -> None:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(given if "--config" in given else ["--config", str(STUDY_CONFIG), *given])
+    argv = sys.argv[1:]
+    main(argv if "--config" in argv else ["--config", str(STUDY_CONFIG), *argv])

@@ -228,7 +228,7 @@ class Timed(VideoDPOTrainer):
 
 
 def overhead(name: str, steps_to_time: int) -> dict[str, float]:
-    """Share of the time of training that is not the model's."""
+    """Proportion of the time of training that is not the model's."""
     transformer, _, shape = transformer_of(name)
     transformer.delete_adapters("default")
     with tempfile.TemporaryDirectory() as folder:
@@ -296,14 +296,14 @@ def scaling(name: str, steps_to_time: int, repeats: int) -> dict[str, float]:
                 port = probe.getsockname()[1]
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(number), "--master_port", str(port)]
             options = ["--model", name, "--scaling_worker", str(steps_to_time)]
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, *launcher, __file__, *options],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 check=True,
                 capture_output=True,
                 text=True,
             )
-            seconds[number].append(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+            seconds[number].append(json.loads(process.stdout.strip().splitlines()[-1])["seconds"])
     one, two = (statistics.median(times) for times in seconds.values())
     return {"one_process": one, "two_processes": two, "efficiency": one / two}
 
@@ -339,10 +339,10 @@ def main() -> None:
     if args.scaling_worker is not None:
         train_for_scaling(args.model, args.scaling_worker)
         return
-    chosen = args.only or ("steps", "overhead", "loading", "scaling")
+    parts = args.only or ("steps", "overhead", "loading", "scaling")
     results: dict[str, Any] = {"command": " ".join(sys.argv), "threads": torch.get_num_threads()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for part in chosen:
+    for part in parts:
         if part == "steps":
             results["steps"] = {
                 f"{name}, {what}": steps(name, videos, args.repeats)

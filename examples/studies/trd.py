@@ -78,11 +78,11 @@ def measure(form: str, size: str, repeats: int) -> dict[str, float]:
     student, teacher = (torch.randn(*SIZES[size], generator=generator) for _ in range(2))
     student.requires_grad_()
     fused(student[:, :2, :2], teacher[:, :2, :2])  # what is loaded at the first call is no part of the peak
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in (student.data_ptr(), teacher.data_ptr()):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     seconds, peak = [], 0.0
@@ -90,7 +90,7 @@ def measure(form: str, size: str, repeats: int) -> dict[str, float]:
         student.grad = None
         Path("/proc/self/clear_refs").write_text("5")  # starts the record of the peak anew
         before, start = resident("VmRSS"), time.process_time()
-        kept.clear()
+        sizes.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = FORMS[form](student, teacher)
         loss.backward()
@@ -99,7 +99,7 @@ def measure(form: str, size: str, repeats: int) -> dict[str, float]:
             peak = resident("VmHWM") - before
     assert student.grad is not None
     return {
-        "kept": sum(kept.values()) / 2**20,
+        "kept": sum(sizes.values()) / 2**20,
         "peak": peak,
         "seconds": statistics.median(seconds[1:] or seconds),
         "loss": loss.item(),

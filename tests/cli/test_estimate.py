@@ -26,7 +26,7 @@ SIZE = ["--num_frames", "17", "--height", "512", "--width", "512"]
 def test_parts_and_verdict_of_the_sandbox(capsys):
     assert main(["estimate", "gdpo"]) == 0
     printed = capsys.readouterr().out
-    assert "one GPU, step_mode=concat, recomputed: full; 64 tokens a video" in printed
+    assert "one GPU, step_mode=concat, activation checkpointing: full; 64 tokens a video" in printed
     for part in ("weights:", "adapter:", "gradients:", "optimizer:", "block inputs:", "peak:", "PFLOP", "Fits 80 GiB"):
         assert part in printed
     assert re.search(r"Before training: 0\.\d\d GiB to encode a video, 0\.\d\d GiB of text encoder", printed)
@@ -49,15 +49,15 @@ def test_a_file_of_a_training_is_read_and_options_win(folder, tmp_path, capsys):
 def test_what_does_not_fit_comes_with_what_does(folder, capsys):
     argv = ["estimate", "dpo", "--model_name_or_path", str(folder), *SIZE, "--step_mode", "concat"]
     argv += ["--no_activation_checkpointing"]
-    assert main([*argv, "--card_gib", "1"]) == 0
+    assert main([*argv, "--gpu_gib", "1"]) == 0
     fitting = capsys.readouterr().out
-    assert "Fits 1 GiB" in fitting and "recomputed: nothing" in fitting
+    assert "Fits 1 GiB" in fitting and "activation checkpointing: none" in fitting
     peak = float(re.search(r"peak: +([\d.]+) GiB", fitting)[1]) - 0.006  # less than what was rounded
-    assert main([*argv, "--card_gib", str(peak)]) == 0
+    assert main([*argv, "--gpu_gib", str(peak)]) == 0
     printed = capsys.readouterr().out
     assert f"Does not fit {peak:g} GiB" in printed
-    assert "step_mode=sequential, recomputed: nothing" in printed.partition("This should fit:")[2]
-    assert main([*argv, "--card_gib", "0.001", "--num_gpus", "2"]) == 0
+    assert "step_mode=sequential, activation checkpointing: none" in printed.partition("This should fit:")[2]
+    assert main([*argv, "--gpu_gib", "0.001", "--num_gpus", "2"]) == 0
     assert (
         "No configuration fits 2 GPUs of 0.001 GiB. Use more GPUs, fewer frames or a lower resolution."
         in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_other_engines_and_methods(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["gdpo", "--card_gib", "0"], 2, "--card_gib must be positive, got 0"),
+        (["gdpo", "--gpu_gib", "0"], 2, "--gpu_gib must be positive, got 0"),
         (["gdpo", "--engine", "horovod"], 1, "`engine` must be one of ddp"),
         (["gdpo", "--num_gpus", "3", "--context_parallel_size", "2"], 1, "positive multiple"),
         (

@@ -131,11 +131,11 @@ def test_a_module_beside_the_transformer_is_trained_alike(two_processes, tmp_pat
     made = head_trainer(tmp_path, rows=8, callbacks=[recorder], **SMOOTH_ADAM, **settings)
     made.train()
     gradients = weights_of(two_processes, "head", "gradients")
-    assert "auxiliary.layers.0.weight" in gradients
+    assert "trained_head.layers.0.weight" in gradients
     assert_close_weights(gradients, recorder.steps[0], rounding.SINGLE)  # as such a module is
     assert report_of(two_processes, "head")["losses"] == pytest.approx(losses(made), rel=1e-3)
-    saved = safetensors.torch.load_file(two_processes / "head" / "checkpoint-2" / "auxiliary.safetensors")
-    assert_close_weights(saved, dict(made.auxiliary.named_parameters()), 1e-3)
+    saved = safetensors.torch.load_file(two_processes / "head" / "checkpoint-2" / "head.safetensors")
+    assert_close_weights(saved, dict(made.trained_head.named_parameters()), 1e-3)
 
 
 def test_resuming_on_as_many_processes_is_bit_exact(two_processes):

@@ -20,7 +20,7 @@ def test_two_processes_compute_the_step_of_one(tmp_path):
     assert not [name for names in ended for name in names if "gloo" in name]
     log, recorder = run(tmp_path / "alone", per_device_train_batch_size=2)
     gradients = safetensors.torch.load_file(tmp_path / "gradients.safetensors")
-    assert sum(name.startswith("auxiliary.") for name in gradients) == 8
+    assert sum(name.startswith("trained_head.") for name in gradients) == 8
     # The head is float32, and what it makes of the hidden states too.
     rounding.assert_close_weights(gradients, recorder.steps[0], rounding.SINGLE)
     for entry, expected in zip(json.loads((tmp_path / "log.json").read_text()), log, strict=True):

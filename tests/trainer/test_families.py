@@ -137,7 +137,7 @@ def test_a_trainer_trains_and_its_weights_reload(family, name, weights, tmp_path
     assert all(math.isfinite(entry["loss"]) for entry in made.state.log_history if "loss" in entry)
 
     after = trained_weights(made)
-    own = {key for key in before if not key.startswith("auxiliary.")}
+    own = {key for key in before if not key.startswith("trained_head.")}
     moved = {key for key in own if not torch.equal(before[key], after[key])}
     if weights == "lora":
         assert_equal_weights(frozen_weights(made), frozen)
@@ -158,13 +158,13 @@ def test_a_trainer_trains_and_its_weights_reload(family, name, weights, tmp_path
         assert torch.equal(velocity(fresh, family), expected)
     else:
         fresh.transformer = type(fresh.transformer).from_pretrained(tmp_path / "transformer")
-        assert_equal_weights(dict(fresh.transformer.named_parameters()), without_auxiliary(after))
+        assert_equal_weights(dict(fresh.transformer.named_parameters()), without_head(after))
         # Weights mapped from a file may be aligned otherwise in memory, and matrix products then round otherwise.
         rounding.assert_close(velocity(fresh, family), expected, rounding.SINGLE)
 
 
-def without_auxiliary(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight for name, weight in weights.items() if not name.startswith("auxiliary.")}
+def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if not name.startswith("trained_head.")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

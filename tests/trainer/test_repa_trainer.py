@@ -96,14 +96,14 @@ def test_loss_and_gradients_equal_the_computation_by_hand(tmp_path, alignment_lo
     alone = torch.autograd.grad(alignment, parameters, allow_unused=True)
     reached = {name for name, gradient in zip(names, alone, strict=True) if gradient is not None and gradient.any()}
     assert any("blocks.0" in name and "lora_A" in name for name in reached)
-    assert sum("auxiliary" in name for name in reached) == 6
+    assert sum("trained_head" in name for name in reached) == 6
     assert not any("blocks.1" in name for name in reached)  # lies behind the aligned block
 
 
 def test_first_value_of_raw_is_the_projector_free_relation_error(tmp_path):
     rows = aligned_rows(2)
     made = repa_trainer(tmp_path, train_dataset=rows, max_steps=1, projector="none", margin=0.0)
-    assert made.auxiliary is None and not hasattr(made.model, "auxiliary")
+    assert made.trained_head is None and not hasattr(made.model, "trained_head")
     made.train()
     log = made.state.log_history[0]
     assert log["trd/raw"] == pytest.approx(
@@ -134,9 +134,9 @@ def test_training_lowers_the_relation_error(tmp_path, family, changes):
     made.train()
     alignment = [entry["loss/alignment"] for entry in made.state.log_history if "loss/alignment" in entry]
     assert sum(alignment[-5:]) < 0.9 * sum(alignment[:5])  # the noise differs from step to step
-    heads = [] if made.auxiliary is None else [name for name, _ in made.auxiliary.named_parameters()]
+    heads = [] if made.trained_head is None else [name for name, _ in made.trained_head.named_parameters()]
     assert len(heads) == {"none": 0}.get(made.args.projector, 8 if "spatial_pooling" in changes else 6)
-    assert {f"auxiliary.{name}" for name in heads} <= recorder.steps[-1].keys()
+    assert {f"trained_head.{name}" for name in heads} <= recorder.steps[-1].keys()
 
 
 def test_resuming_is_bit_exact_and_the_adapter_holds_no_head(tmp_path):
@@ -148,24 +148,24 @@ def test_resuming_is_bit_exact_and_the_adapter_holds_no_head(tmp_path):
     resumed = repa_trainer(tmp_path / "resumed", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
     assert_equal_weights(trained_weights(resumed), trained_weights(straight))
-    assert sum(name.startswith("auxiliary") for name in trained_weights(straight)) == 6
+    assert sum(name.startswith("trained_head") for name in trained_weights(straight)) == 6
     assert losses(resumed)[-3:] == losses(straight)[-3:]
 
     straight.save_model()
     adapter = safetensors.torch.load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
-    assert adapter and not [name for name in adapter if "auxiliary" in name]
+    assert adapter and not [name for name in adapter if "trained_head" in name]
     fresh = tiny_wan_pipeline()
     fresh.load_lora_weights(tmp_path / "straight")
     other = repa_trainer(tmp_path / "other", projector="linear")
-    with pytest.raises(ValueError, match="auxiliary"):
+    with pytest.raises(ValueError, match="trained_head"):
         other.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
 
 
 def test_head_has_its_own_learning_rate(tmp_path):
     made = repa_trainer(tmp_path, max_steps=1, learning_rate=1e-3, head_learning_rate=0.0)
-    before = {name: weight.clone() for name, weight in made.auxiliary.named_parameters()}
+    before = {name: weight.clone() for name, weight in made.trained_head.named_parameters()}
     made.train()
-    assert_equal_weights(dict(made.auxiliary.named_parameters()), before)
+    assert_equal_weights(dict(made.trained_head.named_parameters()), before)
     assert sorted({group["initial_lr"] for group in made.optimizer.param_groups if group["params"]}) == [0.0, 1e-3]
 
 

@@ -15,7 +15,7 @@ from .parser import UsageError, nearest, say
 VERBS = {
     "train": "train a model, by any of the methods that it lists",
     "curate": "make a preference dataset: gt-pairs or phyaug",
-    "encode": "encode a dataset once, for any number of trainings",
+    "encode": "encode a dataset once, for any number of runs",
     "generate": "videos of prompts x seeds, as a run",
     "score": "let a judge score a run, or a table of videos",
     "eval": "prompts x seeds -> videos -> scores -> a table with intervals",
@@ -23,7 +23,7 @@ VERBS = {
     "vote": "let people compare runs, blind, in the browser",
     "push": "upload an adapter with its model card, or a curated dataset, to the Hub",
     "export": "an adapter for ComfyUI and other tools, and back",
-    "estimate": "memory and cost of a training, and what fits a card",
+    "estimate": "memory and cost of a run, and what fits a GPU",
     "doctor": "check versions, devices, codecs, disk and Hub login",
 }
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; 0 is success

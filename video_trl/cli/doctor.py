@@ -6,7 +6,7 @@ Examples:
   video-trl doctor
   video-trl doctor --output_dir /data/runs      also the disk that results will go to
 
-Exit code 1 if something is there that will stop a training.
+Exit code 1 if something would stop a run.
 """
 
 import os
@@ -57,11 +57,11 @@ class Finding:
 def run(argv: Sequence[str]) -> int:
     (args,) = parse("doctor", __doc__, [DoctorArguments], argv)
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (python, versions, device, attention, memory, codecs, hub)
-    found = [finding for check in checks for finding in check()]
-    found += disk(args.output_dir)
-    for finding in found:
+    findings = [finding for check in checks for finding in check()]
+    findings += disk(args.output_dir)
+    for finding in findings:
         say(f"{finding.verdict:6}{finding.subject:22}{finding.text}")
-    faults = sum(finding.verdict == FAULT for finding in found)
+    faults = sum(finding.verdict == FAULT for finding in findings)
     say(f"\n{faults or 'No'} fault{'' if faults == 1 else 's'} found.")
     return 1 if faults else 0
 
@@ -143,9 +143,9 @@ def attention() -> Iterator[Finding]:
     fast = len(working) > 1
     advice = "" if fast else ": long videos will be slow and may not fit; install a torch build for this device"
     yield Finding(OK if fast else NOTE, "attention", f"{', '.join(working)}{advice}")
-    found = [f"{name} {metadata.version(name)}" for name in _KERNELS if _installed(name)]
+    kernels = [f"{name} {metadata.version(name)}" for name in _KERNELS if _installed(name)]
     absent = f"none of {', '.join(_KERNELS)}; not needed, torch's own are used"
-    yield Finding(OK, "attention kernels", ", ".join(found) or absent)
+    yield Finding(OK, "attention kernels", ", ".join(kernels) or absent)
 
 
 def _installed(name: str) -> bool:
@@ -157,7 +157,7 @@ def _installed(name: str) -> bool:
 
 
 def memory() -> Iterator[Finding]:
-    """Of the machine, and of what processes share."""
+    """Memory of the machine, and shared memory of its processes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     advice = "" if total >= _LEAST_MEMORY_GIB else ": enough for the sandbox, little for a model"
     yield Finding(NOTE if advice else OK, "memory", f"{total:.0f} GiB{advice}")

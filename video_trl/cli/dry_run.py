@@ -1,4 +1,4 @@
-"""What a training would be, from configurations and the first row alone: no weights are loaded."""
+"""Describe a run before it starts: configuration, rows, tokens, memory and steps. No weights are loaded."""
 
 import math
 from collections.abc import Mapping
@@ -25,23 +25,23 @@ def describe(trainer_class: type[Any], data: DataArguments, args: Any, *, proces
     rows -= data.eval_rows
     family, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
     shapes = _shapes(family, vae, row, args)
-    told = {
+    facts = {
         "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
         "tokens of a video": "; ".join(_tokens(family, transformer, shapes)),
         **_cost(trainer_class, transformer, max(shapes.values(), key=math.prod), row, args, processes),
         "steps": _steps(rows, args, processes),
     }
-    lines = [f"{key + ':':24}{value}" for key, value in told.items()]
+    lines = [f"{key + ':':24}{value}" for key, value in facts.items()]
     return "\n".join(["# configuration, where it is not the default", _configuration(data, args), *lines])
 
 
 def _configuration(data: DataArguments, args: Any) -> str:
     """YAML that gives the same run through `--config`, without tokens, which `to_dict` masks."""
-    shown: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for values, usual in ((asdict(data), asdict(DataArguments())), (args.to_dict(), type(args)().to_dict())):
         changed = {name: value for name, value in values.items() if value != usual[name]}
-        shown |= {name: value for name, value in changed.items() if name != "dry_run"}
-    return yaml.safe_dump(shown, sort_keys=False)
+        changes |= {name: value for name, value in changed.items() if name != "dry_run"}
+    return yaml.safe_dump(changes, sort_keys=False)
 
 
 def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
@@ -114,10 +114,10 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
 
 
 def _tokens(family: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[str]:
-    grids = {shown: family.token_grid(transformer, shape) for shown, shape in shapes.items()}
+    grids = {size: family.token_grid(transformer, shape) for size, shape in shapes.items()}
     return [
-        f"{math.prod(grid)} ({shown}, latents {shapes[shown]}, grid {grid[0]} x {grid[1]} x {grid[2]})"
-        for shown, grid in grids.items()
+        f"{math.prod(grid)} ({size}, latents {shapes[size]}, grid {grid[0]} x {grid[1]} x {grid[2]})"
+        for size, grid in grids.items()
     ]
 
 
@@ -129,17 +129,17 @@ def _cost(
     from ..trainer.planning.estimate import Placement, Workload, estimate
 
     rejected = row["rejected_latents"] if "rejected_latents" in row else as_videos(row.get("rejected", []))
-    compared = trainer_class.videos_per_row(args, len(rejected))
-    workload = Workload.of(transformer, shape, compared, args, reference_pass(trainer_class, args.use_peft))
+    num_videos = trainer_class.videos_per_row(args, len(rejected))
+    workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args.use_peft))
     # Methods that do not compare videos have no step mode.
     mode: Literal["concat", "sequential"] = "sequential" if vars(args).get("step_mode") == "sequential" else "concat"
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
-    found = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
+    cost = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in found.parts.items())
+    parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in cost.parts.items())
     return {
-        "parameters": f"{parameters + found.trained * args.use_peft:,}, of which trained {found.trained:,}",
-        "memory of a step": f"{found.peak / _GIB:.2f} GiB with step_mode={mode}: {parts}",
+        "parameters": f"{parameters + cost.trained * args.use_peft:,}, of which trained {cost.trained:,}",
+        "memory of a step": f"{cost.peak / _GIB:.2f} GiB with step_mode={mode}: {parts}",
     }
 
 

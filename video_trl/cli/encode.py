@@ -1,6 +1,6 @@
 """
-Encode the videos and prompts of a training once, on one machine, with the options of that training: every later
-`video-trl train` with them finds the result, and so do other methods with the same rows and sizes.
+Encode the videos and prompts of a run once, on one machine, with the options of that run: every later
+`video-trl train` with these options uses the result, and so do other methods with the same rows and sizes.
 
 Examples:
 
@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
     data, args = parse_training("encode", method, rest, __doc__)
     from ..trainer.setup.rows import encoded_cache_dir
 
-    # Making the trainer encodes, with every setting that the training will have.
+    # Making the trainer encodes, with every setting that the run will have.
     rows = make_trainer(method.load(), data, args).train_dataset
     shapes = sorted(set(rows.shapes))
     say(f"{len(rows)} rows, latents {', '.join(map(str, shapes))}, in {encoded_cache_dir(args)}")

@@ -2,13 +2,13 @@
 Examples:
 
   video-trl estimate gdpo                                                        the sandbox
-  video-trl estimate gdpo --config examples/configs/wan2.1-14b-gdpo.yaml --num_gpus 8 --card_gib 80
+  video-trl estimate gdpo --config examples/configs/wan2.1-14b-gdpo.yaml --num_gpus 8 --gpu_gib 80
   video-trl estimate dpo --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num_frames 81 --height 480 \\
-      --width 832 --card_gib 24
+      --width 832 --gpu_gib 24
   video-trl estimate dpo --config examples/configs/wan2.1-14b-dpo.yaml --num_gpus 8 --engine fsdp2 \\
       --context_parallel_size 4
 
-Memory of each GPU by part, operations and communication of a training step, and if that does not fit the card, the
+Memory of each GPU by part, operations and communication of a training step, and if that does not fit the GPU, the
 cheapest way found that does. Nothing of the model's size is allocated and no weights are loaded: only the small JSON
 files of the pipeline are read. The file of --config is that of `video-trl train`.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EstimateArguments:
-    """The options of a training that its memory depends on, with those of the machines."""
+    """The options of a run on which its memory depends, and the GPUs."""
 
     model_name_or_path: str = field(
         default=SANDBOX, metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
@@ -56,13 +56,13 @@ class EstimateArguments:
     step_mode: Literal["auto", "concat", "sequential"] = field(
         default="auto", metadata={"help": "'concat', 'sequential', or what fits."}
     )
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
+    activation_checkpointing: bool = field(default=True, metadata={"help": "Checkpoint activations."})
     checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
     num_gpus: int = field(default=1, metadata={"help": "GPUs in all."})
     engine: str = field(default="ddp", metadata={"help": "'ddp', 'zero2', 'zero3', 'zero3-offload' or 'fsdp2'."})
     context_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the tokens of a video."})
     group_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the videos of a pair or group."})
-    card_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU, in GiB."})
+    gpu_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU, in GiB."})
 
 
 def run(argv: Sequence[str]) -> int:
@@ -80,14 +80,16 @@ def run(argv: Sequence[str]) -> int:
     size = _size(args)
     models = empty_models(args.model_name_or_path, args.revision)
     work = workload(method.load(), args, models, size)
-    card = int(args.card_gib * 2**30)
-    mode = fitting_step_mode(work, _placement(args, "concat"), card) if args.step_mode == "auto" else args.step_mode
-    found = estimate(work, _placement(args, mode))
-    say(describe_estimate(found))
-    fits = found.peak <= HEADROOM * card
-    say(f"{'Fits' if fits else 'Does not fit'} {args.card_gib:g} GiB, a tenth of it left free for the allocator.")
+    gpu_memory = int(args.gpu_gib * 2**30)
+    mode = args.step_mode
+    if mode == "auto":
+        mode = fitting_step_mode(work, _placement(args, "concat"), gpu_memory)
+    cost = estimate(work, _placement(args, mode))
+    say(describe_estimate(cost))
+    fits = cost.peak <= HEADROOM * gpu_memory
+    say(f"{'Fits' if fits else 'Does not fit'} {args.gpu_gib:g} GiB, a tenth of it left free for the allocator.")
     if not fits:
-        say(describe_recommendation(work, card, args.num_gpus))
+        say(describe_recommendation(work, gpu_memory, args.num_gpus))
     say(f"Before training: {before(args, models, size)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
     return 0
 
@@ -124,10 +126,10 @@ def workload(
     from .dry_run import latents_shape, reference_pass
 
     family, transformer, vae = models
-    videos, sharing = trainer_class.videos_per_row(args, args.num_rejected), args.group_parallel_size
-    if sharing > 1 and (videos % sharing or args.num_gpus % (sharing * args.context_parallel_size)):
+    videos, degree = trainer_class.videos_per_row(args, args.num_rejected), args.group_parallel_size
+    if degree > 1 and (videos % degree or args.num_gpus % (degree * args.context_parallel_size)):
         raise UsageError(
-            f"--group_parallel_size={sharing} must divide the number of videos that the loss of a row compares, "
+            f"--group_parallel_size={degree} must divide the number of videos that the loss of a row compares, "
             f"{videos}, and times --context_parallel_size={args.context_parallel_size} the number of GPUs, "
             f"{args.num_gpus}."
         )
@@ -135,7 +137,7 @@ def workload(
         Workload.of(
             transformer,
             latents_shape(family, vae, size),
-            videos // sharing,
+            videos // degree,
             args,
             reference_pass(trainer_class, args.use_peft),
         ),
@@ -161,10 +163,10 @@ def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
         place = words.index("--config")
         content = read_yaml(words[place + 1])
         known = {item.name for item in fields(kind)}
-        given = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
-        words = [*given, *words[:place], *words[place + 2 :]]
+        options = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
+        words = [*options, *words[:place], *words[place + 2 :]]
     (args,) = parse(f"estimate {method.name}", __doc__, [kind], words)
-    for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "card_gib", "group_parallel_size"):
+    for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "gpu_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:
             raise UsageError(f"--{key} must be positive, got {vars(args)[key]}.")
     return args

@@ -112,7 +112,7 @@ def _phygenbench(files: Sequence[str]) -> str:
             cells = [f"{score.by_category[name]:.3f}" if name in score.by_category else "" for name in names]
             rows.append([file, mode, str(len(items)), *cells, f"{score.average:.3f}"])
     header = ["file", "rounding", "prompts", *names, "average"]
-    return text_table(Table("PhyGenBench", header, rows, "Share of the points; a prompt has three."))
+    return text_table(Table("PhyGenBench", header, rows, "Proportion of the points; a prompt has three."))
 
 
 def _physion(args: EvalArguments, run_args: RunArguments) -> str:
@@ -139,16 +139,18 @@ def _vbench(files: Sequence[str], args: EvalArguments) -> str:
     from ..evaluation.benchmarks.vbench import load_vbench, vbench_table
     from ..evaluation.runs.tables import text_table
 
-    named = dict(file.partition("=")[::2] for file in files)
-    if not all(named.values()) or len(named) < len(files):
+    sources = dict(file.partition("=")[::2] for file in files)
+    if not all(sources.values()) or len(sources) < len(files):
         raise UsageError(f"--results of VBench are NAME=FILE with distinct names, got {' '.join(files)}.")
-    folders = [Path(path).is_dir() for path in named.values()]
+    folders = [Path(path).is_dir() for path in sources.values()]
     if any(folders) and not all(folders):
         raise UsageError("--results of VBench are all files or all runs: the two hold different dimensions.")
     values = (
-        _consistency(named, args) if all(folders) else {key: load_vbench(path).values for key, path in named.items()}
+        _consistency(sources, args)
+        if all(folders)
+        else {key: load_vbench(path).values for key, path in sources.items()}
     )
-    return text_table(vbench_table(values, baseline=next(iter(named))))
+    return text_table(vbench_table(values, baseline=next(iter(sources))))
 
 
 def _consistency(runs: Mapping[str, str], args: EvalArguments) -> dict[str, dict[str, float]]:

@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
         dtype=args.dtype,
         device=args.device,
     )
-    made = generate_run(
+    result = generate_run(
         args.output_dir,
         generator,
         prompts,
@@ -44,5 +44,5 @@ def run(argv: Sequence[str]) -> int:
         training_seed=args.training_seed,
         batch_size=args.batch_size,
     )
-    say(f"{len(made.cases) - len(made.missing())} of {len(made.cases)} videos in {made.folder}")
+    say(f"{len(result.cases) - len(result.missing())} of {len(result.cases)} videos in {result.folder}")
     return 0

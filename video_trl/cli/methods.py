@@ -80,15 +80,15 @@ def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[Method, lis
         sys.path += [] if "" in sys.path else [""]
         return Method(name, name), rest
     methods = known_methods()
-    named = {method.path: method for method in methods if method.name == name}
-    if not named:
+    by_path = {method.path: method for method in methods if method.name == name}
+    if not by_path:
         names = list(dict.fromkeys(method.name for method in methods))
         raise UsageError(
             f"no method {name!r}{nearest(name, names)}; expected one of {', '.join(names)}, or module:Class."
         )
-    if len(named) > 1:
-        raise UsageError(f"there are several methods {name!r}: write one of {', '.join(named)} instead.")
-    return next(iter(named.values())), rest
+    if len(by_path) > 1:
+        raise UsageError(f"there are several methods {name!r}: write one of {', '.join(by_path)} instead.")
+    return next(iter(by_path.values())), rest
 
 
 def _listing() -> str:

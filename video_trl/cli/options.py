@@ -100,9 +100,9 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
         UsageError: If it is neither.
     """
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        content = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise UsageError(f"--{name} must be JSON, got {value!r} ({error}).") from error
-    if not isinstance(found, Mapping | None):
+    if not isinstance(content, Mapping | None):
         raise UsageError(f'--{name} must be a mapping, such as \'{{"model": "name"}}\', got {value!r}.')
-    return dict(found or {})
+    return dict(content or {})

@@ -39,8 +39,8 @@ def say(text: str) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"`, or nothing where no known name is like it."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def parse(

@@ -64,15 +64,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
-    """Put the shares of a scored run, with their intervals, into the card of an adapter."""
+    """Put the results of a scored run, with their intervals, into the card of an adapter."""
     from ..evaluation.runs.prompts import ALL
     from ..evaluation.runs.tables import tabulate
     from ..hub import CARD_NAME, Measurement, add_evaluation
 
     table = tabulate(run_dir, judge=judge)
-    told = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
+    description = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
     measurements = [
-        Measurement(name, share.value, share.low, share.high, share.level, told, share.n)
-        for name, share in table.shares[ALL].items()
+        Measurement(name, rate.value, rate.low, rate.high, rate.level, description, rate.n)
+        for name, rate in table.shares[ALL].items()
     ]
     add_evaluation(folder / CARD_NAME, measurements)

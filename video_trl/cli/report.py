@@ -40,15 +40,15 @@ def run(argv: Sequence[str]) -> int:
     args, runs = parse(
         "report", __doc__, [ReportArguments], argv, positional="runs", positional_help="Run directories."
     )
-    named = [text.partition("=")[::2] for text in args.curves]
-    if not all(name and path for name, path in named):
+    curves = [text.partition("=")[::2] for text in args.curves]
+    if not all(name and path for name, path in curves):
         raise UsageError(f"--curves are NAME=FILE, got {' '.join(args.curves)}.")
     from ..evaluation.report.comparison import compare_runs, training_curves, write_comparison
     from ..evaluation.report.page import summary_table
     from ..evaluation.runs.tables import tabulate
 
-    chosen = {"baseline": args.baseline, "judge": args.judge, "benchmark": args.benchmark, "level": args.level}
-    comparisons = compare_runs(runs, **chosen)
+    options = {"baseline": args.baseline, "judge": args.judge, "benchmark": args.benchmark, "level": args.level}
+    comparisons = compare_runs(runs, **options)
     for folder in runs:
         say(f"{tabulate(folder, judge=args.judge, benchmark=args.benchmark, level=args.level)}\n")
     if comparisons:
@@ -57,9 +57,9 @@ def run(argv: Sequence[str]) -> int:
         page = write_comparison(
             runs,
             args.output,
-            **chosen,
+            **options,
             max_prompts=args.max_prompts or None,
-            curves=[curve for name, path in named for curve in training_curves(path, name)],
+            curves=[curve for name, path in curves for curve in training_curves(path, name)],
             votes_path=args.votes,
             title=args.title,
         )

@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     method, rest = method_named("train", argv, __doc__)
     launcher, ours = split_launcher(rest)
     if launcher and not {"-h", "--help", "--help_all", "--dry_run"} & set(ours):
-        check((DataArguments, method.load().config_class), ours)  # told here, and not by every process
+        check((DataArguments, method.load().config_class), ours)  # refused here, and not by every process
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
         logger.info("Starting through accelerate: %s", " ".join(launcher))
         sys.stdout.flush()
@@ -98,9 +98,9 @@ def num_processes(launcher: Sequence[str]) -> int:
         OSError: If it cannot be read.
     """
     words = [part for word in launcher for part in word.split("=", 1)]
-    given = dict(zip(words, words[1:], strict=False))
-    if "--num_processes" in given:
-        return int(given["--num_processes"])
-    if "--config_file" in given:
-        return int(read_yaml(given["--config_file"]).get("num_processes", 1))
+    options = dict(zip(words, words[1:], strict=False))
+    if "--num_processes" in options:
+        return int(options["--num_processes"])
+    if "--config_file" in options:
+        return int(read_yaml(options["--config_file"]).get("num_processes", 1))
     return 1

@@ -58,8 +58,8 @@ def run(argv: Sequence[str]) -> int:
         say(text_table(votes_table(vote_results(args.votes, runs))))
         if args.export is not None:
             table = votes_dataset(args.votes)
-            written = table.to_parquet if Path(args.export).suffix == ".parquet" else table.to_csv
-            written(args.export)
+            write = table.to_parquet if Path(args.export).suffix == ".parquet" else table.to_csv
+            write(args.export)
             say(f"\n{len(table)} answers in {args.export}")
         return 0
     from ..evaluation.votes.server import serve_votes

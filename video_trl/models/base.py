@@ -1,4 +1,4 @@
-"""What a model family must answer for itself, and nothing more."""
+"""The protocol of a model family: prediction, encoding, LoRA targets and sizes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,8 +111,8 @@ def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterat
     ```
 
     Leave the context before the backward pass: activation checkpointing runs blocks a second time there, and would
-    replace the tokens by recomputed ones. Checkpointing must be non-reentrant (the default of diffusers), or the
-    tokens carry no gradient.
+    replace the tokens by those of the second pass. Checkpointing must be non-reentrant (the default of diffusers), or
+    the tokens carry no gradient.
 
     Args:
         family ([`ModelFamily`]):
@@ -134,7 +134,7 @@ def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterat
     tap = BlockTap()
 
     def store(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Overwrites: a hook fires again whenever a checkpointed block is recomputed, so appending would count twice.
+        # Overwrites: a hook fires again when a checkpointed block runs a second time; appending would count twice.
         tap.tokens = output[0] if isinstance(output, tuple) else output
 
     handle = blocks[index].register_forward_hook(store)

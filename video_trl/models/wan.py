@@ -274,9 +274,9 @@ class WanImageToVideoFamily(WanFamily):
             ValueError: If there are image embeddings and prompts are not padded to 512 tokens.
         """
         base = unwrap(transformer)
-        required, found = self.prompt_length(transformer), conditions["prompt_embeds"].shape[1]
-        if required not in (None, found):
-            raise ValueError(f"Prompts must be padded to {required} tokens beside image embeddings, got {found}.")
+        required, num_tokens = self.prompt_length(transformer), conditions["prompt_embeds"].shape[1]
+        if required not in (None, num_tokens):
+            raise ValueError(f"Prompts must be padded to {required} tokens beside image embeddings, got {num_tokens}.")
         first_frame_latents = conditions["first_frame_latents"].to(noisy_latents.dtype)
         batch_size, channels, frames, height, width = noisy_latents.shape
         mask = noisy_latents.new_zeros(batch_size, base.config.in_channels - 2 * channels, frames, height, width)

@@ -1,4 +1,4 @@
-"""Arguments shared by every trainer of the package."""
+"""The arguments of every trainer."""
 
 import math
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class VideoConfig(TrainingArguments):
         default=1, metadata={"help": "Rows (videos, pairs, groups) per device in evaluation."}
     )
     logging_steps: float = field(
-        default=10, metadata={"help": "Log every this many steps; a fraction in [0, 1) is a share of all steps."}
+        default=10, metadata={"help": "Log every this many steps; a number in [0, 1) is a proportion of all steps."}
     )
     bf16: bool | None = field(
         default=None,
@@ -76,17 +76,17 @@ class VideoConfig(TrainingArguments):
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Recompute activations in the backward pass: a quarter more time for a tenth of the memory, same "
-            "numbers. Unset: on when a GPU is used, off on CPU.",
+            "help": "Checkpoint activations, and compute them again in the backward pass: a quarter more time for a "
+            "tenth of the memory, same numbers. Unset: on when a GPU is used, off on CPU.",
             **_FLAG,
         },
     )
     checkpointing_policy: str = field(
         default="full",
         metadata={
-            "help": "What activation checkpointing recomputes. 'full': whole blocks. 'offload': the same, with their "
-            "inputs in the host's memory meanwhile. 'attention': blocks without their self-attention, whose "
-            "output is kept."
+            "help": "What activation checkpointing computes a second time. 'full': whole blocks. 'offload': the same, "
+            "with their inputs in the host's memory meanwhile. 'attention': blocks without their "
+            "self-attention, whose output is stored."
         },
     )
     attention_backend: str | None = field(
@@ -165,7 +165,7 @@ class VideoConfig(TrainingArguments):
     timestep_sampling: TimestepSampling = field(
         default="uniform",
         metadata={
-            "help": "Law of the noise level. 'uniform' on [0, 1]; 'logit_normal': sigmoid of a normal draw; "
+            "help": "Distribution of the noise level. 'uniform' on [0, 1]; 'logit_normal': sigmoid of a normal draw; "
             "'shifted': uniform, then bent towards more noise as the sampler bends it."
         },
     )
@@ -197,8 +197,8 @@ class VideoConfig(TrainingArguments):
     resolution_max_crop: float = field(
         default=0.3,
         metadata={
-            "help": "Largest share of the picture that the nearest of `resolution_buckets` may cut off; a video that "
-            "would lose more is treated as a bad one (`on_bad_video`)."
+            "help": "Largest proportion of the picture that the nearest of `resolution_buckets` may cut off; a video "
+            "that would lose more is treated as a bad one (`on_bad_video`)."
         },
     )
     max_sequence_length: int | None = field(
@@ -287,7 +287,7 @@ class VideoConfig(TrainingArguments):
         if self.gradient_checkpointing and self.checkpointing_policy == "attention":
             raise ValueError(
                 "`checkpointing_policy='attention'` is not supported with the engine 'zero3': DeepSpeed fetches "
-                "weights inside of what is recomputed, and not by the same operations the second time. Use 'full' or "
+                "weights inside checkpointed blocks, and not by the same operations the second time. Use 'full' or "
                 "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
             )
 

@@ -1,4 +1,4 @@
-"""The base of all trainers: what `transformers.Trainer` cannot do for a video transformer. No loss in here."""
+"""Base class of all trainers: prepares model and data, runs steps, saves and resumes. It has no loss."""
 
 import logging
 import math
@@ -49,7 +49,7 @@ from .publishing.progress import ProgressReport
 from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
 from .publishing.sampling import Sampler, SamplingCallback
 from .publishing.uploader import Uploader
-from .repa.head import AUXILIARY, add_to_optimizer, attach_auxiliary, describe_auxiliary, give_own_learning_rate
+from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_own_learning_rate
 from .setup.adapt import adapt_for_trainer
 from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
@@ -159,15 +159,15 @@ class VideoTrainer(Trainer):
         )
         self.args, self.engine = args, engine
         check_generation(self.engine, args, evaluator, callbacks)
-        given = datasets_in(train_dataset, eval_dataset)
-        for dataset in given:
+        datasets = datasets_in(train_dataset, eval_dataset)
+        for dataset in datasets:
             self.check_dataset(dataset)
         self.uploader = Uploader(
             args, announce=lambda: self.callback_handler.on_push_begin(self.args, self.state, self.control)
         )
         if args.push_to_hub:
             self.uploader.open()
-        data = TrainingData(given[0])  # for the card, before the rows are encoded
+        data = TrainingData(datasets[0])  # for the card, before the rows are encoded
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
@@ -209,8 +209,8 @@ class VideoTrainer(Trainer):
             optimizers=optimizers,
         )
         check_set_up(self.engine, self.accelerator)
-        if self.auxiliary is not None and self.optimizer is not None:
-            add_to_optimizer(self.optimizer, self.auxiliary, self.auxiliary_learning_rate())
+        if self.trained_head is not None and self.optimizer is not None:
+            add_to_optimizer(self.optimizer, self.trained_head, self.head_learning_rate())
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
         self.passes = self.make_passes()
@@ -248,10 +248,10 @@ class VideoTrainer(Trainer):
             )
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
-        self.auxiliary = self.make_auxiliary(transformer)
-        if self.auxiliary is not None:
-            attach_auxiliary(transformer, self.auxiliary)
-            description[AUXILIARY] = describe_auxiliary(self.auxiliary)
+        self.trained_head = self.make_head(transformer)
+        if self.trained_head is not None:
+            attach_head(transformer, self.trained_head)
+            description[HEAD] = describe_head(self.trained_head)
         if args.world_size > 1:
             leave_at_exit()
         self.mesh = make_mesh(args)
@@ -292,7 +292,7 @@ class VideoTrainer(Trainer):
         self.checkpointer = Checkpointer(
             transformer,
             adapter_name=self.adapter_name,
-            auxiliary=self.auxiliary,
+            trained_head=self.trained_head,
             engine=self.engine,
             base_model=base_model,
             description=description,
@@ -346,14 +346,14 @@ class VideoTrainer(Trainer):
             max_sequence_length=self.max_sequence_length,
         )
 
-    def make_auxiliary(self, transformer: ModelMixin) -> nn.Module | None:
+    def make_head(self, transformer: ModelMixin) -> nn.Module | None:
         """
-        A module to train beside the transformer and to throw away afterwards, such as a projection head; none here.
+        Make a head: a module that is trained with the transformer and not needed afterwards. None here.
 
         A subclass calls it from within the transformer's forward (a forward hook on a block): only then does it take
-        part in distributed training. It becomes the submodule `auxiliary` of the transformer, in float32 and without
-        dropout. Checkpoints hold it, as `auxiliary.safetensors`; adapters, saved transformers and published files
-        do not. Gradient norms are clipped together.
+        part in distributed training. It becomes the submodule `trained_head` of the transformer, in float32, without
+        dropout. Checkpoints hold it as `head.safetensors`; adapters, saved transformers and published files do not.
+        The norm of its gradient and of the transformer's is clipped together.
 
         Args:
             transformer (`ModelMixin`): The policy, in the form in which it is trained. The global generators are
@@ -362,19 +362,19 @@ class VideoTrainer(Trainer):
         return None
 
     @classmethod
-    def has_auxiliary(cls) -> bool:
-        """Whether trainers of this class have an auxiliary module."""
-        return cls.make_auxiliary is not VideoTrainer.make_auxiliary
+    def has_head(cls) -> bool:
+        """Whether trainers of this class have a head."""
+        return cls.make_head is not VideoTrainer.make_head
 
-    def auxiliary_learning_rate(self) -> float | None:
-        """Initial learning rate of the auxiliary module, scheduled like the other; none: `args.learning_rate`."""
+    def head_learning_rate(self) -> float | None:
+        """Initial learning rate of the head, scheduled like the other; none: `args.learning_rate`."""
         return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        given = self.optimizer is not None
-        optimizer, rate = super().create_optimizer(model), self.auxiliary_learning_rate()
-        if not given and self.auxiliary is not None and rate is not None:
-            give_own_learning_rate(optimizer, self.auxiliary, rate)
+        has_optimizer = self.optimizer is not None
+        optimizer, rate = super().create_optimizer(model), self.head_learning_rate()
+        if not has_optimizer and self.trained_head is not None and rate is not None:
+            give_own_learning_rate(optimizer, self.trained_head, rate)
         return optimizer
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
@@ -423,8 +423,8 @@ class VideoTrainer(Trainer):
         largest = max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod)
         copied = isinstance(self.reference, ModuleReference)
         reference: ReferencePass = "none" if self.reference is None else "copy" if copied else "adapter"
-        sharing = self.args.processes_per_row // self.args.context_parallel_size
-        workload = Workload.of(self.model, largest, self.videos_in_step() // sharing, self.args, reference)
+        degree = self.args.processes_per_row // self.args.context_parallel_size
+        workload = Workload.of(self.model, largest, self.videos_in_step() // degree, self.args, reference)
         return replace(workload, prompt_tokens=self.max_sequence_length)
 
     def placement(self) -> Placement:
@@ -510,8 +510,7 @@ class VideoTrainer(Trainer):
             raise ValueError("Expected an `eval_dataset` to evaluate on, got none, here or when the trainer was made.")
         if self.engine != "ddp" and self.model_wrapped is self.model and self.optimizer is None:
             raise ValueError(
-                f"The engine '{self.engine}' evaluates in the course of a training or after it. To evaluate only, "
-                "launch without it."
+                f"The engine '{self.engine}' evaluates during a run or after it. To evaluate only, launch without it."
             )
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict | IndexedDataset):
             self.check_dataset(eval_dataset)

@@ -66,9 +66,9 @@ class LogVideosCallback(SamplingCallback):
     ) -> None:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"`prompts` must be a list with at least one prompt, got {prompts!r}.")
-        for name, given in (("seeds", seeds), ("images", images)):
-            if given is not None and len(given) != len(prompts):
-                raise ValueError(f"`{name}` must have one entry per prompt ({len(prompts)}), got {len(given)}.")
+        for name, values in (("seeds", seeds), ("images", images)):
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(f"`{name}` must have one entry per prompt ({len(prompts)}), got {len(values)}.")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` must be at least 1, got {every_steps}.")
         self.prompts = list(prompts)

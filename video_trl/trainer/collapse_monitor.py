@@ -63,7 +63,7 @@ def find_collapse(
     since: int = 0,
 ) -> Collapse | None:
     """
-    Look for the signature of a collapse at the end of a training log.
+    Look for the signature of a collapse at the end of the log of a run.
 
     The DPO loss has been below `1 - fall` of where it started, and over the last `window` entries, on average, the DPO
     gradient ratio is, and both gaps lie above their level at step `since`: by `min_rise` in units of reward, and in
@@ -179,7 +179,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         if isinstance(saved, list):
             raise ValueError(f"A trainer takes one `CollapseMonitor`, got {len(saved)}. Keep the one that acts.")
         self.events = list(saved["attributes"]["events"]) if state.global_step > 0 else []
-        self._restore(config)  # a training that was interrupted had no end
+        self._restore(config)  # an interrupted run has not restored it
         if self.action == "raise":
             self._coefficient = _coefficient(config)
         self._apply(config)

@@ -19,7 +19,7 @@ class VideoGroupDPOConfig(PreferenceConfig):
     [`~transformers.TrainingArguments`].
 
     The defaults are those of PhyGDPO (https://huggingface.co/papers/2512.24551): its Eq. 10 hyperparameters, one
-    sampled loser a step (Eq. 14), learning rate 1e-5 decaying to 1e-6 along a cosine, weight decay 0.01.
+    sampled rejected video a step (Eq. 14), learning rate 1e-5 decaying to 1e-6 along a cosine, weight decay 0.01.
     """
 
     logs_gaps = True
@@ -49,8 +49,9 @@ class VideoGroupDPOConfig(PreferenceConfig):
     loss_type: LossType = field(
         default="sampled",
         metadata={
-            "help": "'sampled': upper bound of the group loss, one loser drawn a step (PhyGDPO Eq. 14; 2 videos a "
-            "step). 'sum': the same bound over all m losers (1 + m videos). 'plackett_luce': the exact group loss.",
+            "help": "'sampled': upper bound of the group loss, one rejected video drawn a step (PhyGDPO Eq. "
+            "14; 2 videos a step). 'sum': the same bound over all m rejected videos (1 + m videos). "
+            "'plackett_luce': the exact group loss.",
         },
     )
     shared_noise: bool = field(
@@ -67,8 +68,8 @@ class VideoGroupDPOConfig(PreferenceConfig):
     physics_rewarding: bool | None = field(
         default=None,
         metadata={
-            "help": "Weigh each loser by its judge scores: the worse its physics, the larger the weight. Needs "
-            "`rejected_scores` in the dataset. Unset: on, except with 'plackett_luce', which has no weights.",
+            "help": "Weigh each rejected video by its judge scores: the worse its physics, the larger the weight. "
+            "Needs `rejected_scores` in the dataset. Unset: on, except with 'plackett_luce', which has no weights.",
             **_FLAG,
         },
     )
@@ -93,8 +94,8 @@ class VideoGroupDPOConfig(PreferenceConfig):
     gamma_mode: GammaMode = field(
         default="paper",
         metadata={
-            "help": "'paper': gamma = (1 + lam * sigmoid(...)) / alpha_min. 'official': divided by the loser's own "
-            "alpha instead, as the official code does.",
+            "help": "'paper': gamma = (1 + lam * sigmoid(...)) / alpha_min. 'official': divided by the "
+            "rejected video's own alpha instead, as the official code does.",
         },
     )
 

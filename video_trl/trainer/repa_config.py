@@ -84,8 +84,8 @@ class VideoREPAConfig(VideoConfig):
     coefficient_cutoff: float | None = field(
         default=None,
         metadata={
-            "help": "Step from which on the coefficient is 0; a number in (0, 1) is a share of all steps. Unset: the "
-            "end of training."
+            "help": "Step from which on the coefficient is 0; a number in (0, 1) is a proportion of all steps. Unset: "
+            "the end of training."
         },
     )
     margin: float | None = field(

@@ -169,12 +169,12 @@ class VideoREPATrainer(VideoTrainer):
         skip_bad = self.args.on_bad_video == "skip"
         video = first_readable_video(videos, self._pixels(), skip_bad=skip_bad)  # (T, H, W, 3)
         self.family.check_video(self.pipeline.vae, video.shape[:3])
-        seen = self._look(video[None])
+        output = self._look(video[None])
         channels = transformer.config.out_channels or transformer.config.in_channels
         frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
         height, width = (side // self.pipeline.vae_scale_factor_spatial for side in video.shape[1:3])
-        self._teacher_width = seen.tokens.shape[-1]
-        self._plan(transformer, (channels, frames, height, width), seen.grid, seen.frame_times.tolist())
+        self._teacher_width = output.tokens.shape[-1]
+        self._plan(transformer, (channels, frames, height, width), output.grid, output.frame_times.tolist())
 
     def _plan(
         self, transformer: nn.Module, latents_shape: Any, grid: Sequence[int], frame_times: Sequence[float]
@@ -205,7 +205,7 @@ class VideoREPATrainer(VideoTrainer):
                     "`spatial_pooling='area'`, or videos of one size."
                 )
 
-    def make_auxiliary(self, transformer: ModelMixin) -> nn.Module | None:
+    def make_head(self, transformer: ModelMixin) -> nn.Module | None:
         blocks = self.family.blocks(transformer)
         self._block = block_index(self.args.align_layer, len(blocks))
         width = hidden_width(transformer)
@@ -223,7 +223,7 @@ class VideoREPATrainer(VideoTrainer):
         )
         return self.head if any(True for _ in self.head.parameters()) else None
 
-    def auxiliary_learning_rate(self) -> float | None:
+    def head_learning_rate(self) -> float | None:
         return self.args.head_learning_rate
 
     def workload(self) -> Workload:
@@ -247,14 +247,14 @@ class VideoREPATrainer(VideoTrainer):
         timesteps = self.step.timesteps(draw.u)  # (B,)
         denoising = self.step.prepare(latents, draw.noise[:, 0], timesteps, self.step.conditions(inputs))
 
-        seen = self.teacher_tokens(inputs)
-        plan = self._plan(self.model, latents.shape, seen.grid, seen.frame_times.tolist())
+        output = self.teacher_tokens(inputs)
+        plan = self._plan(self.model, latents.shape, output.grid, output.frame_times.tolist())
         with tap_alignment(self.family, model, self._block, self.head, plan) as tap:
             error = self.passes.policy(model, denoising)  # (B,)
 
         assert tap.tokens is not None
         student, hidden = tap.tokens.projected, tap.tokens.hidden  # (B, F, N, D), (B, F, N, d)
-        teacher = plan.align_teacher(seen.tokens)  # (B, F, N, D)
+        teacher = plan.align_teacher(output.tokens)  # (B, F, N, D)
         relations = {"margin": self.margin, **self.args.relation_arguments()}
         parts: dict[str, Tensor] = {}
         if self.args.alignment_loss == "repa":

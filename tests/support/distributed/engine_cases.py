@@ -50,7 +50,7 @@ def head(directory: Path, arguments: dict[str, Any]) -> None:
     resumed = head_trainer(directory / "resumed", rows=8, max_steps=4, **settings, **arguments)
     resumed.train(resume_from_checkpoint=str(directory / "straight" / "checkpoint-2"))
     dist.barrier()
-    for name in ("auxiliary.safetensors", "pytorch_lora_weights.safetensors"):
+    for name in ("head.safetensors", "pytorch_lora_weights.safetensors"):
         left, right = (
             safetensors.torch.load_file(directory / run / "checkpoint-4" / name) for run in ("straight", "resumed")
         )

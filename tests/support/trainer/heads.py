@@ -1,4 +1,4 @@
-"""A trainer with an auxiliary module: the smallest one that trains a head on the hidden states of a block."""
+"""The smallest trainer with a head, which reads the hidden states of a block."""
 
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ class HeadTrainer(VideoSFTTrainer):
     """Supervised fine-tuning with a term that pulls the head's output, on the first block's tokens, to 1."""
 
     hidden = 5
-    head_learning_rate: float | None = None
+    rate_of_head: float | None = None
 
-    def make_auxiliary(self, transformer: nn.Module) -> nn.Module:
+    def make_head(self, transformer: nn.Module) -> nn.Module:
         head = Head(24, self.hidden)
 
         def keep(block: nn.Module, inputs: Any, tokens: torch.Tensor) -> None:
@@ -38,8 +38,8 @@ class HeadTrainer(VideoSFTTrainer):
         self.family.blocks(transformer)[0].register_forward_hook(keep)
         return head
 
-    def auxiliary_learning_rate(self) -> float | None:
-        return self.head_learning_rate
+    def head_learning_rate(self) -> float | None:
+        return self.rate_of_head
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)

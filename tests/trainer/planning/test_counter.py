@@ -15,7 +15,7 @@ from tests.support.tiny import (
     tiny_wan_i2v_pipeline,
     tiny_wan_pipeline,
 )
-from video_trl.trainer.planning.counter import LiveBytes, plan_step
+from video_trl.trainer.planning.counter import LiveBytes, count_step
 
 
 # name, family, trainer, rejected videos, changes of the configuration
@@ -81,7 +81,7 @@ def measured_peak(directory, family: str, name: str, num_rejected: int, changes:
 def test_the_plan_is_within_a_tenth_of_what_training_takes(tmp_path, family, name, num_rejected, changes):
     peak, transformer = measured_peak(tmp_path, family, name, num_rejected, changes)
     full = not changes.get("use_peft", True)
-    plan = plan_step(
+    plan = count_step(
         configuration(transformer),
         SHAPES[family],
         num_videos=1 + num_rejected,
@@ -100,17 +100,19 @@ def test_more_blocks_cost_what_a_block_costs(monkeypatch):
     """Depth is extrapolated; counting all blocks says the same."""
     config = configuration(tiny_wan_pipeline().transformer, num_layers=7)
     settings = {"num_videos": 2, "reference": "adapter", "lora_rank": 4, "bf16": False, "prompt_tokens": 16}
-    fast = plan_step(config, SHAPES["wan"], **settings)
+    fast = count_step(config, SHAPES["wan"], **settings)
     monkeypatch.setattr("video_trl.trainer.planning.counter._DEPTHS", (6, 7))
-    assert plan_step(config, SHAPES["wan"], **settings) == fast
+    assert count_step(config, SHAPES["wan"], **settings) == fast
 
 
 def test_a_group_one_by_one_costs_the_memory_of_one_video_and_three_forwards_more():
     config = configuration(tiny_wan_pipeline().transformer, attention_head_dim=48)  # wide next to the latents
     shared = {"lora_rank": 4, "bf16": False, "checkpointing": False}
-    one = plan_step(config, (4, 4, 32, 32), num_videos=1, **shared)
-    concat = plan_step(config, (4, 4, 32, 32), num_videos=4, reference="adapter", **shared)
-    sequential = plan_step(config, (4, 4, 32, 32), num_videos=4, reference="adapter", step_mode="sequential", **shared)
+    one = count_step(config, (4, 4, 32, 32), num_videos=1, **shared)
+    concat = count_step(config, (4, 4, 32, 32), num_videos=4, reference="adapter", **shared)
+    sequential = count_step(
+        config, (4, 4, 32, 32), num_videos=4, reference="adapter", step_mode="sequential", **shared
+    )
     assert sequential.activations <= 1.35 * one.activations  # on top come the latents of the other three
     assert sequential.peak <= 0.3 * concat.peak and sequential.flops <= 1.3 * concat.flops
 
@@ -119,7 +121,7 @@ def test_image_to_video_takes_its_conditions(tmp_path):
     for pipeline in (tiny_wan_i2v_pipeline(), tiny_cogvideox_i2v_pipeline()):
         config = configuration(pipeline.transformer)
         shape = tiny_latents_shape("wan-i2v" if "image_dim" in config else "cogvideox-i2v")
-        assert plan_step(config, shape, num_videos=2, reference="adapter", lora_rank=4).activations > 0
+        assert count_step(config, shape, num_videos=2, reference="adapter", lora_rank=4).activations > 0
 
 
 @pytest.mark.parametrize(
@@ -135,4 +137,4 @@ def test_image_to_video_takes_its_conditions(tmp_path):
 def test_what_cannot_be_planned_is_refused(config, shape, changes, message):
     config = configuration(tiny_wan_pipeline().transformer) if config is None else config
     with pytest.raises(ValueError, match=message):
-        plan_step(config, shape, **({"num_videos": 1} | changes))
+        count_step(config, shape, **({"num_videos": 1} | changes))

@@ -12,7 +12,7 @@ from tests.support.trainer.runs import mixed_shapes
 from tests.trainer.planning.test_counter import SHAPES, configuration
 from video_trl.losses import trd_loss
 from video_trl.models import family_for
-from video_trl.trainer.planning.counter import LiveBytes, plan_step
+from video_trl.trainer.planning.counter import LiveBytes, count_step
 from video_trl.trainer.planning.estimate import (
     HEADROOM,
     Placement,
@@ -34,7 +34,7 @@ def workload(**changes) -> Workload:
 def test_one_gpu_is_the_count_itself():
     work = workload(reference="adapter")
     settings = {"num_videos": 2, "reference": "adapter", "lora_rank": 4, "step_mode": "sequential"}
-    plan = plan_step(work.config, work.latents_shape, checkpointing_policy="attention", **settings)
+    plan = count_step(work.config, work.latents_shape, checkpointing_policy="attention", **settings)
     found = estimate(work, Placement(step_mode="sequential", checkpointing_policy="attention"))
     assert found.peak == plan.peak and found.flops == plan.flops and found.sent == {}
     assert found.parts["adapter"] == 4 * plan.trained and found.parts["block inputs"] > 0
@@ -150,7 +150,11 @@ def test_cogvideox_is_estimated_too():
     config = configuration(tiny_cogvideox_pipeline().transformer)
     found = estimate(Workload(config, SHAPES["cogvideox"], 2, "adapter", lora_rank=4), Placement(2, "fsdp2"))
     text = describe_estimate(found)
-    assert "2 x fsdp2, step_mode=concat, recomputed: full" in text and "sent, weights:" in text and "peak:" in text
+    assert (
+        "2 x fsdp2, step_mode=concat, activation checkpointing: full" in text
+        and "sent, weights:" in text
+        and "peak:" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_cogvideox_is_estimated_too():
 def test_impossible_placements_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Placement(**changes)
-    with pytest.raises(ValueError, match="`card` must be a positive number of bytes, got 0"):
+    with pytest.raises(ValueError, match="`gpu_memory` must be a positive number of bytes, got 0"):
         recommend(workload(), 0)
 
 
@@ -181,7 +185,7 @@ def test_running_out_of_memory_comes_with_advice_and_goes_on(tmp_path, caplog):
     with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
         made.train()
     (told,) = [record.message for record in caplog.records if "Memory ran out" in record.message]
-    assert "one GPU, step_mode=concat, recomputed: nothing" in told
+    assert "one GPU, step_mode=concat, activation checkpointing: none" in told
     assert "step_mode=sequential" in told.partition("This should fit:")[2]
 
 

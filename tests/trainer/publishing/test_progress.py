@@ -11,7 +11,7 @@ from tests.support.trainer.runs import config, trainer
 from video_trl.trainer.publishing import progress
 
 
-NAMES = ("samples_per_second", "share_outside_steps", "peak_memory_gib", "minutes_left")
+NAMES = ("samples_per_second", "proportion_outside_steps", "peak_memory_gib", "minutes_left")
 
 
 class Seen(TrainerCallback):
@@ -54,7 +54,7 @@ def test_time_of_steps_is_told_from_time_around_them(tmp_path, monkeypatch, caps
     first, second, _ = clock.logs
     for logs, left in ((first, 4.0), (second, 0.0)):  # two rows in 30 s, a minute and a half of other things
         assert logs["samples_per_second"] == pytest.approx(2 / 30)
-        assert logs["share_outside_steps"] == pytest.approx(0.75)
+        assert logs["proportion_outside_steps"] == pytest.approx(0.75)
         assert logs["minutes_left"] == pytest.approx(left)
         assert 0.1 < logs["peak_memory_gib"] < 64
     assert "4 steps in 8.0 minutes, 0.0667 rows a second" in capsys.readouterr().err

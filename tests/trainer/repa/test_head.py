@@ -25,7 +25,7 @@ class WideHeadTrainer(HeadTrainer):
 
 
 def head_weights(made: HeadTrainer) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in made.auxiliary.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in made.trained_head.named_parameters()}
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_peft": False}, {"activation_checkpointing": True}])
@@ -35,12 +35,12 @@ def test_gradients_reach_the_head_and_through_it_the_transformer(tmp_path, chang
     before = head_weights(made)
     made.train()
     gradients = recorder.steps[0]
-    assert {f"auxiliary.{name}" for name in before} <= gradients.keys()
+    assert {f"trained_head.{name}" for name in before} <= gradients.keys()
     for name, weight in head_weights(made).items():
-        assert gradients[f"auxiliary.{name}"].abs().sum() > 0
+        assert gradients[f"trained_head.{name}"].abs().sum() > 0
         assert not torch.equal(weight, before[name]), name
-    assert all(weight.dtype == torch.float32 for weight in made.auxiliary.parameters())
-    assert made.model.auxiliary is made.auxiliary and made.auxiliary.layers[1].p == 0.0
+    assert all(weight.dtype == torch.float32 for weight in made.trained_head.parameters())
+    assert made.model.trained_head is made.trained_head and made.trained_head.layers[1].p == 0.0
 
     plain = VideoSFTTrainer(tiny_wan_pipeline(), copy.copy(made.args), made.train_dataset.rows)
     recorder = RecordGradients()
@@ -56,14 +56,12 @@ def test_saved_files_are_those_of_a_run_without_a_head(tmp_path, use_peft):
     made.train()
     made.save_model(str(tmp_path / "saved"))
     made.pipeline.save_pretrained(tmp_path / "pipeline")
-    files = [path for path in tmp_path.rglob("*.safetensors") if path.name != "auxiliary.safetensors"]
+    files = [path for path in tmp_path.rglob("*.safetensors") if path.name != "head.safetensors"]
     assert len(files) >= 3
     for path in files:
-        assert not [name for name in safetensors.torch.load_file(path) if "auxiliary" in name], path
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("auxiliary*")] == [
-        "checkpoint-2/auxiliary.safetensors"
-    ]
-    assert not [name for name in made.model.state_dict() if "auxiliary" in name]
+        assert not [name for name in safetensors.torch.load_file(path) if "trained_head" in name], path
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*head*")] == ["checkpoint-2/head.safetensors"]
+    assert not [name for name in made.model.state_dict() if "trained_head" in name]
     fresh = tiny_wan_pipeline(seed=1)
     if use_peft:
         fresh.load_lora_weights(str(tmp_path / "saved"))
@@ -86,14 +84,14 @@ def test_resuming_is_bit_exact(tmp_path, changes):
 def test_another_head_or_none_is_refused(tmp_path):
     checkpoint = str(tmp_path / "checkpoint-2")
     head_trainer(tmp_path, callbacks=[StopAfter(2)], **SAVING).train()
-    with pytest.raises(ValueError, match=r"their auxiliary differs .*out_features=5.* / .*out_features=7"):
+    with pytest.raises(ValueError, match=r"their trained_head differs .*out_features=5.* / .*out_features=7"):
         head_trainer(tmp_path / "wide", kind=WideHeadTrainer).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="their auxiliary differs .* / None"):
+    with pytest.raises(ValueError, match="their trained_head differs .* / None"):
         made = head_trainer(tmp_path / "none")
         plain = VideoSFTTrainer(tiny_wan_pipeline(), made.args, made.train_dataset.rows)
         plain.train(resume_from_checkpoint=checkpoint)
-    (tmp_path / "checkpoint-2" / "auxiliary.safetensors").unlink()
-    with pytest.raises(ValueError, match="Expected auxiliary.safetensors in .*, for the Head .*, got"):
+    (tmp_path / "checkpoint-2" / "head.safetensors").unlink()
+    with pytest.raises(ValueError, match="Expected head.safetensors in .*, for the Head .*, got"):
         head_trainer(tmp_path / "lost").train(resume_from_checkpoint=checkpoint)
 
 
@@ -101,7 +99,7 @@ def test_the_best_checkpoint_brings_its_head(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
     made = head_trainer(tmp_path, eval_dataset=head_trainer(tmp_path).train_dataset.rows, **SAVING, **best)
     made.train()
-    stored = safetensors.torch.load_file(f"{made.state.best_model_checkpoint}/auxiliary.safetensors")
+    stored = safetensors.torch.load_file(f"{made.state.best_model_checkpoint}/head.safetensors")
     assert made.state.best_model_checkpoint.endswith("checkpoint-2")
     assert_equal_weights(head_weights(made), stored)
 
@@ -117,13 +115,13 @@ def test_the_head_has_its_own_learning_rate_on_the_same_schedule(tmp_path, sched
         (sorted(named[id(w)] for w in group["params"]), group["initial_lr"], group["lr"], group["weight_decay"])
         for group in made.optimizer.param_groups
     ]
-    heads = [group for group in groups if any("auxiliary" in name for name in group[0])]
+    heads = [group for group in groups if any("trained_head" in name for name in group[0])]
     assert [(names, initial, decay) for names, initial, _, decay in heads] == [
-        (["auxiliary.layers.0.weight", "auxiliary.layers.2.weight"], 0.5, 0.1),
-        (["auxiliary.layers.0.bias"], 0.5, 0.0),
+        (["trained_head.layers.0.weight", "trained_head.layers.2.weight"], 0.5, 0.1),
+        (["trained_head.layers.0.bias"], 0.5, 0.0),
     ]
     others = [group for group in groups if group not in heads]
-    assert all("auxiliary" not in name for group in others for name in group[0])
+    assert all("trained_head" not in name for group in others for name in group[0])
     assert {group[1] for group in others} == {1e-2}
     assert all(group[2] / group[1] == pytest.approx(others[0][2] / others[0][1]) for group in groups)
     trained = [name for group in groups for name in group[0]]
@@ -154,7 +152,7 @@ def test_an_optimizer_of_the_user_trains_the_head_too(tmp_path):
         after = trained_weights(made)
         assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, rate]
         moved = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
-        assert moved == {"blocks", "auxiliary"}
+        assert moved == {"blocks", "trained_head"}
 
     pipeline, optimizer = given()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -165,6 +163,7 @@ def test_an_optimizer_of_the_user_trains_the_head_too(tmp_path):
 def test_the_next_trainer_of_a_transformer_starts_with_its_own_head(tmp_path):
     first = head_trainer(tmp_path)
     second = head_trainer(tmp_path, model=first.pipeline)
-    assert second.model is first.model and second.model.auxiliary is second.auxiliary is not first.auxiliary
+    assert second.model is first.model and second.model.trained_head is second.trained_head is not first.trained_head
     third = VideoSFTTrainer(first.pipeline, second.args, second.train_dataset.rows)
-    assert third.auxiliary is None and not [name for name, _ in third.model.named_parameters() if "auxiliary" in name]
+    assert third.trained_head is None
+    assert not [name for name, _ in third.model.named_parameters() if "trained_head" in name]

@@ -54,7 +54,7 @@ def mend_ring_attention() -> None:
         attention_dispatch.TemplatedRingAttention = RingAttention
 
 
-class _Kept:
+class _State:
     """What a kernel keeps from forward to backward, in place of autograd's context."""
 
     saved_tensors: tuple[Tensor, ...] = ()
@@ -69,38 +69,38 @@ class RingAttention(TemplatedRingAttention):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         """As diffusers'; all tensors that the backward pass needs are saved in autograd's way."""
-        kept: Any = _Kept()
-        result = TemplatedRingAttention.forward(kept, *inputs)
-        ctx.save_for_backward(*kept.saved_tensors, kept.ring_out, kept.ring_lse)
-        del kept.saved_tensors, kept.ring_out, kept.ring_lse
-        ctx.kept, ctx.num_inputs = kept, len(inputs)
+        state: Any = _State()
+        result = TemplatedRingAttention.forward(state, *inputs)
+        ctx.save_for_backward(*state.saved_tensors, state.ring_out, state.ring_lse)
+        del state.saved_tensors, state.ring_out, state.ring_lse
+        ctx.state, ctx.num_inputs = state, len(inputs)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         """Gradients `(B, N / size, H, D)` of queries, keys and values; none of the other inputs."""
         *tensors, out, lse = ctx.saved_tensors  # once: with activation checkpointing a second time is an error
-        kept = copy(ctx.kept)
-        kept.saved_tensors = tuple(tensors)
+        state = copy(ctx.state)
+        state.saved_tensors = tuple(tensors)
         query, own_key, own_value, *_ = tensors
-        config = kept._parallel_config.context_parallel_config
+        config = state._parallel_config.context_parallel_config
         rank, size, group = config._ring_local_rank, config.ring_degree, config._ring_mesh.get_group()
         parts = torch.cat([own_key.flatten(), own_value.flatten()])
         parts = collectives.wait_tensor(collectives.all_gather_tensor(parts, 0, group)).chunk(size)
 
         dtype = torch.float32 if config.convert_to_fp32 else gradient.dtype
-        grad_query = torch.zeros(kept.q_shape, dtype=dtype, device=gradient.device)
+        grad_query = torch.zeros(state.q_shape, dtype=dtype, device=gradient.device)
         grad_part = torch.zeros(parts[0].shape, dtype=dtype, device=gradient.device)
         to_previous = [(process - 1) % size for process in range(size)]
         for step in range(size):
             key, value = (half.view_as(own_key) for half in parts[(rank + step) % size].chunk(2))
-            of_query, of_key, of_value, *_ = kept.backward_op(
-                kept, gradient, query=query, key=key, value=value, out=out, lse=lse
+            of_query, of_key, of_value, *_ = state.backward_op(
+                state, gradient, query=query, key=key, value=value, out=out, lse=lse
             )
             grad_query += of_query
             # The process before this one comes to the same part next, and the last one before is its owner.
             grad_part = collectives.wait_tensor(grad_part) + torch.cat([of_key.flatten(), of_value.flatten()])
             grad_part = collectives.permute_tensor(grad_part, to_previous, group)
-        grad_key, grad_value = (half.view(kept.kv_shape) for half in collectives.wait_tensor(grad_part).chunk(2))
+        grad_key, grad_value = (half.view(state.kv_shape) for half in collectives.wait_tensor(grad_part).chunk(2))
         gradients = [grad.to(gradient.dtype) for grad in (grad_query, grad_key, grad_value)]
         return *gradients, *[None] * (ctx.num_inputs - len(gradients))

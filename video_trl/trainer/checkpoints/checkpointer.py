@@ -20,9 +20,9 @@ from .weights import (
     checkpoint_directory,
     find_checkpoint,
     gather,
-    load_auxiliary,
+    load_head,
     load_weights,
-    save_auxiliary,
+    save_head,
     save_weights,
     trained_weights,
     write_description,
@@ -37,7 +37,7 @@ class Checkpointer:
     Args:
         transformer (`ModelMixin`): The policy. Its weights may be sharded later, in place.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
-        auxiliary (`torch.nn.Module`, *optional*): What is trained beside the transformer.
+        trained_head (`torch.nn.Module`, *optional*): What is trained beside the transformer.
         engine (`str`): What shards weights and optimizer states, if anything does.
         base_model (`str`): Where the base weights are from.
         description (`dict`): What a checkpoint must agree on with a trainer that resumes it; see `describe_run`.
@@ -49,13 +49,13 @@ class Checkpointer:
         transformer: ModelMixin,
         *,
         adapter_name: str | None,
-        auxiliary: nn.Module | None,
+        trained_head: nn.Module | None,
         engine: Engine,
         base_model: str,
         description: dict[str, Any],
         should_save: bool,
     ) -> None:
-        self.transformer, self.adapter_name, self.auxiliary = transformer, adapter_name, auxiliary
+        self.transformer, self.adapter_name, self.trained_head = transformer, adapter_name, trained_head
         self.engine, self.base_model, self.description = engine, base_model, description
         self.should_save = should_save
 
@@ -74,10 +74,10 @@ class Checkpointer:
         return checkpoint
 
     def load(self, directory: Path) -> None:
-        """Read the trained weights, those of the auxiliary module included."""
+        """Read the trained weights, those of the head included."""
         load_weights(self.transformer, directory, self.adapter_name)
-        if self.auxiliary is not None:
-            load_auxiliary(self.auxiliary, directory)
+        if self.trained_head is not None:
+            load_head(self.trained_head, directory)
 
     def load_sharded(self, directory: Path, engine: Any, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """
@@ -98,8 +98,8 @@ class Checkpointer:
             scheduler.load_state_dict(states[1])
         else:  # weights and optimizer in one; frozen weights are not in the file
             deepspeed_load_checkpoint(engine, str(directory), load_module_strict=False)
-            if self.auxiliary is not None:  # which is not in the file of the weights either
-                load_auxiliary(self.auxiliary, directory)
+            if self.trained_head is not None:  # which is not in the file of the weights either
+                load_head(self.trained_head, directory)
 
     # ---- Saving ----
 
@@ -143,9 +143,9 @@ class Checkpointer:
         """
         with checkpoint_directory(final, accelerator, should_save=self.should_save) as partial:
             yield str(partial)
-            if self.auxiliary is not None:
-                weights = gather(self.auxiliary.state_dict(keep_vars=True), keep=self.should_save)
+            if self.trained_head is not None:
+                weights = gather(self.trained_head.state_dict(keep_vars=True), keep=self.should_save)
                 if self.should_save:
-                    save_auxiliary(weights, partial)
+                    save_head(weights, partial)
             if self.should_save:
                 write_trainer_state(state, exportable, partial, final)

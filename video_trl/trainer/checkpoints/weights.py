@@ -31,7 +31,7 @@ from ... import files
 from ...hub import load_lora_state
 from ...hub.lora import write_lora
 from ..parallel.engines import assign_weight, full_shape, full_weight
-from ..repa.head import AUXILIARY
+from ..repa.head import HEAD
 from ..setup.lora import adapter_configs
 from ..setup.quantization import plain
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION_NAME = "video_trl_run.json"
 TRANSFORMER_FOLDER = "transformer"
-AUXILIARY_NAME = f"{AUXILIARY}.safetensors"
+HEAD_NAME = "head.safetensors"
 # Every process must know the name, so it is no random one; the underscore keeps it from being taken for a checkpoint.
 _PARTIAL_PREFIX = "_partial-"
 _ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
@@ -99,14 +99,14 @@ def find_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: Pa
     if not isinstance(resume, bool):
         return None if resume is None else os.fspath(resume)
     files.remove_leftovers(output_dir)  # a checkpoint whose replacement was stopped has its name again
-    found = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
-    if resume and found is None:
+    last = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
+    if resume and last is None:
         listing = sorted(os.listdir(output_dir))[:10] if output_dir.is_dir() else "no such folder"
         raise ValueError(
             f"Expected a `checkpoint-<step>` folder in {output_dir} to resume from, got {listing}. Leave "
             "`resume_from_checkpoint` out to start a run, or name the folder of the checkpoint."
         )
-    return found
+    return last
 
 
 def named_checkpoint(value: str | None) -> str | bool | None:
@@ -191,13 +191,13 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
     """
     path = directory / DESCRIPTION_NAME
     if not path.is_file():
-        found = sorted(os.listdir(directory))[:10] if directory.is_dir() else "no such folder"
+        content = sorted(os.listdir(directory))[:10] if directory.is_dir() else "no such folder"
         raise ValueError(
-            f"Expected a checkpoint with {DESCRIPTION_NAME} in {directory}, got {found}. Pass a `checkpoint-<step>` "
+            f"Expected a checkpoint with {DESCRIPTION_NAME} in {directory}, got {content}. Pass a `checkpoint-<step>` "
             "folder that a trainer of this package wrote, or `True` for the last one in `output_dir`."
         )
     theirs = json.loads(path.read_text())
-    for key in ("transformer", "config", "adapter", AUXILIARY):
+    for key in ("transformer", "config", "adapter", HEAD):
         if theirs.get(key) != ours.get(key):
             difference = _difference(theirs.get(key), ours.get(key))
             raise ValueError(
@@ -240,8 +240,9 @@ def gather(weights: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
         whole = full_weight(weight)
         if keep:
             whole = whole.detach().cpu().contiguous()
-            padded = whole.untyped_storage().nbytes() > whole.nbytes  # by what made the parts equal; files refuse it
-            gathered[name] = whole.clone() if padded else whole
+            # Parts are padded to equal size, and a file refuses a tensor that does not fill its memory.
+            has_padding = whole.untyped_storage().nbytes() > whole.nbytes
+            gathered[name] = whole.clone() if has_padding else whole
     return gathered
 
 
@@ -293,17 +294,17 @@ def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | N
     _assign(state, trained_weights(transformer, adapter_name), directory)
 
 
-def save_auxiliary(weights: dict[str, Tensor], directory: Path) -> None:
-    """Write what is trained beside the transformer, gathered, into a checkpoint, as `auxiliary.safetensors`."""
-    safetensors.torch.save_file(weights, directory / AUXILIARY_NAME)
+def save_head(weights: dict[str, Tensor], directory: Path) -> None:
+    """Write what is trained beside the transformer, gathered, into a checkpoint, as `head.safetensors`."""
+    safetensors.torch.save_file(weights, directory / HEAD_NAME)
 
 
-def load_auxiliary(module: nn.Module, directory: Path) -> None:
-    """Read what `save_auxiliary` wrote; a `ValueError` if it is not there, or weights do not fit."""
-    path = directory / AUXILIARY_NAME
+def load_head(module: nn.Module, directory: Path) -> None:
+    """Read what `save_head` wrote; a `ValueError` if it is not there, or weights do not fit."""
+    path = directory / HEAD_NAME
     if not path.is_file():
         raise ValueError(
-            f"Expected {AUXILIARY_NAME} in {directory}, for the {type(module).__name__} that is trained beside the "
+            f"Expected {HEAD_NAME} in {directory}, for the {type(module).__name__} that is trained beside the "
             f"transformer, got {sorted(os.listdir(directory))}. Pass a `checkpoint-<step>` folder, not a saved model."
         )
     _assign(safetensors.torch.load_file(path), module.state_dict(keep_vars=True), directory)

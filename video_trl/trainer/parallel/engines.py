@@ -1,5 +1,5 @@
 """
-Engines that run a training on several devices, and what a trainer must know about each of them.
+Choose and set up what distributes a run: DDP, FSDP2 or DeepSpeed; gather and assign weights that they shard.
 
 - `ddp`: every process has all weights (also a single process counts as this);
 - `fsdp2`: weights, gradients and optimizer states are sharded, by torch;
@@ -57,9 +57,9 @@ def requested_engine(args: TrainingArguments) -> Engine:
         return "ddp"
 
     def option(name: str) -> str:
-        given = (args.fsdp_plugin_args or {}).get(name)
+        value = (args.fsdp_plugin_args or {}).get(name)
         return str(
-            os.environ.get(f"FSDP_{name.removeprefix('fsdp_').upper()}", "") if given is None else given
+            os.environ.get(f"FSDP_{name.removeprefix('fsdp_').upper()}", "") if value is None else value
         ).lower()
 
     if option("fsdp_version") != "2":
@@ -82,10 +82,10 @@ def offloads_weights(accelerator: Accelerator) -> bool:
 
 def check_set_up(requested: Engine, accelerator: Accelerator) -> None:
     """Raise a `ValueError` if accelerate has set up another engine than the one that was asked for."""
-    found = engine_of(accelerator)
-    if found != requested:
+    actual = engine_of(accelerator)
+    if actual != requested:
         raise ValueError(
-            f"The engine '{requested}' was asked for, but accelerate has set up '{found}' for "
+            f"The engine '{requested}' was asked for, but accelerate has set up '{actual}' for "
             f"{accelerator.num_processes} process(es) on {accelerator.device.type}. Start one process per GPU, with "
             "`accelerate launch --config_file` or `torchrun`."
         )
@@ -137,12 +137,12 @@ def prepare_reference(transformer: ModelMixin, accelerator: Accelerator, engine:
         return transformer.to(accelerator.device)
     import deepspeed
 
-    given = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin_config = accelerator.state.deepspeed_plugin.deepspeed_config
     stage = 3 if engine == "zero3" else 0
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
-        **{name: given[name] for name in ("bf16", "fp16") if name in given},
+        **{name: plugin_config[name] for name in ("bf16", "fp16") if name in plugin_config},
     }
     wrapped, *_ = deepspeed.initialize(model=transformer, config=config)
     wrapped.eval()

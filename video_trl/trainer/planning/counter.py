@@ -31,7 +31,7 @@ _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepCost:
     """
     Cost of one micro-batch on one device. Memory in bytes.
 
@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
 
-def plan_step(
+def count_step(
     config: Mapping[str, Any],
     latents_shape: tuple[int, int, int, int],
     *,
@@ -125,7 +125,7 @@ def plan_step(
     bf16: bool = True,
     quantization: Quantization | None = None,
     prompt_tokens: int | None = None,
-) -> StepPlan:
+) -> StepCost:
     """
     Count the memory and FLOPs of a step of a transformer of any size, without its weights.
 
@@ -140,7 +140,7 @@ def plan_step(
         reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): The reference: none, the policy with its
             adapter off, or a second set of weights.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
-        checkpointing (`bool`, defaults to `True`): Whether activations are recomputed in the backward pass.
+        checkpointing (`bool`, defaults to `True`): Whether activations are checkpointed.
         checkpointing_policy (`str`, defaults to `"full"`): Which activations; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
         bf16 (`bool`, defaults to `True`): Compute in bfloat16, with frozen weights in bfloat16.
@@ -148,7 +148,7 @@ def plan_step(
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
 
     Returns:
-        [`StepPlan`]: For AdamW; for an optimizer without state, subtract `optimizer`.
+        [`StepCost`]: For AdamW; for an optimizer without state, subtract `optimizer`.
 
     Raises:
         ValueError: If the transformer is not supported, the latents do not suit it, a number is not positive, or
@@ -165,21 +165,21 @@ def plan_step(
     settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
     depth = int(config.get("num_layers", 0))
     if depth <= _DEPTHS[1]:
-        plan = _count(json.dumps({**config}), *settings)
+        cost = _count(json.dumps({**config}), *settings)
     else:
         low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in _DEPTHS)
         # Blocks are alike: what one more of them costs, so do the rest.
         more = (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
-        plan = StepPlan(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+        cost = StepCost(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
     if quantization is None:
-        return plan
+        return cost
     one_block, _ = _without_contents({**config, "num_layers": 1}, lora_rank, torch.bfloat16 if bf16 else torch.float32)
     layers = list(quantised_layers(one_block))
     saved = depth * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in layers)
     return replace(
-        plan,
-        weights=plan.weights - saved * (2 if reference == "copy" else 1),
-        activations=plan.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
+        cost,
+        weights=cost.weights - saved * (2 if reference == "copy" else 1),
+        activations=cost.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
     )
 
 
@@ -194,7 +194,7 @@ def _count(
     lora_rank: int | None,
     bf16: bool,
     prompt_tokens: int | None,
-) -> StepPlan:
+) -> StepCost:
     transformer, family = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
     family.check_latents(transformer, latents_shape)
     if policy is not None:
@@ -216,7 +216,7 @@ def _count(
             if sequential is not None:
                 sequential.backward()
     gradients = 4 * trained
-    return StepPlan(
+    return StepCost(
         weights=weights * (2 if reference == "copy" else 1),
         gradients=gradients,
         optimizer=_ADAM_BYTES * trained,

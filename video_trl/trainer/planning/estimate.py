@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...losses.alignment import trd_loss
 from ...models import ModelFamily
 from ..setup.quantization import Quantization, check_quantised_engine
-from .counter import LiveBytes, StepPlan, class_name, fake_weights, plan_step
+from .counter import LiveBytes, StepCost, class_name, count_step, fake_weights
 
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
@@ -34,7 +34,7 @@ _STEP_OPTIONS: list[tuple[Literal["concat", "sequential"], str | None]] = [
 @dataclass(frozen=True)
 class Workload:
     """
-    A step to estimate. The fields are those of [`~video_trl.trainer.planning.counter.plan_step`].
+    A step to estimate. The fields are those of [`~video_trl.trainer.planning.counter.count_step`].
 
     Attributes:
         config (`Mapping`): Content of the transformer's `config.json`.
@@ -104,7 +104,7 @@ class Placement:
         engine (`str`): `"ddp"`, DeepSpeed's `"zero1"`, `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
         context_parallel (`int`): GPUs that share the tokens of a video.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
-        checkpointing_policy (`str`, *optional*): Activations to recompute; none if `None`.
+        checkpointing_policy (`str`, *optional*): Which activations are checkpointed; none if `None`.
 
     Raises:
         ValueError: If a number is not positive, the GPUs are not divided by `context_parallel`, or there is no such
@@ -132,10 +132,10 @@ class Placement:
         return self.engine, self.context_parallel
 
     def __str__(self) -> str:
-        recomputed = self.checkpointing_policy or "nothing"
-        shared = f", {self.context_parallel} GPUs a video" if self.context_parallel > 1 else ""
+        checkpointing = self.checkpointing_policy or "none"
+        division = f", {self.context_parallel} GPUs a video" if self.context_parallel > 1 else ""
         of = f"{self.num_gpus} x {self.engine}" if self.num_gpus > 1 else "one GPU"
-        return f"{of}{shared}, step_mode={self.step_mode}, recomputed: {recomputed}"
+        return f"{of}{division}, step_mode={self.step_mode}, activation checkpointing: {checkpointing}"
 
 
 @dataclass(frozen=True)
@@ -172,21 +172,21 @@ class Estimate:
 
 def estimate(workload: Workload, placement: Placement) -> Estimate:
     """
-    Estimate memory by part, FLOPs and communication from a step that [`plan_step`] counts.
+    Estimate memory by part, FLOPs and communication from a step that [`count_step`] counts.
 
     Weights, gradients, moments and activations are divided as the engine divides them. Where weights are sharded, a
     rank holds its shard and two gathered blocks.
 
     Raises:
-        ValueError: As `plan_step`; or if quantised weights are to be sharded, which no trainer does.
+        ValueError: As `count_step`; or if quantised weights are to be sharded, which no trainer does.
     """
     check_quantised_engine(workload.quantization, placement.engine)
-    return _divided(workload, placement, _plan(workload, placement))
+    return _divided(workload, placement, _count(workload, placement))
 
 
-def _plan(workload: Workload, placement: Placement) -> StepPlan:
+def _count(workload: Workload, placement: Placement) -> StepCost:
     policy = placement.checkpointing_policy
-    return plan_step(
+    return count_step(
         workload.config,
         workload.latents_shape,
         num_videos=workload.num_videos,
@@ -201,44 +201,44 @@ def _plan(workload: Workload, placement: Placement) -> StepPlan:
     )
 
 
-def _divided(workload: Workload, placement: Placement, plan: StepPlan) -> Estimate:
-    flops = plan.flops // placement.context_parallel
-    sent = _communication(workload, placement, plan)
-    return Estimate(placement, _parts(workload, placement, plan), flops, sent, plan.trained, plan.tokens)
+def _divided(workload: Workload, placement: Placement, step: StepCost) -> Estimate:
+    flops = step.flops // placement.context_parallel
+    sent = _communication(workload, placement, step)
+    return Estimate(placement, _parts(workload, placement, step), flops, sent, step.trained, step.tokens)
 
 
-def _parts(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str, int]:
+def _parts(workload: Workload, placement: Placement, step: StepCost) -> dict[str, int]:
     number, engine = placement.num_gpus, placement.engine
     depth = int(workload.config["num_layers"])
-    adapter = 4 * plan.trained if workload.lora_rank is not None else 0
-    base = plan.weights - adapter
+    adapter = 4 * step.trained if workload.lora_rank is not None else 0
+    base = step.weights - adapter
     one_block = base // depth // (2 if workload.reference == "copy" else 1)
     sharded = engine in _SHARDS_WEIGHTS and number > 1
     on_host = engine == "zero3-offload"
     resident = 0 if on_host else base // number if sharded else base
-    inputs = min(_block_inputs(workload, placement, plan), plan.activations)
+    inputs = min(_block_inputs(workload, placement, step), step.activations)
     parts = {
         "weights": resident + (2 * one_block if on_host or sharded else 0),
         "adapter": adapter // number if sharded else adapter,
-        "gradients": plan.gradients if engine in ("ddp", "zero1") else plan.gradients // number,
-        "optimizer": 0 if on_host else plan.optimizer if engine == "ddp" else plan.optimizer // number,
-        "buckets": plan.gradients if number > 1 and not sharded else 0,
+        "gradients": step.gradients if engine in ("ddp", "zero1") else step.gradients // number,
+        "optimizer": 0 if on_host else step.optimizer if engine == "ddp" else step.optimizer // number,
+        "buckets": step.gradients if number > 1 and not sharded else 0,
         "block inputs": inputs // placement.context_parallel,
-        "other activations": (plan.activations - inputs) // placement.context_parallel,
+        "other activations": (step.activations - inputs) // placement.context_parallel,
     }
     if workload.alignment is not None:
         parts["relation loss"] = _relation_bytes(workload)
     return {name: count for name, count in parts.items() if count}
 
 
-def _block_inputs(workload: Workload, placement: Placement, plan: StepPlan) -> int:
+def _block_inputs(workload: Workload, placement: Placement, step: StepCost) -> int:
     """Bytes of the hidden states saved for the backward pass, of all videos whose graphs are alive at once."""
     config, policy = workload.config, placement.checkpointing_policy
     if policy is None or policy == "offload":
         return 0
     alive = 1 if placement.step_mode == "sequential" else workload.num_videos
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return alive * plan.tokens * width * int(config["num_layers"]) * (2 if workload.bf16 else 4)
+    return alive * step.tokens * width * int(config["num_layers"]) * (2 if workload.bf16 else 4)
 
 
 def _relation_bytes(workload: Workload) -> int:
@@ -253,10 +253,10 @@ def _relation_bytes(workload: Workload) -> int:
     return counter.peak
 
 
-def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> dict[str, int]:
-    number, videos, sharing = placement.num_gpus, workload.num_videos, placement.context_parallel
+def _communication(workload: Workload, placement: Placement, step: StepCost) -> dict[str, int]:
+    number, videos, degree = placement.num_gpus, workload.num_videos, placement.context_parallel
     others = (number - 1) / number
-    gradients = 4 * plan.trained
+    gradients = 4 * step.trained
     sent: dict[str, float] = {}
     one_by_one = placement.step_mode == "sequential"
     if number > 1:
@@ -265,15 +265,15 @@ def _communication(workload: Workload, placement: Placement, plan: StepPlan) -> 
     if placement.engine in _SHARDS_WEIGHTS and number > 1:
         of_reference = (videos if one_by_one else 1) if workload.reference != "none" else 0
         of_policy = 3 * videos - 1 if one_by_one else 2  # forward, forward again but for the last, backward
-        sent["weights"] = others * plan.weights * (of_reference + of_policy)
-    if sharing > 1:
+        sent["weights"] = others * step.weights * (of_reference + of_policy)
+    if degree > 1:
         config = workload.config
         width, depth = config["num_attention_heads"] * config["attention_head_dim"], int(config["num_layers"])
-        recomputed = 0 if placement.checkpointing_policy in (None, "attention") else 1
-        passes = videos * (2 + recomputed + (workload.reference != "none")) + (videos - 1 if one_by_one else 0)
+        repeated = 0 if placement.checkpointing_policy in (None, "attention") else 1
+        passes = videos * (2 + repeated + (workload.reference != "none")) + (videos - 1 if one_by_one else 0)
         # Queries, keys, values and the output change between tokens and heads: four exchanges of a block's states.
-        of_block = 4 * plan.tokens / sharing * width * (2 if workload.bf16 else 4)
-        sent["tokens and heads"] = passes * depth * of_block * (sharing - 1) / sharing
+        of_block = 4 * step.tokens / degree * width * (2 if workload.bf16 else 4)
+        sent["tokens and heads"] = passes * depth * of_block * (degree - 1) / degree
     return {name: int(count) for name, count in sent.items()}
 
 
@@ -300,65 +300,67 @@ def placements(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iter
     Configurations for a number of GPUs, roughly fastest first: options of the step, then sharded weights, then
     context parallelism over 2, 4 and 8 GPUs, which must divide the attention heads.
     """
-    for sharing in (1, 2, 4, 8):
-        if num_gpus % sharing or heads % sharing:
+    for degree in (1, 2, 4, 8):
+        if num_gpus % degree or heads % degree:
             continue
         for engine in engines:
-            if sharing > 1 and engine == "ddp" and len(engines) > 1:
+            if degree > 1 and engine == "ddp" and len(engines) > 1:
                 continue
             for mode, policy in _STEP_OPTIONS:
-                yield Placement(num_gpus, engine, sharing, mode, policy)
+                yield Placement(num_gpus, engine, degree, mode, policy)
 
 
 def recommend(
-    workload: Workload, card: int, num_gpus: int = 1, engines: Sequence[EngineName] = ("ddp", "fsdp2")
+    workload: Workload, gpu_memory: int, num_gpus: int = 1, engines: Sequence[EngineName] = ("ddp", "fsdp2")
 ) -> Estimate | None:
     """
     Find the first of `placements` whose peak fits the memory of a GPU.
 
     Args:
         workload ([`Workload`]): The step.
-        card (`int`): Bytes of memory of each GPU, of which a tenth is left free.
+        gpu_memory (`int`): Bytes of memory of each GPU, of which a tenth is left free.
         num_gpus (`int`, defaults to `1`): Number of GPUs.
         engines (`Sequence[str]`, defaults to `("ddp", "fsdp2")`): Engines to choose from; one GPU needs none.
 
     Returns:
         [`Estimate`] or `None`: `None` if none fits.
     """
-    if card < 1:
-        raise ValueError(f"`card` must be a positive number of bytes, got {card}.")
+    if gpu_memory < 1:
+        raise ValueError(f"`gpu_memory` must be a positive number of bytes, got {gpu_memory}.")
     # No engine shards quantised weights.
     engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
-    plans: dict[tuple[str, str | None], StepPlan] = {}
+    steps: dict[tuple[str, str | None], StepCost] = {}
     too_large: set[tuple[EngineName, int]] = set()
     compares = workload.reference != "none"  # other trainers have no step mode
     for placement in placements(num_gpus, engines, workload.config["num_attention_heads"]):
         if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
             continue
         key = (placement.step_mode, placement.checkpointing_policy)
-        if key not in plans:
-            plans[key] = _plan(workload, placement)
-        divided = _divided(workload, placement, plans[key])
-        if divided.peak <= HEADROOM * card:
+        if key not in steps:
+            steps[key] = _count(workload, placement)
+        divided = _divided(workload, placement, steps[key])
+        if divided.peak <= HEADROOM * gpu_memory:
             return divided
-        if divided.peak - divided.activations > HEADROOM * card:  # options of the step save activations only
+        if divided.peak - divided.activations > HEADROOM * gpu_memory:  # options of the step save activations only
             too_large.add(placement.cluster)
     return None
 
 
-def fitting_step_mode(workload: Workload, placement: Placement, card: int | None) -> Literal["concat", "sequential"]:
+def fitting_step_mode(
+    workload: Workload, placement: Placement, gpu_memory: int | None
+) -> Literal["concat", "sequential"]:
     """
     Choose `"concat"`, which is faster, if it fits the GPU or there is none; else `"sequential"`, which needs less.
 
     Args:
         workload ([`Workload`]): The step.
         placement ([`Placement`]): GPUs, engine and options; its step mode is not used.
-        card (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
+        gpu_memory (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
     """
-    if card is None:
+    if gpu_memory is None:
         return "concat"
     needed = estimate(workload, replace(placement, step_mode="concat")).peak
-    return "concat" if needed <= HEADROOM * card else "sequential"
+    return "concat" if needed <= HEADROOM * gpu_memory else "sequential"
 
 
 def accelerator_memory(device: torch.device) -> int | None:
@@ -379,18 +381,18 @@ def describe_estimate(cost: Estimate) -> str:
     return "\n".join(lines)
 
 
-def advise(workload: Workload, placement: Placement, card: int | None) -> str:
+def advise(workload: Workload, placement: Placement, gpu_memory: int | None) -> str:
     """
     Say what to change after a step has run out of memory.
 
     Args:
         workload ([`Workload`]): The step.
         placement ([`Placement`]): GPUs, engine and options.
-        card (`int`, *optional*): Bytes of memory of each GPU; `None` where that is not known.
+        gpu_memory (`int`, *optional*): Bytes of memory of each GPU; `None` where that is not known.
     """
     cost = estimate(workload, placement)
     # Less than the step was estimated to take: it has run out of that, whatever else is on the GPU.
-    room = min(card or cost.peak, cost.peak) - 1
+    room = min(gpu_memory or cost.peak, cost.peak) - 1
     return (
         f"Memory ran out. As estimated, a step takes\n{describe_estimate(cost)}\n"
         f"{describe_recommendation(workload, room, placement.num_gpus)}\n"
@@ -398,20 +400,20 @@ def advise(workload: Workload, placement: Placement, card: int | None) -> str:
     )
 
 
-def describe_recommendation(workload: Workload, card: int, num_gpus: int) -> str:
+def describe_recommendation(workload: Workload, gpu_memory: int, num_gpus: int) -> str:
     """
     Say what `recommend` finds. If nothing fits, try the frozen weights in 8 and then in 4 bits.
 
     Quantisation comes last because it changes the base model.
     """
-    fitting = recommend(workload, card, num_gpus)
+    fitting = recommend(workload, gpu_memory, num_gpus)
     if fitting is not None:
         return f"This should fit:\n{describe_estimate(fitting)}"
-    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {card / 2**30:.4g} GiB"
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {gpu_memory / 2**30:.4g} GiB"
     advice = f"No configuration fits {gpus}. Use more GPUs, fewer frames or a lower resolution."
     if workload.lora_rank is not None and workload.quantization is None:
         for kind in ("int8", "nf4"):
-            fitting = recommend(replace(workload, quantization=kind), card, num_gpus)
+            fitting = recommend(replace(workload, quantization=kind), gpu_memory, num_gpus)
             if fitting is not None:
                 return f"{advice} Or use `quantization='{kind}'`, with which this fits:\n{describe_estimate(fitting)}"
     return advice

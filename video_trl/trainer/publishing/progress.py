@@ -1,4 +1,4 @@
-"""How fast a training is, what memory it takes, when it will be done, and where it leaves what it made."""
+"""Report the speed, memory and remaining time of a run, and where its results are."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ from ...hub import LORA_FILE_NAME
 from ..base_config import VideoConfig
 
 
-# What a training may leave in its directory, and what it is.
+# What a run may leave in its directory.
 _WEIGHTS = {LORA_FILE_NAME: "adapter", "transformer": "all weights"}
 _CONTENTS = _WEIGHTS | {
     "README.md": "model card",
@@ -31,8 +31,8 @@ class ProgressReport(TrainerCallback):
     Adds speed, memory and remaining time to what the progress bar and the trackers show of each log.
 
     - `samples_per_second`: rows (videos, pairs, groups) of all processes in a second of training steps.
-    - `share_outside_steps`: share of the time since the last log, or the start, that was spent on anything but steps:
-      waiting for data, evaluation, sample videos, saving.
+    - `proportion_outside_steps`: proportion of the time since the last log, or the start, that was not spent on
+      steps but on waiting for data, evaluation, sample videos, saving.
     - `peak_memory_gib`: largest memory of tensors on any accelerator since training began; on a CPU, of any process.
     - `minutes_left`: to the last step, at the average pace so far, evaluations included.
 
@@ -80,7 +80,7 @@ class ProgressReport(TrainerCallback):
         now = time.perf_counter()
         done = state.global_step - self._first_step
         logs["samples_per_second"] = self._steps * _rows_of_a_step(args) / max(self._in_steps, 1e-9)
-        logs["share_outside_steps"] = max(0.0, 1 - self._in_steps / max(now - self._last_log, 1e-9))
+        logs["proportion_outside_steps"] = max(0.0, 1 - self._in_steps / max(now - self._last_log, 1e-9))
         logs["peak_memory_gib"] = self._peak_memory(args.device)
         logs["minutes_left"] = (state.max_steps - state.global_step) * (now - self._start) / done / 60
         self._last_log, self._in_steps, self._steps = now, 0.0, 0
@@ -110,7 +110,7 @@ class ProgressReport(TrainerCallback):
 
 def where_everything_is(directory: Path, state: TrainerState) -> str:
     """
-    One line on what lies in the directory of a training.
+    Describe in one line what is in the directory of a run.
 
     Args:
         directory (`Path`): `output_dir`.
@@ -119,18 +119,18 @@ def where_everything_is(directory: Path, state: TrainerState) -> str:
     Returns:
         `str`: Such as `"In out/sft: pytorch_lora_weights.safetensors (adapter), checkpoint-200 (last)."`.
     """
-    found = [f"{name} ({meaning})" for name, meaning in _CONTENTS.items() if (directory / name).exists()]
+    contents = [f"{name} ({meaning})" for name, meaning in _CONTENTS.items() if (directory / name).exists()]
     checkpoints = sorted(
         directory.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2])
     )
     best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
     if checkpoints:
-        found.append(f"{checkpoints[-1].name} (last checkpoint)")
+        contents.append(f"{checkpoints[-1].name} (last checkpoint)")
     if best is not None:
-        found.append(f"{best} (best checkpoint: {state.best_metric:.4g})")
+        contents.append(f"{best} (best checkpoint: {state.best_metric:.4g})")
     if not any((directory / name).exists() for name in _WEIGHTS):
-        found.append(f"{'' if not found else 'and '}the trained weights after trainer.save_model()")
-    return f"In {directory}: {', '.join(found)}."
+        contents.append(f"{'' if not contents else 'and '}the trained weights after trainer.save_model()")
+    return f"In {directory}: {', '.join(contents)}."
 
 
 def _is_waited_for(state: TrainerState) -> bool:

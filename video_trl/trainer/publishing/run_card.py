@@ -1,4 +1,4 @@
-"""Model card of a run: what was trained, on what, how, at what cost, and how well."""
+"""Write the model card of a run: model, dataset, method, settings, cost and results."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ _GENERAL_SETTINGS = (
     "bf16",
     "seed",
 )
-# Where a run was and what it told whom: of no interest to a reader, or of too much.
+# Paths, hosts and accounts: of no use to a reader, or private.
 _PRIVATE = re.compile(
     r"output_dir|.*_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|save_.*|eval_on_.*|"
     r"model_init_kwargs|resume_from_checkpoint|use_cpu|dataloader_.*|ddp_.*|local_rank|.*_token|remove_unused_columns"
@@ -202,11 +202,11 @@ class ModelCardCallback(TrainerCallback):
         return self._license
 
     def _resources(self, args: VideoConfig) -> dict[str, Any]:
-        found: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
+        resources: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
         energy = measured_energy(Path(args.output_dir))
         if energy is not None:
-            found["energy in kWh (CodeCarbon)"] = energy
-        return found
+            resources["energy in kWh (CodeCarbon)"] = energy
+        return resources
 
 
 def measured_energy(output_dir: Path) -> float | None:
@@ -225,29 +225,29 @@ def measured_energy(output_dir: Path) -> float | None:
 
 def loss_parameters(args: VideoConfig) -> dict[str, Any]:
     """The settings of the method itself: fields that its configuration adds to those of every trainer."""
-    shared = {field.name for field in dataclasses.fields(VideoConfig)}
+    general = {field.name for field in dataclasses.fields(VideoConfig)}
     return {
         field.name: _shown(args.__dict__[field.name])
         for field in dataclasses.fields(args)
-        if field.name not in shared and args.__dict__[field.name] is not None
+        if field.name not in general and args.__dict__[field.name] is not None
     }
 
 
 def hyperparameters(args: VideoConfig) -> dict[str, Any]:
     """Settings that matter in every run, and the others where they differ from their defaults."""
     own = loss_parameters(args)
-    found = {name: _shown(args.__dict__[name]) for name in _GENERAL_SETTINGS}
+    settings = {name: _shown(args.__dict__[name]) for name in _GENERAL_SETTINGS}
     for field in dataclasses.fields(args):
         value = _shown(args.__dict__.get(field.name))
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        known = field.name in found or field.name in own or _PRIVATE.fullmatch(field.name) is not None
+        known = field.name in settings or field.name in own or _PRIVATE.fullmatch(field.name) is not None
         # What is unset by default has been filled in by now, with a value for this machine.
         if not known and field.init and isinstance(value, str | int | float | list) and value != _shown(default):
             if default is not None or field.name in VideoConfig.__annotations__:
-                found[field.name] = value
-    return {name: value for name, value in found.items() if value is not None}
+                settings[field.name] = value
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def log_table(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -260,34 +260,34 @@ def log_table(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     training = [name for name in names if not name.startswith("eval_")]
     evaluated = [name for name in names if name.startswith("eval_")]
     columns = training[: _LOG_COLUMNS - min(len(evaluated), 3)] + evaluated[:3]
-    chosen = list(steps)
-    if len(chosen) > _LOG_ROWS:
-        chosen = [chosen[round(k * (len(chosen) - 1) / (_LOG_ROWS - 1))] for k in range(_LOG_ROWS)]
-    return [{"step": step} | {name: steps[step].get(name, "") for name in columns} for step in chosen]
+    rows = list(steps)
+    if len(rows) > _LOG_ROWS:
+        rows = [rows[round(k * (len(rows) - 1) / (_LOG_ROWS - 1))] for k in range(_LOG_ROWS)]
+    return [{"step": step} | {name: steps[step].get(name, "") for name in columns} for step in rows]
 
 
 def measurements(state: TrainerState) -> list[hub.Measurement]:
     """The metrics of the last evaluation, or of the best where one was chosen; `x_low` and `x_high` bound `x`."""
-    found = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    entries = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     if state.best_global_step:
-        found = [entry for entry in found if entry["step"] == state.best_global_step] or found
-    if not found:
+        entries = [entry for entry in entries if entry["step"] == state.best_global_step] or entries
+    if not entries:
         return []
     last: dict[str, float] = {}
-    for entry in found:
-        if entry["step"] == found[-1]["step"]:
+    for entry in entries:
+        if entry["step"] == entries[-1]["step"]:
             last |= {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-    kept = {name: value for name, value in last.items() if not _NOT_LOGGED.fullmatch(name) and name != "runtime"}
-    bounds = {f"{name}_{end}" for name in kept for end in ("low", "high")}
+    metrics = {name: value for name, value in last.items() if not _NOT_LOGGED.fullmatch(name) and name != "runtime"}
+    bounds = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
     return [
         hub.Measurement(
             name,
             value,
-            kept.get(f"{name}_low"),
-            kept.get(f"{name}_high"),
-            dataset=f"evaluation at step {found[-1]['step']}",
+            metrics.get(f"{name}_low"),
+            metrics.get(f"{name}_high"),
+            dataset=f"evaluation at step {entries[-1]['step']}",
         )
-        for name, value in kept.items()
+        for name, value in metrics.items()
         if name not in bounds and isinstance(value, int | float)
     ]
 
@@ -318,14 +318,14 @@ def _origin(dataset: MapDataset) -> tuple[str | None, str | None]:
     if isinstance(dataset, datasets.Dataset) and dataset.cache_files:
         # <cache>/<owner>___<name>/<configuration>/<version>/<commit>/<file>; a dataset does not say it otherwise
         pattern = r".*/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+"
-        found = re.fullmatch(pattern, Path(dataset.cache_files[0]["filename"]).as_posix())
-        if found is not None:
-            return f"{found[1]}/{found[2]}", found[3]
+        match = re.fullmatch(pattern, Path(dataset.cache_files[0]["filename"]).as_posix())
+        if match is not None:
+            return f"{match[1]}/{match[2]}", match[3]
     return None, None
 
 
 def _write_sample(video: Any, path: Path, fps: float) -> None:
-    """Files are kept as they are; frames get the clock of the training."""
+    """Copy a file as it is; write frames at the frame rate of the run."""
     if path.is_file():
         return
     content = video.get("bytes") if isinstance(video, dict) else None
@@ -350,11 +350,11 @@ def _labelled(cells: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
 
 def _sample_videos(prompts: Sequence[str], output_dir: Path, step: int) -> list[tuple[str, str]]:
     """Prompts and the videos that were last made of them."""
-    made = {int(path.name[5:]): path for path in output_dir.glob("samples/step_*") if path.name[5:].isdigit()}
-    last = max((number for number in made if number <= step), default=None)
+    folders = {int(path.name[5:]): path for path in output_dir.glob("samples/step_*") if path.name[5:].isdigit()}
+    last = max((number for number in folders if number <= step), default=None)
     if last is None:
         return []
-    paths = [made[last] / f"{number:02d}.mp4" for number in range(len(prompts))]
+    paths = [folders[last] / f"{number:02d}.mp4" for number in range(len(prompts))]
     return [(prompt, str(path.relative_to(output_dir))) for prompt, path in zip(prompts, paths, strict=True)]
 
 

@@ -219,17 +219,17 @@ class Uploader:
 
     def _report(self, *, finish: bool) -> None:
         """Say how the uploads that are done, or with `finish` all, have ended."""
-        left = []
+        remaining = []
         for future, message in self._uploads:
             if not finish and not future.done():
-                left.append((future, message))
+                remaining.append((future, message))
                 continue
             error = future.exception()
             if isinstance(error, HubUploadError):
                 logger.warning("'%s' was not uploaded; training is not affected. %s", message, error)
             elif error is not None:  # whatever it is, it is no reason to end a run
                 logger.warning("'%s' was not uploaded; training is not affected.", message, exc_info=error)
-        self._uploads = left
+        self._uploads = remaining
 
 
 def _link(source: str | Path, target: str | Path) -> None:

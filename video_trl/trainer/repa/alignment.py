@@ -160,9 +160,9 @@ def _interpolation(source: list[float], target: list[float]) -> Tensor:
         time = min(max(time, source[0]), source[-1])
         right = next(index for index, other in enumerate(source) if other >= time)
         left = max(right - 1, 0)
-        share = 1.0 if right == left else (time - source[left]) / (source[right] - source[left])
-        weights[row, left] += 1 - share
-        weights[row, right] += share
+        proportion = 1.0 if right == left else (time - source[left]) / (source[right] - source[left])
+        weights[row, left] += 1 - proportion
+        weights[row, right] += proportion
     return weights
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from ..setup.lora import disable_dropout
 
 
-AUXILIARY = "auxiliary"
+HEAD = "trained_head"
 """Name of the submodule of the transformer that holds it."""
 
 
-def attach_auxiliary(transformer: ModelMixin, module: nn.Module) -> None:
+def attach_head(transformer: ModelMixin, module: nn.Module) -> None:
     """
     Register a module on the transformer, trainable, in float32, without dropout, and kept out of its state dict.
 
@@ -24,19 +24,19 @@ def attach_auxiliary(transformer: ModelMixin, module: nn.Module) -> None:
         transformer (`ModelMixin`): The policy, in the form in which it is trained.
         module (`torch.nn.Module`): What to register.
     """
-    assert AUXILIARY not in transformer._modules, "an earlier trainer's is detached first"
+    assert HEAD not in transformer._modules, "an earlier trainer's is detached first"
     disable_dropout(module)
-    transformer.add_module(AUXILIARY, module.float().requires_grad_(True))
+    transformer.add_module(HEAD, module.float().requires_grad_(True))
     transformer.register_state_dict_post_hook(_leave_out)
     transformer.register_load_state_dict_post_hook(_do_not_miss)
 
 
-def detach_auxiliary(transformer: ModelMixin) -> None:
+def detach_head(transformer: ModelMixin) -> None:
     """Remove what an earlier trainer attached, if there is something. Its hooks stay, with nothing to do."""
-    transformer._modules.pop(AUXILIARY, None)
+    transformer._modules.pop(HEAD, None)
 
 
-def describe_auxiliary(module: nn.Module) -> dict[str, Any]:
+def describe_head(module: nn.Module) -> dict[str, Any]:
     """What a resumed run's module must agree on: the kind of every submodule, the shape of every weight, by name."""
     kinds = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in module.named_modules()}
     shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -60,10 +60,10 @@ def add_to_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, learni
 
 
 def _leave_out(transformer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}{AUXILIARY}.")]:
+    for name in [name for name in state if name.startswith(f"{prefix}{HEAD}.")]:
         del state[name]
 
 
 def _do_not_miss(transformer: nn.Module, incompatible: Any) -> None:
     missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if f".{AUXILIARY}." not in f".{name}"]
+    missing[:] = [name for name in missing if f".{HEAD}." not in f".{name}"]

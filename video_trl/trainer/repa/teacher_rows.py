@@ -79,14 +79,14 @@ class PixelRows:
 class SelectedRows:
     """Some rows of a dataset of any kind, in the order given."""
 
-    def __init__(self, rows: MapDataset, kept: Iterable[int]) -> None:
-        self.rows, self.kept = rows, list(kept)
+    def __init__(self, rows: MapDataset, indices: Iterable[int]) -> None:
+        self.rows, self.indices = rows, list(indices)
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.rows[self.kept[index]]
+        return self.rows[self.indices[index]]
 
 
 def first_readable_video(videos: MapDataset, pixels: Mapping[str, Any], *, skip_bad: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which activations of the blocks are kept for the backward pass, recomputed in it, or moved to the host's memory."""
+"""Activation checkpointing: which activations of blocks are stored, computed again, or offloaded to the host."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -35,12 +35,12 @@ def enable_recompute(
 
     Args:
         transformer (`ModelMixin`): A diffusers transformer that supports gradient checkpointing.
-        policy (`str`): What is recomputed, non-reentrantly:
+        policy (`str`): What is computed again, non-reentrantly:
 
             - `"full"`: the blocks, of which only the inputs are kept.
             - `"offload"`: the same, with those inputs in the host's memory, pinned where there is an accelerator.
             - `"attention"`: the blocks, but for their self-attention, the costly part of long videos, whose output is
-              kept. Holds for torch's own attention; that of other libraries is recomputed.
+              kept. Holds for torch's own attention; that of other libraries is computed again.
         host (`Callable`, *optional*): Makes the context in which what is saved goes to the host, for `"offload"`;
             `torch.autograd.graph.save_on_cpu` if not given.
 

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from ..repa.head import detach_auxiliary
+from ..repa.head import detach_head
 from .activation_checkpointing import enable_recompute
 
 
@@ -26,7 +26,7 @@ def adapt_for_trainer(transformer: ModelMixin, checkpointing_policy: str) -> Non
     # trainer itself may have left a module beside the transformer.
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         transformer.__dict__.pop(name, None)
-    detach_auxiliary(transformer)
+    detach_head(transformer)
     transformer._internal_dict = _TrackedConfig(transformer.config)
 
     def activation_checkpointing_enable(**kwargs: Any) -> None:  # the configuration has refused every argument

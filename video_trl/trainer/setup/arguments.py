@@ -47,7 +47,7 @@ def check_arguments(
         raise ValueError(f"{kind.__name__} has no reference; leave `ref_model` out.")
     if peft_config is not None and not args.use_peft:
         raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")
-    if optimizers[1] is not None and kind.has_auxiliary():
+    if optimizers[1] is not None and kind.has_head():
         raise ValueError(
             f"`optimizers` holds a scheduler, which has counted the groups of its optimizer; {kind.__name__} adds "
             "one, for the module that it trains beside the transformer. Pass `optimizers=(optimizer, None)` and name "
@@ -60,7 +60,7 @@ def check_arguments(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
             f"({args.describe_processes_per_row()}). Launch a multiple of that, or lower the sizes."
         )
-    if args.context_parallel_size > 1 and kind.has_auxiliary():
+    if args.context_parallel_size > 1 and kind.has_head():
         raise ValueError(
             f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: the module "
             "beside the transformer would see a part of the tokens only. Set it to 1."
@@ -77,8 +77,8 @@ def check_generation(
     engine: Engine, args: VideoConfig, evaluator: object | None, callbacks: Sequence[object] | None
 ) -> None:
     """Raise a `ValueError` if sample videos are asked for and no process could make them by itself."""
-    wanted = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, SamplingCallback))]
-    asking = [type(generator).__name__ for generator in wanted if generator is not None]
+    generators = [evaluator, *(callback for callback in callbacks or () if isinstance(callback, SamplingCallback))]
+    asking = [type(generator).__name__ for generator in generators if generator is not None]
     if asking and (engine in SHARDED or args.context_parallel_size > 1):
         how = f"the engine '{engine}'" if engine in SHARDED else "`context_parallel_size` > 1"
         raise ValueError(

@@ -52,16 +52,16 @@ def probe_attention_backend(name: str, head_dim: int, device: torch.device, dtyp
     Args:
         name (`str`): A back end that `check_attention_backend` has accepted.
         head_dim (`int`): Width of the transformer's attention heads.
-        device (`torch.device`), dtype (`torch.dtype`): Of the training.
+        device (`torch.device`), dtype (`torch.dtype`): Those of the run.
 
     Raises:
         ValueError: If it does not run on this device, has no backward pass, or gives other numbers.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 64, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3)]
-    found: list[Tensor] = []
+    tested: list[Tensor] = []
     expected: list[Tensor] = []
-    for backend, results in ((name, found), ("native", expected)):
+    for backend, results in ((name, tested), ("native", expected)):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         try:
             output = dispatch_attention_fn(*leaves, backend=AttentionBackendName(backend))
@@ -72,7 +72,7 @@ def probe_attention_backend(name: str, head_dim: int, device: torch.device, dtyp
                 f"{head_dim} channels: {error}. Use another one, or leave it unset for torch's own attention."
             ) from error
     difference = max(
-        float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(found, expected, strict=True)
+        float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(tested, expected, strict=True)
     )
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     if not difference <= tolerance:

@@ -23,7 +23,7 @@ class _ChosenRows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         row = self._rows[index]
-        return {_CHOSEN.get(name, name): value for name, value in row.items() if not _is_of_losers(name)}
+        return {_CHOSEN.get(name, name): value for name, value in row.items() if not _is_rejected(name)}
 
 
 def chosen_as_video(dataset: MapDataset) -> MapDataset:
@@ -34,10 +34,10 @@ def chosen_as_video(dataset: MapDataset) -> MapDataset:
     if columns & {"video", "latents"} or not columns & set(_CHOSEN):
         return dataset
     if isinstance(dataset, datasets.Dataset):
-        kept = dataset.remove_columns([name for name in columns if _is_of_losers(name)])
-        return kept.rename_columns({name: ours for name, ours in _CHOSEN.items() if name in columns})
+        remaining = dataset.remove_columns([name for name in columns if _is_rejected(name)])
+        return remaining.rename_columns({name: ours for name, ours in _CHOSEN.items() if name in columns})
     return _ChosenRows(dataset)
 
 
-def _is_of_losers(name: str) -> bool:
+def _is_rejected(name: str) -> bool:
     return name.startswith("rejected")

@@ -1,4 +1,4 @@
-"""Data loaders whose batches are of one shape and know their share of the step."""
+"""Data loaders: batches of videos of one size, with the weight of each batch in its optimizer step."""
 
 import logging
 from collections import Counter
@@ -71,7 +71,7 @@ class _Collate:
 
 def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, training: bool) -> DataLoader:
     """
-    A loader of this process's share of the batches, which puts them on its device.
+    Loader of this process's part of the batches, which puts them on its device.
 
     Args:
         rows (`IndexedDataset`): The rows.

@@ -148,9 +148,9 @@ def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _download_index(name: str, kwargs: dict[str, Any]) -> str:
-    shared = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    hub_options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
-        return hf_hub_download(name, INDEX_NAME, **shared)
+        return hf_hub_download(name, INDEX_NAME, **hub_options)
     except HFValidationError as error:
         raise ValueError(f"No folder {name!r}, and it is not a valid repository id ('owner/name') either.") from error
     except GatedRepoError as error:

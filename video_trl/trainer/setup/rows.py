@@ -46,13 +46,13 @@ def encoded_cache_dir(args: VideoConfig) -> str:
 
 def datasets_in(*datasets: Any) -> list[Any]:
     """The datasets in optional arguments, those in dicts included."""
-    found: list[Any] = []
+    flat: list[Any] = []
     for dataset in datasets:
         if isinstance(dataset, dict):
-            found.extend(dataset.values())
+            flat.extend(dataset.values())
         elif dataset is not None:
-            found.append(dataset)
-    return found
+            flat.append(dataset)
+    return flat
 
 
 def for_each(function: Callable[[Any], Any], datasets: Any) -> Any:

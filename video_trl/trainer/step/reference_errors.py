@@ -141,8 +141,8 @@ class CachedPasses:
             compute (`Callable`): Makes them, see [`compute_errors`].
             accelerator (`Accelerator`): Of the trainer.
         """
-        seen = torch.tensor(float(path.is_file()), device=self._device)
-        if accelerator.reduce(seen, "mean") == 1:
+        exists = torch.tensor(float(path.is_file()), device=self._device)
+        if accelerator.reduce(exists, "mean") == 1:
             logger.info("Errors of the reference are taken from %s.", path)
             errors = load_errors(path)
         else:
@@ -172,18 +172,18 @@ def compute_errors(
         size (`int`): Noises K per row.
         batch_size (`int`): Rows of a micro-batch.
         errors_of (`Callable`): Indices of rows and the number of a noise to errors `(len(indices) * V,)`.
-        rank (`int`), num_ranks (`int`): Which of the shares of the rows this process computes, with those with which
-            it shares rows. Every process must call this, and makes as many batches.
+        rank (`int`), num_ranks (`int`): Which part of the rows this process computes, of how many. Processes that
+            work on a row together have the same rank. Every process must call this, and makes as many batches.
     """
     batches = _full_batches(rows, batch_size)
     of_each = -(-len(batches) // num_ranks)
     mine = [batches[(rank + turn * num_ranks) % len(batches)] for turn in range(of_each)]
-    found: list[tuple[int, Tensor]] = []
+    row_errors: list[tuple[int, Tensor]] = []
     for indices in tqdm(mine, desc="Errors of the reference", disable=not PartialState().is_main_process):
         errors = [errors_of(indices, number).view(len(indices), -1) for number in range(size)]
         together = torch.stack(errors, dim=1).float().cpu()  # (B, K, V)
-        found.extend(zip(indices, together.unbind(), strict=True))
-    return [errors for _, errors in sorted(dict(gather_object(found)).items())]
+        row_errors.extend(zip(indices, together.unbind(), strict=True))
+    return [errors for _, errors in sorted(dict(gather_object(row_errors)).items())]
 
 
 def _full_batches(rows: IndexedDataset, batch_size: int) -> list[list[int]]:

@@ -5,17 +5,17 @@
 """
 Memory and arithmetic of a training step at real sizes, counted without weights: the table of docs/trainers/memory.md.
 
-    python examples/studies/step_plans.py                  # all of it, a quarter of an hour on one core
-    python examples/studies/step_plans.py --model wan-1.3b
-    python examples/studies/step_plans.py --table policies --model wan-14b
-    python examples/studies/step_plans.py --table quantised --model wan-14b
-    python examples/studies/step_plans.py --table clusters --model wan-14b
+    python examples/studies/step_costs.py                  # all of it, a quarter of an hour on one core
+    python examples/studies/step_costs.py --model wan-1.3b
+    python examples/studies/step_costs.py --table policies --model wan-14b
+    python examples/studies/step_costs.py --table quantised --model wan-14b
+    python examples/studies/step_costs.py --table clusters --model wan-14b
 """
 
 import argparse
 from typing import Any, get_args
 
-from video_trl.trainer.planning.counter import StepPlan, plan_step
+from video_trl.trainer.planning.counter import StepCost, count_step
 from video_trl.trainer.planning.estimate import Placement, Workload, estimate
 from video_trl.trainer.setup.quantization import Quantization
 
@@ -80,8 +80,8 @@ def latents(size: tuple[int, int, int]) -> tuple[int, int, int, int]:
 
 def steps(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
     for step, (num_videos, reference, step_mode) in STEPS.items():
-        plan = plan_step(config, latents(size), num_videos=num_videos, reference=reference, step_mode=step_mode)
-        say(row(name, size, step, plan))
+        cost = count_step(config, latents(size), num_videos=num_videos, reference=reference, step_mode=step_mode)
+        say(row(name, size, step, cost))
 
 
 def policies(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
@@ -89,30 +89,30 @@ def policies(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> N
     for policy in POLICIES:
         settings = {"checkpointing": policy is not None, "checkpointing_policy": policy or "full"}
         pair = {"num_videos": 2, "reference": "adapter", "step_mode": "sequential"}
-        say(row(name, size, policy or "nothing", plan_step(config, latents(size), **pair, **settings)))
+        say(row(name, size, policy or "nothing", count_step(config, latents(size), **pair, **settings)))
 
 
 def quantised(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
     """A pair, its videos one by one, on a frozen base in fewer and fewer bits."""
     for kind in (None, *get_args(Quantization)[::-1]):
         pair = {"num_videos": 2, "reference": "adapter", "step_mode": "sequential"}
-        say(row(name, size, kind or "bf16", plan_step(config, latents(size), **pair, quantization=kind)))
+        say(row(name, size, kind or "bf16", count_step(config, latents(size), **pair, quantization=kind)))
 
 
 def clusters(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
     """A pair on many GPUs, and what each of them sends in a step."""
     for number, engine, sharing in CLUSTERS:
         for mode in ("concat", "sequential"):
-            found = estimate(Workload(config, latents(size), 2, "adapter"), Placement(number, engine, sharing, mode))
+            cost = estimate(Workload(config, latents(size), 2, "adapter"), Placement(number, engine, sharing, mode))
             shown = f"{size[0]} x {size[1]} x {size[2]}"
-            cells = [name, shown, str(number), engine, str(sharing), mode, f"{found.peak / 2**30:.1f}"]
-            sent = [found.sent.get(part, 0) / 2**30 for part in ("weights", "gradients", "tokens and heads")]
+            cells = [name, shown, str(number), engine, str(sharing), mode, f"{cost.peak / 2**30:.1f}"]
+            sent = [cost.sent.get(part, 0) / 2**30 for part in ("weights", "gradients", "tokens and heads")]
             say(f"| {' | '.join([*cells, *(f'{part:.1f}' for part in sent)])} |")
 
 
 HEADERS = {
     "steps": "model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP",
-    "policies": "model | frames, size | tokens | recomputed | weights, GiB | activations, GiB | peak, GiB | PFLOP",
+    "policies": "model | frames, size | tokens | checkpointed | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "quantised": "model | frames, size | tokens | frozen base | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "clusters": "model | frames, size | GPUs | engine | a video | step mode | peak, GiB | weights sent, GiB | "
     "gradients sent, GiB | tokens and heads sent, GiB",
@@ -123,10 +123,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def row(name: str, size: tuple[int, int, int], step: str, plan: StepPlan) -> str:
-    gib = [f"{number / 2**30:.1f}" for number in (plan.weights, plan.activations, plan.peak)]
+def row(name: str, size: tuple[int, int, int], step: str, cost: StepCost) -> str:
+    gib = [f"{number / 2**30:.1f}" for number in (cost.weights, cost.activations, cost.peak)]
     frames, height, width = size
-    cells = [name, f"{frames} x {height} x {width}", f"{plan.tokens:,}", step, *gib, f"{plan.flops / 1e15:.2f}"]
+    cells = [name, f"{frames} x {height} x {width}", f"{cost.tokens:,}", step, *gib, f"{cost.flops / 1e15:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
