@@ -1,5 +1,5 @@
 """
-Names to objects: the pipelines, judges, teachers and default data behind what a user writes as a name.
+Load a pipeline, judge, teacher or dataset by its name.
 
 The only module that knows what the name "sandbox" stands for. Importing it is cheap: what a name needs is imported
 when that name is asked for. Nothing that it loads from may import it.

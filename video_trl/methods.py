@@ -1,4 +1,4 @@
-"""The registry of methods: their names and where their trainer classes are, those of other distributions included."""
+"""Registry of methods: names and trainer classes, of this package and of installed distributions."""
 
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points

@@ -1,4 +1,4 @@
-"""What `train`, `encode` and `estimate` have in common: a method, its data, and the trainer made of both."""
+"""Options and trainer of a method, for the commands `train`, `encode` and `estimate`."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Groups of options that several verbs have."""
+"""Groups of options that several commands have."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the verbs share: options from dataclasses, YAML files and the command line, with help that teaches."""
+"""Parse the options of a command from dataclasses, a YAML file and the command line, and print help."""
 
 import argparse
 import difflib

@@ -1,4 +1,4 @@
-"""Objectives: tensors in, values out. No model, no sampler, no batch reduction of preferences in here."""
+"""Loss functions on tensors: preference losses and alignment losses. No model, no sampling."""
 
 from .alignment import repa_loss, trd_loss
 from .preference import (

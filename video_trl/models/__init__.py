@@ -1,4 +1,4 @@
-"""Model families. Adding one takes a file here and a line in `_FAMILIES`."""
+"""Model families: Wan and CogVideoX. A new one is a file here and a line in `_FAMILIES`."""
 
 from collections.abc import Callable
 from typing import Any

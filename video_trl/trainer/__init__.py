@@ -1,5 +1,5 @@
 """
-What trainers are made of, and what watches them; the trainers themselves are offered by `video_trl`.
+Base classes, callbacks and parts of the trainers. The trainers themselves are imported from `video_trl`.
 
 Whoever adds a method starts from `VideoTrainer` and `VideoConfig`, or from `PreferenceTrainer` and `PreferenceConfig`
 where the loss compares videos.

@@ -1,4 +1,4 @@
-"""Arguments of the preference trainer."""
+"""Arguments of the pairwise preference trainer (Diffusion-DPO, Flow-DPO)."""
 
 from dataclasses import dataclass, field
 

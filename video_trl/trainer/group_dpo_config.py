@@ -1,4 +1,4 @@
-"""Arguments of the groupwise preference trainer."""
+"""Arguments of the groupwise preference trainer (PhyGDPO)."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Arguments shared by the trainers whose loss compares videos."""
+"""The arguments of every trainer whose loss compares videos."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args

@@ -1,4 +1,4 @@
-"""The base of the trainers whose loss compares videos with each other: how their passes are made. No loss in here."""
+"""Base class of the trainers whose loss compares videos: step modes, reference, cached errors. It has no loss."""
 
 import logging
 from dataclasses import replace

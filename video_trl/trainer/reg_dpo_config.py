@@ -1,4 +1,4 @@
-"""Arguments of the regularised preference trainer."""
+"""Arguments of the regularised preference trainer (Reg-DPO)."""
 
 import math
 from dataclasses import dataclass, field

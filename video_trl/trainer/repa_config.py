@@ -1,4 +1,4 @@
-"""Arguments of the representation alignment trainer."""
+"""Arguments of the representation alignment trainer (VideoREPA)."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a video transformer, the control that every preference method is compared with."""
+"""Supervised fine-tuning of a video transformer: the control for every preference method."""
 
 from typing import Any
 

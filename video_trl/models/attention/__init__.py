@@ -1,1 +1,1 @@
-"""Attention over tokens that processes share: Ulysses, ring, and the joint attention of CogVideoX."""
+"""Attention for context parallelism: Ulysses, ring, and the joint attention of CogVideoX."""

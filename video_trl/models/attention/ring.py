@@ -1,5 +1,5 @@
 """
-Ring attention with a right backward pass: a remedy for diffusers 0.42.
+Correct the backward pass of ring attention in diffusers 0.42.
 
 There every process has the queries of its part of the tokens, and sees the keys and values of one part after the
 other. Diffusers' forward pass is right. Its backward pass
@@ -9,8 +9,8 @@ other. Diffusers' forward pass is right. Its backward pass
 - reads the saved tensors once for every part, which activation checkpointing, without reentrance, allows only once;
 - holds the output besides, out of activation checkpointing's reach: as much memory as the blocks' inputs.
 
-Other versions are used as they are. Whether they are right is told by `tests/distributed/test_ring_attention.py`,
-which finds these faults in a version that has them, and fails if they are there and not remedied.
+Other versions are used as they are. `tests/distributed/test_ring_attention.py` shows whether they are right: it
+finds these faults in a version that has them, and fails if they are there and not remedied.
 """
 
 from copy import copy

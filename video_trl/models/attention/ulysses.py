@@ -1,7 +1,8 @@
 """
-Processes that share the tokens of each video. Between the blocks every process has a part of the tokens; in attention
-a part of the heads of all tokens (Ulysses), or the queries of its tokens and one part of keys and values after the
-other (ring).
+Context parallelism: the tokens of each video are divided among processes.
+
+Between the blocks every process has a part of the tokens; in attention a part of the heads of all tokens (Ulysses), or
+the queries of its tokens and one part of keys and values after the other (ring).
 
 The loss is computed from the gathered output, alike on all processes. The gradients of a process are those of its
 part, and sum up to the gradient over the processes.

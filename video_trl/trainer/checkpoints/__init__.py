@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and how it is written, found and read."""
+"""Checkpoints: their content, and how they are written, found and read."""

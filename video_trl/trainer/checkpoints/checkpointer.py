@@ -1,4 +1,4 @@
-"""Save and resume a run on every engine: what shards the weights in training, checkpoints hold whole ones."""
+"""Save and resume a run on every engine; checkpoints hold whole weights, also where training shards them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class Checkpointer:
     Args:
         transformer (`ModelMixin`): The policy. Its weights may be sharded later, in place.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
-        trained_head (`torch.nn.Module`, *optional*): What is trained beside the transformer.
+        trained_head (`torch.nn.Module`, *optional*): The head that is trained with the transformer.
         engine (`str`): What shards weights and optimizer states, if anything does.
         base_model (`str`): Where the base weights are from.
         description (`dict`): What a checkpoint must agree on with a trainer that resumes it; see `describe_run`.

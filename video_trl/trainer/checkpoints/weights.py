@@ -1,5 +1,5 @@
 """
-Checkpoints that are whole or absent, and that refuse to be resumed with another model.
+Write and read the files of a checkpoint, and refuse to resume it with another model.
 
 A checkpoint folder is written under a name that nothing looks for, flushed to the disk, and then renamed: a full disk
 or a kill at any moment leaves the previous checkpoint untouched.
@@ -295,7 +295,7 @@ def load_weights(transformer: ModelMixin, directory: Path, adapter_name: str | N
 
 
 def save_head(weights: dict[str, Tensor], directory: Path) -> None:
-    """Write what is trained beside the transformer, gathered, into a checkpoint, as `head.safetensors`."""
+    """Write the gathered weights of the head into a checkpoint, as `head.safetensors`."""
     safetensors.torch.save_file(weights, directory / HEAD_NAME)
 
 
@@ -304,7 +304,7 @@ def load_head(module: nn.Module, directory: Path) -> None:
     path = directory / HEAD_NAME
     if not path.is_file():
         raise ValueError(
-            f"Expected {HEAD_NAME} in {directory}, for the {type(module).__name__} that is trained beside the "
+            f"Expected {HEAD_NAME} in {directory}, for the {type(module).__name__} that is trained with the "
             f"transformer, got {sorted(os.listdir(directory))}. Pass a `checkpoint-<step>` folder, not a saved model."
         )
     _assign(safetensors.torch.load_file(path), module.state_dict(keep_vars=True), directory)

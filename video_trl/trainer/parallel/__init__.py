@@ -1,1 +1,1 @@
-"""Several processes: DDP, FSDP2, DeepSpeed, and tokens or groups divided among them."""
+"""Distributed training: DDP, FSDP2, DeepSpeed, context and group parallelism."""

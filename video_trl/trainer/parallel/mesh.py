@@ -1,4 +1,4 @@
-"""Which processes work on a row together, and sharing the tokens of its videos among them."""
+"""Device mesh: which processes work on a row together, and context parallelism over the tokens of its videos."""
 
 import math
 from collections.abc import Iterable, Sequence

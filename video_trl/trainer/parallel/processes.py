@@ -1,4 +1,4 @@
-"""How a process among several ends: without its process groups, whose threads must not outlive Python."""
+"""End a distributed process cleanly: destroy its process groups before Python ends."""
 
 import atexit
 import functools

@@ -1,1 +1,1 @@
-"""What a run shows: samples, its model card, uploads to the Hub, progress."""
+"""Sample videos, evaluation, model card, uploads to the Hub and progress of a run."""

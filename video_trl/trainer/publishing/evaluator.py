@@ -1,4 +1,4 @@
-"""Measure the model in the evaluations of its run, by generating with it."""
+"""Call the user's evaluator during a run, with a pipeline that generates videos."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

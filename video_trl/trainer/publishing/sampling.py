@@ -1,4 +1,4 @@
-"""Sample videos in the middle of a run without leaving a trace in it."""
+"""Generate videos during a run without changing its random state."""
 
 import random
 from collections import Counter

@@ -1,7 +1,4 @@
-"""
-From the hidden states of a transformer block to tokens that can be compared with a teacher's: where each token lies in
-time and space, how both sides are brought to one grid, and the head that is trained for it.
-"""
+"""Bring hidden states of a transformer block and tokens of a teacher to one grid, and project the former."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -208,7 +205,7 @@ class AlignedTokens:
 
 class AlignmentHead(nn.Module):
     """
-    Brings hidden states to the teacher's grid and width. It is trained beside the transformer and then thrown away.
+    Brings hidden states to the teacher's grid and width. It is trained with the transformer and then thrown away.
 
     With `spatial_pooling="area"` the hidden states are pooled first, so that the projector sees few tokens. With
     `"conv"` the projector sees every token and a learned strided convolution does the rest, as in the official code;

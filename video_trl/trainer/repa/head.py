@@ -1,4 +1,4 @@
-"""A module that is trained beside the transformer, inside its forward pass, and thrown away afterwards."""
+"""Attach, save and detach a head: a module that is trained with the transformer and not needed afterwards."""
 
 from typing import Any
 

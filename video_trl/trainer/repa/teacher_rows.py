@@ -1,4 +1,4 @@
-"""Rows that carry what a teacher saw in their video, or the pixels it will look at, and their collator."""
+"""Dataset rows with a teacher's tokens, or with the pixels that it encodes during training; their collator."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

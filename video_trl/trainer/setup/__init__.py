@@ -1,1 +1,1 @@
-"""From arguments, a model and rows to what a trainer trains on, all checked before the first step."""
+"""Prepare arguments, model, reference and rows of a run, with all checks before the first step."""

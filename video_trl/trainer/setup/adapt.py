@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` asks of a model and a diffusers transformer does not offer."""
+"""Add to a diffusers transformer the methods that `transformers.Trainer` expects of a model."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ class _TrackedConfig(FrozenDict):
 def adapt_for_trainer(transformer: ModelMixin, checkpointing_policy: str) -> None:
     """Add, to this instance, a configuration that trackers can read and the switch of activation checkpointing."""
     # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's; the
-    # trainer itself may have left a module beside the transformer.
+    # trainer itself may have left its head.
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         transformer.__dict__.pop(name, None)
     detach_head(transformer)

@@ -1,4 +1,4 @@
-"""What a trainer refuses before it looks at a model or a dataset."""
+"""Check the arguments of a trainer, before a model or a dataset is loaded."""
 
 import os
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def check_arguments(
     if optimizers[1] is not None and kind.has_head():
         raise ValueError(
             f"`optimizers` holds a scheduler, which has counted the groups of its optimizer; {kind.__name__} adds "
-            "one, for the module that it trains beside the transformer. Pass `optimizers=(optimizer, None)` and name "
+            "one, for its head. Pass `optimizers=(optimizer, None)` and name "
             "the schedule by `lr_scheduler_type`."
         )
     engine = requested_engine(args)
@@ -62,8 +62,8 @@ def check_arguments(
         )
     if args.context_parallel_size > 1 and kind.has_head():
         raise ValueError(
-            f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: the module "
-            "beside the transformer would see a part of the tokens only. Set it to 1."
+            f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: its head "
+            "would see a part of the tokens only. Set it to 1."
         )
     if args.n_gpu > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Faster arithmetic for the transformer, the same for policy and reference: attention kernels, compiled blocks."""
+"""Choose attention kernels and compile blocks, the same for policy and reference."""
 
 import shutil
 from collections.abc import Sequence

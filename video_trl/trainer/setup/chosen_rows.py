@@ -1,4 +1,4 @@
-"""Datasets of chosen and rejected videos as datasets of videos, for the trainers that learn from one video a row."""
+"""Use the chosen videos of preference or group rows as video rows, for trainers that learn from one video a row."""
 
 from collections.abc import Mapping
 from typing import Any

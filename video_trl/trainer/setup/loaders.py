@@ -1,4 +1,4 @@
-"""Data loaders: batches of videos of one size, with the weight of each batch in its optimizer step."""
+"""Data loaders: batches of one shape, with the weight of each batch in its optimizer step."""
 
 import logging
 from collections import Counter

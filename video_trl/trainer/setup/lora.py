@@ -1,4 +1,4 @@
-"""Attach the adapter that is trained, and decide which weights are trained at all."""
+"""Attach a LoRA adapter, and set which weights are trained."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""From whatever a user passes as `model` to a pipeline and its transformer, with checks before anything is loaded."""
+"""Load the pipeline and its transformer from the `model` argument, after checks that need no weights."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Keep the frozen weights under an adapter in few bits. Policy and reference share them, so that both round alike."""
+"""Quantise the frozen weights under an adapter, for policy and reference alike."""
 
 import importlib.util
 from collections.abc import Iterator

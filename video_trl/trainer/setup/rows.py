@@ -1,4 +1,4 @@
-"""From the datasets a user passes to rows that a collator takes, and the settings that depend on the pipeline."""
+"""Encode the datasets, number their rows, and resolve the settings that depend on the pipeline."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

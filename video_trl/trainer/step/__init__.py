@@ -1,1 +1,1 @@
-"""What `compute_loss` calls: noise, passes through policy and reference, metrics, checks of values."""
+"""The parts of a training step: noise, passes through policy and reference, metrics, checks for NaN."""

@@ -1,4 +1,4 @@
-"""The videos of a pair or group on different processes, which tell each other the errors and nothing else."""
+"""Group parallelism: the videos of a pair or group on different processes, which exchange their errors only."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Metrics that wait on the device until they are logged."""
+"""Collect metrics on the device, without synchronisation, until they are logged."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Stop at the first loss or gradient that is not finite, before it does harm, and say which samples were there."""
+"""Stop a run at the first loss or gradient that is NaN or infinite, and name the samples of that step."""
 
 import json
 import math

@@ -1,5 +1,5 @@
 """
-The passes of a step: errors of reference and policy on its videos, and what has to go backward after the loss.
+Forward and backward passes of a step: all videos at once, or one video's graph at a time.
 
 A preference loss needs the errors of all videos of a pair or group at once, but its gradient is a sum over videos: the
 gradient of each error times dL/d(error). So the errors are computed either from one forward over all videos, or first,

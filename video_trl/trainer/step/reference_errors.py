@@ -1,5 +1,5 @@
 """
-Cached errors of the reference, computed before training for K fixed noises per sample.
+Cache the errors of the reference, computed before training for K fixed noises per row.
 
 The reference never changes, so its error on a video, a noise and a timestep needs computing once. Training with new
 noise in every step never meets the same twice; with K noises it does, from the (K + 1)-th epoch on at the latest.
