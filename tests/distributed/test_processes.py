@@ -71,15 +71,15 @@ def test_two_processes_compute_the_step_of_one(two_processes, tmp_path, name):
             assert report["log"][metric] == pytest.approx(value, rel=rounding.LOGGED, abs=rounding.LOGGED), metric
 
 
-def test_two_processes_fill_the_bank_of_one(two_processes, tmp_path):
-    bank = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "bank")}
-    made, gradients = alone(tmp_path, max_steps=3, **bank)
-    # The bank is float32: where it rounds an error to the other neighbour, `beta` (5000) multiplies that.
+def test_two_processes_compute_the_cached_errors_of_one(two_processes, tmp_path):
+    cached = {"precompute_ref_errors": 2, "cache_dir": str(tmp_path / "cache")}
+    made, gradients = alone(tmp_path, max_steps=3, **cached)
+    # Cached errors are float32: where float32 rounds an error to the other neighbour, `beta` (5000) multiplies that.
     errors = 5000 / 2 * 2 * rounding.DOUBLE
     assert_close_weights(weights_of(two_processes, "banked", "gradients"), gradients[0], errors)
     assert report_of(two_processes, "banked")["losses"] == pytest.approx(losses(made), rel=1e-3)
     (theirs,), (ours,) = (
-        [load_errors(path) for path in folder.glob("bank/reference_errors/*")] for folder in (two_processes, tmp_path)
+        [load_errors(path) for path in folder.glob("cache/reference_errors/*")] for folder in (two_processes, tmp_path)
     )
     assert len(theirs) == len(ours) == 8
     rounding.assert_close(torch.stack(theirs), torch.stack(ours), 2 * rounding.DOUBLE)  # neighbours

@@ -128,7 +128,7 @@ def test_implicit_reward_rejects_what_would_broadcast_and_what_is_already_rounde
 
 def test_dpo_loss_is_the_written_out_likelihood():
     chosen, rejected = draw(B, scale=3), draw(B, scale=3, seed=1)
-    margins = [w - loser for w, loser in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    margins = [w - other for w, other in zip(chosen.tolist(), rejected.tolist(), strict=True)]
     assert dpo_loss(chosen, rejected).tolist() == pytest.approx([-math.log(sigmoid(d)) for d in margins], rel=1e-12)
     chosen_gradient, rejected_gradient = gradients(dpo_loss, chosen, rejected)
     assert chosen_gradient.tolist() == pytest.approx([-sigmoid(-d) for d in margins], rel=1e-12)
@@ -139,11 +139,11 @@ def test_group_dpo_loss_is_the_written_out_likelihood():
     chosen, rejected = draw(B, scale=3), draw(B, M, scale=3, seed=1)
     losses = group_dpo_loss(chosen, rejected).tolist()
     chosen_gradient, rejected_gradient = gradients(group_dpo_loss, chosen, rejected)
-    for row, (w, losers) in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True)):
-        total = math.exp(w) + sum(math.exp(loser) for loser in losers)
+    for row, (w, others) in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True)):
+        total = math.exp(w) + sum(math.exp(other) for other in others)
         assert losses[row] == pytest.approx(-math.log(math.exp(w) / total), rel=1e-12)
         assert chosen_gradient[row].item() == pytest.approx(math.exp(w) / total - 1, rel=1e-12)
-        assert rejected_gradient[row].tolist() == pytest.approx([math.exp(v) / total for v in losers], rel=1e-12)
+        assert rejected_gradient[row].tolist() == pytest.approx([math.exp(v) / total for v in others], rel=1e-12)
 
 
 def test_group_dpo_bound_is_the_written_out_sum():
@@ -153,8 +153,8 @@ def test_group_dpo_bound_is_the_written_out_sum():
     chosen_gradient, rejected_gradient = gradients(lambda w, r: group_dpo_bound(w, r, alpha, gamma), chosen, rejected)
     for row, w in enumerate(chosen.tolist()):
         group = list(zip(rejected[row].tolist(), alpha[row].tolist(), gamma[row].tolist(), strict=True))
-        weights = [g * a * sigmoid(-a * (w - loser)) for loser, a, g in group]
-        assert losses[row] == pytest.approx(sum(g * softplus(-a * (w - loser)) for loser, a, g in group), rel=1e-12)
+        weights = [g * a * sigmoid(-a * (w - other)) for other, a, g in group]
+        assert losses[row] == pytest.approx(sum(g * softplus(-a * (w - other)) for other, a, g in group), rel=1e-12)
         assert chosen_gradient[row].item() == pytest.approx(-sum(weights), rel=1e-12)
         assert rejected_gradient[row].tolist() == pytest.approx(weights, rel=1e-12)
 
@@ -163,14 +163,14 @@ def test_group_dpo_sampled_bound_is_the_written_out_term():
     chosen, rejected = draw(B, scale=3), draw(B, scale=3, seed=1)
     alpha, gamma = draw_weights(B)
 
-    def loss(w: Tensor, loser: Tensor) -> Tensor:
-        return group_dpo_sampled_bound(w, loser, alpha, gamma, num_rejected=M)
+    def loss(w: Tensor, other: Tensor) -> Tensor:
+        return group_dpo_sampled_bound(w, other, alpha, gamma, num_rejected=M)
 
     losses, (chosen_gradient, rejected_gradient) = loss(chosen, rejected).tolist(), gradients(loss, chosen, rejected)
     for row in range(B):
-        w, loser, a, g = (tensor[row].item() for tensor in (chosen, rejected, alpha, gamma))
-        weight = M * g * a * sigmoid(-a * (w - loser))
-        assert losses[row] == pytest.approx(M * g * softplus(-a * (w - loser)), rel=1e-12)
+        w, other, a, g = (tensor[row].item() for tensor in (chosen, rejected, alpha, gamma))
+        weight = M * g * a * sigmoid(-a * (w - other))
+        assert losses[row] == pytest.approx(M * g * softplus(-a * (w - other)), rel=1e-12)
         assert chosen_gradient[row].item() == pytest.approx(-weight, rel=1e-12)
         assert rejected_gradient[row].item() == pytest.approx(weight, rel=1e-12)
 

@@ -157,7 +157,7 @@ def test_coefficient_zero_trains_as_dpo_does_bit_for_bit(tmp_path):
 
 
 def test_the_split_of_a_batch_does_not_matter(tmp_path):
-    """4 and 2 x 2 samples an optimizer step: the same samples, drawn losers, noise, losses and gradients."""
+    """4 and 2 x 2 samples an optimizer step: the same samples, drawn rejected videos, noise, losses and gradients."""
     runs = []
     for batch, accumulation in ((4, 1), (2, 2)):
         recorder = RecordGradients()
@@ -180,12 +180,12 @@ def test_the_split_of_a_batch_does_not_matter(tmp_path):
     assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
 
 
-def test_every_loser_of_a_group_is_drawn_and_a_pair_is_a_group_of_one(tmp_path):
-    """The loss at a step is that of the drawn loser alone; within a few steps each of the three has its turn."""
+def test_every_rejected_video_of_a_group_is_drawn_and_a_pair_is_a_group_of_one(tmp_path):
+    """The loss at a step is that of the drawn rejected video alone; within a few steps each of three has its turn."""
     made = make(tmp_path, None, rows=1, per_device_train_batch_size=1)
     singles = []
-    for loser in range(3):
-        rows = [{**row, "rejected_latents": row["rejected_latents"][[loser]]} for row in tiny_encoded_group(1)]
+    for number in range(3):
+        rows = [{**row, "rejected_latents": row["rejected_latents"][[number]]} for row in tiny_encoded_group(1)]
         del rows[0]["rejected_scores"]
         singles.append(make(tmp_path, None, train_dataset=rows, per_device_train_batch_size=1))
     values = []

@@ -59,8 +59,8 @@ def loss_by_hand(made, rows: list[dict], beta: float) -> torch.Tensor:
         generator = generator_of(args.seed, 0, index)
         sigma = torch.rand((), generator=generator, dtype=torch.float64).float().item()
         drawn = int(torch.randint(3, (), generator=generator))
-        losers = [drawn] if args.loss_type == "sampled" else [0, 1, 2]
-        videos = [row["chosen_latents"], *(row["rejected_latents"][j] for j in losers)]
+        compared = [drawn] if args.loss_type == "sampled" else [0, 1, 2]
+        videos = [row["chosen_latents"], *(row["rejected_latents"][j] for j in compared)]
         noises = [torch.randn(*SHAPE, generator=generator) for _ in videos]
         rewards = []
         for video, own_noise in zip(videos, noises, strict=True):
@@ -77,7 +77,7 @@ def loss_by_hand(made, rows: list[dict], beta: float) -> torch.Tensor:
         else:
             weights = weights_of(row) if args.physics_rewarding else [(1.0, 1.0)] * 3
             factor = 3 if args.loss_type == "sampled" else 1
-            for j, margin in zip(losers, margins, strict=True):
+            for j, margin in zip(compared, margins, strict=True):
                 alpha, gamma = weights[j]
                 total = total + factor * gamma * torch.log1p(torch.exp(-alpha * margin))
     return total / len(rows)

@@ -100,7 +100,7 @@ def test_group_rows_train_on_their_chosen_videos(tmp_path):
         made = VideoSFTTrainer(tiny_wan_pipeline(), config(tmp_path), rows)
         made.train()
         runs.append(trained_weights(made))
-    # `tiny_encoded_video` draws other numbers than the chosen side of three-loser groups.
+    # `tiny_encoded_video` draws other numbers than the chosen side of groups with three rejected videos.
     assert_equal_weights(runs[1], runs[2])
     assert any(not torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
     raw = VideoSFTTrainer(

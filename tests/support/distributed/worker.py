@@ -89,8 +89,8 @@ def main() -> None:
         max_steps=3,
         step_mode="sequential",
     )
-    bank = {"precompute_ref_errors": 2, "cache_dir": str(directory / "bank")}
-    train("banked", directory, per_device_train_batch_size=2, max_steps=3, **bank)
+    cached = {"precompute_ref_errors": 2, "cache_dir": str(directory / "cache")}
+    train("banked", directory, per_device_train_batch_size=2, max_steps=3, **cached)
     train(
         "watched",
         directory,

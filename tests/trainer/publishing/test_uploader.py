@@ -1,4 +1,4 @@
-"""Uploads of a training, to a Hub on this machine: what is sent when, and trainings that outlive their Hub."""
+"""Uploads of a run, to a Hub on this machine: what is sent when, and runs that outlive their Hub."""
 
 import logging
 import re

@@ -116,7 +116,7 @@ def test_shapes_with_fewer_rows_than_a_step_are_reported(tmp_path, caplog):
 
 
 def test_raw_videos_go_to_the_nearest_bucket_with_their_whole_row(tmp_path):
-    """Two landscape rows, one of them with a portrait loser, and a portrait row; the sizes are none of the buckets."""
+    """Two landscape rows, one with a rejected video in portrait, and a portrait row; no size is that of a bucket."""
     wide, tall = {"height": 40, "width": 72}, {"height": 72, "width": 40}
     rows = [*tiny_group_dataset(2, 2, **wide), *tiny_group_dataset(1, 2, seed=50, **tall)]
     rows[1]["rejected"][1] = {"path": None, "bytes": tiny_mp4(99, **tall)}
