@@ -122,7 +122,7 @@ def test_configuration_of_a_dry_run_gives_the_same_run(groups, tmp_path, capsys)
 
 
 def test_dry_run_counts_the_videos_that_the_loss_of_a_row_compares(groups, capsys):
-    """1 + m of a group with the sum of all rejected videos, two with one of them, also for groups that the sandbox makes."""
+    """1 + m with the sum of all rejected videos, two with one of them, also for groups that the sandbox makes."""
 
     def memory(*options):
         argv = ["--dry_run", "--use_cpu", "--per_device_train_batch_size", "64", *options]

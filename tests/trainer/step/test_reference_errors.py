@@ -216,7 +216,7 @@ def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
     assert {what.split()[-1] for what in stays} == {"watched"}
 
 
-def test_a_resumed_run_goes_on_with_the_bank(tmp_path):
+def test_a_resumed_run_goes_on_with_the_cached_errors(tmp_path):
     settings = {"max_steps": 4, "cache_dir": str(tmp_path / "cache"), "precompute_ref_errors": 2, "save_steps": 2}
     settings |= {"save_strategy": "steps"}
     whole = make(tmp_path / "whole", "DPO", "concat", **settings)
