@@ -301,7 +301,7 @@ def base_model_name(model: Any, transformer: ModelMixin) -> str:
 
 
 def hardware(args: TrainingArguments) -> str:
-    """What is computed on, in words."""
+    """Name and number of the devices of a run."""
     if args.device.type == "cuda":
         return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     model = platform.processor() or platform.machine()

@@ -205,7 +205,7 @@ class AlignedTokens:
 
 class AlignmentHead(nn.Module):
     """
-    Brings hidden states to the teacher's grid and width. It is trained with the transformer and then thrown away.
+    Brings hidden states to the teacher's grid and width. It is trained with the transformer and not needed afterwards.
 
     With `spatial_pooling="area"` the hidden states are pooled first, so that the projector sees few tokens. With
     `"conv"` the projector sees every token and a learned strided convolution does the rest, as in the official code;

@@ -136,7 +136,7 @@ class SequentialErrors:
         family ([`ModelFamily`]): Of the transformer's family.
         model (`torch.nn.Module`): The policy, as it is wrapped for training.
         no_sync (`Callable`): Makes a context in which processes do not average gradients yet.
-        backward (`Callable`, *optional*): Adds the gradients of a scalar, and is told whether it is the last of the
+        backward (`Callable`, *optional*): Adds the gradients of a scalar, and gets whether it is the last of the
             step; the scalar's own backward pass if not given.
 
     Attributes:
