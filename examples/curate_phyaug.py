@@ -100,8 +100,8 @@ def compared(result: "PhyAugResult", pool: Path) -> str:
     lines.append(f"{'action':>32}   found  score  difficulty  sampled  proportion of category")
     for row in sorted(result.categories, key=lambda row: -(row.difficulty or 0)):
         lines.append(
-            f"{row.name:>32} {row.found:7d}  {row.score:.3f}  {row.difficulty:10.3f}  {row.taken:7d}"
-            f"  {row.taken / max(row.found, 1):.2f}"
+            f"{row.name:>32} {row.available:7d}  {row.score:.3f}  {row.difficulty:10.3f}  {row.sampled:7d}"
+            f"  {row.sampled / max(row.available, 1):.2f}"
         )
     return "\n".join(lines)
 

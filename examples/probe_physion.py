@@ -61,8 +61,8 @@ class ProbeArguments:
 def main(argv: list[str]) -> None:
     from trl import TrlParser
 
+    from video_trl.evaluation.probes.compare import probe_models
     from video_trl.evaluation.probes.physion import probe_table
-    from video_trl.evaluation.probes.probe import probe_models
 
     (args,) = TrlParser((ProbeArguments,)).parse_args_and_config(args=argv)
     options = asdict(args)

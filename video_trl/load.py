@@ -1,8 +1,8 @@
 """
 Load a pipeline, judge, teacher or dataset by its name.
 
-The only module that knows what the name "sandbox" stands for. Importing it is cheap: what a name needs is imported
-when that name is asked for. Nothing that it loads from may import it.
+This is the only module that knows what the name "sandbox" means. Importing it is cheap: the code behind a name is
+imported when that name is loaded. No module that it loads from may import it.
 """
 
 import os

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from video_trl.curation import GTPairConfig, Shard
 from video_trl.curation.clips.sources import list_clips
-from video_trl.curation.engine.manifest import alive
+from video_trl.curation.engine.manifest import kept_rows
 from video_trl.curation.gt_pair.pipeline import acquire, filter_clips, normalise
 from video_trl.data import read_video, write_video
 from video_trl.data.video_io import decode_video
@@ -55,7 +55,7 @@ def run_once(folder: Path, files: list[Path], targets: list[np.ndarray]) -> dict
         start = time.process_time()
         table = normalise(table, config, root, shard)
         took["3. normalisation"] = time.process_time() - start
-        assert len(alive(table)) == len(files), "the footage of this benchmark is good"
+        assert len(kept_rows(table)) == len(files), "the footage of this benchmark is good"
         took["stages 1 to 3"] = sum(seconds for name, seconds in took.items() if name != LIMIT)
         took["encoding of stage 3 alone"] = timed(
             lambda: [write_video(root / "out.mp4", video, config.fps) for video in targets]

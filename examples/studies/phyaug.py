@@ -105,7 +105,7 @@ def run_study(args: StudyArguments) -> None:
 
 def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], list[dict[str, Any]]]:
     """The groups of every arm and seed, encoded. Clips that several of them choose have the same rejected videos."""
-    from video_trl.curation.engine.manifest import Shard, alive
+    from video_trl.curation.engine.manifest import Shard, kept_rows
     from video_trl.curation.phyaug.pipeline import (
         PhyAugConfig,
         Runner,
@@ -138,7 +138,7 @@ def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], li
     run = Runner(config, root, Shard())
     pool = read_pool(config, [make_pool(root / "pool", num_clips=args.pool_clips)], root, run)
     rich = cluster(annotate(pool, config, run), config, read_actions("sandbox"), run)
-    tried = alive(try_representatives(rich, config, root, run)).to_pydict()
+    tried = kept_rows(try_representatives(rich, config, root, run)).to_pydict()
     scores: dict[str, list[float]] = {}
     for category, sa, pc in zip(tried["category"], tried["sa"], tried["pc"], strict=True):
         scores.setdefault(category, []).append((sa + pc) / 2)
@@ -149,7 +149,7 @@ def select(args: StudyArguments, sandbox: "Sandbox") -> dict[tuple[str, int], li
     }
     all_contents = set().union(*contents_of.values())
     selection = pool.filter([content in all_contents for content in pool["content"].to_pylist()])
-    clips, rejected = generate(alive(selection), config, root, run)
+    clips, rejected = generate(kept_rows(selection), config, root, run)
     rows = group_rows(clips, rejected, root)
     missing = [content for content in all_contents if content not in rows]
     assert not missing, f"{len(missing)} chosen clips have no rejected videos"
@@ -177,14 +177,14 @@ def encoded(args: StudyArguments, sandbox: "Sandbox", rows: list[dict[str, Any]]
 
 def choose(arm: str, seed: int, pool: "pa.Table", rich: "pa.Table", scores: dict[str, float], number: int) -> set[str]:
     """Contents of the clips that an arm trains on."""
-    from video_trl.curation.engine.manifest import alive
+    from video_trl.curation.engine.manifest import kept_rows
     from video_trl.curation.phyaug.sampling import allocate, draw
 
     if arm in ("random", "filter"):
-        contents = sorted(alive(pool if arm == "random" else rich)["content"].to_pylist())
+        contents = sorted(kept_rows(pool if arm == "random" else rich)["content"].to_pylist())
         return set(random.Random(seed).sample(contents, number))
     members: dict[str, list[str]] = {}
-    survivors = alive(rich).select(["content", "category"]).to_pydict()
+    survivors = kept_rows(rich).select(["content", "category"]).to_pydict()
     for content, category in zip(survivors["content"], survivors["category"], strict=True):
         members.setdefault(category, []).append(content)
     counts = {category: len(members[category]) for category in sorted(members)}
@@ -195,11 +195,11 @@ def choose(arm: str, seed: int, pool: "pa.Table", rich: "pa.Table", scores: dict
 
 
 def group_rows(clips: "pa.Table", rejected: "pa.Table", root: Path) -> dict[str, dict[str, Any]]:
-    from video_trl.curation.engine.manifest import alive
+    from video_trl.curation.engine.manifest import kept_rows
     from video_trl.sandbox.world.prompts import parse_prompt
 
     rows: dict[str, dict[str, Any]] = {}
-    for clip in alive(clips).to_pylist():
+    for clip in kept_rows(clips).to_pylist():
         motion = parse_prompt(clip["prompt"]).motion
         row = {"prompt": clip["prompt"], "chosen": str(root / clip["video"]), "category": motion}
         rows[clip["content"]] = row | {"rejected": [], "rejected_scores": []}
@@ -237,11 +237,11 @@ def train(args: StudyArguments, name: str, seed: int, groups: list[dict[str, Any
 
 def judged(sandbox: "Sandbox", args: StudyArguments, name: str) -> list[dict[str, Any]]:
     from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
-    from video_trl.evaluation.runs.generate import Generator
+    from video_trl.evaluation.runs.generate import VideoGenerator
 
     prompts = sandbox_prompts(args.eval_prompts, seed=PROMPT_DRAW)
     folder = Path(args.output_dir) / "videos" / name
-    generator = Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
+    generator = VideoGenerator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
     table = evaluate_pipeline(folder, generator, sandbox.judge, prompts, seeds=args.eval_seeds, name=name)
     return [{key: row[key] for key in ("prompt", "category", "seed", "pc", "sa")} for row in table.rows()]
 

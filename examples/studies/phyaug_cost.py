@@ -76,7 +76,7 @@ def settings(root: Path) -> dict[str, Any]:
 
 def measure(root: Path, num_clips: int) -> dict[str, tuple[int, float, float]]:
     """Stage -> items, CPU seconds and wall seconds of computing them in this process."""
-    from video_trl.curation.engine.manifest import Shard, Stage, alive
+    from video_trl.curation.engine.manifest import Shard, Stage, kept_rows
     from video_trl.curation.phyaug.pipeline import (
         PhyAugConfig,
         Runner,
@@ -99,7 +99,7 @@ def measure(root: Path, num_clips: int) -> dict[str, tuple[int, float, float]]:
         """Notes what each stage takes, loading its model included."""
 
         def __call__(self, table: Any, stage: Stage, *, gpu: bool = False) -> Any:
-            cpu, wall, number = time.process_time(), time.perf_counter(), len(alive(table))
+            cpu, wall, number = time.process_time(), time.perf_counter(), len(kept_rows(table))
             done = super().__call__(table, stage, gpu=gpu)
             before = costs.get(stage.name, (0, 0.0, 0.0))
             spent = (number, time.process_time() - cpu, time.perf_counter() - wall)
@@ -132,7 +132,7 @@ def scaling(root: Path, num_clips: int, workers: list[int], repeats: int) -> Non
     import pyarrow as pa
     import ray
 
-    from video_trl.curation.engine.manifest import Shard, Stage, alive
+    from video_trl.curation.engine.manifest import Shard, Stage, kept_rows
     from video_trl.curation.engine.ray import RayCluster, run_stage_on_ray
     from video_trl.curation.phyaug.pipeline import PhyAugConfig, Runner, annotate, read_pool
     from video_trl.sandbox.data.clip_pool import make_pool
@@ -142,7 +142,7 @@ def scaling(root: Path, num_clips: int, workers: list[int], repeats: int) -> Non
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = PhyAugConfig(**settings(root))
     pool = read_pool(config, [make_pool(root / "pool", num_clips=num_clips)], root, Runner(config, root, Shard()))
-    number = len(alive(pool))
+    number = len(kept_rows(pool))
     wait = Stage("wait", Wait(0.05), {"waited": pa.float64()}, "source_id", {}, config.batch_size)
     speeds: dict[tuple[str, int], list[float]] = {}
     for repeat, count in ((repeat, count) for repeat in range(repeats) for count in workers):
@@ -171,8 +171,8 @@ def scaling(root: Path, num_clips: int, workers: list[int], repeats: int) -> Non
 
 def real_sized(root: Path, number: int = 3, repeats: int = 3) -> dict[str, float]:
     """CPU seconds of the steps that need no large model, for one clip: the median of some repeats."""
+    from video_trl.curation.clips.container import read_containers
     from video_trl.curation.clips.normalise import normalise_batch
-    from video_trl.curation.clips.probe import probe_batch
     from video_trl.curation.phyaug.actions import load_embedder
     from video_trl.data import write_video
     from video_trl.judges.frames import evenly_spaced, sample_frames, size_within
@@ -188,7 +188,7 @@ def real_sized(root: Path, number: int = 3, repeats: int = 3) -> dict[str, float
     batch["content"] = [path.stem for path in paths]
     size = partial(size_within, max_pixels=448 * 448, multiple=28)
     steps: dict[str, Callable[[], object]] = {
-        "probe": lambda: probe_batch(batch),
+        "probe": lambda: read_containers(batch),
         "frames for the annotator (8 of at most 448x448)": lambda: [
             sample_frames(path, 8, evenly_spaced, size) for path in paths
         ],

@@ -408,13 +408,13 @@ CELLS = ("hard, right in both", "all, right in both", "mean pc", "mean sa", "pc 
 
 
 def cells(results: dict[str, Measured], arm: str) -> list[str]:
-    from video_trl.evaluation import share_of
+    from video_trl.evaluation import proportion_of
 
     measured = results[arm]
     rows = list(zip(measured.values["joint"], measured.prompts, measured.hard, strict=True))
     rows = rows[: len(rows) // measured.copies]  # every video counts once
     groups = [[row for row in rows if row[2]], rows]
-    proportions = [share_of([row[0] > 0 for row in group], [row[1] for row in group]) for group in groups]
+    proportions = [proportion_of([row[0] > 0 for row in group], [row[1] for row in group]) for group in groups]
     over = "" if arm == BASE else interval(difference(results, arm, BASE, "pc"))
     return [*map(str, proportions), f"{measured.mean('pc'):.3f}", f"{measured.mean('sa'):.3f}", over]
 

@@ -198,10 +198,10 @@ def training_data(args: StudyArguments, sandbox: "Sandbox") -> "EncodedDataset":
 def judged(sandbox: "Sandbox", number: int, folder: Path) -> list[dict[str, Any]]:
     """Scores of one video of each held-out sentence, always from the same noise."""
     from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
-    from video_trl.evaluation.runs.generate import Generator
+    from video_trl.evaluation.runs.generate import VideoGenerator
 
     prompts = sandbox_prompts(number, seed=PROMPT_DRAW)
-    generator = Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
+    generator = VideoGenerator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs))
     table = evaluate_pipeline(folder, generator, sandbox.judge, prompts, seeds=[NOISE_SEED])
     return [{name: row[name] for name in ("prompt", "pc", "sa", "video")} for row in table.rows()]
 

@@ -234,7 +234,7 @@ def measure(
     study: ScriptArguments, args: "VideoREPAConfig", arm: str, base: str, trained: Path, material: Material
 ) -> dict[str, Any]:
     """Probes, denoising errors and, if asked for, judge's scores; with the base model, what it is compared with."""
-    from video_trl.evaluation.probes.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe
+    from video_trl.evaluation.probes.physion import DiffusionFeatures, PixelFeatures, TeacherFeatures, probe_features
     from video_trl.load import load_teacher
     from video_trl.sandbox import load_sandbox
 
@@ -251,7 +251,7 @@ def measure(
         others: dict[str, Any] = {TEACHER: TeacherFeatures(load_teacher(args.teacher or "sandbox"), **EVERY_TOKEN)}
         for name, features in {**others, PIXELS: PixelFeatures()}.items():
             clips = material.probe_clips
-            probes[name] = asdict(probe(features, clips["train"], clips["test"], name=name, c_grid=C_GRID))
+            probes[name] = asdict(probe_features(features, clips["train"], clips["test"], name=name, c_grid=C_GRID))
     return {
         "probes": probes,
         "errors": denoising_errors(sandbox.pipeline, material),
@@ -312,11 +312,11 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
 
 def judged_videos(study: ScriptArguments, sandbox: "Sandbox", trained: Path) -> list[dict[str, Any]]:
     from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
-    from video_trl.evaluation.runs.generate import Generator
+    from video_trl.evaluation.runs.generate import VideoGenerator
 
     return evaluate_pipeline(
         trained / "videos",
-        Generator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs)),
+        VideoGenerator(sandbox.pipeline, "sandbox", fps=8, call_kwargs=dict(sandbox.call_kwargs)),
         sandbox.judge,
         sandbox_prompts(study.eval_prompts, seed=PROMPT_DRAW),
         seeds=[NOISE_SEED + k for k in range(study.eval_seeds)],
@@ -385,7 +385,7 @@ def physics(result: dict[str, Any], name: str) -> Measured:
 
 
 def probe_table(results: Results) -> list[str]:
-    from video_trl.evaluation import share_of
+    from video_trl.evaluation import proportion_of
 
     scenarios = list(dict.fromkeys(results[BASE][0]["probes"][BASE]["scenarios"]))
     heads = [*scenarios, "all", "all over base", "all over SFT"]
@@ -400,7 +400,7 @@ def probe_table(results: Results) -> list[str]:
                 for number, (right, where) in enumerate(zip(probe["correct"], probe["scenarios"], strict=True))
                 if scenario in (None, where)
             ]
-            accuracy = share_of([right for _, right in pairs], clusters=[number for number, _ in pairs])
+            accuracy = proportion_of([right for _, right in pairs], clusters=[number for number, _ in pairs])
             cells.append(f"{accuracy.value:.3f}" + ("" if scenario else f" [{accuracy.low:.3f}, {accuracy.high:.3f}]"))
         cells += ["" if name in (other, BASE) else compared(results, answers, name, other) for other in (BASE, SFT)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

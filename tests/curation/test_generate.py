@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
-from video_trl.curation.engine.manifest import Shard, alive
-from video_trl.curation.generate import GENERATED, Generator, VideoModel, check_model, job_table, run_jobs
+from video_trl.curation.engine.manifest import Shard, kept_rows
+from video_trl.curation.generate import GENERATED, BatchGenerator, VideoModel, check_model, job_table, run_jobs
 from video_trl.data import probe_video, read_video
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_was_finished_before_a_kill_is_taken_as_it_is(models, tmp_pa
     done = run_jobs(table, model, tmp_path, **FORMAT)
     for part in (tmp_path / "stages").rglob("part-*"):
         part.unlink()
-    generator = Generator(model, tmp_path, **FORMAT)
+    generator = BatchGenerator(model, tmp_path, **FORMAT)
     assert generator(table.to_pydict())["rejected"] == done["rejected"].to_pylist()
     assert generator.pipeline is None
 
@@ -112,7 +112,7 @@ def test_processes_share_the_jobs(models, tmp_path):
     run_jobs(table.slice(1, 1), model, tmp_path, **FORMAT)  # what the second of two processes would do
     assert sorted(path.name for path in (tmp_path / "generated").rglob("*.mp4")) == own
     whole = run_jobs(table, model, tmp_path, **FORMAT, shard=Shard(0, 2))
-    assert len(list((tmp_path / "generated").rglob("*.mp4"))) == 3 == len(alive(whole))
+    assert len(list((tmp_path / "generated").rglob("*.mp4"))) == 3 == len(kept_rows(whole))
 
 
 def test_image_to_video_starts_from_the_first_frame(models, tmp_path):
@@ -131,7 +131,7 @@ def test_image_to_video_starts_from_the_first_frame(models, tmp_path):
 def test_a_video_that_is_not_finite_drops_its_job(models, tmp_path):
     model = model_of(models / "first")
     table = job_table(clips_of(2), model, [0], FORMAT)
-    generator = Generator(model, tmp_path, **FORMAT)
+    generator = BatchGenerator(model, tmp_path, **FORMAT)
     generator(table.slice(0, 1).to_pydict())
     for parameter in generator.pipeline.vae.parameters():
         parameter.data.fill_(float("nan"))

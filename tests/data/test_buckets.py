@@ -35,10 +35,10 @@ def test_the_nearest_bucket_is_the_one_that_crops_least():
         log_distance = [abs(math.log(width / height) - math.log(b.width / b.height)) for b in PAPER]
         nearest = PAPER[log_distance.index(min(log_distance))]
         assert nearest_bucket(width, height, PAPER) == nearest
-        assert nearest.crop_share(width, height) == pytest.approx(1 - math.exp(-min(log_distance)))
+        assert nearest.crop_proportion(width, height) == pytest.approx(1 - math.exp(-min(log_distance)))
         scale = max(Fraction(nearest.width, width), Fraction(nearest.height, height))  # to cover
         kept = Fraction(nearest.width * nearest.height) / (width * height * scale**2)
-        assert nearest.crop_share(width, height) == pytest.approx(float(1 - kept))
+        assert nearest.crop_proportion(width, height) == pytest.approx(float(1 - kept))
 
 
 def test_too_much_crop_is_refused_and_ties_go_to_the_nearest_area():

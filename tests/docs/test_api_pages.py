@@ -24,7 +24,7 @@ def test_help_texts_of_options_become_their_docstrings(package):
 def test_types_lose_their_markup_and_cross_references_their_brackets(package):
     (arguments,) = [
         section
-        for section in package["evaluation.probes.probe.probe_models"].docstring.parsed
+        for section in package["evaluation.probes.compare.probe_models"].docstring.parsed
         if section.kind is griffe.DocstringSectionKind.parameters
     ]
     told = {parameter.name: str(parameter.annotation) for parameter in arguments.value}

@@ -8,7 +8,7 @@ import pytest
 from tests.support.evaluation.runs import ColourJudge
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, evaluate_pipeline, sandbox_prompts
-from video_trl.evaluation.runs.generate import Generator, generate_run
+from video_trl.evaluation.runs.generate import VideoGenerator, generate_run
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.runs.score import score_run
 from video_trl.evaluation.runs.tables import tabulate
@@ -29,7 +29,7 @@ def evaluated(tmp_path_factory):
 def test_the_default_is_the_sandbox_on_held_out_sentences_by_law(evaluated):
     folder, table = evaluated
     assert table.run.name == "sandbox" and table.judge == "sandbox-exact"
-    assert list(table.shares) == ["all", *MOTIONS[:3]] and table.shares["all"]["joint"].n == 3
+    assert list(table.proportions) == ["all", *MOTIONS[:3]] and table.proportions["all"]["joint"].n == 3
     assert json.loads((folder / "run.json").read_text())["generation"]["call_kwargs"]["num_inference_steps"] == 1
     assert [prompt.category for prompt in sandbox_prompts(8)] == [*MOTIONS, MOTIONS[0]]
 
@@ -45,7 +45,7 @@ def test_again_is_instant_and_the_same(evaluated):
 @pytest.fixture(scope="module")
 def generator():
     sandbox = load_sandbox()
-    return Generator(sandbox.pipeline, "sandbox", 8, {**sandbox.call_kwargs, **QUICK})
+    return VideoGenerator(sandbox.pipeline, "sandbox", 8, {**sandbox.call_kwargs, **QUICK})
 
 
 def _distance(first, second):
@@ -125,7 +125,7 @@ def test_other_ranks_return_nothing_and_the_first_waits_for_their_files(tmp_path
     assert [path.name for path in (tmp_path / "videos").glob("*.mp4")] == ["00001-0.mp4"]
     monkeypatch.setenv("RANK", "0")
     table = evaluate_model(tmp_path, **arguments)
-    assert table.shares["all"]["pc"].n == 2
+    assert table.proportions["all"]["pc"].n == 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from video_trl.evaluation import (
     mcnemar,
     paired_bootstrap,
     prompt_sign_test,
+    proportion_of,
     rank_points,
     rank_total_score,
-    share_of,
     sign_test,
     verdict,
     wilson_interval,
@@ -235,7 +235,7 @@ def _normal_quantile(probability: float) -> float:
 
 def test_share_of_independent_trials_is_the_plain_wilson_interval():
     for k, n in ((0, 5), (3, 10), (10, 10), (96, 590)):
-        share = share_of([True] * k + [False] * (n - k))
+        share = proportion_of([True] * k + [False] * (n - k))
         assert (share.low, share.high) == pytest.approx(wilson_interval(k, n))
         assert (share.k, share.n, share.num_clusters) == (k, n, n)
     assert str(share) == "96/590 = 16.3 % [13.5, 19.5]"
@@ -244,16 +244,16 @@ def test_share_of_independent_trials_is_the_plain_wilson_interval():
 def test_share_of_copies_has_the_interval_of_the_prompts():
     passed = [True] * 4 + [False] * 8
     for copies in (2, 10):
-        share = share_of(np.repeat(passed, copies), [i for i in range(12) for _ in range(copies)])
+        share = proportion_of(np.repeat(passed, copies), [i for i in range(12) for _ in range(copies)])
         assert (share.low, share.high) == pytest.approx(wilson_interval(4, 12), abs=0.02)
-    all_passed = share_of([True] * 20, [i // 10 for i in range(20)])
+    all_passed = proportion_of([True] * 20, [i // 10 for i in range(20)])
     assert (all_passed.low, all_passed.high) == pytest.approx(wilson_interval(2, 2))
 
 
 def test_share_of_independent_videos_of_a_prompt_is_not_widened():
     rng = np.random.default_rng(0)
     passed = rng.uniform(size=2000) < 0.3
-    share = share_of(passed, [i // 10 for i in range(2000)])
+    share = proportion_of(passed, [i // 10 for i in range(2000)])
     low, high = wilson_interval(int(passed.sum()), 2000)
     assert share.high - share.low == pytest.approx(high - low, rel=0.15)
 
@@ -265,7 +265,7 @@ def test_share_covers_the_truth_when_videos_of_a_prompt_hang_together():
     for _ in range(300):
         passed = rng.uniform(size=(40, 4)) < rng.choice([0.05, 0.75], size=(40, 1))
         clusters = np.repeat(np.arange(40), 4).tolist()
-        share = share_of(passed.ravel().tolist(), clusters)
+        share = proportion_of(passed.ravel().tolist(), clusters)
         covered += share.low <= 0.4 <= share.high
         low, high = wilson_interval(int(passed.sum()), 160)
         naive += low <= 0.4 <= high
@@ -274,9 +274,9 @@ def test_share_covers_the_truth_when_videos_of_a_prompt_hang_together():
 
 def test_share_rejects_nothing_and_wrong_labels():
     with pytest.raises(ValueError, match="at least one trial"):
-        share_of([])
+        proportion_of([])
     with pytest.raises(ValueError, match="label all 2"):
-        share_of([True, False], ["a"])
+        proportion_of([True, False], ["a"])
 
 
 # ---- tests and corrections ------------------------------------------------------------------------------------------

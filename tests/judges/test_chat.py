@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tests.support.judges.server import Step, free_port, serving
 from tests.support.tiny import tiny_video
-from video_trl.judges.chat import ChatClient, ChatError, ChatUnavailableError, Question
+from video_trl.judges.chat import ChatClient, ChatError, ChatQuestion, ChatUnavailableError
 
 
 KEY = "sk-very-secret-0123456789"
@@ -30,7 +30,7 @@ class Colour(BaseModel):
 
 
 RED = {"colour": "red", "share": 3}
-ASK = Question("Which colour?", Colour, [IMAGE, IMAGE], "Look closely.")
+ASK = ChatQuestion("Which colour?", Colour, [IMAGE, IMAGE], "Look closely.")
 
 
 def _client(server, **options):
@@ -223,7 +223,7 @@ def test_many_questions_keep_their_order_and_the_limit():
 
         def make(index):
             made.append((index, len(server.requests)))
-            return Question(f"Question {index}", Colour, [IMAGE])
+            return ChatQuestion(f"Question {index}", Colour, [IMAGE])
 
         replies = client.ask_all([lambda i=i: make(i) for i in range(12)])
         asked = [request["messages"][0]["content"][-1]["text"] for request in server.requests]

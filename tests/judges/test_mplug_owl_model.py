@@ -7,7 +7,7 @@ import torch
 
 from tests.support import rounding
 from tests.support.judges.tiny_owl import CONFIG, published_state_dict, tiny_model, write_checkpoint
-from video_trl.judges.candidates import candidate_logprobs
+from video_trl.judges.answer_logprobs import answer_logprobs
 from video_trl.judges.mplug_owl_loading import convert_state_dict, load_mplug_owl
 from video_trl.judges.mplug_owl_model import VIDEO_TOKEN, LayerNorm32, MplugOwlSizes, MplugOwlVideo
 
@@ -181,7 +181,7 @@ PROMPTS = [
 )
 def test_candidates_score_as_the_whole_sequence_would(answers):
     video = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(2))
-    found = candidate_logprobs(MODEL, video, PROMPTS, answers)
+    found = answer_logprobs(MODEL, video, PROMPTS, answers)
     expected = [[_logprob_by_hand(p, v, a) for a in answers] for p, v in zip(PROMPTS, video, strict=True)]
     assert found.dtype == torch.float32
     rounding.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rounding.SINGLE)
@@ -190,8 +190,8 @@ def test_candidates_score_as_the_whole_sequence_would(answers):
 def test_a_prompt_scores_the_same_in_any_batch():
     video = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(3))
     answers = [[50, 51, 2], [3]]
-    together = candidate_logprobs(MODEL, video, PROMPTS, answers)
-    alone = torch.cat([candidate_logprobs(MODEL, video[i : i + 1], [PROMPTS[i]], answers) for i in range(3)])
+    together = answer_logprobs(MODEL, video, PROMPTS, answers)
+    alone = torch.cat([answer_logprobs(MODEL, video[i : i + 1], [PROMPTS[i]], answers) for i in range(3)])
     rounding.assert_close(together, alone, rounding.SINGLE)
 
 
@@ -228,7 +228,7 @@ def test_bfloat16_is_for_the_weights_only(tmp_path, frames):
     assert loaded.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     video = loaded.encode_video(frames.bfloat16())
     assert video.dtype == torch.bfloat16
-    assert candidate_logprobs(loaded, video[:1], PROMPTS[:1], [[3], [4]]).dtype == torch.float32
+    assert answer_logprobs(loaded, video[:1], PROMPTS[:1], [[3], [4]]).dtype == torch.float32
 
 
 def test_defaults_are_the_sizes_of_the_published_model():

@@ -116,8 +116,8 @@ def _phygenbench(files: Sequence[str]) -> str:
 
 
 def _physion(args: EvalArguments, run_args: RunArguments) -> str:
+    from ..evaluation.probes.compare import probe_models
     from ..evaluation.probes.physion import probe_table
-    from ..evaluation.probes.probe import probe_models
 
     frames: dict[str, Any] = {} if run_args.num_frames is None else {"num_frames": run_args.num_frames}
     results = probe_models(

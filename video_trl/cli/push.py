@@ -73,6 +73,6 @@ def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
     description = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
     measurements = [
         Measurement(name, rate.value, rate.low, rate.high, rate.level, description, rate.n)
-        for name, rate in table.shares[ALL].items()
+        for name, rate in table.proportions[ALL].items()
     ]
     add_evaluation(folder / CARD_NAME, measurements)

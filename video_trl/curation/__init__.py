@@ -1,4 +1,4 @@
-"""Curation of preference data: stages as batch functions, a manifest that accounts for every clip, resumable runs."""
+"""Build preference datasets in stages. A manifest has one row for each clip; a stopped run is resumed."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .annotated import annotated_pairs, read_votes
     from .clips.measures import measure_clip
-    from .engine.manifest import Rule, Shard, Stage, account, apply_rules, run_stage
+    from .engine.manifest import Rule, Shard, Stage, apply_rules, run_stage, summarize
     from .generate import VideoModel
     from .gt_pair.pipeline import GTPairConfig, GTPairResult, run_gt_pair
     from .phyaug.pipeline import PhyAugConfig, PhyAugResult, load_groups, push_groups, run_phyaug
@@ -23,7 +23,7 @@ _HOME = {
     "Shard": "engine.manifest",
     "Stage": "engine.manifest",
     "VideoModel": "generate",
-    "account": "engine.manifest",
+    "summarize": "engine.manifest",
     "allocate": "phyaug.sampling",
     "annotated_pairs": "annotated",
     "apply_rules": "engine.manifest",
@@ -45,7 +45,7 @@ __all__ = [
     "Shard",
     "Stage",
     "VideoModel",
-    "account",
+    "summarize",
     "allocate",
     "annotated_pairs",
     "apply_rules",

@@ -1,5 +1,5 @@
 """
-The annotated route: pairs of generated videos, scored by people, kept where the scores are clear.
+Build preference pairs from generated videos with human scores; keep pairs whose scores differ clearly.
 
 Each vote is one rater's marks, 1 to 5, for one video of a pair in five dimensions. A pair's better video is the one
 with the higher mean; it is a useful pair when the means differ much and the better video is good.
@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from .engine.manifest import Rule, judge, new_manifest
+from .engine.manifest import Rule, apply_rules_to_table, new_manifest
 
 
 #: The five dimensions of Reg-DPO, appendix A.1.
@@ -55,7 +55,7 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
     """
     path = Path(path)
     votes = []
-    seen: set[tuple[str, str, str]] = set()
+    voters: set[tuple[str, str, str]] = set()
     for line, record in _records(path):
         missing = [name for name in ("pair_id", "video", "annotator", "prompt", *dimensions) if _blank(record, name)]
         if missing:
@@ -70,9 +70,9 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
                 raise ValueError(f"{path}, line {line}: expected a whole number from 1 to 5 in {name}, got {text!r}.")
             marks[name] = int(text)
         who = tuple(str(record[name]) for name in ("pair_id", "video", "annotator"))
-        if who in seen:
+        if who in voters:
             raise ValueError(f"{path}, line {line}: {who[2]} has marked {who[1]} of pair {who[0]} before. Keep one.")
-        seen.add(who)  # type: ignore[arg-type]
+        voters.add(who)  # type: ignore[arg-type]
         pair_id, video, annotator = who
         votes.append(
             {"pair_id": pair_id, "video": video, "annotator": annotator, "prompt": str(record["prompt"]), **marks}
@@ -116,7 +116,7 @@ def annotated_pairs(
     ]
     if min_positive is not None:
         rules.append(Rule("positive_quality", "chosen_mean", min_positive - _ROUNDING))
-    table = judge(table, rules)
+    table = apply_rules_to_table(table, rules)
     return _preference_rows(table), table
 
 
@@ -172,7 +172,7 @@ def _preference_rows(table: pa.Table) -> datasets.Dataset:
         }
     )
     rows = [row for row in table.to_pylist() if row["dropped_by"] is None]
-    told = ("source_id", "raters", "chosen_mean", "rejected_mean")
+    names = ("source_id", "raters", "chosen_mean", "rejected_mean")
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
-    columns["provenance"] = [json.dumps({"route": "annotated"} | {name: row[name] for name in told}) for row in rows]
+    columns["provenance"] = [json.dumps({"route": "annotated"} | {name: row[name] for name in names}) for row in rows]
     return datasets.Dataset.from_dict(columns, features=features)

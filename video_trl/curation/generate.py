@@ -1,8 +1,8 @@
 """
-Stage 4: videos by any pipeline of diffusers, from prompts or from first frames; several models, seeds and processes.
+Stage 4: generate videos with any diffusers pipeline, from prompts or first frames, with several models and seeds.
 
-A job is one video to make. It is named by everything that decides its pixels, and its file appears under that name
-only when it is whole: what exists is never made again, whatever stopped the run.
+A job is one video. Its name is a hash of everything that decides its pixels, and its file gets that name only when it
+is complete. So a resumed run generates no video twice.
 """
 
 import inspect
@@ -113,12 +113,12 @@ def check_model(model: VideoModel, num_frames: int, fps: float) -> None:
 
 def check_length(name: str, made_frames: int, made_fps: float, num_frames: int, fps: float) -> None:
     """Raises a ValueError for a model whose videos end before the last frame of a pair."""
-    made, wanted = made_frames / made_fps, (num_frames - 1) / fps
-    if made < wanted - 1e-6:
+    seconds, needed_seconds = made_frames / made_fps, (num_frames - 1) / fps
+    if seconds < needed_seconds - 1e-6:
         raise ValueError(
-            f"{name} makes {made_frames} frames at {made_fps:g} fps, {made:.2f} s; pairs of {num_frames} frames at "
-            f"{fps:g} fps need {wanted:.2f} s. Ask it for more frames (`call_kwargs`), say at which rate they are "
-            "meant (`fps`), or curate shorter clips."
+            f"{name} makes {made_frames} frames at {made_fps:g} fps, {seconds:.2f} s; pairs of {num_frames} frames at "
+            f"{fps:g} fps need {needed_seconds:.2f} s. Ask it for more frames in `call_kwargs`, set the model's "
+            "frame rate as `fps`, or curate shorter clips."
         )
 
 
@@ -133,13 +133,13 @@ def job_table(clips: Batch, model: VideoModel, seeds: Sequence[int], settings: M
         settings (`dict`): What else decides the files (clock and length), as JSON values.
     """
     columns: Batch = {name: [] for name in JOB}
-    described = json.dumps({**model.settings(), **settings, "version": GENERATE_VERSION}, sort_keys=True)
+    description = json.dumps({**model.settings(), **settings, "version": GENERATE_VERSION}, sort_keys=True)
     names = ("source_id", "content", "prompt", "reference_image", "bucket")
     for row in zip(*(clips[name] for name in names), strict=True):
         for seed in seeds:
             clip = dict(zip(names, row, strict=True))
             noise = int(digest(f"{seed}\0{clip['content']}", 8), 16) % 2**31
-            job = digest("\0".join([described, clip["content"], clip["prompt"], clip["bucket"], str(noise)]))
+            job = digest("\0".join([description, clip["content"], clip["prompt"], clip["bucket"], str(noise)]))
             clip |= {"model": model.name, "revision": model.revision, "seed": noise, "job": job}
             clip["source_id"] = f"{clip['source_id']} x {model.name} x {seed}"
             for name, values in columns.items():
@@ -157,7 +157,7 @@ def run_jobs(
     shard: Shard | None = None,
 ) -> pa.Table:
     """
-    Makes the videos of a table of jobs, this process its share, and brings them to the format of the real clips.
+    Generates the videos of the jobs of this process, in the format of the real clips.
 
     The model is loaded with the first job that has no file yet, so a finished stage loads nothing.
 
@@ -183,7 +183,7 @@ def generation_stage(model: VideoModel, root: str | os.PathLike[str], *, fps: fl
     """What [`run_jobs`] runs, for other engines."""
     return Stage(
         name="generate",
-        function=Generator(model, root, fps=fps, num_frames=num_frames),
+        function=BatchGenerator(model, root, fps=fps, num_frames=num_frames),
         adds=GENERATED,
         key="job",
         settings={**model.settings(), "fps": fps, "num_frames": num_frames, "version": GENERATE_VERSION},
@@ -191,7 +191,7 @@ def generation_stage(model: VideoModel, root: str | os.PathLike[str], *, fps: fl
     )
 
 
-class Generator:
+class BatchGenerator:
     """A batch function with a model behind it, which is loaded when it is first needed. See [`run_jobs`]."""
 
     def __init__(self, model: VideoModel, root: str | os.PathLike[str], *, fps: float, num_frames: int) -> None:

@@ -1,4 +1,4 @@
-"""Datasets of videos: row types and their checks, video files, encoding and its cache, collators."""
+"""Video datasets: row types and checks, video files, encoding with a cache, collators."""
 
 from .collators import GroupCollator, VideoCollator
 from .columns import ENCODED_COLUMNS, ROW_TYPES, check_columns, column_names, group_features, is_encoded

@@ -1,4 +1,4 @@
-"""Several resolutions in one run: which size a video is brought to, and which rows make up a step."""
+"""Aspect-ratio buckets: choose a size for each video, and batches whose rows have one size."""
 
 import itertools
 import math
@@ -39,8 +39,8 @@ class AspectBucket:
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 
-    def crop_share(self, width: int, height: int) -> float:
-        """Share, in [0, 1), of the picture of a video of that size which the crop to this bucket cuts off."""
+    def crop_proportion(self, width: int, height: int) -> float:
+        """Proportion, in [0, 1), of the picture of a video of that size which the crop to this bucket cuts off."""
         wider = (width * self.height) / (height * self.width)  # aspect ratio of the video over the bucket's
         return 1 - min(wider, 1 / wider)
 
@@ -75,7 +75,7 @@ def nearest_bucket(
         width, height (`int`): Size of the video as it is shown, in pixels.
         buckets (`Sequence[AspectBucket]`): At least one. Of buckets of one aspect ratio, the one whose area is nearest
             to the video's is taken, on a log scale; of equal ones, the first.
-        max_crop (`float`, defaults to `1.0`): Largest share of the picture, in [0, 1], that may be cut off.
+        max_crop (`float`, defaults to `1.0`): Largest proportion of the picture, in [0, 1], that may be cut off.
 
     Returns:
         [`AspectBucket`] or `None`: `None` if even the nearest bucket would cut off more than `max_crop`: a 640x480
@@ -88,16 +88,16 @@ def nearest_bucket(
         raise ValueError(f"A video must have at least one pixel, got {width}x{height} (width x height).")
     if not buckets or not 0 <= max_crop <= 1:
         raise ValueError(f"Expected at least one bucket and `max_crop` in [0, 1], got {len(buckets)} and {max_crop}.")
-    # The log distance of the ratios is -log(1 - crop_share). Rounded, so that ratios meant to be equal are equal.
+    # The log distance of the ratios is -log(1 - crop_proportion). Rounded, so that ratios meant to be equal are equal.
     area = math.log(width * height)
     nearest = min(
         buckets,
         key=lambda bucket: (
-            round(bucket.crop_share(width, height), 9),
+            round(bucket.crop_proportion(width, height), 9),
             abs(area - math.log(bucket.width * bucket.height)),
         ),
     )
-    return nearest if nearest.crop_share(width, height) <= max_crop else None
+    return nearest if nearest.crop_proportion(width, height) <= max_crop else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class BucketBatchSampler(Sampler[MicroBatch]):
       skipping the steps that were done;
     - no process waits for one with larger videos.
 
-    The gradient of a step is the mean over its rows if a micro-batch is weighed by its share of them, `MicroBatch`.
+    The gradient of a step is the mean over its rows if each micro-batch has the weight of its rows, see `MicroBatch`.
     With rows of one shape the steps are those of an ordinary shuffling sampler. With several, the order of the steps
     is drawn too, or the rarest shapes would always come last.
 

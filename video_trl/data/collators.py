@@ -1,4 +1,4 @@
-"""Collators: encoded rows in, stacked tensors out. Noise and timesteps are drawn in the training step, never here."""
+"""Stack encoded rows into batches. Noise and timesteps are drawn in the training step, not here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

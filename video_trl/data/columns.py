@@ -1,4 +1,4 @@
-"""The row types of a dataset: which columns a trainer needs, and the checks that run before anything expensive."""
+"""Row types of datasets: the columns that each trainer needs, checked before any expensive work."""
 
 import math
 import os

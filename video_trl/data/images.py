@@ -1,4 +1,4 @@
-"""First frames that a dataset brings along as images of their own."""
+"""Read first frames that a dataset stores as images."""
 
 import io
 import os

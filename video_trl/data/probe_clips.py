@@ -1,4 +1,4 @@
-"""Clips with a question that is answered after they end: the data of a probe of physical understanding."""
+"""Labelled clips for linear probes: each clip ends before the event that its label names."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Datasets named on a command line."""
+"""Load a dataset that is named on the command line: a file, a folder or a Hub repository."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Reading and writing video files with PyAV. A damaged or incomplete file raises; nothing is made up for it."""
+"""Read and write video files with PyAV. A damaged or incomplete file raises an error; no frame is invented."""
 
 import io
 import math
@@ -149,9 +149,9 @@ def read_frames_squashed(
         frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in arrays)
     else:
         frames = (frame for _, _, frame in decode_video(source))
-    wanted, small, count = set(numbers), {}, 0
+    numbers_left, small, count = set(numbers), {}, 0
     for count, frame in enumerate(frames, start=1):
-        if count - 1 in wanted:
+        if count - 1 in numbers_left:
             small[count - 1] = _squash(frame, height, width)
     if max(numbers) >= count:
         small[count - 1] = _squash(frame, height, width)

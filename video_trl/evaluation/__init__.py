@@ -1,22 +1,22 @@
 """
-From scores to claims: intervals, paired comparisons, vote and rank arithmetic, and the report a person looks at.
+Evaluate models: statistics with intervals, paired comparisons, votes, and an HTML report.
 
-The names below are arithmetic and tables. Runs, benchmarks and the voting page are submodules: `evaluate`, `run`,
+The names below are statistics and tables. Runs, benchmarks and the voting page are submodules: `evaluate`, `run`,
 `comparison`, `videophy`, `videophy2`, `phygenbench`, `vbench`, `voting_server`, `voting_results`, `physion`.
 """
 
 from video_trl.evaluation.report.page import Column, Comparison, Curve, Sample, Table, summary_table, write_report
 from video_trl.evaluation.statistics import (
     PairedDifference,
-    Share,
+    Proportion,
     gsb_score,
     holm,
     mcnemar,
     paired_bootstrap,
     prompt_sign_test,
+    proportion_of,
     rank_points,
     rank_total_score,
-    share_of,
     sign_test,
     verdict,
     wilson_interval,
@@ -32,7 +32,7 @@ __all__ = [
     "Curve",
     "PairedDifference",
     "Sample",
-    "Share",
+    "Proportion",
     "Table",
     "gsb",
     "gsb_score",
@@ -43,7 +43,7 @@ __all__ = [
     "prompt_sign_test",
     "rank_points",
     "rank_total_score",
-    "share_of",
+    "proportion_of",
     "sign_test",
     "summary_table",
     "verdict",

@@ -1,4 +1,4 @@
-"""One call from a model to a table: generate, judge, count. Each step is skipped where its files are there."""
+"""Evaluate a model in one call: generate videos, score them, count. Steps whose files exist are skipped."""
 
 import logging
 import os
@@ -13,9 +13,9 @@ from ..judges import VideoJudge
 from ..load import SANDBOX, heldout_prompts, load_judge
 from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
-from .runs.generate import Generator, generate_run, load_generator
+from .runs.generate import VideoGenerator, generate_run, load_generator
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
-from .runs.run import RUN_FILE, SCORE_FOLDER, Run, shard
+from .runs.run import RUN_FILE, SCORE_FOLDER, EvaluationRun, shard
 from .runs.score import score_run, slug
 from .runs.tables import RunTable, benchmark_named, tabulate
 
@@ -66,7 +66,7 @@ def evaluate_model(
         judge (`str` or [`VideoJudge`], *optional*, defaults to `"sandbox"`): Name for `load_judge`, or a judge. The
             default one judges nothing but the sandbox's sentences.
         name (`str`, *optional*): How tables call the model; by default the adapter's or the model's name.
-        training_seed (`int`, *optional*): Seed of the training behind the adapter.
+        training_seed (`int`, *optional*): Seed of the run that trained the adapter.
         benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"` and
             `"videophy2"` the prompts are the benchmark's: `prompts` is its CSV file, by default that of the Hub.
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
@@ -80,7 +80,7 @@ def evaluate_model(
     benchmark_named(benchmark)
     if model != SANDBOX and (judge == SANDBOX or prompts is None and benchmark not in _LOADERS):
         raise ValueError(f"Evaluating {model!r} needs `prompts` and `judge`: only the sandbox brings its own.")
-    chosen = evaluation_prompts(prompts, num_prompts, benchmark)
+    selection = evaluation_prompts(prompts, num_prompts, benchmark)
     if isinstance(judge, str):
         judge = load_judge(judge)
     generator = load_generator(
@@ -89,7 +89,7 @@ def evaluate_model(
     run = generate_run(
         run_dir,
         generator,
-        chosen,
+        selection,
         seeds=seeds,
         name=name or (adapter or model).rstrip("/").rpartition("/")[2],
         training_seed=training_seed,
@@ -107,7 +107,7 @@ def evaluate_model(
 
 def evaluate_pipeline(
     run_dir: str | os.PathLike[str],
-    generator: Generator,
+    generator: VideoGenerator,
     judge: VideoJudge,
     prompts: Sequence[EvaluationPrompt | str],
     *,
@@ -122,7 +122,7 @@ def evaluate_pipeline(
 
     Args:
         run_dir (path): Directory of the run.
-        generator ([`Generator`]): The model.
+        generator ([`VideoGenerator`]): The model.
         judge ([`VideoJudge`]): Any judge that fits beside the model.
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
         name (`str`), training_seed (`int`): As in [`generate_run`].
@@ -153,18 +153,18 @@ def evaluate_pipeline(
 
 class TrainingEvaluator:
     """
-    Generates and judges videos in the evaluations of a training: the `evaluator` argument of a trainer.
+    Generates and judges videos in the evaluations of a run: the `evaluator` argument of a trainer.
 
     ```python
     evaluator = TrainingEvaluator(sandbox_prompts(14), load_judge("sandbox"), fps=8, call_kwargs=sandbox.call_kwargs)
     trainer = VideoSFTTrainer("sandbox", args, dataset, eval_dataset, evaluator=evaluator)
     ```
 
-    It returns the mean scores `sa` and `pc`, and the share `joint` of videos that pass both by the benchmark's rule
-    (0.5 and above) with its Wilson interval, `joint_low` and `joint_high`, which the model card shows. They are logged
+    It returns the mean scores `sa` and `pc`, and the proportion `joint` of videos that pass both by the benchmark's
+    rule (0.5 and above) with its Wilson interval, `joint_low` and `joint_high`, which the model card shows. They are logged
     as `eval_sa`, `eval_pc` and so on, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
     `greater_is_better=True`). Each evaluation leaves a run in `<output_dir>/evaluation/step-<step>`, in place of one
-    that an earlier training left there.
+    that an earlier run left there.
 
     Args:
         prompts (list of [`EvaluationPrompt`] or `str`): Never those of the final evaluation: they choose the weights.
@@ -197,10 +197,10 @@ class TrainingEvaluator:
         self.call_kwargs, self.batch_size = dict(call_kwargs or {}), batch_size
 
     def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> dict[str, float]:
-        generator = Generator(pipeline, model=f"training in {output_dir}", fps=self.fps, call_kwargs=self.call_kwargs)
+        generator = VideoGenerator(pipeline, model=f"run in {output_dir}", fps=self.fps, call_kwargs=self.call_kwargs)
         folder = os.path.join(output_dir, "evaluation", f"step-{step}")
         shutil.rmtree(folder, ignore_errors=True)
-        # The trainer calls this on one process of the launch, so the others have no share.
+        # The trainer calls this on one process of the launch, so the others have no part of the work.
         run = generate_run(
             folder,
             generator,
@@ -214,7 +214,7 @@ class TrainingEvaluator:
         )
         score_run(run.folder, self.judge, rank=0, num_ranks=1)
         table = tabulate(run, judge=self.judge.name)
-        joint = table.shares[ALL]["joint"]
+        joint = table.proportions[ALL]["joint"]
         return {**table.means[ALL], "joint": joint.value, "joint_low": joint.low, "joint_high": joint.high}
 
 
@@ -242,17 +242,19 @@ def evaluation_prompts(
     if prompts is None and benchmark not in _LOADERS:
         return sandbox_prompts(21 if number is None else number)
     if prompts is None:
-        found = _LOADERS[benchmark]()
+        loaded_prompts = _LOADERS[benchmark]()
     elif isinstance(prompts, str | os.PathLike):
-        found = _LOADERS.get(benchmark, load_prompts)(prompts)
+        loaded_prompts = _LOADERS.get(benchmark, load_prompts)(prompts)
     else:
-        found = check_prompts(prompts)
-    if number is not None and not 1 <= number <= len(found):
-        raise ValueError(f"`num_prompts` must lie between 1 and the {len(found)} prompts given, got {number}.")
-    return found[:number]
+        loaded_prompts = check_prompts(prompts)
+    if number is not None and not 1 <= number <= len(loaded_prompts):
+        raise ValueError(
+            f"`num_prompts` must lie between 1 and the {len(loaded_prompts)} prompts given, got {number}."
+        )
+    return loaded_prompts[:number]
 
 
-def _wait_for_scores(run: Run, judge: str) -> None:
+def _wait_for_scores(run: EvaluationRun, judge: str) -> None:
     """Waits for the other processes of the launch, by their files: hours apart, they would time out at a barrier."""
     last = time.monotonic()
     while True:

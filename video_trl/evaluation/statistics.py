@@ -1,9 +1,9 @@
 """
-Arithmetic of comparisons: intervals, paired differences, votes and rank totals. NumPy in, plain numbers out.
+Statistics of evaluations: confidence intervals, paired differences, significance tests, votes and rank totals.
 
-Three habits are built in, because a number without them misleads: a share comes with its count and an interval, a
-comparison is paired wherever the prompts are shared, and nothing is called better while its interval, pooled over
-the training seeds, contains zero or fewer than three seeds were trained.
+Three rules are built in, because a number without them misleads. A proportion has its count and an interval. A
+comparison is paired where both models have the same prompts. A method is called better only if its interval, pooled
+over the training seeds, excludes zero and at least three seeds were trained.
 """
 
 import math
@@ -22,7 +22,7 @@ _RESAMPLES_AT_ONCE = 500  # bounds the memory: 500 x number of clusters indices 
 
 def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """
-    Wilson score interval of a share `k / n`. Unlike the normal approximation it stays inside [0, 1] and keeps a
+    Wilson score interval of a proportion `k / n`. Unlike the normal approximation it stays inside [0, 1] and keeps a
     width at `k = 0` and `k = n`.
 
     Args:
@@ -37,12 +37,12 @@ def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
         ValueError: If there is no trial, if `k` is outside [0, n], or if `level` is outside (0, 1).
     """
     if n < 1 or not 0 <= k <= n:
-        raise ValueError(f"A share needs 0 <= k <= n and n >= 1, got k={k} and n={n}.")
+        raise ValueError(f"A proportion needs 0 <= k <= n and n >= 1, got k={k} and n={n}.")
     return _wilson(k / n, n, level)
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """
     Count `k` of `n` with the Wilson interval of `k / n`; printed as `96/590 = 16.3 % [13.5, 19.5]`.
 
@@ -68,9 +68,11 @@ class Share:
         return f"{self.k}/{self.n} = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def share_of(passed: Sequence[bool], clusters: Sequence[Hashable] | None = None, level: float = 0.95) -> Share:
+def proportion_of(
+    passed: Sequence[bool], clusters: Sequence[Hashable] | None = None, level: float = 0.95
+) -> Proportion:
     """
-    Share of trials that passed, with a Wilson interval that knows about clusters.
+    Proportion of trials that passed, with a Wilson interval that knows about clusters.
 
     Several videos of one prompt are not independent. Their number is divided by the design effect (variance between
     clusters over that of independent trials) before it enters Wilson's formula: with one video a prompt this is the
@@ -82,24 +84,24 @@ def share_of(passed: Sequence[bool], clusters: Sequence[Hashable] | None = None,
         level (`float`, *optional*, defaults to `0.95`): Two-sided confidence level, in (0, 1).
 
     Returns:
-        [`Share`]
+        [`Proportion`]
 
     Raises:
         ValueError: If there is no trial, the labels are not as many as the trials, or `level` is outside (0, 1).
     """
     outcomes = np.asarray(passed, dtype=np.float64)
     if outcomes.size == 0:
-        raise ValueError("A share needs at least one trial, got none.")
+        raise ValueError("A proportion needs at least one trial, got none.")
     k, n = int(outcomes.sum()), len(outcomes)
     sums, counts = _totals(outcomes, clusters)
-    num_clusters, share = len(sums), k / n
+    num_clusters, proportion = len(sums), k / n
     effective = float(num_clusters)
     if num_clusters > 1 and 0 < k < n:
-        between = num_clusters / (num_clusters - 1) * float(((sums - share * counts) ** 2).sum()) / n**2
+        between = num_clusters / (num_clusters - 1) * float(((sums - proportion * counts) ** 2).sum()) / n**2
         # Never more than the videos there are, never fewer than the prompts. The variance is 0 when the prompts agree.
-        effective = min(max(share * (1 - share) / between if between > 0 else n, num_clusters), n)
-    low, high = _wilson(share, effective, level)
-    return Share(k, n, num_clusters, low, high, level)
+        effective = min(max(proportion * (1 - proportion) / between if between > 0 else n, num_clusters), n)
+    low, high = _wilson(proportion, effective, level)
+    return Proportion(k, n, num_clusters, low, high, level)
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ def paired_bootstrap(
     means = []
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
         size = (min(_RESAMPLES_AT_ONCE, num_resamples - start), len(sums))
-        drawn = rng.integers(0, len(sums), size=size)
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+        indices = rng.integers(0, len(sums), size=size)
+        means.append(sums[indices].sum(axis=1) / counts[indices].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return PairedDifference(
         mean_a=float(a.mean()),
@@ -387,16 +389,16 @@ def _totals(
     return np.bincount(labels, weights=values).astype(np.float64), np.bincount(labels).astype(np.int64)
 
 
-def _wilson(share: float, n: float, level: float) -> tuple[float, float]:
+def _wilson(proportion: float, n: float, level: float) -> tuple[float, float]:
     """Wilson's formula; `n` may be an effective number, which is no integer."""
     _check_level(level)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = proportion + z * z / (2 * n)
+    spread = z * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
     denominator = 1 + z * z / n
     # At 0 and 1 the ends are exactly 0 and 1; rounding would leave 1e-17 beside them.
-    low = 0.0 if share == 0 else (centre - spread) / denominator
-    high = 1.0 if share == 1 else (centre + spread) / denominator
+    low = 0.0 if proportion == 0 else (centre - spread) / denominator
+    high = 1.0 if proportion == 1 else (centre + spread) / denominator
     return low, high
 
 

@@ -1,6 +1,5 @@
 """
-Weights and datasets on disk and on the Hub: LoRA files that a diffusers pipeline loads, the layout of other tools,
-cards, and uploads.
+Publish weights and datasets: LoRA files for diffusers and for other tools, model and dataset cards, uploads.
 """
 
 from .card import CARD_NAME, DatasetFacts, Measurement, add_evaluation, model_card

@@ -1,4 +1,4 @@
-"""Model and dataset cards: what the Hub reads in the front matter, and what people read below it."""
+"""Write model cards: front matter for the Hub, text and evaluation results for readers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -44,9 +44,9 @@ class Measurement:
 
     def row(self) -> dict[str, Any]:
         """The number as a row of a table."""
-        known = self.low is not None and self.high is not None
-        interval = f"[{self.low:.3f}, {self.high:.3f}]" if known else ""
-        if known and self.level is not None:
+        has_interval = self.low is not None and self.high is not None
+        interval = f"[{self.low:.3f}, {self.high:.3f}]" if has_interval else ""
+        if has_interval and self.level is not None:
             interval += f" ({100 * self.level:g} %)"
         videos = "" if self.num_items is None else self.num_items
         return {"on": self.dataset, "metric": self.metric, "value": self.value, "interval": interval, "videos": videos}
@@ -164,17 +164,17 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
         ValueError: If the file is no card of this package.
     """
     path = Path(card)
-    found = ModelCard(path.read_text(encoding="utf-8"))
-    if not _EVALUATION.search(found.text):
+    parsed = ModelCard(path.read_text(encoding="utf-8"))
+    if not _EVALUATION.search(parsed.text):
         raise ValueError(f"{path} has no section for evaluations; expected a card that video_trl wrote.")
-    known = found.data.to_dict()
-    known.pop("model-index", None)
+    entries = parsed.data.to_dict()
+    entries.pop("model-index", None)
     index = _model_index(
-        known.pop("model_name", None) or str(path.resolve().parent), measurements, known.get("pipeline_tag")
+        entries.pop("model_name", None) or str(path.resolve().parent), measurements, entries.get("pipeline_tag")
     )
-    front_matter = ModelCardData(**known, **index)
+    front_matter = ModelCardData(**entries, **index)
     section = evaluation_section(measurements)
-    text = _EVALUATION.sub(lambda _: section, found.text)
+    text = _EVALUATION.sub(lambda _: section, parsed.text)
     write_atomically(path, f"---\n{front_matter.to_yaml()}\n---\n{text}")
 
 
@@ -221,17 +221,17 @@ def render(template: str, **values: Any) -> str:
 
 def _parentage(base_model: str, is_adapter: bool, license: Mapping[str, str] | str | None) -> dict[str, Any]:
     """Entries of the front matter about base model and licence."""
-    found: dict[str, Any] = {"license": license} if isinstance(license, str) else dict(license or {})
+    entries: dict[str, Any] = {"license": license} if isinstance(license, str) else dict(license or {})
     if is_repo_id(base_model):
-        found |= {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
-    return found
+        entries |= {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
+    return entries
 
 
-def _model_index(repo_id: str, measured: Sequence[Measurement], task: str | None) -> dict[str, Any]:
+def _model_index(repo_id: str, measurements: Sequence[Measurement], task: str | None) -> dict[str, Any]:
     """Entries of the front matter about an evaluation."""
-    if not measured:
+    if not measurements:
         return {}
-    return {"model_name": Path(repo_id).name, "eval_results": [_eval_result(row, task) for row in measured]}
+    return {"model_name": Path(repo_id).name, "eval_results": [_eval_result(row, task) for row in measurements]}
 
 
 def _link(base_model: str) -> str:

@@ -1,4 +1,4 @@
-"""Curated datasets on the Hub: parquet files that hold their videos, and a card that shows some of them."""
+"""Export datasets with their videos to parquet, write a dataset card, and upload both to the Hub."""
 
 import os
 import tempfile
@@ -81,18 +81,18 @@ def export_dataset(
     with atomic_folder(folder) as partial:
         (partial / "data").mkdir()
         shards = 0
-        shown: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
         for rows in _shards(undecoded(dataset), media):
             shards += 1
-            if not shown:
-                shown = [_show(row, number, media, partial) for number, row in enumerate(rows[:_SHOWN_ROWS])]
+            if not samples:
+                samples = [_show(row, number, media, partial) for number, row in enumerate(rows[:_SHOWN_ROWS])]
             content = datasets.Dataset.from_list(rows, features=features)
             pq.write_table(content.with_format("arrow")[:], _shard(partial, split, shards), row_group_size=16)
         for number in range(1, shards + 1):
             name_of_all = f"{split}-{number - 1:05d}-of-{shards:05d}.parquet"
             _shard(partial, split, number).rename(partial / "data" / name_of_all)
         card = dataset_card(
-            dataset, features, name=name, split=split, shown=shown, license=license, description=description,
+            dataset, features, name=name, split=split, samples=samples, license=license, description=description,
             details=details,
         )  # fmt: skip
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
@@ -156,8 +156,8 @@ def push_dataset(
                 )
             )
 
-        kept = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
-        return explained(send, f"{kept}Call `push_dataset` again later; what was sent is not sent twice.")
+        place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
+        return explained(send, f"{place}Call `push_dataset` again later; what was sent is not sent twice.")
 
 
 def dataset_card(
@@ -166,7 +166,7 @@ def dataset_card(
     *,
     name: str,
     split: str,
-    shown: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
     license: str | None,
     description: str,
     details: Mapping[str, Any] | None,
@@ -180,7 +180,7 @@ def dataset_card(
         sizes = Counter(len(row) for row in dataset.select_columns("rejected").with_format("arrow")["rejected"])
         counts |= {f"rows with {size} rejected videos": number for size, number in sorted(sizes.items())}
     if "generator" in columns:
-        counts |= {f"made by {made}": number for made, number in Counter(dataset["generator"]).most_common()}
+        counts |= {f"made by {generator}": number for generator, number in Counter(dataset["generator"]).most_common()}
     front_matter = DatasetCardData(
         license=license,
         task_categories=["text-to-video", *(["image-to-video"] if set(_IMAGE_COLUMNS) & set(columns) else [])],
@@ -203,7 +203,7 @@ def dataset_card(
         description=description,
         counts=settings_table(counts),
         columns=table(kinds),
-        shown=shown,
+        samples=samples,
         details=settings_table(details),
         license=license,
     )
@@ -211,7 +211,7 @@ def dataset_card(
 
 def _features(dataset: datasets.Dataset) -> datasets.Features:
     """The features of the export: undecoded videos and images where there were paths or decoders."""
-    found = datasets.Features(dict(dataset.features))
+    features = datasets.Features(dict(dataset.features))
     for column, feature in dataset.features.items():
         several = isinstance(feature, datasets.List)
         inner = feature.feature if several else feature
@@ -222,8 +222,8 @@ def _features(dataset: datasets.Dataset) -> datasets.Features:
         elif isinstance(inner, datasets.Image) or (is_text and column in _IMAGE_COLUMNS):
             kind = _IMAGE
         if kind is not None:
-            found[column] = datasets.List(kind) if several else kind
-    return found
+            features[column] = datasets.List(kind) if several else kind
+    return features
 
 
 def _media_type(feature: Any) -> datasets.Video | datasets.Image | None:

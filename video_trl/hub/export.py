@@ -1,8 +1,8 @@
 """
-LoRA files of Wan for ComfyUI and other tools that run the model's original code, and back to diffusers.
+Convert LoRA files of Wan between diffusers and the layout of the original code, which ComfyUI and other tools read.
 
-Layers are named as that code names them. Weights are the same numbers; only names change, and the scale `alpha / rank`
-moves from the file's metadata into tensors.
+Layers are named as the original code names them. The weights are the same numbers; only names change, and the scale
+`alpha / rank` moves from the file's metadata into tensors.
 """
 
 import json
@@ -122,13 +122,11 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
                 "another alpha than the rank there. Train with `lora_alpha` = `lora_rank` to export it."
             )
     _check_with_diffusers(tensors, set(weights), source)
-    described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     path = Path(target)
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
-    return write_atomically(
-        path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(described)})
-    )
+    return write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(settings)}))
 
 
 def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
@@ -150,8 +148,8 @@ def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"No file {path}; expected a LoRA file in the layout of Wan's original code.")
-    found, header = read_tensors(path)
-    weights, alphas = _renamed(found, path)
+    tensors, header = read_tensors(path)
+    weights, alphas = _renamed(tensors, path)
     config = LoraConfig(**json.loads(header[_CONFIG_KEY])) if _CONFIG_KEY in header else _config_of(weights, alphas)
     return write_lora(directory, weights, config, config.base_model_name_or_path)
 
@@ -164,24 +162,24 @@ def _alpha(config: LoraConfig, name: str, rank: int) -> float:
 
 def _check_with_diffusers(tensors: Mapping[str, torch.Tensor], names: set[str], source: Any) -> None:
     try:
-        read = set(WanLoraLoaderMixin.lora_state_dict(dict(tensors)))
+        names_read = set(WanLoraLoaderMixin.lora_state_dict(dict(tensors)))
     except (ValueError, KeyError) as error:
-        read = {f"nothing ({error})"}
+        names_read = {f"nothing ({error})"}
     expected = {PREFIX + name for name in names}
-    if read != expected:
+    if names_read != expected:
         raise ValueError(
-            f"{source}: diffusers would not read {sorted(expected - read)[:4]} from the layout, but "
-            f"{sorted(read - expected)[:4]}. Train with other `target_modules`, such as all or none of the "
+            f"{source}: diffusers would not read {sorted(expected - names_read)[:4]} from the layout, but "
+            f"{sorted(names_read - expected)[:4]}. Train with other `target_modules`, such as all or none of the "
             "image projections."
         )
 
 
-def _renamed(found: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _renamed(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Weights by PEFT's names, and the alpha of layers that have one."""
     weights: dict[str, torch.Tensor] = {}
     alphas: dict[str, float] = {}
     unknown = []
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         inner = key.removeprefix(_WAN_PREFIX)
         name, ending = _split(inner)
         ours = diffusers_name(name)
@@ -210,12 +208,12 @@ def _split(name: str) -> tuple[str, str]:
 def _config_of(weights: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> LoraConfig:
     """The configuration that a file of another tool implies: where no alpha is given, it is the rank."""
     ranks = {name.removesuffix(".lora_A.weight"): len(w) for name, w in weights.items() if ".lora_A." in name}
-    given = {name: alphas.get(name, float(rank)) for name, rank in ranks.items()}
-    (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(given.values()).most_common(1)[0]
+    alpha_of = {name: alphas.get(name, float(rank)) for name, rank in ranks.items()}
+    (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alpha_of.values()).most_common(1)[0]
     return LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=sorted(ranks),
         rank_pattern={name: value for name, value in ranks.items() if value != rank},
-        alpha_pattern={name: value for name, value in given.items() if value != alpha},
+        alpha_pattern={name: value for name, value in alpha_of.items() if value != alpha},
     )

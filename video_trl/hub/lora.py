@@ -1,4 +1,4 @@
-"""LoRA weights on disk: which adapters are accepted, and files that a diffusers pipeline loads."""
+"""Check LoRA adapters, and read and write them as files that a diffusers pipeline loads."""
 
 import json
 import os
@@ -116,12 +116,12 @@ def write_lora(
     # Only what differs from the defaults: another version of PEFT need not know every option of this one.
     defaults = LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
-    kept = {key: value for key, value in config.to_dict().items() if key in always or value != defaults[key]}
+    settings = {key: value for key, value in config.to_dict().items() if key in always or value != defaults[key]}
     if base_model is not None:
-        kept["base_model_name_or_path"] = base_model
+        settings["base_model_name_or_path"] = base_model
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-    described = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
-    header = {"format": "pt", METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
+    metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
     return write_atomically(Path(directory) / LORA_FILE_NAME, safetensors.torch.save(tensors, header))
 
 
@@ -151,8 +151,8 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
             f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
             "Save it with `video_trl.hub.save_lora`."
         )
-    described = json.loads(header[METADATA_KEY])
-    config = LoraConfig(**{key.removeprefix(PREFIX): value for key, value in described.items()})
+    metadata = json.loads(header[METADATA_KEY])
+    config = LoraConfig(**{key.removeprefix(PREFIX): value for key, value in metadata.items()})
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
 
 

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: what of a folder is published, and what to do when the Hub refuses or cannot be reached."""
+"""Upload a run to the Hub: which files are published, and clear errors when an upload fails."""
 
 import logging
 import os
@@ -95,10 +95,10 @@ def upload(
     """Upload what `PUBLISHED` names, and on request the folder's checkpoints, as one commit of a repository."""
     steps = [path for path in folder.glob(OUTDATED) if path.is_dir()]
     card = folder / CARD_NAME
-    shown = card.read_text(encoding="utf-8") if card.is_file() else ""
-    kept = {path for path in steps if f"samples/{path.name}/" in shown} or set(sorted(steps, key=_step)[-1:])
-    kept |= set(sorted(steps, key=_step)[:1])  # the model before training, beside what it is now
-    dropped = [f"samples/{path.name}/*" for path in steps if path not in kept]
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    current = {path for path in steps if f"samples/{path.name}/" in text} or set(sorted(steps, key=_step)[-1:])
+    current |= set(sorted(steps, key=_step)[:1])  # the model before training, beside what it is now
+    dropped = [f"samples/{path.name}/*" for path in steps if path not in current]
     return without_conflict(
         lambda: api.upload_folder(
             repo_id=repo_id,
@@ -155,7 +155,7 @@ def reason(error: Exception) -> str:
         what = "The Hub cannot be reached" if away else "The upload failed"
         return f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
     status = answer.response.status_code
-    known = {
+    causes = {
         401: "the Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN",
         403: "the token may not write there. Make one with the role 'write', or name a repository of your own",
         404: "there is no such repository, or the token may not see it",
@@ -163,9 +163,9 @@ def reason(error: Exception) -> str:
         413: "the files are larger than the account allows",
         429: "too many requests; the limit passes in minutes",
     }
-    said = (answer.server_message or "").strip().splitlines()
-    what = known.get(status, "the Hub has a problem" if status >= 500 else "the Hub refused")
-    return f"Upload failed with {status}: {what}{f' ({said[0]})' if said else ''}."
+    lines = (answer.server_message or "").strip().splitlines()
+    what = causes.get(status, "the Hub has a problem" if status >= 500 else "the Hub refused")
+    return f"Upload failed with {status}: {what}{f' ({lines[0]})' if lines else ''}."
 
 
 def is_refusal(error: HubUploadError) -> bool:
@@ -199,8 +199,8 @@ def inherited_license(
             data = HfApi(token=token).model_info(base_model, revision=revision, timeout=10).card_data
         except (HfHubHTTPError, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
             logger.warning("The licence of %s is not known: %s", base_model, reason(error))
-    found = {} if data is None else data.to_dict()
-    return {name: str(found[name]) for name in ("license", "license_name", "license_link") if found.get(name)}
+    entries = {} if data is None else data.to_dict()
+    return {name: str(entries[name]) for name in ("license", "license_name", "license_link") if entries.get(name)}
 
 
 def _answer(error: BaseException) -> HfHubHTTPError | None:

@@ -1,4 +1,4 @@
-"""Judges of generated videos: one small protocol, several implementations. `video_trl.load` finds one by name."""
+"""Judges score generated videos: one protocol, several implementations. `video_trl.load` loads one by name."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

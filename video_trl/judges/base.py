@@ -1,4 +1,4 @@
-"""What a judge is: it scores videos against the sentences that they were made for."""
+"""The protocol of a judge: it scores videos for their prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path

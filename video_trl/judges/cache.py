@@ -1,4 +1,4 @@
-"""Scores that were computed once: any judge, with a memory on disk."""
+"""Cache the scores of any judge on disk."""
 
 import json
 import os
@@ -74,21 +74,21 @@ class CachedJudge:
         check_request(videos, prompts)
         identity = self.identity
         keys = [(video_hash(video), fingerprint(prompt)) for video, prompt in zip(videos, prompts, strict=True)]
-        found: dict[tuple[str, str], dict[str, Any]] = {}
+        scores: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as database:
             for video, prompt in dict.fromkeys(keys):
                 row = database.execute(
                     "SELECT result FROM scores WHERE judge = ? AND video = ? AND prompt = ?", (identity, video, prompt)
                 ).fetchone()
                 if row:
-                    found[video, prompt] = json.loads(row[0])
+                    scores[video, prompt] = json.loads(row[0])
         # The last index of each new key: equal pairs are asked for once.
-        unknown = list({key: index for index, key in enumerate(keys) if key not in found}.values())
+        unknown = list({key: index for index, key in enumerate(keys) if key not in scores}.values())
         for start in range(0, len(unknown), self.chunk_size):
             chunk = unknown[start : start + self.chunk_size]
             results = self.judge.score([videos[i] for i in chunk], [prompts[i] for i in chunk])
             texts = [json.dumps(result) for result in results]
-            found |= {keys[i]: json.loads(text) for i, text in zip(chunk, texts, strict=True)}
+            scores |= {keys[i]: json.loads(text) for i, text in zip(chunk, texts, strict=True)}
             rows = [
                 (identity, *keys[i], text)
                 for i, result, text in zip(chunk, results, texts, strict=True)
@@ -96,7 +96,7 @@ class CachedJudge:
             ]
             with self._open() as database:
                 database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
-        return [dict(found[key]) for key in keys]
+        return [dict(scores[key]) for key in keys]
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -1,4 +1,4 @@
-"""One structured question to any OpenAI-compatible server: text and images in, a validated object out, or an error."""
+"""Ask an OpenAI-compatible server about text and images; the answer is validated against a schema."""
 
 import base64
 import email.utils
@@ -51,7 +51,7 @@ class _TryAgain(Exception):
 
 
 @dataclass(frozen=True)
-class Question(Generic[Answer]):
+class ChatQuestion(Generic[Answer]):
     """
     What to ask.
 
@@ -130,10 +130,10 @@ class ChatClient:
     ) -> None:
         url = httpx2.URL(base_url)
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            shown = url.copy_with(username="", password="") if url.userinfo else base_url
+            public_url = url.copy_with(username="", password="") if url.userinfo else base_url
             raise ValueError(
-                f"Expected `base_url` like 'http://localhost:8000/v1', without user and password, got {str(shown)!r}. "
-                f"A key goes into `api_key` or the environment variable {API_KEY_VARIABLE}."
+                f"Expected `base_url` like 'http://localhost:8000/v1', without user and password, got "
+                f"{str(public_url)!r}. A key goes into `api_key` or the environment variable {API_KEY_VARIABLE}."
             )
         if not (timeout > 0 and backoff > 0 and concurrency >= 1 and max_tokens >= 1):
             raise ValueError(
@@ -163,7 +163,7 @@ class ChatClient:
         """Close the connections."""
         self._http.close()
 
-    def ask(self, question: Question[Answer]) -> Reply[Answer]:
+    def ask(self, question: ChatQuestion[Answer]) -> Reply[Answer]:
         """
         Ask one question.
 
@@ -193,13 +193,17 @@ class ChatClient:
             fault = self._redact(fault)
             logger.debug("%s: invalid answer (%s)", self, fault)
             complaint = f"That was no valid answer ({fault}). Answer with JSON of the schema only."
-            said = text or "(no answer)"  # some servers refuse an empty message
-            messages = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": complaint}]
+            reply_text = text or "(no answer)"  # some servers refuse an empty message
+            messages = [
+                *messages,
+                {"role": "assistant", "content": reply_text},
+                {"role": "user", "content": complaint},
+            ]
         raise InvalidAnswerError(
             f"{self.base_url} ({self.model}): no valid answer in {requests} requests; the last: {fault}."
         )
 
-    def ask_all(self, questions: Iterable[Callable[[], Question[Answer]]]) -> list[Reply[Answer] | ChatError]:
+    def ask_all(self, questions: Iterable[Callable[[], ChatQuestion[Answer]]]) -> list[Reply[Answer] | ChatError]:
         """
         Ask many questions, at most `concurrency` at once.
 
@@ -215,7 +219,7 @@ class ChatClient:
             Exception: what a function that makes a question raises.
         """
 
-        def one(make: Callable[[], Question[Answer]]) -> Reply[Answer] | ChatError:
+        def one(make: Callable[[], ChatQuestion[Answer]]) -> Reply[Answer] | ChatError:
             try:
                 return self.ask(make())
             except ChatUnavailableError:
@@ -289,8 +293,8 @@ class ChatClient:
 
     def _raise_for_status(self, response: httpx2.Response, data: bytes) -> None:
         status = response.status_code
-        said = self._redact(" ".join(data.decode("utf-8", "replace").split()))[:300]
-        reason = f"status {status}" + (f" ({said})" if said else "")
+        body = self._redact(" ".join(data.decode("utf-8", "replace").split()))[:300]
+        reason = f"status {status}" + (f" ({body})" if body else "")
         if status in _RETRIED:
             raise _TryAgain(reason, wait=_retry_after(response.headers.get("Retry-After")))
         if status in _HOPELESS or 300 <= status < 400:

@@ -1,4 +1,4 @@
-"""What every judge does before it looks: check the request, pick frames at a size."""
+"""Check the inputs of a judge, sample frames and resize them."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""VideoCon-Physics (the judge of VideoPhy) and VideoPhy-2-AutoEval: two checkpoints of one 7B network."""
+"""Judge videos with VideoCon-Physics (VideoPhy) or VideoPhy-2-AutoEval, two checkpoints of one 7B network."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .answer_logprobs import answer_logprobs
 from .base import Video
-from .candidates import candidate_logprobs
 from .frames import check_request, sample_frames, segment_starts
 from .mplug_owl_loading import SPLIT_AT_MEDIA, SPLIT_AT_TURNS, MplugOwlTokenizer, load_mplug_owl
 from .mplug_owl_model import IMAGE_MEAN, IMAGE_STD
@@ -134,7 +134,7 @@ class _MplugOwlJudge:
             batch = slice(start, start + self.batch_size)
             tokens = self._encode_videos(videos[batch])
             prompts = [prompt for question in questions for prompt in question[batch]]
-            logprobs = candidate_logprobs(self.model, tokens.repeat(len(questions), 1, 1), prompts, answers)
+            logprobs = answer_logprobs(self.model, tokens.repeat(len(questions), 1, 1), prompts, answers)
             parts.append(logprobs.unflatten(0, (len(questions), -1)).transpose(0, 1).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(questions), len(answers))
 

@@ -1,4 +1,4 @@
-"""Published mPLUG-Owl-video checkpoints -> `MplugOwlVideo`, and the text side: token ids around a video."""
+"""Load published mPLUG-Owl-video checkpoints, and tokenize prompts that contain a video."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Scores that exist already: a table of videos, sentences and scores as a judge."""
+"""A judge that reads its scores from a table of videos, prompts and scores."""
 
 import csv
 import json

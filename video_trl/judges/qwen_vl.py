@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL as judges, in this process: log-probabilities of "Yes" and "No", or of 1 to 5."""
+"""Judge videos with Qwen2.5-VL or Qwen3-VL in this process, by the probabilities of "Yes" and "No" or of 1 to 5."""
 
 import os
 from collections.abc import Sequence
@@ -122,12 +122,12 @@ class QwenVLJudge:
         raw: dict[str, Any] = {}
         for question, text in QUESTIONS[self.answers].items():
             logprobs = self._answer_logprobs(patches, text.format(caption=prompt))
-            shares = logprobs.softmax(dim=-1).tolist()
+            probabilities = logprobs.softmax(dim=-1).tolist()
             answers = YES_NO if self.answers == "yes_no" else RATINGS
             if self.answers == "yes_no":
-                scores[question] = shares[0]
+                scores[question] = probabilities[0]
             else:
-                scores[question] = sum(share * rating for rating, share in enumerate(shares)) / 4
+                scores[question] = sum(probability * rating for rating, probability in enumerate(probabilities)) / 4
             raw[question] = {
                 "logprobs": dict(zip(answers, logprobs.tolist(), strict=True)),
                 "coverage": float(logprobs.exp().sum()),

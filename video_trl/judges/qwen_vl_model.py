@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL through stock transformers, without torchvision: loading, patches, chats about one video."""
+"""Load Qwen2.5-VL or Qwen3-VL with transformers, and prepare a chat about one video without torchvision."""
 
 import os
 from collections.abc import Sequence
@@ -158,10 +158,10 @@ class QwenVL:
         """The likeliest text, word by word, that goes on a chat; see `inputs`."""
         inputs = self.inputs(video, *turns, system=system)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        written = self.model.generate(
+        ids = self.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
-        new = written[0, inputs["input_ids"].shape[1] :]
+        new = ids[0, inputs["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _chat_ids(self, video: Patches, turns: Sequence[str], system: str | None) -> list[int]:

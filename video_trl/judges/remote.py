@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible server as a judge."""
+"""Judge videos with a vision-language model on an OpenAI-compatible server."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from .base import Video
-from .chat import ChatClient, ChatError, Question
+from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
 from .weights import text_hash
 
@@ -118,11 +118,11 @@ class RemoteJudge:
             scores.append({"sa": (reply.answer.sa - 1) / 4, "pc": (reply.answer.pc - 1) / 4, "raw": raw})
         return scores
 
-    def _question(self, video: Video, prompt: str) -> Question[Verdict]:
+    def _question(self, video: Video, prompt: str) -> ChatQuestion[Verdict]:
         frames, indices = sample_frames(
             video, self.num_frames, evenly_spaced, lambda h, w: size_within(h, w, self.max_pixels, multiple=2)
         )
         fps = frame_rate(video, self.fps)
         seconds = ", ".join(f"{index / fps:.2f}" for index in indices)
         text = QUESTION.format(count=len(frames), seconds=seconds, caption=prompt)
-        return Question(text, Verdict, list(frames), SYSTEM)
+        return ChatQuestion(text, Verdict, list(frames), SYSTEM)

@@ -1,4 +1,4 @@
-"""Let a judge score a table of videos; the table that is written can be read as a judge."""
+"""Score a table of videos with a judge. The output can be used as a precomputed judge."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Where a judge's weights come from: a folder or the Hub, told apart, named in the judge's identity, loaded safely."""
+"""Find the weights of a judge in a folder or on the Hub, load them safely, and name them in the judge's identity."""
 
 import json
 import os
@@ -43,14 +43,14 @@ def resolve_weights(
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(patterns))
+        snapshot = snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No weights at {name_or_path!s}: expected a folder on this machine (from {Path.cwd()}) "
             f"or a repository on the Hub, which cannot be fetched ({str(error).splitlines()[0]}). Check the spelling, "
             "HF_HUB_OFFLINE, and `hf auth login` where the repository is gated."
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def weights_identity(folder: Path) -> str:
@@ -131,23 +131,23 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: Path) ->
     Raises:
         ValueError: missing or unexpected names, or other shapes; the message lists them.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     faults = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
+        "missing": sorted(shapes.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - shapes.keys()),
         "of another shape": [
             f"{name} {tuple(state[name].shape)} instead of {shape}"
-            for name, shape in wanted.items()
+            for name, shape in shapes.items()
             if name in state and tuple(state[name].shape) != shape
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(
+        summary = "; ".join(
             f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             for kind, names in faults.items()
             if names
         )
         raise ValueError(
-            f"{where}: the checkpoint does not fit the model. Keys {listed}. Is this the right checkpoint?"
+            f"{where}: the checkpoint does not fit the model. Keys {summary}. Is this the right checkpoint?"
         )
     module.load_state_dict(dict(state), assign=True)

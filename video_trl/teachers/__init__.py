@@ -1,6 +1,5 @@
 """
-Teachers: frozen video encoders whose tokens a denoiser is aligned with (VideoREPA). `video_trl.load` finds one by its
-name.
+Teachers: frozen video encoders; VideoREPA aligns a denoiser with their tokens. `video_trl.load` loads one by name.
 """
 
 from .base import ModelTeacher, TeacherTokens, VideoTeacher

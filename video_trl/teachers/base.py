@@ -1,4 +1,4 @@
-"""What a teacher is: a frozen encoder that turns videos into tokens on a known grid at known times."""
+"""The protocol of a teacher: a frozen encoder whose tokens have a known grid and known times."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -186,12 +186,12 @@ class ModelTeacher(ABC):
                 f"{self.name}: pixels must be in [0, 1], got [{video.amin():.3g}, {video.amax():.3g}]. "
                 "From [-1, 1]: `(video + 1) / 2`."
             )
-        seen = video.shape[1] - self.first_frame
-        if seen < self.tubelet_size or seen % self.tubelet_size:
+        num_frames = video.shape[1] - self.first_frame
+        if num_frames < self.tubelet_size or num_frames % self.tubelet_size:
             skipped = " after frame 0 is left out" if self.skip_first_frame else ""
             raise ValueError(
                 f"{self.name}: the number of frames{skipped} must be a positive multiple of {self.tubelet_size}, got "
-                f"{seen}. Use clips of 4k + 1 frames with `skip_first_frame=True`, of 4k with False."
+                f"{num_frames}. Use clips of 4k + 1 frames with `skip_first_frame=True`, of 4k with False."
             )
         ratio = (video.shape[4] / video.shape[3]) / (self.size[1] / self.size[0])
         if abs(ratio - 1) > _ASPECT_TOLERANCE:

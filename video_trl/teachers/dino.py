@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv3: encoders of pictures, applied to single frames."""
+"""DINOv2 and DINOv3 as teachers: image encoders applied to single frames."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""VideoMAE and VideoMAEv2: tubelets of two frames, full attention in space and time, fixed sinusoid positions."""
+"""VideoMAE and VideoMAEv2 as teachers: tubelets of two frames, full attention, fixed sinusoid positions."""
 
 import os
 import re
@@ -107,10 +107,10 @@ def load_videomaev2(
     config, weights = convert_videomaev2(_read_weights(Path(path)), num_attention_heads=num_attention_heads)
     model = VideoMAEModel(config)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    if found != expected:
-        missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        misshapen = sorted(key for key in found.keys() & expected.keys() if found[key] != expected[key])
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    if shapes != expected:
+        missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        misshapen = sorted(key for key in shapes.keys() & expected.keys() if shapes[key] != expected[key])
         raise ValueError(
             f"{path} is no whole VideoMAEv2: missing {_some(missing)}; unknown {_some(unknown)}; of another shape "
             f"{_some(misshapen)}."
@@ -156,8 +156,8 @@ def convert_videomaev2(
     )
     if "pos_embed" in weights:
         table = sinusoid_table((16 // tubelet, 224 // patch, 224 // patch), width)
-        given = weights["pos_embed"].float().reshape(-1, width)
-        if given.shape != table.shape or not torch.allclose(given, table, atol=1e-3):
+        positions = weights["pos_embed"].float().reshape(-1, width)
+        if positions.shape != table.shape or not torch.allclose(positions, table, atol=1e-3):
             raise ValueError("The positions are learned or of another pretraining size; only the sinusoids are known.")
     converted: dict[str, Tensor] = {}
     for key, tensor in weights.items():

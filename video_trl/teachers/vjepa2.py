@@ -1,4 +1,4 @@
-"""V-JEPA 2: tubelets of two frames, rotary positions in time, height and width."""
+"""V-JEPA 2 as a teacher: tubelets of two frames, rotary positions in time, height and width."""
 
 from pathlib import Path
 from typing import Any

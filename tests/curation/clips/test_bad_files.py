@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.curation.clips import SMALL, audio_only, encode, first_stages, moving_video, rotate, write_clip
 from video_trl.curation.clips.sources import list_clips
-from video_trl.curation.engine.manifest import Shard, account, alive
+from video_trl.curation.engine.manifest import Shard, kept_rows, summarize
 from video_trl.curation.gt_pair.pipeline import GTPairConfig, acquire
 from video_trl.data import read_video
 
@@ -88,7 +88,7 @@ def test_every_file_has_the_fate_that_it_should_have(folder, run):
 
 def test_every_file_is_accounted_for(run):
     count = sum(fate is None for fate in FATES.values())
-    line = account(run[1])
+    line = summarize(run[1])
     assert line.startswith(f"{len(FATES)} clips in = {count} kept + ")
     assert sum(int(part.split()[0]) for part in line.split(" = ")[1].split(" + ")) == len(FATES)
 
@@ -105,7 +105,7 @@ def test_a_dropped_file_says_what_was_measured(folder, run):
 
 def test_what_is_kept_has_one_format_for_each_bucket(run):
     root, table = run
-    sizes = {Path(row["path"]).stem: read_video(root / row["video"]).shape for row in alive(table).to_pylist()}
+    sizes = {Path(row["path"]).stem: read_video(root / row["video"]).shape for row in kept_rows(table).to_pylist()}
     assert sizes["phone"] == sizes["portrait"] == (13, 112, 64, 3)  # upright, as the phone shows it
     assert {shape for name, shape in sizes.items() if name not in ("phone", "portrait")} == {(13, 64, 64, 3)}
 

@@ -14,13 +14,13 @@ from video_trl.curation.engine.manifest import (
     Rule,
     Shard,
     Stage,
-    account,
-    alive,
     apply_rules,
+    apply_rules_to_table,
     drop_repeats,
-    judge,
+    kept_rows,
     new_manifest,
     run_stage,
+    summarize,
 )
 
 
@@ -45,7 +45,7 @@ def stage_of(function=squares, **options):
 
 def test_a_rule_keeps_its_limits_and_drops_everything_outside_or_unknown():
     table = table_of(x=[0.9, 1.0, 2.0, 2.1, None, float("nan"), 1.5])
-    judged = judge(table, [Rule("range", "x", 1.0, 2.0)])
+    judged = apply_rules_to_table(table, [Rule("range", "x", 1.0, 2.0)])
     assert judged["dropped_by"].to_pylist() == ["range", None, None, "range", "range", "range", None]
     assert judged["value"].to_pylist() == [0.9, None, None, 2.1, None, None, None]
     assert judged["limit"].to_pylist() == [1.0, None, None, 2.0, 1.0, 1.0, None]
@@ -53,9 +53,9 @@ def test_a_rule_keeps_its_limits_and_drops_everything_outside_or_unknown():
 
 def test_the_first_broken_rule_names_the_row_and_an_older_verdict_stays():
     table = table_of(x=[0.0, 0.0, 5.0], y=[0.0, 9.0, 9.0])
-    first = judge(table, [Rule("small x", "x", 1), Rule("small y", "y", 1)])
+    first = apply_rules_to_table(table, [Rule("small x", "x", 1), Rule("small y", "y", 1)])
     assert first["dropped_by"].to_pylist() == ["small x", "small x", None]
-    second = judge(first, [Rule("large y", "y", maximum=1)])
+    second = apply_rules_to_table(first, [Rule("large y", "y", maximum=1)])
     assert second["dropped_by"].to_pylist() == ["small x", "small x", "large y"]
 
 
@@ -74,17 +74,19 @@ def test_of_equal_values_the_best_ranked_and_then_the_first_stays():
 
 
 def test_the_account_adds_up_and_names_every_rule():
-    table = judge(table_of(x=[0.0, 0.0, 5.0, 50.0]), [Rule("small", "x", 1), Rule("large", "x", maximum=10)])
-    assert account(table) == "4 clips in = 1 kept + 2 small + 1 large"
-    assert account(table.slice(0, 1)) == "1 clip in = 0 kept + 1 small"
-    assert len(alive(table)) == 1
+    table = apply_rules_to_table(
+        table_of(x=[0.0, 0.0, 5.0, 50.0]), [Rule("small", "x", 1), Rule("large", "x", maximum=10)]
+    )
+    assert summarize(table) == "4 clips in = 1 kept + 2 small + 1 large"
+    assert summarize(table.slice(0, 1)) == "1 clip in = 0 kept + 1 small"
+    assert len(kept_rows(table)) == 1
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_fills_in_what_is_there_and_leaves_dropped_rows_alone(tmp_path):
-    table = judge(table_of(x=[1.0, 2.0, 3.0]), [Rule("two", "x", maximum=2.5)])
+    table = apply_rules_to_table(table_of(x=[1.0, 2.0, 3.0]), [Rule("two", "x", maximum=2.5)])
     done = run_stage(table, stage_of(), tmp_path)
     assert done["square"].to_pylist() == [1.0, 4.0, None]
     assert done["dropped_by"].to_pylist() == [None, None, "two"]

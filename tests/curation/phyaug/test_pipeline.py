@@ -52,10 +52,10 @@ def test_every_clip_is_accounted_for_and_the_poor_ones_are_rejected(finished):
 
 def test_histograms_add_up(finished):
     _, result = finished
-    found = {row.name: row.found for row in result.categories}
+    found = {row.name: row.available for row in result.categories}
     assert found == {ACTIONS["rolling"]: 4, ACTIONS["incline"]: 2, ACTIONS["buoyancy"]: 1}
     kept = Counter(result.groups["category"])
-    assert {row.name: row.taken for row in result.categories} == {name: kept[name] for name in found}
+    assert {row.name: row.sampled for row in result.categories} == {name: kept[name] for name in found}
     assert all(row.difficulty == 1 - row.score and row.representatives == 1 for row in result.categories)
 
 
@@ -98,7 +98,7 @@ def test_a_representative_that_is_sampled_is_generated_once(finished):
     """The first seed of a clip makes one video, for difficulty and as a loser."""
     folder, result = finished
     tried = pq.read_table(folder / "representatives.parquet")["rejected"].to_pylist()
-    losers = result.losers["rejected"].to_pylist()
+    losers = result.rejected["rejected"].to_pylist()
     assert len(set(tried + losers)) == len(list((folder / "generated").rglob("*.mp4")))
     assert set(tried) & set(losers)
 
@@ -176,7 +176,7 @@ def test_bad_rows_are_recorded_by_name(tmp_path):
     ]  # fmt: skip
     long_row = result.manifest.to_pylist()[2]
     assert (long_row["value"], long_row["limit"]) == (2000, 256)
-    assert [row.found for row in result.categories] == [1, 1, 1]  # categories of a single clip
+    assert [row.available for row in result.categories] == [1, 1, 1]  # categories of a single clip
 
 
 def test_an_empty_pool_is_refused(tmp_path, pool):
@@ -227,7 +227,7 @@ def test_settings_show_no_key(tmp_path, monkeypatch):
         ({"min_richness": 1.5}, "`min_richness`"),
         ({"min_similarity": 2.0}, "`min_similarity`"),
         ({"budget": 0}, "`budget` >= 1"),
-        ({"seeds": [1, 1]}, "Each seed makes one loser"),
+        ({"seeds": [1, 1]}, "Each seed generates one rejected video"),
         ({"num_frames": 12}, r"4k \+ 1"),
         ({"height": 60}, "multiples of 16"),
         ({"engine": "spark"}, "`engine` 'local' or 'ray'"),
@@ -266,9 +266,9 @@ def test_equal_scores_share_a_budget_evenly_and_one_beyond_the_pool_takes_all(po
     with serving(Step(answer={**JUDGED, "sa": 3})) as server:
         options = {"judge": server.url, "judge_options": {"model": "judge"}, "seeds": [0], "redistribute": False}
         three = run_phyaug(config(tmp_path, budget=3, **options), [some])
-        assert [(row.score, row.taken) for row in three.categories] == [(0.5, 1)] * 3
+        assert [(row.score, row.sampled) for row in three.categories] == [(0.5, 1)] * 3
         every = run_phyaug(config(tmp_path, budget=1000, **options), [some])
-    assert [row.taken for row in every.categories] == [row.found for row in every.categories]
+    assert [row.sampled for row in every.categories] == [row.available for row in every.categories]
     assert len(every.groups) == 6 and "The budget of 1000 is larger than what there is, 6 clips" in caplog.text
 
 
@@ -281,5 +281,5 @@ def test_defaults_are_those_of_the_paper():
 def test_captions_are_counted_in_words_and_letters():
     columns = describe_prompts({"content": ["x", "x", None], "prompt": ["a red  ball", "мяч ball", "42"]})
     assert columns["prompt_words"] == [3, 2, 1]
-    assert columns["latin_share"] == [1.0, pytest.approx(4 / 7), 0.0]
+    assert columns["latin_proportion"] == [1.0, pytest.approx(4 / 7), 0.0]
     assert columns["clip"][0] != columns["clip"][1] and columns["clip"][2] is None

@@ -19,7 +19,7 @@ from video_trl.evaluation.probes.physion import (
     extract_features,
     fit_probe,
     pool_tokens,
-    probe,
+    probe_features,
     probe_table,
     read_physion,
     scenario_of,
@@ -166,7 +166,7 @@ def test_the_kind_is_chosen_on_the_training_clips():
     def features(video):
         return torch.from_numpy(table[[next(position) for _ in video]])
 
-    result = probe(features, train, test, batch_size=16)
+    result = probe_features(features, train, test, batch_size=16)
     assert result.kind == 1 and result.counts()[0] > 28 and len(kinds) == 80
     page = probe_table({"model": result})
     assert page.count("\n") == 2 and f"{result.counts()[0]}/40" in page

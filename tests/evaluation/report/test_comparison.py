@@ -179,7 +179,7 @@ def test_page_holds_everything_and_needs_nothing_else(page_path):
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", html)
     text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
     told = "5 of 8 prompts, the first ones of each category in turn, not chosen by their scores"
-    for expected in ("ours, seed 1", "p (Holm)", "Joint share by group", "Votes", "1 of 16", "ours: rewards",
+    for expected in ("ours, seed 1", "p (Holm)", "Joint proportion by group", "Votes", "1 of 16", "ours: rewards",
                      "made by a test", "seed 0 of [0, 1]", told):  # fmt: skip
         assert expected in text, expected
 

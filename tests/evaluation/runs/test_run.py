@@ -14,7 +14,7 @@ import pytest
 from tests.support.evaluation.runs import make_run
 from tests.support.tiny import PROMPTS, tiny_wan_pipeline
 from video_trl.data.video_io import read_video
-from video_trl.evaluation.runs.generate import Generator, generate_run, load_generator
+from video_trl.evaluation.runs.generate import VideoGenerator, generate_run, load_generator
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
 from video_trl.evaluation.runs.run import RUN_FILE, claimed, create_run, load_run
 from video_trl.files import fingerprint, partial_path
@@ -25,7 +25,7 @@ CALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "g
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(tiny_wan_pipeline(), "tiny", fps=8, call_kwargs=CALL)
+    return VideoGenerator(tiny_wan_pipeline(), "tiny", fps=8, call_kwargs=CALL)
 
 
 def _hashes(run):
@@ -96,7 +96,7 @@ def test_another_run_in_the_directory_is_refused(tmp_path, generator, change, ke
 
 def test_other_weights_are_another_run(tmp_path, generator):
     generate_run(tmp_path, generator, PROMPTS[:1])
-    other = Generator(tiny_wan_pipeline(seed=1), "tiny", fps=8, call_kwargs=CALL)
+    other = VideoGenerator(tiny_wan_pipeline(seed=1), "tiny", fps=8, call_kwargs=CALL)
     with pytest.raises(ValueError, match="which differs in revision"):
         generate_run(tmp_path, other, PROMPTS[:1])
 
@@ -169,7 +169,7 @@ def test_values_that_are_not_finite_are_refused_and_leave_no_video(tmp_path):
     pipeline = tiny_wan_pipeline()
     pipeline.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite for 'a red ball falls to the floor' with seed 0"):
-        generate_run(tmp_path, Generator(pipeline, "broken", fps=8, call_kwargs=CALL), PROMPTS[:1])
+        generate_run(tmp_path, VideoGenerator(pipeline, "broken", fps=8, call_kwargs=CALL), PROMPTS[:1])
     assert not list(tmp_path.glob("videos/*.mp4"))
 
 
@@ -228,9 +228,9 @@ def test_hash_of_a_pipeline_sees_weights_and_settings_and_nothing_else(generator
     first = generator.describe()["revision"]
     other = tiny_wan_pipeline()
     other.scheduler._internal_dict["_use_default_values"].reverse()  # its order changes from process to process
-    assert Generator(other, "x", fps=8).describe()["revision"] == first
+    assert VideoGenerator(other, "x", fps=8).describe()["revision"] == first
     other.transformer.proj_out.bias.data[0] += 1e-3
-    assert Generator(other, "x", fps=8).describe()["revision"] != first
+    assert VideoGenerator(other, "x", fps=8).describe()["revision"] != first
 
 
 def test_load_generator_reads_a_folder_and_records_its_content(tmp_path):

@@ -16,7 +16,7 @@ from tests.support.evaluation.phygdpo_tables import (
 )
 from tests.support.evaluation.runs import make_run
 from tests.support.evaluation.videorepa_tables import STATES, TABLE_1
-from video_trl.evaluation import share_of, sign_test, wilson_interval
+from video_trl.evaluation import proportion_of, sign_test, wilson_interval
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
 from video_trl.evaluation.runs.tables import BENCHMARKS, benchmark_named, tabulate
 
@@ -28,7 +28,7 @@ def _counts(printed, n, decimals):
 
 def _one_count(printed, n, decimals=4):
     (k,) = _counts(printed, n, decimals)
-    share = share_of([True] * k + [False] * (n - k))
+    share = proportion_of([True] * k + [False] * (n - k))
     assert round(share.value, decimals) == printed and share.low < share.value < share.high
     return k
 
@@ -100,7 +100,7 @@ def test_tabulate_counts_groups_and_prints_n(tmp_path):
     ]
     make_run(tmp_path, "model", [(0.9, 0.9), (0.9, 0.1), (0.1, 0.9)], prompts=prompts)
     table = tabulate(tmp_path)
-    assert {group: (s["sa"].k, s["pc"].k, s["joint"].k, s["joint"].n) for group, s in table.shares.items()} == {
+    assert {group: (s["sa"].k, s["pc"].k, s["joint"].k, s["joint"].n) for group, s in table.proportions.items()} == {
         "all": (2, 2, 1, 3),
         "hard": (1, 1, 1, 1),
         "activity": (2, 1, 1, 2),
@@ -113,7 +113,7 @@ def test_tabulate_counts_groups_and_prints_n(tmp_path):
 
 def test_several_seeds_count_as_videos_of_one_prompt(tmp_path):
     make_run(tmp_path, "model", [(0.9, 0.9)] * 4 + [(0.1, 0.1)] * 4, seeds=(0, 1, 2, 3))
-    share = tabulate(tmp_path).shares["all"]["joint"]
+    share = tabulate(tmp_path).proportions["all"]["joint"]
     assert (share.k, share.n, share.num_clusters) == (4, 8, 2)
     assert (share.low, share.high) == pytest.approx(wilson_interval(1, 2))
 
@@ -130,7 +130,7 @@ def test_thresholds_include_the_limit(benchmark, score, passed):
 
 def test_the_recorded_rule_counts_unless_another_is_asked_for(tmp_path):
     make_run(tmp_path, "model", [(0.7, 0.7)], benchmark="videophy2")
-    assert tabulate(tmp_path).shares["all"]["joint"].k == 0
-    assert tabulate(tmp_path, benchmark="videophy").shares["all"]["joint"].k == 1
+    assert tabulate(tmp_path).proportions["all"]["joint"].k == 0
+    assert tabulate(tmp_path, benchmark="videophy").proportions["all"]["joint"].k == 1
     with pytest.raises(ValueError, match="Unknown benchmark 'videophy3'"):
         benchmark_named("videophy3")

@@ -7,7 +7,7 @@ import numpy as np
 
 from video_trl.data.video_io import read_video, write_video
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
-from video_trl.evaluation.runs.run import Run, create_run
+from video_trl.evaluation.runs.run import EvaluationRun, create_run
 from video_trl.evaluation.runs.score import score_run
 
 
@@ -42,7 +42,7 @@ def make_run(
     training_seed: int | None = None,
     benchmark: str = "custom",
     scored: bool = True,
-) -> Run:
+) -> EvaluationRun:
     """A run with a video of each score, in the order prompts x seeds."""
     prompts = prompts or [f"prompt {index}" for index in range(len(scores) // len(seeds))]
     source = {"revision": name, "fps": 8}

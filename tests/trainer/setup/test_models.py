@@ -295,7 +295,7 @@ def test_the_row_whose_latents_do_not_fit_is_named(tmp_path):
 
 def test_wrong_sizes_and_target_modules_are_refused_before_a_video_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "video_trl.data.encoding.encode.survey_rows", lambda *args, **options: pytest.fail("read the videos")
+        "video_trl.data.encoding.encode.take_inventory", lambda *args, **options: pytest.fail("read the videos")
     )
     arguments = {"train_dataset": tiny_group_dataset(1, 1)}
     with pytest.raises(ValueError, match="got 6.*Set `num_frames` to 5 or 9"):

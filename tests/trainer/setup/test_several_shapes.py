@@ -175,7 +175,7 @@ def test_a_teacher_refuses_buckets_that_it_would_not_see(tmp_path):
 
 def test_a_bucket_that_the_vae_cannot_encode_is_refused_before_a_video_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "video_trl.data.encoding.encode.survey_rows", lambda *args, **options: pytest.fail("read the videos")
+        "video_trl.data.encoding.encode.take_inventory", lambda *args, **options: pytest.fail("read the videos")
     )
     with pytest.raises(ValueError, match="must be divisible by 8.*got 36x32"):
         made = config(tmp_path, resolution_buckets=["32x32", "36x32"])

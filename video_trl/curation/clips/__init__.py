@@ -1,1 +1,1 @@
-"""Clips of a source file: where they come from, what they measure, and the uniform clips that are written."""
+"""List clips of a source, measure them, and write them in one format."""

@@ -1,4 +1,4 @@
-"""Camera motion between two small grey pictures: an affine map, found by weighted least squares on a pyramid."""
+"""Estimate camera motion between two small grey pictures: an affine map by weighted least squares on a pyramid."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,8 @@ def warp(moving: Array, matrix: Array, order: int = 3) -> tuple[Array, NDArray[n
     for row, side in zip(matrix, (height, width), strict=True):
         place = row[0] * y + row[1] * x + row[2]
         inside &= (place >= MARGIN) & (place <= side - 1 - MARGIN)
-    seen = ndimage.affine_transform(moving, matrix[:, :2], matrix[:, 2], order=order, mode="nearest")
-    return seen, inside
+    warped = ndimage.affine_transform(moving, matrix[:, :2], matrix[:, 2], order=order, mode="nearest")
+    return warped, inside
 
 
 def _shrink(image: Array, scale: int) -> Array:
@@ -66,8 +66,8 @@ def _refine(fixed: Array, moving: Array, matrix: Array) -> Array:
     columns = np.stack([y / size, x / size, np.ones_like(y, dtype=float)])
     jacobian = np.concatenate([gradient_y * columns, gradient_x * columns]).T  # (HW, 6)
     for _ in range(_ITERATIONS):
-        seen, inside = warp(moving, matrix, order=1)
-        residual = (seen - fixed).ravel()
+        warped, inside = warp(moving, matrix, order=1)
+        residual = (warped - fixed).ravel()
         spread = 1 + 2 * float(np.median(np.abs(residual)))
         weight = inside.ravel() / (1 + (residual / spread) ** 2)
         weighted = jacobian * weight[:, None]

@@ -1,8 +1,8 @@
 """
-What the filters need to know of a clip, measured in one decoding pass on small grey pictures.
+Measure cuts, blends, motion, brightness and text of a clip in one decoding pass, on small grey pictures.
 
-The numbers go into the manifest; rules are thresholds on them (`GTPairConfig.filter_rules`). So other thresholds cost
-nothing, and a clip that was dropped can be asked why.
+The numbers go into the manifest; rules are thresholds on them (`GTPairConfig.filter_rules`). So new thresholds need no
+new pass, and the manifest shows why a clip was dropped.
 """
 
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ MEASURES: dict[str, pa.DataType] = {
     "camera_motion": pa.float64(),  # median speed of the picture as a whole, in short sides a second
     "object_motion": pa.float64(),  # grey levels that neither camera motion nor blending explains, see below
     "cuts": pa.int64(),  # changes of scene from one frame to the next
-    "blended": pa.float64(),  # largest share of the picture that turns from one picture into another by blending
+    "blended": pa.float64(),  # largest proportion of the picture that turns from one picture into another by blending
     "flashes": pa.int64(),  # moments at which the whole picture is brighter or darker than before and after
-    "text": pa.float64(),  # share of the picture covered by text
+    "text": pa.float64(),  # proportion of the picture covered by text
 }
 MEASURES_VERSION = 1  # part of the store's name: raise it with every change of a number
 
@@ -182,7 +182,7 @@ def blended_share(slow: Pictures) -> float:
     In a window, the two pictures between its ends must be mixtures `a * last + (1 - a) * first` of them, with one `a`
     for the whole picture that grows from the one to the other. Counted are cells that change by more than 10 levels
     and that the mixture explains to a fifth. A body that moves changes few cells, and is at neither end in between; a
-    pan changes many, but camera motion explains it. A cut jumps from a = 0 to a = 1. Shares below 0.2 are 0.
+    pan changes many, but camera motion explains it. A cut jumps from a = 0 to a = 1. Fractions below 0.2 are 0.
     """
     best = 0.0
     for seconds in (0.6, 1.5):
@@ -194,10 +194,10 @@ def blended_share(slow: Pictures) -> float:
             if active.mean() <= max(best, 0.2):
                 continue
             steps = [slow[start + length * part // 3] - first for part in (1, 2)]
-            shares = [float((step * change).sum() / (change * change).sum()) for step in steps]
-            if not 0.08 < shares[0] < shares[0] + 0.1 < shares[1] < 0.92:
+            fractions = [float((step * change).sum() / (change * change).sum()) for step in steps]
+            if not 0.08 < fractions[0] < fractions[0] + 0.1 < fractions[1] < 0.92:
                 continue
-            errors = [np.abs(step - share * change) for step, share in zip(steps, shares, strict=True)]
+            errors = [np.abs(step - fraction * change) for step, fraction in zip(steps, fractions, strict=True)]
             explained = active & (np.maximum(*errors) < 0.2 * np.abs(change))
             if explained.mean() <= max(best, 0.2):
                 continue
@@ -223,8 +223,8 @@ def motions(slow: Pictures, clock: NDArray[np.float64]) -> tuple[float, float]:
     speeds: list[float] = []
     for before, now, after in _triples(slow):
         change = after - before
-        share = float((change * (now - before)).sum() / max(float((change * change).sum()), 1e-6))
-        blend = _busiest(np.abs(now - before - share * change))
+        fraction = float((change * (now - before)).sum() / max(float((change * change).sum()), 1e-6))
+        blend = _busiest(np.abs(now - before - fraction * change))
         still = _busiest(np.abs(now - before))
         if still < 3:  # nothing moves: nothing to register
             left.append(min(still, blend))

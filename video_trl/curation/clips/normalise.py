@@ -1,4 +1,4 @@
-"""Stage 3: every clip at one clock, one length and the size of its bucket, with its first frame as a picture."""
+"""Stage 3: write every clip with one frame rate, one length and the size of its bucket, and save its first frame."""
 
 import os
 from itertools import islice
@@ -44,14 +44,14 @@ def normalise_batch(batch: Batch, *, root: str | os.PathLike[str], folder: str, 
         video, image = Path(folder) / f"{content}.mp4", Path(folder) / f"{content}.png"
         try:
             clip = open_clip(path, offset, length)
-            found = normalise_video(
+            num_written = normalise_video(
                 clip, Path(root) / video, height=size.height, width=size.width, fps=fps, num_frames=num_frames
             )
         except VideoDecodeError as error:
             row |= {"dropped_by": error.kind, "detail": str(error)}
         else:
-            if found < num_frames - 1:
-                row |= {"dropped_by": "too_short", "value": float(found), "limit": float(num_frames)}
+            if num_written < num_frames - 1:
+                row |= {"dropped_by": "too_short", "value": float(num_written), "limit": float(num_frames)}
             else:
                 save_first_frame(Path(root) / video, Path(root) / image)
                 row |= {"video": video.as_posix(), "reference_image": image.as_posix()}
@@ -87,15 +87,15 @@ def normalise_video(
     """
     clock = iterate_video(source, fps=fps, height=height, width=width, source_fps=source_fps)
     video = np.empty((num_frames, height, width, 3), dtype=np.uint8)
-    found = 0
+    count = 0
     for frame in islice(clock, num_frames):
-        video[found] = frame
-        found += 1
-    if found == num_frames - 1:
-        video[found] = video[found - 1]
-    if found >= num_frames - 1:
+        video[count] = frame
+        count += 1
+    if count == num_frames - 1:
+        video[count] = video[count - 1]
+    if count >= num_frames - 1:
         write_video(path, video, fps)
-    return found
+    return count
 
 
 def save_first_frame(video: Path, image: Path) -> None:

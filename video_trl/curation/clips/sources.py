@@ -1,5 +1,5 @@
 """
-Where clips come from: folders, WebDataset tars, `datasets`. Listing reads names and captions, no pixels.
+List the clips of folders, WebDataset tars and `datasets`. Listing reads names and captions, no pixels.
 
 Every source becomes rows of the same columns (`SOURCE`); [`open_clip`] gets a row's bytes back.
 """
@@ -71,14 +71,14 @@ def list_clips(
     """
     rows: list[Row] = []
     for source in sources:
-        found = list(_list_source(source, Path(spool), split, video_column, prompt_column))
-        if not found:
+        clips = list(_list_source(source, Path(spool), split, video_column, prompt_column))
+        if not clips:
             raise ValueError(
                 f"{_name(source)}: no video found. Expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, or "
                 "tars of them. Of a folder of parquet files, pass what `datasets.load_dataset` makes of it."
             )
-        logger.info("%s: %d clips", _name(source), len(found))
-        rows += found
+        logger.info("%s: %d clips", _name(source), len(clips))
+        rows += clips
     twice = [name for name, count in Counter(row["source_id"] for row in rows).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} clips are listed twice, the first is {twice[0]}. Name each source once.")

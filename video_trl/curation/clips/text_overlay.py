@@ -1,4 +1,4 @@
-"""How much of a picture is text, without a download: places where strong edges alternate as strokes do."""
+"""Estimate the proportion of a picture covered by text: strong edges that alternate as strokes of letters do."""
 
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class TextDetector(Protocol):
             frames: `(N, H, W, 3)`, a few moments of a clip, short side `TEXT_SHORT_EDGE`.
 
         Returns:
-            Share of the picture, in [0, 1], that is covered by text.
+            Proportion of the picture, in [0, 1], that is covered by text.
         """
 
 
@@ -48,7 +48,7 @@ class StrokeDetector:
         return float(np.mean([self.cover(frame) for frame in frames]))
 
     def cover(self, frame: NDArray[np.uint8]) -> float:
-        """Share of one `(H, W, 3)` picture."""
+        """Text cover of one `(H, W, 3)` picture."""
         grey = frame.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         # Strokes go on for some rows, sensor noise does not. A soft edge rises over two pixels: see its whole height.
         step = ndimage.correlate1d(ndimage.uniform_filter1d(grey, 3, axis=0), [-1, 0, 1], axis=1)
@@ -57,5 +57,5 @@ class StrokeDetector:
         marks = [(run[:, 1:] & ~run[:, :-1]).astype(np.float32) for run in (rising, falling)]
         density = np.minimum(*(ndimage.uniform_filter(mark, self.WINDOW) for mark in marks)) * self.WINDOW[1]
         span = ndimage.maximum_filter(grey, self.WINDOW) - ndimage.minimum_filter(grey, self.WINDOW)
-        found = (density > self.ALTERNATIONS) & (span[:, 1:] > self.CONTRAST)
-        return float(ndimage.maximum_filter(found, (5, 15)).mean())
+        strokes = (density > self.ALTERNATIONS) & (span[:, 1:] > self.CONTRAST)
+        return float(ndimage.maximum_filter(strokes, (5, 15)).mean())

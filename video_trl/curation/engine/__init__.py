@@ -1,1 +1,1 @@
-"""How a stage runs over many rows: a resumable table on one machine, or Ray on a cluster."""
+"""Run a stage over many rows: on one machine or on a Ray cluster, resumable."""

@@ -1,5 +1,5 @@
 """
-The manifest of a curation run: one row for every item that came in, with what was measured and which rule dropped it.
+The manifest of a curation run: one row for each input clip, with its measurements and the rule that dropped it.
 
 A stage is a plain function `batch of columns -> new columns`, so `datasets.map(function, batched=True)` or a cluster
 engine can run it as it stands. [`run_stage`] runs it here: split over processes, and resumable at any point, because
@@ -57,11 +57,11 @@ class Rule:
 
     def broken_limit(self, value: float | None) -> float | None:
         """The limit that the value breaks, None where it keeps both."""
-        for limit, kept in (
+        for limit, inside in (
             (self.minimum, value is not None and self.minimum is not None and value >= self.minimum),
             (self.maximum, value is not None and self.maximum is not None and value <= self.maximum),
         ):
-            if limit is not None and not kept:
+            if limit is not None and not inside:
                 return limit
         return None
 
@@ -128,7 +128,7 @@ def new_manifest(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.Da
     return pa.Table.from_pydict({**{name: columns[name] for name in types}, **empty}, schema=schema)
 
 
-def alive(table: pa.Table) -> pa.Table:
+def kept_rows(table: pa.Table) -> pa.Table:
     """The rows that no rule has dropped."""
     return table.filter(pc.is_null(table["dropped_by"]))
 
@@ -156,7 +156,7 @@ def apply_rules(batch: Batch, rules: Sequence[Rule]) -> Batch:
     return outcome
 
 
-def judge(table: pa.Table, rules: Sequence[Rule]) -> pa.Table:
+def apply_rules_to_table(table: pa.Table, rules: Sequence[Rule]) -> pa.Table:
     """[`apply_rules`] on a whole manifest."""
     names = {*OUTCOME, *(rule.column for rule in rules)}
     return with_columns(table, apply_rules(table.select(sorted(names)).to_pydict(), rules), OUTCOME)
@@ -227,7 +227,7 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     store = Path(folder) / stage.folder
     store.mkdir(parents=True, exist_ok=True)
     remove_leftovers(store)
-    todo = alive(table)
+    todo = kept_rows(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     done = committed_keys(store, stage.key)
@@ -277,14 +277,14 @@ def collect(store: Path, stage: Stage, keys: set[str]) -> pa.Table:
 
 def join_results(table: pa.Table, stage: Stage, results: pa.Table) -> pa.Table:
     """The table with the results of its kept rows; a verdict of the stage becomes the row's."""
-    kept = pc.is_null(table["dropped_by"])
+    is_kept = pc.is_null(table["dropped_by"])
     place = pc.index_in(table[stage.key], value_set=results[stage.key].combine_chunks())
-    found = results.take(pc.if_else(kept, place, pa.scalar(None, pa.int32())))
+    matching = results.take(pc.if_else(is_kept, place, pa.scalar(None, pa.int32())))
     for name in stage.adds:
-        columns = found[name].to_pylist()
+        columns = matching[name].to_pylist()
         table = with_columns(table, {name: columns}, {name: stage.adds[name]})
     for name, kind in OUTCOME.items():
-        table = with_columns(table, {name: pc.if_else(kept, found[name], table[name]).to_pylist()}, {name: kind})
+        table = with_columns(table, {name: pc.if_else(is_kept, matching[name], table[name]).to_pylist()}, {name: kind})
     return table
 
 
@@ -293,12 +293,12 @@ def count_outcomes(table: pa.Table) -> dict[str, int]:
     return dict(Counter(name for name in table["dropped_by"].to_pylist() if name is not None))
 
 
-def account(table: pa.Table, noun: str = "clip") -> str:
+def summarize(table: pa.Table, noun: str = "clip") -> str:
     """One line that accounts for every row: how many came in, how many stay, how many each rule dropped."""
     dropped = count_outcomes(table)
-    kept = len(table) - sum(dropped.values())
+    num_kept = len(table) - sum(dropped.values())
     parts = [
-        f"{kept} kept",
+        f"{num_kept} kept",
         *(f"{count} {name}" for name, count in sorted(dropped.items(), key=lambda item: -item[1])),
     ]
     return f"{len(table)} {noun}{'' if len(table) == 1 else 's'} in = {' + '.join(parts)}"

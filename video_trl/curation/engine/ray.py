@@ -1,5 +1,5 @@
 """
-The stages of a curation run on a Ray cluster: the same functions, the same stores, other workers.
+Run the stages of a curation run on a Ray cluster, with the same functions and result files as on one machine.
 
 The driver hands out batches. A worker commits what it has computed to the stage's store, on a disk that all nodes see,
 and answers with a number of rows. When a worker or its node dies, its batch goes to another one; a batch that was
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from .manifest import Batch, Stage, alive, collect, commit_batch, committed_keys, digest, join_results
+from .manifest import Batch, Stage, collect, commit_batch, committed_keys, digest, join_results, kept_rows
 
 
 MAX_TRIES = 4  # workers that a batch may cost
@@ -107,7 +107,7 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
     """
     store = (Path(folder) / stage.folder).absolute()
     store.mkdir(parents=True, exist_ok=True)
-    todo = alive(table)
+    todo = kept_rows(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     done = committed_keys(store, stage.key)

@@ -1,4 +1,4 @@
-"""Stage 5: rows for the trainers. The real clip is chosen, what models made of it is rejected."""
+"""Stage 5: write rows for the trainers. The real clip is chosen; the generated videos of its caption are rejected."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 
 from ...data.video_io import VideoInfo, probe_video
-from ..engine.manifest import alive, digest
+from ..engine.manifest import digest, kept_rows
 
 
 _GENERATION = {
@@ -58,13 +58,13 @@ def build_pairs(
     Raises:
         ValueError: Chosen and rejected video of a row differ in size, length or clock, or a file is gone.
     """
-    made: dict[str, list[dict[str, Any]]] = {}
-    for job in alive(generations).to_pylist():
-        made.setdefault(job["content"], []).append(job)
+    jobs_by_clip: dict[str, list[dict[str, Any]]] = {}
+    for job in kept_rows(generations).to_pylist():
+        jobs_by_clip.setdefault(job["content"], []).append(job)
     config = digest(json.dumps(dict(settings), sort_keys=True, default=str))
     rows = []
-    for clip in alive(clips).to_pylist():
-        jobs = made[clip["content"]]
+    for clip in kept_rows(clips).to_pylist():
+        jobs = jobs_by_clip[clip["content"]]
         _check_formats(root, clip, jobs)
         rows.append(_group_row(root, clip, jobs, config))
     if row_type == "auto":
@@ -77,13 +77,13 @@ def build_pairs(
 
 def _check_formats(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]]) -> None:
     """A model that is trained on pairs of two formats learns the format."""
-    wanted = probe_video(root / clip["video"])
+    real = probe_video(root / clip["video"])
     for job in jobs:
-        found = probe_video(root / job["rejected"])
-        if _format(found) != _format(wanted):
+        info = probe_video(root / job["rejected"])
+        if _format(info) != _format(real):
             raise ValueError(
-                f"{root / job['rejected']}: expected the format of {root / clip['video']}, {_format(wanted)}, got "
-                f"{_format(found)} (frames, fps, height, width). Delete the file and run again."
+                f"{root / job['rejected']}: expected the format of {root / clip['video']}, {_format(real)}, got "
+                f"{_format(info)} (frames, fps, height, width). Delete the file and run again."
             )
 
 
@@ -96,7 +96,7 @@ def _group_row(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]], 
         {"model": job["model"], "revision": job["revision"], "seed": job["seed"], "settings": job["generation"]}
         for job in jobs
     ]
-    told = {"source": clip["source_id"], "content": clip["content"], "seconds": clip["seconds"], "fps": clip["fps"]}
+    origin = {"source": clip["source_id"], "content": clip["content"], "seconds": clip["seconds"], "fps": clip["fps"]}
     return {
         "prompt": clip["prompt"],
         "chosen": str(root / clip["video"]),
@@ -105,7 +105,7 @@ def _group_row(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]], 
         "seeds": [job["seed"] for job in jobs],
         "generator": ", ".join(dict.fromkeys(job["model"] for job in jobs)),
         "reference_image": str(root / clip["reference_image"]),
-        "provenance": json.dumps({"route": "gt-pair", "config": config, **told}),
+        "provenance": json.dumps({"route": "gt-pair", "config": config, **origin}),
     }
 
 

@@ -1,6 +1,8 @@
 """
-GT-Pair (Reg-DPO, https://huggingface.co/papers/2511.01450): preference pairs of real videos and what models make of
-their prompts and first frames. Acquisition, filtering, normalisation, generation, pair construction.
+GT-Pair (Reg-DPO, https://huggingface.co/papers/2511.01450): pairs of a real video and a video that a model generates.
+
+The generated video has the real one's prompt or first frame. Stages: acquisition, filtering, normalisation,
+generation, pair construction.
 """
 
 import json
@@ -18,23 +20,23 @@ import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
 from ...load import SANDBOX
+from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
 from ..clips.sources import list_clips
 from ..clips.text_overlay import StrokeDetector, TextDetector
 from ..engine.manifest import (
     Rule,
     Shard,
     Stage,
-    account,
-    alive,
+    apply_rules_to_table,
     count_outcomes,
     digest,
     drop_repeats,
     drop_where,
-    judge,
+    kept_rows,
     run_stage,
+    summarize,
     with_columns,
     write_table,
 )
@@ -89,7 +91,8 @@ class GTPairConfig:
         metadata={"help": "Aspect ratios, width:height, that clips are cropped to: any of 9:16 3:4 1:1 16:9."},
     )
     max_crop: float = field(
-        default=0.15, metadata={"help": "Acquisition: largest share of the picture that the nearest ratio cuts off."}
+        default=0.15,
+        metadata={"help": "Acquisition: largest proportion of the picture that the nearest ratio cuts off."},
     )
 
     min_motion: float = field(default=2.0, metadata={"help": "Filter 'static': least `motion` (grey levels)."})
@@ -98,10 +101,13 @@ class GTPairConfig:
     )
     max_cuts: int = field(default=1, metadata={"help": "Filter 'cuts': most changes of scene."})
     max_blended: float = field(
-        default=0.35, metadata={"help": "Filter 'blended' (fades, dissolves): largest `blended` share of the picture."}
+        default=0.35,
+        metadata={"help": "Filter 'blended' (fades, dissolves): largest `blended` proportion of the picture."},
     )
     max_flashes: int = field(default=0, metadata={"help": "Filter 'flashes': most flashes."})
-    max_text: float = field(default=0.05, metadata={"help": "Filter 'text': largest share of the picture with text."})
+    max_text: float = field(
+        default=0.05, metadata={"help": "Filter 'text': largest proportion of the picture with text."}
+    )
 
     short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
     fps: float = field(default=16.0, metadata={"help": "Normalisation: frames per second."})
@@ -184,7 +190,7 @@ class GTPairConfig:
             Rule("frame_rate", "fps", self.min_fps, self.max_fps),
             Rule("duration", "seconds", self.min_seconds - DURATION_TOLERANCE, self.max_seconds + DURATION_TOLERANCE),
             Rule("resolution", "short_edge", self.min_edge),
-            Rule("aspect", "crop_share", maximum=self.max_crop),
+            Rule("aspect", "crop_proportion", maximum=self.max_crop),
         ]
 
     def filter_rules(self) -> list[Rule]:
@@ -230,7 +236,7 @@ def run_gt_pair(
     """
     Runs all five stages, or what is left of them: a run that was stopped, however, goes on where it was.
 
-    Started by `accelerate launch` or `torchrun` every process takes its share of each stage. `output_dir` must be on a
+    Started by `accelerate launch` or `torchrun` every process takes a part of each stage. `output_dir` must be on a
     disk that all of them see. The first process writes `manifest.parquet`, `generations.parquet` and `pairs/`.
 
     Args:
@@ -266,17 +272,17 @@ def run_gt_pair(
     )
     funnel = {"listed": len(table)}
     table = acquire(table, config, stores, shard, needs_prompt=captioner is None)
-    funnel["acquired"] = len(alive(table))
+    funnel["acquired"] = len(kept_rows(table))
     table = filter_clips(table, config, stores, shard, text_detector)
-    funnel["filtered"] = len(alive(table))
+    funnel["filtered"] = len(kept_rows(table))
     table = normalise(table, config, root, shard)
     if captioner is not None:
         table = write_captions(table, captioner, root, shard)
-    funnel["normalised"] = len(alive(table))
+    funnel["normalised"] = len(kept_rows(table))
     table, generations = generate(table, config, root, shard)
-    funnel["generated"] = len(alive(table))
+    funnel["generated"] = len(kept_rows(table))
 
-    assert len(table) == funnel["listed"] == len(alive(table)) + sum(count_outcomes(table).values())
+    assert len(table) == funnel["listed"] == len(kept_rows(table)) + sum(count_outcomes(table).values())
     pairs = build_pairs(table, generations, root, config.row_type, settings={**asdict(config), "output_dir": None})
     funnel["pairs"] = len(pairs)
     if shard.index == 0:
@@ -285,31 +291,31 @@ def run_gt_pair(
         write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
         sweep(root)
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
-    summary = f"{account(table)}; {len(pairs)} {row_type} rows"
+    summary = f"{summarize(table)}; {len(pairs)} {row_type} rows"
     logger.info(summary)
     return GTPairResult(pairs, table, generations, funnel, summary)
 
 
 def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *, needs_prompt: bool) -> pa.Table:
     """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
-    stage = Stage("probe", probe_batch, PROBED, "listing", {"version": PROBE_VERSION}, config.batch_size)
+    stage = Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, config.batch_size)
     table = run_stage(table, stage, stores, shard)
     sizes = table.select(["width", "height"]).to_pydict()
-    added = {"bucket": pa.string(), "crop_share": pa.float64()}
+    added = {"bucket": pa.string(), "crop_proportion": pa.float64()}
     table = with_columns(table, choose_bucket(sizes, buckets=config.buckets()), added)
-    table = judge(table, config.acquisition_rules())
+    table = apply_rules_to_table(table, config.acquisition_rules())
     untold = [prompt is None for prompt in table["prompt"].to_pylist()]
     table = drop_repeats(table, "content", name="repeated", rank=untold)  # of two copies, the one with a caption stays
     return drop_where(table, untold, "no_prompt") if needs_prompt else table
 
 
 def choose_bucket(batch: dict[str, list[Any]], *, buckets: Sequence[AspectBucket]) -> dict[str, list[Any]]:
-    """The nearest bucket of each `(width, height)` and the share of the picture that it cuts off, as columns."""
-    added: dict[str, list[Any]] = {"bucket": [], "crop_share": []}
+    """The nearest bucket of each `(width, height)` and the proportion of the picture that it cuts off, as columns."""
+    added: dict[str, list[Any]] = {"bucket": [], "crop_proportion": []}
     for width, height in zip(batch["width"], batch["height"], strict=True):
         bucket = None if width is None else nearest_bucket(width, height, buckets)
         added["bucket"].append(bucket and str(bucket))
-        added["crop_share"].append(bucket and bucket.crop_share(width, height))
+        added["crop_proportion"].append(bucket and bucket.crop_proportion(width, height))
     return added
 
 
@@ -326,7 +332,7 @@ def filter_clips(
         {"version": MEASURES_VERSION, "text": detector.name},
         config.batch_size,
     )
-    return judge(run_stage(table, stage, stores, shard), config.filter_rules())
+    return apply_rules_to_table(run_stage(table, stage, stores, shard), config.filter_rules())
 
 
 def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> pa.Table:
@@ -364,8 +370,8 @@ def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Sha
 
 def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Stage 4: every model and seed for every clip; a clip that misses one of its videos is dropped."""
-    kept = alive(table)
-    clips = kept.select(["source_id", "content", "prompt", "reference_image", "bucket"]).to_pydict()
+    available = kept_rows(table)
+    clips = available.select(["source_id", "content", "prompt", "reference_image", "bucket"]).to_pydict()
     tables = []
     for model in config.video_models():
         jobs = job_table(clips, model, config.seeds, {"fps": config.fps, "num_frames": config.num_frames})

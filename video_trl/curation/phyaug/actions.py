@@ -1,4 +1,4 @@
-"""Action clustering of PhyAugPipe: the category of a clip is the action whose wording is nearest to its caption."""
+"""Assign each clip to the action whose wording is nearest to its caption in an embedding space (PhyAugPipe)."""
 
 import importlib.util
 import os
@@ -83,8 +83,8 @@ def read_actions(source: str | os.PathLike[str] | Sequence[str] | Mapping[str, S
     if not isinstance(listed, Mapping):
         return {action: (action,) for action in names}
     wordings = [
-        tuple(str(text).strip() for text in ([told] if isinstance(told, str) else told or ()))
-        for told in listed.values()
+        tuple(str(text).strip() for text in ([value] if isinstance(value, str) else value or ()))
+        for value in listed.values()
     ]
     if not all(texts and all(texts) for texts in wordings):
         raise ValueError(f"{name}: expected at least one wording for each action, none empty.")

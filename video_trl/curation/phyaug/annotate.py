@@ -1,8 +1,8 @@
 """
-The filter of PhyAugPipe (PhyGDPO, Algorithm 1): what a model that sees the clip says about its physics.
+Score how much physics a clip shows, with a vision-language model: the filter of PhyAugPipe (PhyGDPO, Algorithm 1).
 
-All steps of the paper's chain of thought are one structured request. Its answer is validated here, and the label is
-computed here: a threshold is no matter of opinion.
+All steps of the paper's chain of thought are one structured request. The answer is validated here. The label is
+computed from the score, not asked of the model.
 """
 
 import json
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...data.video_io import VideoDecodeError
-from ...judges.chat import ChatClient, ChatError, InvalidAnswerError, Question, faults, without_fence
+from ...judges.chat import ChatClient, ChatError, ChatQuestion, InvalidAnswerError, faults, without_fence
 from ...judges.frames import evenly_spaced, frame_rate, sample_frames, size_within
 from ...judges.weights import text_hash
 from ...load import SANDBOX, annotation_rules
@@ -223,8 +223,8 @@ class RemoteAnnotator:
         replies = self.client.ask_all([partial(self._question, clip) for clip in clips])
         return [_failure(reply) if isinstance(reply, ChatError) else reply.answer for reply in replies]
 
-    def _question(self, clip: SeenClip) -> Question[Annotation]:
-        return Question(question_for(clip), Annotation, list(clip.frames), SYSTEM)
+    def _question(self, clip: SeenClip) -> ChatQuestion[Annotation]:
+        return ChatQuestion(question_for(clip), Annotation, list(clip.frames), SYSTEM)
 
 
 class QwenAnnotator:
@@ -346,16 +346,16 @@ class AnnotateBatch:
         self._annotator = annotator = self._annotator or self.make()
         identity = annotator.identity
         rows: list[dict[str, Any]] = []
-        seen: list[SeenClip] = []
+        clips: list[SeenClip] = []
         for path, offset, length, prompt in zip(
             *(batch[name] for name in ("path", "offset", "length", "prompt")), strict=True
         ):
             rows.append(dict.fromkeys((*ANNOTATED, "dropped_by", "detail")))
             try:
-                seen.append(_see(open_clip(path, offset, length), prompt, annotator))
+                clips.append(_see(open_clip(path, offset, length), prompt, annotator))
             except VideoDecodeError as error:
                 rows[-1] |= {"dropped_by": error.kind, "detail": str(error)}
-        answers = iter(annotator.annotate(seen))
+        answers = iter(annotator.annotate(clips))
         for row in rows:
             if row["dropped_by"] is None:
                 answer = next(answers)

@@ -37,10 +37,10 @@ class PhyAugConfig:
     max_prompt_words: int = field(
         default=256, metadata={"help": "Pool: longest caption in words; text encoders cut what is longer."}
     )
-    min_latin_share: float = field(
+    min_latin_proportion: float = field(
         default=0.8,
         metadata={
-            "help": "Pool: least share of a caption's letters that are Latin. The embedding model and the judges read "
+            "help": "Pool: smallest proportion of Latin letters in a caption. The embedding model and the judges read "
             "English; 0 for models that read every language."
         },
     )
@@ -88,7 +88,10 @@ class PhyAugConfig:
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2],
-        metadata={"help": "Generation: one loser for each; the first one also makes the representatives' videos."},
+        metadata={
+            "help": "Generation: one rejected video for each seed; the first seed also makes the videos of the "
+            "representatives."
+        },
     )
     height: int = field(default=480, metadata={"help": "Height of every video in pixels; a multiple of 16."})
     width: int = field(default=832, metadata={"help": "Width of every video in pixels; a multiple of 16."})
@@ -123,10 +126,10 @@ class PhyAugConfig:
             setattr(self, name, json.loads(value) if isinstance(value, str) else value)
         if not self.actions:
             raise ValueError("`actions` is needed: a .txt file with an action a line, or a .yaml file with wordings.")
-        if not 0 <= self.min_richness <= 1 or not 0 <= self.min_latin_share <= 1 or self.max_prompt_words < 1:
+        if not 0 <= self.min_richness <= 1 or not 0 <= self.min_latin_proportion <= 1 or self.max_prompt_words < 1:
             raise ValueError(
-                f"Expected `min_richness` and `min_latin_share` in [0, 1] and `max_prompt_words` >= 1, got "
-                f"{self.min_richness}, {self.min_latin_share} and {self.max_prompt_words}."
+                f"Expected `min_richness` and `min_latin_proportion` in [0, 1] and `max_prompt_words` >= 1, got "
+                f"{self.min_richness}, {self.min_latin_proportion} and {self.max_prompt_words}."
             )
         if not -1 <= self.min_similarity <= 1 or not 0 <= self.min_margin <= 2:
             raise ValueError(
@@ -139,7 +142,9 @@ class PhyAugConfig:
                 f"{self.budget} and {self.tau}."
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"Each seed makes one loser: expected one or more different ones, got {self.seeds}.")
+            raise ValueError(
+                f"Each seed generates one rejected video: expected one or more different seeds, got {self.seeds}."
+            )
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             near = max(self.num_frames // 4 * 4 + 1, 1)
             raise ValueError(f"`num_frames` must be 4k + 1 for the VAEs, got {self.num_frames}. Use {near}.")
@@ -178,14 +183,14 @@ class PhyAugConfig:
         return [
             Rule("too_short", "seconds", minimum=(self.num_frames - 1.5) / self.fps),
             Rule("long_prompt", "prompt_words", maximum=self.max_prompt_words),
-            Rule("other_script", "latin_share", minimum=self.min_latin_share),
+            Rule("other_script", "latin_proportion", minimum=self.min_latin_proportion),
         ]
 
     def settings(self) -> dict[str, Any]:
         """What decides the result and may be shown; where and how fast it is computed does not."""
         elsewhere = ("output_dir", "engine", "ray_address", "ray_workers", "ray_gpus", "batch_size")
-        told = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        return told | {name: public(self.options(name)) for name in _OPTIONS}
+        settings = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        return settings | {name: public(self.options(name)) for name in _OPTIONS}
 
     @property
     def fingerprint(self) -> str:

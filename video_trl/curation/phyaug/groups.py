@@ -1,4 +1,4 @@
-"""Last stages of PhyAugPipe: losers are judged, and clips with their losers become rows of the type "group"."""
+"""Last stages of PhyAugPipe: judge the generated videos and write rows of type "group"."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from ...data.columns import group_features
 from ...judges import VideoJudge
 from ...losses.preference import physics_weights
-from ..engine.manifest import Batch, alive
+from ..engine.manifest import Batch, kept_rows
 
 
 JUDGED_VERSION = 1
@@ -86,14 +86,14 @@ def phyaug_features() -> datasets.Features:
 
 
 def build_groups(
-    clips: pa.Table, losers: pa.Table, root: Path, *, difficulty: Mapping[str, float], config_hash: str
+    clips: pa.Table, rejected: pa.Table, root: Path, *, difficulty: Mapping[str, float], config_hash: str
 ) -> datasets.Dataset:
     """
-    The dataset of a run: one row for each clip that kept all of its losers.
+    The dataset of a run: one row for each clip that has all of its rejected videos.
 
     Args:
         clips (`pyarrow.Table`): The manifest with the columns of all stages.
-        losers (`pyarrow.Table`): Generated and judged videos, the same number for each clip.
+        rejected (`pyarrow.Table`): Generated and judged videos, the same number for each clip.
         root (`Path`): The run's folder; paths in the dataset are absolute.
         difficulty (`dict`): d of each category.
         config_hash (`str`): Of the configuration; goes into `provenance`.
@@ -102,12 +102,12 @@ def build_groups(
         `datasets.Dataset`: Columns of `phyaug_features`, videos as files. `rejected_weights` are Eq. 10 with the
             paper's values, to look at: the trainer computes its own from the scores.
     """
-    made: dict[str, list[dict[str, Any]]] = {}
-    for job in alive(losers).to_pylist():
-        made.setdefault(job["content"], []).append(job)
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for job in kept_rows(rejected).to_pylist():
+        jobs.setdefault(job["content"], []).append(job)
     rows = [
-        _row(clip, made[clip["content"]], root, difficulty[clip["category"]], config_hash)
-        for clip in alive(clips).to_pylist()
+        _row(clip, jobs[clip["content"]], root, difficulty[clip["category"]], config_hash)
+        for clip in kept_rows(clips).to_pylist()
     ]
     features = phyaug_features()
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
@@ -118,7 +118,7 @@ def _row(
 ) -> dict[str, Any]:
     sa, pc = (torch.tensor([job[name] for job in jobs], dtype=torch.float64) for name in ("sa", "pc"))
     alpha, gamma = physics_weights(sa, pc)
-    told = {name: clip[name] for name in ("content", "fps", "seconds", "annotator", "embedder")}
+    origin = {name: clip[name] for name in ("content", "fps", "seconds", "annotator", "embedder")}
     provenance = {"route": "phyaug", "config": config_hash, "source": clip["source_id"], "judge": jobs[0]["judge"]}
     return {
         "prompt": clip["prompt"],
@@ -128,7 +128,7 @@ def _row(
         "category": clip["category"],
         "seeds": [job["seed"] for job in jobs],
         "generator": jobs[0]["model"],
-        "provenance": json.dumps(provenance | told),
+        "provenance": json.dumps(provenance | origin),
         "rejected_weights": [{"alpha": a, "gamma": g} for a, g in zip(alpha.tolist(), gamma.tolist(), strict=True)],
         "rejected_generation": [
             {"model": job["model"], "revision": job["revision"], "seed": job["seed"], "settings": job["generation"]}
@@ -157,7 +157,7 @@ def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
     stamp = root / RUN_NAME
     state = json.loads(stamp.read_text())["state"] if stamp.is_file() else None
     if state != "finished":
-        found = "no run" if state is None else f"a run that is not finished (state {state!r})"
-        raise ValueError(f"{root} holds {found}. Start the pipeline with the same settings: it goes on where it was.")
+        status = "no run" if state is None else f"a run that is not finished (state {state!r})"
+        raise ValueError(f"{root} holds {status}. Start the pipeline with the same settings: it goes on where it was.")
     files = sorted(str(path) for path in (root / "groups").glob("*.parquet"))
     return datasets.Dataset.from_parquet(files, cache_dir=str(root / ".cache"))

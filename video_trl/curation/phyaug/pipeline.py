@@ -1,8 +1,9 @@
 """
 PhyAugPipe (PhyGDPO, https://huggingface.co/papers/2512.24551, Section 2.1): from a pool of captioned videos to groups.
 
-A model that sees the clip keeps what is rich in physics, captions are sorted by action, the base model shows which
-actions it finds hard, clips are sampled accordingly, and the base model's own videos become the losers.
+1. A vision-language model keeps clips that are rich in physics. 2. Captions are assigned to actions. 3. The base
+model's scores show which actions are hard for it. 4. More clips are sampled from hard actions. 5. The base model's own
+videos of these captions become the rejected ones.
 """
 
 import json
@@ -22,22 +23,22 @@ import pyarrow as pa
 
 from ...files import write_atomically
 from ...load import check_judge, load_judge
+from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.probe import PROBE_VERSION, PROBED, probe_batch
 from ..clips.sources import list_clips
 from ..engine.manifest import (
     Batch,
     Rule,
     Shard,
     Stage,
-    account,
-    alive,
+    apply_rules_to_table,
     count_outcomes,
     digest,
     drop_repeats,
     drop_where,
-    judge,
+    kept_rows,
     run_stage,
+    summarize,
     with_columns,
     write_table,
 )
@@ -55,7 +56,7 @@ from .actions import (
 from .annotate import ANNOTATED, AnnotateBatch, check_annotator, load_annotator, prompt_hash
 from .config import PhyAugConfig, public
 from .groups import JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
-from .report import write_card, write_funnel
+from .report import write_dataset_card, write_funnel
 from .sampling import allocate, category_scores, draw, representatives
 
 
@@ -63,9 +64,13 @@ __all__ = ["Category", "PhyAugConfig", "PhyAugResult", "allocate", "load_groups"
 
 logger = logging.getLogger(__name__)
 
-#: Columns that are made of content and caption: their hash, which names what models say about them, and what the
-#: pool's own rules read.
-TOLD: dict[str, pa.DataType] = {"clip": pa.string(), "prompt_words": pa.int64(), "latin_share": pa.float64()}
+#: Columns computed from content and caption: their hash, which is the key of what models answer about the clip, and
+#: the values that the rules of the pool read.
+PROMPT_COLUMNS: dict[str, pa.DataType] = {
+    "clip": pa.string(),
+    "prompt_words": pa.int64(),
+    "latin_proportion": pa.float64(),
+}
 
 
 @dataclass(frozen=True)
@@ -75,30 +80,30 @@ class Category:
 
     Attributes:
         name: the action.
-        found: clips that came out of the filter and were assigned to it, H_f.
-        representatives: how many of them the base model was tried on.
+        available: clips of this action that passed the filter, H_f.
+        representatives: captions of this action for which the base model's videos were scored.
         score: mean of their judge scores, S_f in [0, 1]; None if there was nothing to judge.
         difficulty: 1 - score.
-        taken: clips sampled, H_r.
+        sampled: clips that were sampled, H_r.
     """
 
     name: str
-    found: int
+    available: int
     representatives: int
     score: float | None
     difficulty: float | None
-    taken: int
+    sampled: int
 
 
 @dataclass(frozen=True)
 class PhyAugResult:
     """
-    What a run made.
+    Results of a run.
 
     Attributes:
         groups (`datasets.Dataset`): Row type "group".
-        manifest (`pyarrow.Table`): One row for every clip of the pool, with its fate.
-        losers (`pyarrow.Table`): One row for every generated loser.
+        manifest (`pyarrow.Table`): One row for every clip of the pool, with its outcome.
+        rejected (`pyarrow.Table`): One row for each generated video.
         categories (`list[Category]`): The histograms.
         funnel (`dict`): Clips left after each stage.
         summary (`str`): The line that accounts for every clip.
@@ -106,7 +111,7 @@ class PhyAugResult:
 
     groups: datasets.Dataset
     manifest: pa.Table
-    losers: pa.Table
+    rejected: pa.Table
     categories: list[Category]
     funnel: dict[str, int]
     summary: str
@@ -131,11 +136,11 @@ def run_phyaug(
     shard: Shard | None = None,
 ) -> PhyAugResult:
     """
-    Runs all stages, or what is left of them: a run that was stopped, however, goes on where it was.
+    Runs all stages. A run that was stopped is resumed where it was.
 
-    `output_dir` must be on a disk that all processes or nodes see. It receives `manifest.parquet` (the fate of every
-    clip), `losers.parquet`, `representatives.parquet`, `funnel.html`, and at last `groups/` with the dataset and its
-    card. `run.json` says whether the run is finished; while it isn't, there is no `groups/`.
+    `output_dir` must be on a disk that all processes or nodes see. It receives `manifest.parquet` (the outcome of
+    every clip), `rejected.parquet`, `representatives.parquet`, `funnel.html`, and at last `groups/` with the dataset
+    and its card. `run.json` says whether the run is finished; while it isn't, there is no `groups/`.
 
     Args:
         config ([`PhyAugConfig`]): Everything but objects.
@@ -163,22 +168,22 @@ def run_phyaug(
     if shard.index == 0:
         begin(root, config)
     table = read_pool(config, every, root, run)
-    funnel = {"pool": len(table), "usable": left(table, "reading the pool")}
+    funnel = {"pool": len(table), "usable": require_rows(table, "reading the pool")}
     table = annotate(table, config, run)
-    funnel["physics-rich"] = left(table, f"the filter (richness of {config.min_richness:g} and more)")
+    funnel["physics-rich"] = require_rows(table, f"the filter (richness of {config.min_richness:g} and more)")
     table = cluster(table, config, actions, run)
-    funnel["in a category"] = left(table, "clustering")
-    tried = try_representatives(table, config, root, run)
-    table, categories = sample(table, tried, config)
-    funnel["sampled"] = left(table, "sampling")
-    table, losers = generate(table, config, root, run)
-    funnel["groups"] = left(table, "generation")
-    assert len(table) == funnel["pool"] == len(alive(table)) + sum(count_outcomes(table).values())
+    funnel["in a category"] = require_rows(table, "clustering")
+    attempts = try_representatives(table, config, root, run)
+    table, categories = sample(table, attempts, config)
+    funnel["sampled"] = require_rows(table, "sampling")
+    table, rejected = generate(table, config, root, run)
+    funnel["groups"] = require_rows(table, "generation")
+    assert len(table) == funnel["pool"] == len(kept_rows(table)) + sum(count_outcomes(table).values())
     difficulty = {category.name: category.difficulty or 0.0 for category in categories}
-    groups = build_groups(table, losers, root, difficulty=difficulty, config_hash=config.fingerprint)
-    result = PhyAugResult(groups, table, losers, categories, funnel, f"{account(table)}; {len(groups)} groups")
+    groups = build_groups(table, rejected, root, difficulty=difficulty, config_hash=config.fingerprint)
+    result = PhyAugResult(groups, table, rejected, categories, funnel, f"{summarize(table)}; {len(groups)} groups")
     if shard.index == 0:
-        finish(result, tried, config, root)
+        finish(result, attempts, config, root)
     logger.info(result.summary)
     return result
 
@@ -203,31 +208,31 @@ def begin(root: Path, config: PhyAugConfig) -> None:
     """Says that a run is under way, before anything else; what an earlier one finished must not look like its end."""
     _write_state(root, config, "running", {})
     shutil.rmtree(root / "groups", ignore_errors=True)
-    for name in ("manifest.parquet", "losers.parquet", "representatives.parquet", "funnel.html"):
+    for name in ("manifest.parquet", "rejected.parquet", "representatives.parquet", "funnel.html"):
         (root / name).unlink(missing_ok=True)
 
 
-def finish(result: PhyAugResult, tried: pa.Table, config: PhyAugConfig, root: Path) -> None:
+def finish(result: PhyAugResult, attempts: pa.Table, config: PhyAugConfig, root: Path) -> None:
     """Writes what people and trainers read; the stamp comes last."""
     write_table(result.manifest, root / "manifest.parquet")
-    write_table(result.losers, root / "losers.parquet")
-    write_table(tried, root / "representatives.parquet")
+    write_table(result.rejected, root / "rejected.parquet")
+    write_table(attempts, root / "representatives.parquet")
     identities = {
         "annotator": _only(result.manifest["annotator"]),
         "embedder": _only(result.manifest["embedder"]),
         "generator": config.model,
-        "judge": _only(result.losers["judge"]),
+        "judge": _only(result.rejected["judge"]),
     }
-    told = {"config": config.fingerprint, "prompt template": prompt_hash(), **identities}
+    provenance = {"config": config.fingerprint, "prompt template": prompt_hash(), **identities}
     fates = count_outcomes(result.manifest)
-    write_funnel(root / "funnel.html", result.funnel, fates, result.categories, told)
+    write_funnel(root / "funnel.html", result.funnel, fates, result.categories, provenance)
     write_table(result.groups.with_format("arrow")[:], root / "groups" / "train-00000-of-00001.parquet")
-    write_card(
+    write_dataset_card(
         root / "groups" / "README.md",
         result.funnel,
         fates,
         result.categories,
-        told,
+        provenance,
         config.settings(),
         num_rejected=len(config.seeds),
         license=config.license,
@@ -241,18 +246,18 @@ def _write_state(root: Path, config: PhyAugConfig, state: str, funnel: dict[str,
     write_atomically(root / RUN_NAME, json.dumps(record, indent=1, default=str))
 
 
-def left(table: pa.Table, stage: str) -> int:
+def require_rows(table: pa.Table, stage: str) -> int:
     """
-    Number of clips that are still there.
+    Number of clips that no rule has dropped.
 
     Raises:
-        ValueError: None is: the message tells what became of them.
+        ValueError: Every clip was dropped; the message says by which rules.
     """
-    number = len(alive(table))
+    number = len(kept_rows(table))
     if not number:
         raise ValueError(
-            f"No clip is left after {stage}: {account(table)}. `manifest.parquet` is not written; look at the sources "
-            "and settings that the largest of these counts depends on."
+            f"No clip is left after {stage}: {summarize(table)}. `manifest.parquet` is not written; change the "
+            "sources or the settings that the largest of these counts depends on."
         )
     return number
 
@@ -267,25 +272,27 @@ def read_pool(config: PhyAugConfig, sources: Sequence[Any], root: Path, run: Run
         prompt_column=config.prompt_column,
     )
     table = run(
-        table, Stage("probe", probe_batch, PROBED, "listing", {"version": PROBE_VERSION}, 8 * config.batch_size)
+        table,
+        Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, 8 * config.batch_size),
     )
     prompts = table["prompt"].to_pylist()
-    table = with_columns(table, describe_prompts(table.select(["content", "prompt"]).to_pydict()), TOLD)
-    untold = [prompt is None for prompt in prompts]
-    table = drop_repeats(table, "content", name="repeated", rank=untold)  # of two copies, the one with a caption stays
-    return judge(drop_where(table, untold, "no_prompt"), config.pool_rules())
+    table = with_columns(table, describe_prompts(table.select(["content", "prompt"]).to_pydict()), PROMPT_COLUMNS)
+    uncaptioned = [prompt is None for prompt in prompts]
+    # Of two copies, the one with a caption stays.
+    table = drop_repeats(table, "content", name="repeated", rank=uncaptioned)
+    return apply_rules_to_table(drop_where(table, uncaptioned, "no_prompt"), config.pool_rules())
 
 
 def describe_prompts(batch: Batch) -> Batch:
-    """Columns `content` and `prompt` -> the columns `TOLD`; a caption without letters has no Latin ones."""
-    added: Batch = {name: [] for name in TOLD}
+    """Columns `content` and `prompt` -> the columns `PROMPT_COLUMNS`; a caption without letters has no Latin ones."""
+    added: Batch = {name: [] for name in PROMPT_COLUMNS}
     for content, prompt in zip(batch["content"], batch["prompt"], strict=True):
         letters = [letter for letter in prompt or "" if letter.isalpha()]
         # Latin with its extensions ends at U+024F.
         latin = sum(letter <= "\u024f" for letter in letters) / len(letters) if letters else 0.0
         added["clip"].append(None if content is None else digest(f"{content}\0{prompt}"))
         added["prompt_words"].append(len(re.findall(r"\S+", prompt or "")))
-        added["latin_share"].append(latin)
+        added["latin_proportion"].append(latin)
     return added
 
 
@@ -300,7 +307,9 @@ def annotate(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Table:
         {"annotator": config.annotator, "options": public(options), "prompts": prompt_hash()},
         config.batch_size,
     )
-    return judge(run(table, stage, gpu=True), [Rule("physics_poor", "physics_richness", config.min_richness)])
+    return apply_rules_to_table(
+        run(table, stage, gpu=True), [Rule("physics_poor", "physics_richness", config.min_richness)]
+    )
 
 
 def cluster(table: pa.Table, config: PhyAugConfig, actions: Actions, run: Runner) -> pa.Table:
@@ -317,25 +326,25 @@ def cluster(table: pa.Table, config: PhyAugConfig, actions: Actions, run: Runner
         Rule("no_action", "similarity", minimum=config.min_similarity),
         Rule("ambiguous_action", "margin", minimum=config.min_margin),
     ]
-    return judge(run(table, stage, gpu=True), rules)
+    return apply_rules_to_table(run(table, stage, gpu=True), rules)
 
 
 def try_representatives(table: pa.Table, config: PhyAugConfig, root: Path, run: Runner) -> pa.Table:
-    """Stage 4: what the base model makes of the captions nearest to each action, judged. One row a video."""
-    kept = alive(table)
-    chosen = representatives(kept["category"].to_pylist(), kept["similarity"].to_pylist(), config.representatives)
-    rows = [row for rows in chosen.values() for row in rows]
-    tried = make_videos(kept.take(rows), config, config.seeds[:1], root, run)
-    categories = pa.chunked_array([pa.array([name for name, rows in chosen.items() for _ in rows], pa.string())])
-    return tried.append_column("category", categories)
+    """Stage 4: videos of the base model for the captions nearest to each action, with scores. One row per video."""
+    clips = kept_rows(table)
+    indices = representatives(clips["category"].to_pylist(), clips["similarity"].to_pylist(), config.representatives)
+    rows = [row for rows in indices.values() for row in rows]
+    attempts = make_videos(clips.take(rows), config, config.seeds[:1], root, run)
+    categories = pa.chunked_array([pa.array([name for name, rows in indices.items() for _ in rows], pa.string())])
+    return attempts.append_column("category", categories)
 
 
 def make_videos(clips: pa.Table, config: PhyAugConfig, seeds: Sequence[int], root: Path, run: Runner) -> pa.Table:
     """The base model's videos of some clips, one for each seed, with their scores; in the order clips x seeds."""
     model = config.video_model()
-    told = clips.select(["source_id", "content", "prompt"]).to_pydict()
-    told |= {"reference_image": [None] * len(clips), "bucket": [f"{config.height}x{config.width}"] * len(clips)}
-    jobs = job_table(told, model, seeds, {"fps": config.fps, "num_frames": config.num_frames})
+    columns = clips.select(["source_id", "content", "prompt"]).to_pydict()
+    columns |= {"reference_image": [None] * len(clips), "bucket": [f"{config.height}x{config.width}"] * len(clips)}
+    jobs = job_table(columns, model, seeds, {"fps": config.fps, "num_frames": config.num_frames})
     jobs = run(jobs, generation_stage(model, root, fps=config.fps, num_frames=config.num_frames), gpu=True)
     options = config.options("judge_options")
     stage = Stage(
@@ -349,51 +358,53 @@ def make_videos(clips: pa.Table, config: PhyAugConfig, seeds: Sequence[int], roo
     return run(jobs, stage, gpu=True)
 
 
-def sample(table: pa.Table, tried: pa.Table, config: PhyAugConfig) -> tuple[pa.Table, list[Category]]:
+def sample(table: pa.Table, attempts: pa.Table, config: PhyAugConfig) -> tuple[pa.Table, list[Category]]:
     """Stage 5: scores of the categories, Eq. 1, and which clips it takes."""
-    judged = alive(tried)
-    means = [(sa + pc) / 2 for sa, pc in zip(judged["sa"].to_pylist(), judged["pc"].to_pylist(), strict=True)]
-    scores = category_scores(judged["category"].to_pylist(), means)
+    scored = kept_rows(attempts)
+    means = [(sa + pc) / 2 for sa, pc in zip(scored["sa"].to_pylist(), scored["pc"].to_pylist(), strict=True)]
+    scores = category_scores(scored["category"].to_pylist(), means)
     categories = table["category"].to_pylist()
     unknown = [name is not None and name not in scores for name in categories]
     table = drop_where(table, unknown, "no_score")  # none of the category's representatives could be judged
-    found = Counter(alive(table)["category"].to_pylist())
-    if config.budget > found.total():
-        logger.warning("The budget of %d is larger than what there is, %d clips.", config.budget, found.total())
-    counts = {name: found[name] for name in sorted(found)}
-    taken = allocate(counts, scores, tau=config.tau, budget=config.budget, redistribute=config.redistribute)
-    kept = alive(table).select(["content", "category"]).to_pydict()
+    available = Counter(kept_rows(table)["category"].to_pylist())
+    if config.budget > available.total():
+        logger.warning("The budget of %d is larger than what there is, %d clips.", config.budget, available.total())
+    counts = {name: available[name] for name in sorted(available)}
+    quotas = allocate(counts, scores, tau=config.tau, budget=config.budget, redistribute=config.redistribute)
+    clips = kept_rows(table).select(["content", "category"]).to_pydict()
     members: dict[str, list[str]] = {}
-    for content, name in zip(kept["content"], kept["category"], strict=True):
+    for content, name in zip(clips["content"], clips["category"], strict=True):
         members.setdefault(name, []).append(content)
-    drawn = {content for name, names in members.items() for content in draw(names, taken[name], config.sample_seed)}
-    table = drop_where(table, [content not in drawn for content in table["content"].to_pylist()], "not_sampled")
-    tries = Counter(tried["category"].to_pylist())
+    selection = {
+        content for name, names in members.items() for content in draw(names, quotas[name], config.sample_seed)
+    }
+    table = drop_where(table, [content not in selection for content in table["content"].to_pylist()], "not_sampled")
+    tries = Counter(attempts["category"].to_pylist())
     summary = [
-        Category(name, count, tries[name], scores[name], 1 - scores[name], taken[name])
+        Category(name, count, tries[name], scores[name], 1 - scores[name], quotas[name])
         for name, count in counts.items()
     ]
     return table, summary
 
 
 def generate(table: pa.Table, config: PhyAugConfig, root: Path, run: Runner) -> tuple[pa.Table, pa.Table]:
-    """Stage 6: real clips brought to the format of the model's, and m judged losers for each."""
+    """Stage 6: real clips brought to the format of the model's, and m rejected videos for each, with scores."""
     size = f"{config.height}x{config.width}"
     table = with_columns(table, {"bucket": [size] * len(table)}, {"bucket": pa.string()})
     folder = f"videos/{size}-{config.num_frames}-{config.fps:g}"
     function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
     settings = {"version": NORMALISE_VERSION, "bucket": size, "fps": config.fps, "num_frames": config.num_frames}
     table = run(table, Stage("normalise", function, NORMALISED, "content", settings, config.batch_size))
-    left(table, "normalisation")
-    losers = make_videos(alive(table), config, config.seeds, root, run)
+    require_rows(table, "normalisation")
+    rejected = make_videos(kept_rows(table), config, config.seeds, root, run)
     failed: dict[str, str] = {}
     for content, rule, name in zip(
-        *(losers[n].to_pylist() for n in ("content", "dropped_by", "source_id")), strict=True
+        *(rejected[n].to_pylist() for n in ("content", "dropped_by", "source_id")), strict=True
     ):
         if rule is not None:
             failed.setdefault(content, f"{rule}: {name}")
     details = [failed.get(content) for content in table["content"].to_pylist()]
-    return drop_where(table, [detail is not None for detail in details], "generation", details), losers
+    return drop_where(table, [detail is not None for detail in details], "generation", details), rejected
 
 
 def push_groups(

@@ -1,4 +1,4 @@
-"""What a PhyAugPipe run tells people: a page with the funnel and the histograms, and the card of its dataset."""
+"""Report of a PhyAugPipe run: an HTML page with funnel and histograms, and the dataset card."""
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
@@ -18,7 +18,7 @@ class CategoryRow(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def found(self) -> int: ...
+    def available(self) -> int: ...
     @property
     def representatives(self) -> int: ...
     @property
@@ -26,7 +26,7 @@ class CategoryRow(Protocol):
     @property
     def difficulty(self) -> float | None: ...
     @property
-    def taken(self) -> int: ...
+    def sampled(self) -> int: ...
 
 
 _ROW, _LABEL, _BAR = 24, 250, 420  # pixels: height of a row, width of the names, width of the longest bar
@@ -73,29 +73,29 @@ def write_funnel(
     funnel: Mapping[str, int],
     fates: Mapping[str, int],
     categories: Sequence[CategoryRow],
-    told: Mapping[str, str],
+    provenance: Mapping[str, str],
 ) -> None:
     """A self-contained page: what came through each stage, why the rest did not, and the histograms of Section 2.1."""
-    taken = [(row.name, (float(row.found), float(row.taken))) for row in categories]
+    counts = [(row.name, (float(row.available), float(row.sampled))) for row in categories]
     hard = [(row.name, (row.difficulty or 0.0,)) for row in categories]
     page = _render(
         "phyaug_funnel.html",
         funnel=bar_chart([(name, (float(count),)) for name, count in funnel.items()], ["clips"], label="Funnel"),
         fates=sorted(fates.items(), key=lambda item: -item[1]),
         categories=categories,
-        taken=bar_chart(taken, ["in the pool after the filter (H_f)", "sampled (H_r)"], label="Clips by category"),
+        counts=bar_chart(counts, ["in the pool after the filter (H_f)", "sampled (H_r)"], label="Clips by category"),
         hard=bar_chart(hard, ["difficulty (1 - S_f)"], label="Difficulty by category"),
-        told=told,
+        provenance=provenance,
     )
     write_atomically(path, page)
 
 
-def write_card(
+def write_dataset_card(
     path: Path,
     funnel: Mapping[str, int],
     fates: Mapping[str, int],
     categories: Sequence[CategoryRow],
-    told: Mapping[str, str],
+    provenance: Mapping[str, str],
     settings: Mapping[str, Any],
     *,
     num_rejected: int,
@@ -118,7 +118,7 @@ def write_card(
         funnel=funnel,
         fates=sorted(fates.items(), key=lambda item: -item[1]),
         categories=categories,
-        told=told,
+        provenance=provenance,
         settings={name: value for name, value in settings.items() if value not in (None, "", {})},
         license=license,
         license_notes=license_notes,

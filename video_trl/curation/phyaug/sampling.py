@@ -1,4 +1,4 @@
-"""Sampling of PhyAugPipe by difficulty (PhyGDPO, Section 2.1 and Eq. 1): pure arithmetic on categories and scores."""
+"""Sample more clips of the actions that the base model does badly (PhyGDPO, Section 2.1 and Eq. 1)."""
 
 from collections.abc import Mapping, Sequence
 from typing import overload
@@ -44,15 +44,15 @@ def allocate(
     $$\mathcal{H}_r(k) = \min\Big(\mathcal{H}_f(k),\ N \frac{r_k}{\sum_j r_j}\Big), \qquad
       r_k = \exp(\tau d_k), \quad d_k = 1 - \mathcal{S}_f(k)$$
 
-    Source: PhyGDPO (https://huggingface.co/papers/2512.24551), Eq. 1. Empty categories take no part in the sum. Shares
-    of the budget become integers by their largest remainders (ties go to the harder category, then to the first one)
+    Source: PhyGDPO (https://huggingface.co/papers/2512.24551), Eq. 1. Empty categories take no part in the sum. The
+    quotas become integers by largest remainders (ties go to the harder category, then to the first one)
     before the cap: they add up to `budget` exactly wherever no category is too small.
 
     Args:
         counts (`dict[str, int]` or sequence of `int`): Clips there are of each category, H_f.
         scores (`dict[str, float]` or sequence of `float`):
             Mean judge score of the base model's videos, S_f, in [0, 1]; may be missing or NaN where the count is 0.
-        tau (`float`, defaults to `3.0`): How much difficult categories are favoured; 0 shares evenly.
+        tau (`float`, defaults to `3.0`): How much difficult categories are favoured; 0: all categories alike.
         budget (`int`, defaults to `20000`): N, clips to take in all.
         redistribute (`bool`, defaults to `False`):
             Offer what small categories leave over to the others, in the same proportions, until the budget is spent
@@ -72,14 +72,14 @@ def allocate(
         missing = [name for name, count in counts.items() if count and name not in scores]
         if missing:
             raise ValueError(f"Categories without a score: {missing[:10]}. Judge their representatives first.")
-        shares = allocate(
+        quotas = allocate(
             list(counts.values()),
             [scores.get(name, np.nan) for name in counts],
             tau=tau,
             budget=budget,
             redistribute=redistribute,
         )
-        return dict(zip(counts, shares.tolist(), strict=True))
+        return dict(zip(counts, quotas.tolist(), strict=True))
     available, score = np.asarray(counts, dtype=np.int64), np.asarray(scores, dtype=np.float64)
     if available.ndim != 1 or available.shape != score.shape or (available < 0).any():
         raise ValueError(f"Expected a count >= 0 and a score for each category, got {available} and {score}.")
@@ -92,33 +92,33 @@ def allocate(
     # A common factor cancels; without it, a large tau would overflow.
     weight = np.where(there, np.exp(tau * (difficulty - difficulty[there].max(initial=0.0))).clip(1e-300), 0.0)
     if not redistribute:
-        return np.minimum(available, _round(_shares(weight, budget), budget, difficulty))
+        return np.minimum(available, _round(_quotas(weight, budget), budget, difficulty))
     return _fill(available, weight, difficulty, min(budget, int(available.sum())))
 
 
-def _shares(weight: NDArray[np.float64], budget: int) -> NDArray[np.float64]:
+def _quotas(weight: NDArray[np.float64], budget: int) -> NDArray[np.float64]:
     total = weight.sum()
     return weight * (budget / total) if total > 0 else weight
 
 
 def _fill(available: Integers, weight: NDArray[np.float64], difficulty: NDArray[np.float64], budget: int) -> Integers:
-    """Shares of the budget with caps: who is full leaves the division, what is left is divided again."""
+    """Quotas with caps: a full category leaves the division, and the rest of the budget is divided again."""
     full = np.zeros(len(available), dtype=bool)
     while True:
         left = budget - int(available[full].sum())
-        shares = _shares(np.where(full, 0.0, weight), left)
-        over = ~full & (shares > available)
+        quotas = _quotas(np.where(full, 0.0, weight), left)
+        over = ~full & (quotas > available)
         if not over.any():
-            return np.where(full, available, _round(shares, left, difficulty))
+            return np.where(full, available, _round(quotas, left, difficulty))
         full |= over
 
 
-def _round(shares: NDArray[np.float64], total: int, difficulty: NDArray[np.float64]) -> Integers:
-    """Integers that add up to `total`, each the floor or the ceiling of its share; ties go to the harder one."""
-    floors = np.floor(shares + 1e-9).astype(np.int64)
-    remainders = np.where(shares > 0, shares - floors, -1.0)
-    rest = min(total - int(floors.sum()), int((shares > 0).sum()))
-    order = np.lexsort((np.arange(len(shares)), -difficulty, -np.round(remainders, 9), shares <= 0))
+def _round(quotas: NDArray[np.float64], total: int, difficulty: NDArray[np.float64]) -> Integers:
+    """Integers that add up to `total`, each the floor or the ceiling of its quota; ties go to the harder one."""
+    floors = np.floor(quotas + 1e-9).astype(np.int64)
+    remainders = np.where(quotas > 0, quotas - floors, -1.0)
+    rest = min(total - int(floors.sum()), int((quotas > 0).sum()))
+    order = np.lexsort((np.arange(len(quotas)), -difficulty, -np.round(remainders, 9), quotas <= 0))
     floors[order[: max(rest, 0)]] += 1
     return floors
 

@@ -1,4 +1,4 @@
-"""Videos to latents and prompts to embeddings: every distinct one is encoded once, and the result is cached."""
+"""Encode videos to latents and prompts to embeddings; each distinct one once, with a cache on disk."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
 from ..video_io import probe_video, read_video
-from .inventory import IMAGE_COLUMN, Row, Survey, check_shapes, survey_rows, usable_rows, video_shapes
+from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
 from .store import EncodedDataset, EncodedWriter
 
 
@@ -108,8 +108,8 @@ def encode_dataset(
         height, width (`int`, *optional*): Size in pixels: scaled to cover it, then centre-cropped.
         buckets (`Sequence[AspectBucket]`, *optional*): Several sizes instead: all videos of a row are brought to the
             one nearest to the shape of its only or chosen video.
-        max_crop (`float`, defaults to `1.0`): Largest share of that video's picture that its bucket may cut off, in
-            [0, 1]. A row that would lose more is treated as one with an unreadable video.
+        max_crop (`float`, defaults to `1.0`): Largest proportion of that video's picture that its bucket may cut
+            off, in [0, 1]. A row that would lose more is treated as one with an unreadable video.
         batch_size (`int`, defaults to `8`): Videos, or prompts, in one call. Lower it when memory runs out.
         on_bad_video (`"raise"` or `"skip"`, defaults to `"raise"`): What to do with a row that has a video that cannot
             be read wholly: stop, or leave the row out and report it in the log and in `EncodedDataset.skipped`.
@@ -140,8 +140,8 @@ def encode_dataset(
     _check_job(job)
     encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(lambda: _build(job, Path(cache_dir))))
     if encoded.skipped:
-        named = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
-        logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), named)
+        videos = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
+        logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), videos)
     for module in job.encoders:
         module.eval().to("cpu")
     return encoded
@@ -171,7 +171,7 @@ def _check_job(job: _Job) -> None:
 
 def _build(job: _Job, cache_dir: Path) -> str:
     """Encode unless it is done already; the name of the folder in `cache_dir`."""
-    survey = survey_rows(
+    inventory = take_inventory(
         undecoded(job.dataset),
         job.row_type,
         with_images=bool(job.image_columns),
@@ -179,21 +179,21 @@ def _build(job: _Job, cache_dir: Path) -> str:
         buckets=job.buckets,
         max_crop=job.max_crop,
     )
-    identity = _fingerprint(job, survey.rows)
+    identity = _fingerprint(job, inventory.rows)
     directory = cache_dir / f"{job.row_type}-{identity}"
     if directory.is_dir():
         logger.info("Using the encoded dataset in %s.", directory)
         return directory.name
-    shapes = video_shapes(survey, job.pixels)
-    rows, skipped = usable_rows(survey)
-    check_shapes(survey, rows, shapes, partial(job.family.check_video, job.pipeline.vae))
-    fps = job.pixels["fps"] or probe_video(survey.read(rows[0].videos[0])).fps
+    shapes = video_shapes(inventory, job.pixels)
+    rows, skipped = usable_rows(inventory)
+    check_shapes(inventory, rows, shapes, partial(job.family.check_video, job.pipeline.vae))
+    fps = job.pixels["fps"] or probe_video(inventory.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
     with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
         _encode_prompts(job, rows, writer)
-        _encode_videos(job, survey, rows, shapes, writer)
+        _encode_videos(job, inventory, rows, shapes, writer)
         if job.image_columns:
-            _encode_images(job, survey, rows, shapes, writer)
+            _encode_images(job, inventory, rows, shapes, writer)
         writer.finish([_index_row(job, row, shapes[row.videos[0]]) for row in rows], skipped)
     return directory.name
 
@@ -232,7 +232,11 @@ def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> No
 
 
 def _encode_videos(
-    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+    job: _Job,
+    inventory: Inventory,
+    rows: Sequence[Row],
+    shapes: dict[str, tuple[int, int, int]],
+    writer: EncodedWriter,
 ) -> None:
     by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
     for digest in dict.fromkeys(digest for row in rows for digest in row.videos):
@@ -242,18 +246,22 @@ def _encode_videos(
         for digests in by_shape.values():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
-                videos = [read_video(survey.read(d), **survey.pixels_of(d, job.pixels)) for d in batch]
+                videos = [read_video(inventory.read(d), **inventory.pixels_of(d, job.pixels)) for d in batch]
                 frames = np.stack(videos)  # (B, T, H, W, 3)
                 video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
                 latents = job.family.encode_video(job.pipeline.vae, video)
                 for digest, latent in zip(batch, latents.cpu(), strict=True):
-                    _check_finite(latent, survey.names[digest], job.pipeline.vae)
+                    _check_finite(latent, inventory.names[digest], job.pipeline.vae)
                     writer.add(_video_key(digest), latent)
                 progress.update(len(batch))
 
 
 def _encode_images(
-    job: _Job, survey: Survey, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]], writer: EncodedWriter
+    job: _Job,
+    inventory: Inventory,
+    rows: Sequence[Row],
+    shapes: dict[str, tuple[int, int, int]],
+    writer: EncodedWriter,
 ) -> None:
     """Conditions of every distinct first frame, for the length and size of the videos that it begins."""
     by_shape: dict[tuple[int, int, int], list[str]] = defaultdict(list)
@@ -269,23 +277,23 @@ def _encode_images(
         for (num_frames, height, width), digests in by_shape.items():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
-                frames = [_first_frame(job, survey, digest, height, width) for digest in batch]
+                frames = [_first_frame(job, inventory, digest, height, width) for digest in batch]
                 conditions = job.family.encode_image(
                     job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
                 )
                 for column, values in conditions.items():
                     for digest, value in zip(batch, values.cpu(), strict=True):
-                        _check_finite(value, survey.names[digest], job.pipeline.vae)
+                        _check_finite(value, inventory.names[digest], job.pipeline.vae)
                         writer.add(_image_key(column, digest, (num_frames, height, width)), value)
                 progress.update(len(batch))
 
 
-def _first_frame(job: _Job, survey: Survey, digest: str, height: int, width: int) -> np.ndarray:
+def _first_frame(job: _Job, inventory: Inventory, digest: str, height: int, width: int) -> np.ndarray:
     """uint8 `(height, width, 3)`: the row's own image, or what its video begins with."""
-    source = survey.read(digest)
-    if survey.places[digest].column == IMAGE_COLUMN:
+    source = inventory.read(digest)
+    if inventory.places[digest].column == IMAGE_COLUMN:
         return read_image(source, height=height, width=width)
-    return read_video(source, **(survey.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
+    return read_video(source, **(inventory.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
 
 
 def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a raw dataset holds: its videos and images by content, which of them are unreadable, and their sizes."""
+"""List the distinct videos and images of a raw dataset, their sizes, and which of them cannot be read."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass
-class Survey:
+class Inventory:
     """
     What a raw dataset holds, videos and images by the hash of their content.
 
@@ -104,7 +104,7 @@ class Survey:
         self.bad[digest] = reason
 
 
-def survey_rows(
+def take_inventory(
     dataset: MapDataset,
     row_type: str,
     *,
@@ -112,7 +112,7 @@ def survey_rows(
     on_bad_video: str,
     buckets: Sequence[AspectBucket] = (),
     max_crop: float = 1.0,
-) -> Survey:
+) -> Inventory:
     """
     Hash every video, and every image where they are wanted, and choose the size of the videos where there are buckets.
 
@@ -120,7 +120,7 @@ def survey_rows(
     for it may be wanted in several. Of videos, only those that cannot be opened, or fit no bucket, are found bad
     here; `video_shapes` decodes them. Images are decoded.
     """
-    survey = Survey(dataset, on_bad_video)
+    inventory = Inventory(dataset, on_bad_video)
 
     def hashed(item: tuple[int, Any]) -> tuple[Row, list[Place], list[str | None]]:
         number, row = item
@@ -141,15 +141,15 @@ def survey_rows(
 
     numbered = ((number, dataset[number]) for number in range(len(dataset)))
     for row, places, reasons in in_threads(hashed, numbered, len(dataset), "Hashing videos"):
-        survey.rows.append(row)
+        inventory.rows.append(row)
         if row.bucket is not None:
-            survey.sizes.update(dict.fromkeys(row.videos, row.bucket))
+            inventory.sizes.update(dict.fromkeys(row.videos, row.bucket))
         for digest, name, place, reason in zip(row.sources, row.names, places, reasons, strict=True):
-            survey.places.setdefault(digest, place)
-            survey.names.setdefault(digest, name)
+            inventory.places.setdefault(digest, place)
+            inventory.names.setdefault(digest, name)
             if reason is not None:
-                survey.note_bad(digest, reason)
-    return survey
+                inventory.note_bad(digest, reason)
+    return inventory
 
 
 def _row_cells(row: Any, number: int, row_type: str, with_images: bool) -> list[tuple[Place, Any]]:
@@ -196,7 +196,7 @@ def _without_name(error: VideoDecodeError, name: str) -> str:
     return str(error).removeprefix(f"{name}: ")
 
 
-def video_shapes(survey: Survey, pixels: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+def video_shapes(inventory: Inventory, pixels: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """
     (T, H, W) of every distinct video, by decoding all with the keyword arguments `pixels` of `read_video`: damage
     shows before the expensive part, not hours later.
@@ -205,27 +205,27 @@ def video_shapes(survey: Survey, pixels: Mapping[str, Any]) -> dict[str, tuple[i
     def shape_or_reason(item: tuple[str, VideoSource]) -> tuple[str, tuple[int, int, int] | None, str]:
         digest, source = item
         try:
-            frames, height, width, _ = read_video(source, **survey.pixels_of(digest, pixels)).shape
+            frames, height, width, _ = read_video(source, **inventory.pixels_of(digest, pixels)).shape
         except VideoDecodeError as error:
             return digest, None, _without_name(error, source_name(source))
         return digest, (frames, height, width), ""
 
     readable = [
         digest
-        for digest, place in survey.places.items()
-        if digest not in survey.bad and place.column != IMAGE_COLUMN  # images were decoded when they were hashed
+        for digest, place in inventory.places.items()
+        if digest not in inventory.bad and place.column != IMAGE_COLUMN  # images were decoded when they were hashed
     ]
-    sources = ((digest, survey.read(digest)) for digest in readable)
+    sources = ((digest, inventory.read(digest)) for digest in readable)
     shapes = {}
     for digest, shape, reason in in_threads(shape_or_reason, sources, len(readable), "Checking videos"):
         if shape is None:
-            survey.note_bad(digest, reason)
+            inventory.note_bad(digest, reason)
         else:
             shapes[digest] = shape
     return shapes
 
 
-def usable_rows(survey: Survey) -> tuple[list[Row], list[SkippedRow]]:
+def usable_rows(inventory: Inventory) -> tuple[list[Row], list[SkippedRow]]:
     """
     Rows without an unreadable video or image, and the others.
 
@@ -233,10 +233,10 @@ def usable_rows(survey: Survey) -> tuple[list[Row], list[SkippedRow]]:
         ValueError: If no row is left.
     """
     rows, skipped = [], []
-    for number, row in enumerate(survey.rows):
-        bad = [position for position, digest in enumerate(row.sources) if digest in survey.bad]
+    for number, row in enumerate(inventory.rows):
+        bad = [position for position, digest in enumerate(row.sources) if digest in inventory.bad]
         if bad:
-            skipped.append(SkippedRow(number, row.names[bad[0]], survey.bad[row.sources[bad[0]]]))
+            skipped.append(SkippedRow(number, row.names[bad[0]], inventory.bad[row.sources[bad[0]]]))
         else:
             rows.append(row)
     if not rows:
@@ -246,7 +246,7 @@ def usable_rows(survey: Survey) -> tuple[list[Row], list[SkippedRow]]:
 
 
 def check_shapes(
-    survey: Survey,
+    inventory: Inventory,
     rows: Sequence[Row],
     shapes: Mapping[str, tuple[int, int, int]],
     check_video: Callable[[tuple[int, int, int]], None],
@@ -265,12 +265,12 @@ def check_shapes(
                 try:
                     check_video(shape)
                 except ValueError as error:
-                    raise ValueError(f"{survey.names[digest]}: {error}") from error
+                    raise ValueError(f"{inventory.names[digest]}: {error}") from error
                 checked.add(shape)
             if shape != shapes[first]:
                 raise ValueError(
-                    f"{survey.names[digest]}: expected (frames, height, width) {shapes[first]} as of "
-                    f"{survey.names[first]}, got {shape}. Set `num_frames`, `height` and `width`."
+                    f"{inventory.names[digest]}: expected (frames, height, width) {shapes[first]} as of "
+                    f"{inventory.names[first]}, got {shape}. Set `num_frames`, `height` and `width`."
                 )
 
 

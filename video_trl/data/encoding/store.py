@@ -1,4 +1,4 @@
-"""Encoded datasets on disk: safetensors shards and an index, in a folder that gets its name only when it is whole."""
+"""Read and write encoded datasets: safetensors shards and an index, in a folder named only when it is complete."""
 
 import json
 import logging
@@ -71,10 +71,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         index = read_json(index_path)
         for name, size in index["shards"].items():
             shard = self.directory / name
-            found = shard.stat().st_size if shard.is_file() else None
-            if found != size:
+            num_bytes = shard.stat().st_size if shard.is_file() else None
+            if num_bytes != size:
                 raise ValueError(
-                    f"{shard}: expected {size} bytes, got {found}. Delete {self.directory} and encode again."
+                    f"{shard}: expected {size} bytes, got {num_bytes}. Delete {self.directory} and encode again."
                 )
         self.fingerprint: str = index["fingerprint"]
         self.row_type: str = index["row_type"]

@@ -1,4 +1,4 @@
-"""Tokens of a frozen teacher, encoded once ahead of the training: int8 with a scale for each token, cached on disk."""
+"""Compute the tokens of a frozen teacher once before a run, and cache them on disk as int8 with a scale per token."""
 
 import logging
 import os

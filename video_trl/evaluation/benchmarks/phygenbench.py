@@ -33,7 +33,7 @@ Mode = Literal["published", "closed", "open", "exact"]
 @dataclass(frozen=True)
 class PhyGenScore:
     """
-    Share of the points reached.
+    Proportion of the points reached.
 
     Attributes:
         by_category (`dict[str, float]`): In [0, 1], for each category that has items.

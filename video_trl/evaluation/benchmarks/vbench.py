@@ -1,5 +1,5 @@
 """
-VBench (https://huggingface.co/papers/2311.17982): reads the results of its program and sums them up as Reg-DPO does.
+VBench (https://huggingface.co/papers/2311.17982): read its result files and average them as Reg-DPO does.
 
 VBench pins libraries of 2023 and weights with non-commercial licences, so it is no dependency: run it in an
 environment of its own and read its `*_eval_results.json` here (docs/results/evaluation.md has the command). Two
@@ -85,16 +85,16 @@ def load_vbench(
             score, rows = content[name]
             values[name] = float(score)
             # dynamic_degree has booleans, imaging_quality percentages: kept as they are.
-            named = [(Path(row["video_path"]).name, float(row["video_results"])) for row in rows]
+            scores = [(Path(row["video_path"]).name, float(row["video_results"])) for row in rows]
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: {name} is not in VBench's form [score, [rows]] ({error!r}).") from error
-        videos[name] = dict(named)
+        videos[name] = dict(scores)
         if not all(math.isfinite(value) for value in [values[name], *videos[name].values()]):
             raise ValueError(f"{path}: {name} has a value that is not finite. Evaluate these videos again.")
-        if len(videos[name]) != len(named):
+        if len(videos[name]) != len(scores):
             raise ValueError(f"{path}: {name} has a video of the same name twice.")
-        if num_videos is not None and len(named) != num_videos:
-            raise ValueError(f"{path}: {name} has {len(named)} videos, expected {num_videos}.")
+        if num_videos is not None and len(scores) != num_videos:
+            raise ValueError(f"{path}: {name} has {len(scores)} videos, expected {num_videos}.")
     return VBenchResults(values, videos)
 
 

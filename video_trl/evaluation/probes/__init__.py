@@ -1,1 +1,1 @@
-"""Linear probes: what the hidden states of a model or a teacher know about physics."""
+"""Linear probes: measure what the hidden states of a model or a teacher contain about physics."""

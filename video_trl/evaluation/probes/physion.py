@@ -1,6 +1,7 @@
 """
-Linear probes of physical understanding, after Physion's object contact prediction: from the first frames of a clip,
-does a logistic regression on frozen features tell whether two objects will touch?
+Linear probes on Physion's object contact prediction, with frozen features of a model, a teacher or the pixels.
+
+From the first frames of a clip, a logistic regression predicts whether two objects will touch.
 
 Source: VideoREPA (https://huggingface.co/papers/2505.23656), Figure 1 and appendix B, which leave noise level, prompt,
 pooling, training scenarios and regularisation open; here they are arguments and stand in the result. Needs
@@ -106,14 +107,14 @@ def read_physion(
 
 def scenario_of(name: str) -> str:
     """Scenario of a Physion clip by its file name alone: folders on the way to it may hold any of the words."""
-    found = [scenario for scenario, word in SCENARIO_WORDS.items() if word in name.lower()]
-    if found[:2] == ["roll", "collision"]:
-        found.remove("collision")
-    if len(found) != 1:
+    scenarios = [scenario for scenario, word in SCENARIO_WORDS.items() if word in name.lower()]
+    if scenarios[:2] == ["roll", "collision"]:
+        scenarios.remove("collision")
+    if len(scenarios) != 1:
         raise ValueError(
-            f"The name of a clip must tell one of {list(SCENARIO_WORDS)}, got {name!r}: {found or 'none'}."
+            f"The name of a clip must tell one of {list(SCENARIO_WORDS)}, got {name!r}: {scenarios or 'none'}."
         )
-    return found[0]
+    return scenarios[0]
 
 
 # ---- Features ------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ class DiffusionFeatures:
     Args:
         pipeline (`DiffusionPipeline`): Its VAE encodes the clips; its transformer is run once for each.
         block (`int`): Block whose output is taken, counted from 1.
-        noise_levels (`Sequence[float]`, *optional*): In (0, 1), shares of the schedule; one kind of features each. The
-            noise is the same for all clips and levels.
+        noise_levels (`Sequence[float]`, *optional*): In (0, 1), fractions of the schedule; one kind of features each.
+            The noise is the same for all clips and levels.
         prompt (`str`, defaults to `""`): Prompt of all clips.
         num_slices (`int`, defaults to `3`): Token frames that are kept, evenly spaced behind the first one.
         cells (`tuple[int, int]`, defaults to `(2, 3)`): Rows and columns that each token frame is pooled to.
@@ -146,7 +147,7 @@ class DiffusionFeatures:
         seed: int = 0,
     ) -> None:
         if not noise_levels or not all(0 < level < 1 for level in noise_levels):
-            raise ValueError(f"`noise_levels` are shares of the schedule in (0, 1), got {list(noise_levels)}.")
+            raise ValueError(f"`noise_levels` are fractions of the schedule in (0, 1), got {list(noise_levels)}.")
         self.pipeline, self.transformer = pipeline, pipeline.transformer
         self.family = family_for(pipeline.transformer, pipeline.scheduler)
         num_blocks = len(self.family.blocks(self.transformer))
@@ -211,8 +212,8 @@ class TeacherFeatures:
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
         """Features `(B, 1, D)`, float32, of clips `(B, T, H, W, 3)`, uint8."""
-        seen = self.teacher(video.permute(0, 1, 4, 2, 3).float() / 255)
-        tokens = seen.tokens.float().unflatten(2, seen.grid[1:])[:, seen.frame_times >= 1.0]
+        output = self.teacher(video.permute(0, 1, 4, 2, 3).float() / 255)
+        tokens = output.tokens.float().unflatten(2, output.grid[1:])[:, output.frame_times >= 1.0]
         return pool_tokens(tokens, self.num_slices, self.cells)[:, None].cpu()
 
 
@@ -239,8 +240,8 @@ def pool_tokens(tokens: Tensor, num_slices: int, cells: tuple[int, int]) -> Tens
     Returns:
         `torch.Tensor` of shape `(B, slices * rows * columns * D)`.
     """
-    kept = torch.linspace(0, tokens.shape[1] - 1, min(num_slices, tokens.shape[1])).round().long()
-    images = tokens[:, kept.to(tokens.device)].flatten(0, 1).permute(0, 3, 1, 2)  # (B * slices, D, H, W)
+    indices = torch.linspace(0, tokens.shape[1] - 1, min(num_slices, tokens.shape[1])).round().long()
+    images = tokens[:, indices.to(tokens.device)].flatten(0, 1).permute(0, 3, 1, 2)  # (B * slices, D, H, W)
     return F.adaptive_avg_pool2d(images, cells).reshape(len(tokens), -1)
 
 
@@ -297,11 +298,11 @@ class ProbeResult:
 
     def counts(self, scenario: str | None = None) -> tuple[int, int]:
         """Right answers and clips, of one scenario or of all."""
-        kept = [right for right, name in zip(self.correct, self.scenarios, strict=True) if scenario in (None, name)]
-        return sum(kept), len(kept)
+        correct = [right for right, name in zip(self.correct, self.scenarios, strict=True) if scenario in (None, name)]
+        return sum(correct), len(correct)
 
     def accuracy(self, scenario: str | None = None) -> tuple[float, float, float]:
-        """Share of right answers with its Wilson interval (95 %)."""
+        """Proportion of right answers with its Wilson interval (95 %)."""
         right, clips = self.counts(scenario)
         return (right / clips, *wilson_interval(right, clips))
 
@@ -365,7 +366,7 @@ def fit_probe(
     )
 
 
-def probe(
+def probe_features(
     features: Features,
     train: Sequence[ProbeClip],
     test: Sequence[ProbeClip],
@@ -409,8 +410,8 @@ def probe_table(results: Mapping[str, ProbeResult]) -> str:
     for name, result in results.items():
         cells = []
         for scenario in (*scenarios, None):
-            share, low, high = result.accuracy(scenario)
+            accuracy, low, high = result.accuracy(scenario)
             right, clips = result.counts(scenario)
-            cells.append(f"{share:.3f} [{low:.2f}, {high:.2f}] {right}/{clips}")
+            cells.append(f"{accuracy:.3f} [{low:.2f}, {high:.2f}] {right}/{clips}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

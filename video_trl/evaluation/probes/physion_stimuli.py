@@ -1,4 +1,4 @@
-"""Faulty clips of Physion v1.5's test split, which its published evaluation leaves out."""
+"""List the faulty clips of Physion v1.5's test split, which its published evaluation leaves out."""
 
 _TOWERS = "pilot_towers_nb4_fr015_SJ000"
 _NUMBERS = {

@@ -1,1 +1,1 @@
-"""Compare evaluated runs, and write the page that shows them."""
+"""Compare evaluation runs, and write an HTML report."""

@@ -1,5 +1,5 @@
 """
-Inline SVG for reports: lines over steps, and intervals around differences. Plain strings, no plotting library.
+Draw charts of reports as inline SVG: curves over steps, and differences with intervals. No plotting library.
 
 Colours come from the page (`--series-0` ... and `currentColor`), so a chart follows its light or dark theme.
 """

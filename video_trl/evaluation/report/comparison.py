@@ -1,4 +1,4 @@
-"""Runs side by side: paired comparisons with corrected p-values, and one HTML page with videos, scores and tables."""
+"""Compare evaluation runs: paired tests with corrected p-values, and one HTML page with videos, scores and tables."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from ...files import read_json
 from ..runs.prompts import ALL
-from ..runs.run import Run, load_run
+from ..runs.run import EvaluationRun, load_run
 from ..runs.tables import RunTable, tabulate
 from ..statistics import holm, paired_bootstrap, prompt_sign_test
 from ..votes.results import vote_results, votes_table
@@ -29,8 +29,9 @@ def compare_runs(
     level: float = 0.95,
 ) -> list[Comparison]:
     """
-    Every method against the baseline in mean `pc`, mean `sa` and the share that passes both, on the same prompts and
-    noise. Runs of one name are training seeds of one method: their videos are pooled, and whole prompts are resampled.
+    Every method against the baseline in mean `pc`, mean `sa` and the proportion that passes both, on the same
+    prompts and noise. Runs of one name are training seeds of one method: their videos are pooled, and whole prompts
+    are resampled.
     The p-values (sign test over prompts) are corrected by Holm's method for the number of comparisons made here.
 
     Args:
@@ -284,19 +285,19 @@ def _pooled(tables: Sequence[RunTable], num_seeds: int) -> dict[str, list[float]
     return {metric: row * (num_seeds // len(tables)) for metric, row in values.items()}
 
 
-def _label(run: Run) -> str:
+def _label(run: EvaluationRun) -> str:
     return run.name if run.training_seed is None else f"{run.name}, seed {run.training_seed}"
 
 
-def _provenance(run: Run) -> str:
-    told = {
+def _provenance(run: EvaluationRun) -> str:
+    entries = {
         "model": run.provenance.get("model"),
         "adapter": run.provenance.get("adapter"),
         **{key: run.generation.get(key) for key in ("revision", "adapter_hash", "fps", "call_kwargs")},
         "run": run.identity,
         **run.versions,
     }
-    return ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+    return ", ".join(f"{key} {value}" for key, value in entries.items() if value is not None)
 
 
 def _runs_table(tables: Sequence[RunTable]) -> Table:
@@ -307,35 +308,35 @@ def _runs_table(tables: Sequence[RunTable]) -> Table:
 
 
 def _group_tables(tables: Sequence[RunTable]) -> list[Table]:
-    """Share that passes both criteria by group, runs as columns; none when there are no groups."""
-    groups = [group for group in tables[0].shares if group != ALL]
+    """Proportion that passes both criteria by group, runs as columns; none when there are no groups."""
+    groups = [group for group in tables[0].proportions if group != ALL]
     if not groups:
         return []
     rows = []
     for group in groups:
-        first = tables[0].shares[group]["joint"]
-        rows.append([group, str(first.n), *(str(table.shares[group]["joint"]) for table in tables)])
+        first = tables[0].proportions[group]["joint"]
+        rows.append([group, str(first.n), *(str(table.proportions[group]["joint"]) for table in tables)])
     header = ["group", "videos", *(_label(table.run) for table in tables)]
-    return [Table("Joint share by group", header, rows)]
+    return [Table("Joint proportion by group", header, rows)]
 
 
-def _spread_prompts(run: Run, most: int | None) -> list[int]:
+def _spread_prompts(run: EvaluationRun, most: int | None) -> list[int]:
     """Prompts to show: the first one of each category, then the second ones, and so on; in the order of the run."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     turns = []
     for index, prompt in enumerate(run.prompts):
-        turns.append((seen[prompt.category], index))
-        seen[prompt.category] += 1
+        turns.append((counts[prompt.category], index))
+        counts[prompt.category] += 1
     return sorted(index for _, index in sorted(turns)[:most])
 
 
 def _sample(tables: Sequence[RunTable], labels: Sequence[str], index: int) -> Sample:
     case = tables[0].run.cases[index]
-    told: dict[str, dict[str, float | str]] = {}
+    scores: dict[str, dict[str, float | str]] = {}
     for label, table in zip(labels, tables, strict=True):
         score = table.scores[index]
-        told[label] = {"pc": float(score["pc"]), "sa": float(score["sa"])}
+        scores[label] = {"pc": float(score["pc"]), "sa": float(score["sa"])}
         if isinstance(score.get("explanation"), str):
-            told[label]["explanation"] = score["explanation"]
+            scores[label]["explanation"] = score["explanation"]
     videos = {label: run.video(run.cases[index]) for label, run in zip(labels, (t.run for t in tables), strict=True)}
-    return Sample(case.prompt.text, videos, told, case.prompt.category)
+    return Sample(case.prompt.text, videos, scores, case.prompt.category)

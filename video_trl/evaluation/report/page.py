@@ -1,5 +1,5 @@
 """
-What a person looks at after a run: a table for the terminal and one self-contained HTML page.
+Write evaluation results as a table for the terminal and as one self-contained HTML page.
 
 The page holds its videos (base64 mp4) and charts (inline SVG), so it can be mailed or opened from a disk without
 network. Every text is escaped: prompts and judges' explanations come from data sets and models.
@@ -249,7 +249,7 @@ def _sample_view(sample: Sample, names: Sequence[str], disagreement: str | None)
             {
                 "name": name,
                 "video": _data_uri(Path(sample.videos[name])) if name in sample.videos else None,
-                # Only a share has a bar; any other number is shown as it is.
+                # Only a proportion has a bar; any other number is shown as it is.
                 "numbers": [(key, value, 0 <= value <= 1) for key, value in numbers.items()],
                 "texts": [(key, value) for key, value in scores.items() if isinstance(value, str) and value],
             }

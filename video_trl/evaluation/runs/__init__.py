@@ -1,1 +1,1 @@
-"""An evaluated run on disk: prompts, generated videos, scores and their tables."""
+"""Evaluation runs on disk: prompts, generated videos, scores and tables."""

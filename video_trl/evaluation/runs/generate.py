@@ -1,4 +1,4 @@
-"""From prompts and seeds to the videos of a run, with any diffusers video pipeline."""
+"""Generate the videos of an evaluation run from prompts and seeds, with any diffusers video pipeline."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from ...files import fingerprint, remove_leftovers
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
-from .run import VIDEO_FOLDER, Case, Run, cases_of, claimed, create_run, shard
+from .run import VIDEO_FOLDER, Case, EvaluationRun, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores
 
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Generator:
+class VideoGenerator:
     """
     A pipeline together with what has to be known to get the same videos again.
 
@@ -74,7 +74,7 @@ def load_generator(
     call_kwargs: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     device: str | None = None,
-) -> Generator:
+) -> VideoGenerator:
     """
     Loads a pipeline, with or without a LoRA adapter.
 
@@ -89,7 +89,7 @@ def load_generator(
         device (`str`, *optional*): By default the accelerator of this process (`LOCAL_RANK`), else the CPU.
 
     Returns:
-        [`Generator`]
+        [`VideoGenerator`]
 
     Raises:
         ValueError: If the model or adapter is not there, the adapter does not fit, or `fps` is missing.
@@ -116,7 +116,7 @@ def load_generator(
         if not any(pipeline.get_list_adapters().values()):
             # diffusers only logs a warning when no key of the file fits.
             raise ValueError(f"No weight of {adapter_file} fits {model!r}. Pass an adapter of this model.")
-    return Generator(
+    return VideoGenerator(
         pipeline=pipeline.to(place),
         model=model,
         fps=fps,
@@ -129,7 +129,7 @@ def load_generator(
 
 def generate_run(
     run_dir: str | os.PathLike[str],
-    generator: Generator,
+    generator: VideoGenerator,
     prompts: Sequence[EvaluationPrompt | str],
     *,
     seeds: Sequence[int] = (0,),
@@ -140,26 +140,26 @@ def generate_run(
     judge: VideoJudge | None = None,
     rank: int | None = None,
     num_ranks: int | None = None,
-) -> Run:
+) -> EvaluationRun:
     """
     Generates the videos of a run that are not there yet. Under `torchrun` or `accelerate launch` each process takes
-    its share; it returns when its own videos are there.
+    its part; it returns when its own videos are there.
 
     A video depends on its prompt and seed (the noise comes from a CPU generator of its own) and, up to the order of
     floating-point sums, not on batch size or number of processes.
 
     Args:
         run_dir (path): Directory of the run, new or begun with the same arguments.
-        generator ([`Generator`]): The model.
+        generator ([`VideoGenerator`]): The model.
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
-        name (`str`), training_seed (`int`), benchmark (`str`): As in [`Run`].
+        name (`str`), training_seed (`int`), benchmark (`str`): As in [`EvaluationRun`].
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together; those with an image go singly.
         judge ([`~video_trl.judges.VideoJudge`], *optional*): Scores the frames of each video as the pipeline makes
             them. Without one, [`score_run`] scores the files, whose compression moves exact scores a little.
-        rank (`int`, *optional*), num_ranks (`int`, *optional*): Share of this process, by default as launched.
+        rank (`int`, *optional*), num_ranks (`int`, *optional*): Part of this process, by default as launched.
 
     Returns:
-        [`Run`]
+        [`EvaluationRun`]
 
     Raises:
         ValueError: If the directory holds another run, another process is working on the same videos, the pipeline
@@ -178,20 +178,20 @@ def generate_run(
         benchmark=benchmark,
     )
     default_rank, default_ranks = shard()
-    share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
+    cases = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
     folder = run.folder / VIDEO_FOLDER
     scores = None if judge is None else open_scores(run, judge, of_frames=True)
     failures: list[str] = []
-    with claimed(folder / ".lock", [position for position, _ in share]):
+    with claimed(folder / ".lock", [position for position, _ in cases]):
         remove_leftovers(folder)
         # The frames are gone when a run was stopped between a video and its score: such a video is made again.
         todo = [
             case
-            for _, case in share
+            for _, case in cases
             if not run.video(case).is_file() or (scores is not None and not (scores / f"{case.key}.json").is_file())
         ]
         with tqdm(
-            total=len(share), initial=len(share) - len(todo), desc=f"Generating {name}", unit="video"
+            total=len(cases), initial=len(cases) - len(todo), desc=f"Generating {name}", unit="video"
         ) as progress:
             for batch in _batches(todo, batch_size):
                 videos = _generate(generator, batch)
@@ -201,12 +201,12 @@ def generate_run(
                     failures += write_scores(run, judge, batch, list(videos), scores)
                 progress.update(len(batch))
     if judge is not None:
-        require_scores(judge, failures, len(share))
+        require_scores(judge, failures, len(cases))
     return run
 
 
 @torch.no_grad()
-def _generate(generator: Generator, cases: Sequence[Case]) -> np.ndarray:
+def _generate(generator: VideoGenerator, cases: Sequence[Case]) -> np.ndarray:
     """Videos of the cases, uint8 `(N, T, H, W, 3)`."""
     texts = [case.prompt.generation_text or case.prompt.text for case in cases]
     noise = [torch.Generator("cpu").manual_seed(case.noise_seed) for case in cases]

@@ -1,4 +1,4 @@
-"""Prompts of an evaluation: what the model is given, what the judge reads, and the groups that a table counts."""
+"""Read the prompts of an evaluation: text for the model, text for the judge, and groups for the table."""
 
 import csv
 import json
@@ -158,10 +158,10 @@ def _prompt(row: Any) -> EvaluationPrompt:
         return EvaluationPrompt(row)
     text = next((row[name] for name in _TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        entry = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(
             f"Expected a text, or an entry 'prompt' (or 'caption') with a text, beside {', '.join(_OPTIONAL_COLUMNS)}"
-            f"; got {found}."
+            f"; got {entry}."
         )
     return EvaluationPrompt(
         text=text,

@@ -1,12 +1,12 @@
 """
-A run: a folder with the videos of one model for some prompts and seeds, and with everything needed to know what it is.
+An evaluation run: a folder with the videos of one model for some prompts and seeds, and how they were generated.
 
     RUN/run.json                  what was generated: model, revision, adapter, prompts, seeds, call, versions
     RUN/videos/00003-1.mp4        prompt 3 with seed 1
     RUN/scores/JUDGE/00003-1.json what a judge said about it
 
 A file stands under its name only when it is whole, so its presence says that the work is done: any number of processes
-may share the work, each may be killed at any moment, and starting again does what is left.
+may work on one run, each may be killed at any moment, and a restart does the rest.
 """
 
 import contextlib
@@ -58,14 +58,14 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """
     A run directory, opened by [`load_run`] or made by [`generate_run`].
 
     Attributes:
         folder (`Path`): The directory.
         name (`str`): Method or model, as tables show it.
-        training_seed (`int` or `None`): Seed of the training behind the adapter; none for a base model.
+        training_seed (`int` or `None`): Seed of the run that trained the adapter; none for a base model.
         benchmark (`str`): Rule that its scores are counted by, a key of `video_trl.evaluation.runs.tables.BENCHMARKS`.
         generation (`dict`): What determines the videos: weights, adapter, call, frame rate, seeds, prompts.
         provenance (`dict`): Where model and adapter came from.
@@ -132,7 +132,7 @@ class Run:
         return {case.key: video_hash(self.video(case)) for case in self.cases}
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str]) -> EvaluationRun:
     """
     Opens a run directory.
 
@@ -158,7 +158,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
             f"{folder / RUN_FILE}: the prompts are not those of the recorded hash; the file was edited after the run. "
             "Restore it, or generate again in a new directory."
         )
-    return Run(
+    return EvaluationRun(
         folder=folder,
         name=content["name"],
         training_seed=content["training_seed"],
@@ -181,7 +181,7 @@ def create_run(
     provenance: Mapping[str, Any] | None = None,
     training_seed: int | None = None,
     benchmark: str = "custom",
-) -> Run:
+) -> EvaluationRun:
     """
     Writes the description of a run, or opens the directory when it describes the same one. Of several processes that
     start together one writes and the others compare.
@@ -192,11 +192,11 @@ def create_run(
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): Distinct; seeds are at least 0.
         source (`dict`): The rest of what determines the videos (weights, adapter, call, frame rate), for JSON.
         provenance (`dict`, *optional*): Where these came from: names and paths, which may change between two starts.
-        training_seed (`int`, *optional*): Seed of the training behind an adapter.
+        training_seed (`int`, *optional*): Seed of the run that trained the adapter.
         benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by.
 
     Returns:
-        [`Run`]
+        [`EvaluationRun`]
 
     Raises:
         ValueError: If prompts or seeds repeat, a value has no JSON form, or the directory holds another run or other
@@ -238,20 +238,21 @@ def create_run(
     return run
 
 
-def _check_same(run: Run, wanted: Mapping[str, Any]) -> None:
+def _check_same(run: EvaluationRun, record: Mapping[str, Any]) -> None:
     """Refuses to go on with another run's videos, or to mix videos of different versions."""
-    found = {"name": run.name, "training_seed": run.training_seed, "benchmark": run.benchmark, **run.generation}
-    asked = {key: wanted[key] for key in ("name", "training_seed", "benchmark")} | wanted["generation"]
-    changed = [key for key in sorted(found | asked) if found.get(key) != asked.get(key)]
+    present = {"name": run.name, "training_seed": run.training_seed, "benchmark": run.benchmark, **run.generation}
+    requested = {key: record[key] for key in ("name", "training_seed", "benchmark")} | record["generation"]
+    changed = [key for key in sorted(present | requested) if present.get(key) != requested.get(key)]
     if changed:
         key = changed[0]
         raise ValueError(
             f"{run.folder} holds another run, which differs in {', '.join(changed)} ({key}: has "
-            f"{found.get(key)!r}, asked for {asked.get(key)!r}). Pass a new directory, or its arguments to resume it."
+            f"{present.get(key)!r}, asked for {requested.get(key)!r}). Pass a new directory, or its arguments to "
+            "resume it."
         )
     versions = {
         name: f"{run.versions.get(name)} then, {version} now"
-        for name, version in wanted["versions"].items()
+        for name, version in record["versions"].items()
         if run.versions.get(name) != version
     }
     if versions and run.missing():
@@ -266,7 +267,7 @@ def shard() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def cases_of(run: Run, rank: int, num_ranks: int) -> list[tuple[int, Case]]:
+def cases_of(run: EvaluationRun, rank: int, num_ranks: int) -> list[tuple[int, Case]]:
     """Cases of one process, every `num_ranks`-th from `rank` on, with their position among all cases."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"Expected 0 <= rank < num_ranks, got rank {rank} of {num_ranks}.")

@@ -1,4 +1,4 @@
-"""Judge scores of a run: one small file for each video, bound to the bytes of the video and to the judge."""
+"""Score the videos of a run with a judge. Each score is a small file with the hash of its video."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ...data.video_io import video_hash
 from ...files import read_json, remove_leftovers, write_json
 from ...judges import Video, VideoJudge
-from .run import SCORE_FOLDER, Case, Run, cases_of, claimed, load_run, shard
+from .run import SCORE_FOLDER, Case, EvaluationRun, cases_of, claimed, load_run, shard
 
 
 _JUDGE_FILE = "judge.json"
@@ -27,33 +27,33 @@ def score_run(
     batch_size: int = 8,
     rank: int | None = None,
     num_ranks: int | None = None,
-) -> Run:
+) -> EvaluationRun:
     """
-    Scores the videos of a run that this judge has not scored yet, in shares like those of [`generate_run`]. The judge
-    reads the prompt's `text`, also where the model was given a longer one.
+    Scores the videos of a run that this judge has not scored yet, split over processes like [`generate_run`]. The
+    judge reads the prompt's `text`, also where the model was given a longer one.
 
     Args:
         run_dir (path): Directory of the run.
         judge ([`VideoJudge`]): Any judge; its `name` and `identity` tell it from others.
         batch_size (`int`, *optional*, defaults to `8`): Videos given to the judge together.
-        rank (`int`, *optional*), num_ranks (`int`, *optional*): Share of this process, by default as launched.
+        rank (`int`, *optional*), num_ranks (`int`, *optional*): Part of this process, by default as launched.
 
     Returns:
-        [`Run`]
+        [`EvaluationRun`]
 
     Raises:
-        ValueError: If a video of the share is missing or unreadable, the judge gives a score that is missing, not
+        ValueError: If a video of this process is missing or unreadable, the judge gives a score that is missing, not
             finite or outside [0, 1], or scores of that name were given by another judge.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     run = load_run(run_dir)
     default_rank, default_ranks = shard()
-    share = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
+    cases = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
     folder = open_scores(run, judge)
-    with claimed(folder / ".lock", [position for position, _ in share]):
+    with claimed(folder / ".lock", [position for position, _ in cases]):
         remove_leftovers(folder)
-        todo = [case for _, case in share if not (folder / f"{case.key}.json").is_file()]
+        todo = [case for _, case in cases if not (folder / f"{case.key}.json").is_file()]
         run.check_videos(todo)
         failures = []
         with tqdm(total=len(todo), desc=f"Scoring {run.name}", unit="video") as progress:
@@ -61,12 +61,12 @@ def score_run(
                 batch = todo[start : start + batch_size]
                 failures += write_scores(run, judge, batch, [run.video(case) for case in batch], folder)
                 progress.update(len(batch))
-    require_scores(judge, failures, len(share))
+    require_scores(judge, failures, len(cases))
     return run
 
 
 def write_scores(
-    run: Run, judge: VideoJudge, cases: Sequence[Case], videos: Sequence[Video], folder: Path
+    run: EvaluationRun, judge: VideoJudge, cases: Sequence[Case], videos: Sequence[Video], folder: Path
 ) -> list[str]:
     """Lets the judge see the videos of the cases and writes each score; returns what is wrong with unusable ones."""
     failures = []
@@ -95,12 +95,12 @@ def require_scores(judge: VideoJudge, failures: Sequence[str], total: int) -> No
         )
 
 
-def load_scores(run: Run, judge: str | None = None) -> list[dict[str, Any]]:
+def load_scores(run: EvaluationRun, judge: str | None = None) -> list[dict[str, Any]]:
     """
     Scores of all videos of a run, in the order of `run.cases`.
 
     Args:
-        run ([`Run`]): The run.
+        run ([`EvaluationRun`]): The run.
         judge (`str`, *optional*): Name of the judge. May be left out when a single judge scored the run.
 
     Returns:
@@ -135,7 +135,7 @@ def load_scores(run: Run, judge: str | None = None) -> list[dict[str, Any]]:
     return scores
 
 
-def judge_of(run: Run, judge: str | None = None) -> str:
+def judge_of(run: EvaluationRun, judge: str | None = None) -> str:
     """
     Name of the judge whose scores [`load_scores`] reads.
 
@@ -145,33 +145,33 @@ def judge_of(run: Run, judge: str | None = None) -> str:
     return str(read_json(_score_folder(run, judge) / _JUDGE_FILE)["name"])
 
 
-def open_scores(run: Run, judge: VideoJudge, *, of_frames: bool = False) -> Path:
+def open_scores(run: EvaluationRun, judge: VideoJudge, *, of_frames: bool = False) -> Path:
     """
     Folder of the judge's scores; refuses one that another judge of that name has begun, and one where it saw the other
     thing: frames as the model made them (`of_frames`), or the compressed files.
     """
     folder = run.folder / SCORE_FOLDER / slug(judge.name)
-    described = {"name": judge.name, "identity": judge.identity, **({"judged": "frames"} if of_frames else {})}
+    description = {"name": judge.name, "identity": judge.identity, **({"judged": "frames"} if of_frames else {})}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _JUDGE_FILE).is_file():
-        write_json(folder / _JUDGE_FILE, described)
-    found = read_json(folder / _JUDGE_FILE)
-    if found != described:
+        write_json(folder / _JUDGE_FILE, description)
+    stored = read_json(folder / _JUDGE_FILE)
+    if stored != description:
         raise ValueError(
-            f"{folder} holds the scores of another judge ({found}), not of this one ({described}). Rename or delete "
-            "that folder to score the run again."
+            f"{folder} holds the scores of another judge ({stored}), not of this one ({description}). Rename or "
+            "delete that folder to score the run again."
         )
     return folder
 
 
-def _score_folder(run: Run, judge: str | None) -> Path:
+def _score_folder(run: EvaluationRun, judge: str | None) -> Path:
     folders = sorted(path.parent for path in (run.folder / SCORE_FOLDER).glob(f"*/{_JUDGE_FILE}"))
     names = {str(read_json(folder / _JUDGE_FILE)["name"]): folder for folder in folders}
     if judge is not None and judge not in names:
         raise ValueError(f"{run.folder} has no scores of the judge {judge!r}; it has those of {sorted(names)}.")
     if judge is None and len(names) != 1:
-        found = f"those of {sorted(names)}: name one by `judge`" if names else "none: score it with `score_run`"
-        raise ValueError(f"Expected {run.folder} to hold the scores of one judge, got {found}.")
+        stored = f"those of {sorted(names)}: name one by `judge`" if names else "none: score it with `score_run`"
+        raise ValueError(f"Expected {run.folder} to hold the scores of one judge, got {stored}.")
     return names[judge] if judge is not None else next(iter(names.values()))
 
 

@@ -1,4 +1,4 @@
-"""From the scores of a run to counts, shares and means by group: the table that a benchmark prints."""
+"""Compute counts, proportions and means by group from the scores of a run: the table of a benchmark."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report.page import Table
-from ..statistics import Share, share_of
+from ..statistics import Proportion, proportion_of
 from .prompts import ALL
-from .run import Run, load_run
+from .run import EvaluationRun, load_run
 from .score import judge_of, load_scores
 
 
@@ -56,17 +56,17 @@ class RunTable:
     Counts of one run.
 
     Attributes:
-        run ([`Run`]), judge (`str`), benchmark ([`Benchmark`]): What was counted, by whom, how.
+        run ([`EvaluationRun`]), judge (`str`), benchmark ([`Benchmark`]): What was counted, by whom, how.
         scores (list of `dict`): Score of each video, in the order of `run.cases`.
-        shares (`dict[group, dict[criterion, Share]]`): Videos that passed; the group `all` holds every video.
+        proportions (`dict[group, dict[criterion, Proportion]]`): Videos that passed; group `all` has all.
         means (`dict[group, dict[str, float]]`): Mean `sa` and `pc`.
     """
 
-    run: Run
+    run: EvaluationRun
     judge: str
     benchmark: Benchmark
     scores: Sequence[Mapping[str, Any]]
-    shares: Mapping[str, Mapping[str, Share]]
+    proportions: Mapping[str, Mapping[str, Proportion]]
     means: Mapping[str, Mapping[str, float]]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -84,17 +84,17 @@ class RunTable:
         ]
 
     def as_table(self) -> Table:
-        """The counts as a table of text, each share with its interval."""
+        """The counts as a table of text, each proportion with its interval."""
         criteria = list(self.benchmark.passes)
         header = ["group", "videos", "prompts", "mean sa", "mean pc", *(f"{name} passed" for name in criteria)]
         rows = []
-        for group, shares in self.shares.items():
-            first, means = shares[criteria[0]], self.means[group]
+        for group, proportions in self.proportions.items():
+            first, means = proportions[criteria[0]], self.means[group]
             counts = [str(first.n), str(first.num_clusters), f"{means['sa']:.3f}", f"{means['pc']:.3f}"]
-            rows.append([group, *counts, *(str(shares[name]) for name in criteria)])
+            rows.append([group, *counts, *(str(proportions[name]) for name in criteria)])
         note = (
-            f"{self.benchmark.note} Judge: {self.judge}. k/n = share [{100 * first.level:g} % Wilson interval, for "
-            "several videos a prompt by their effective number]."
+            f"{self.benchmark.note} Judge: {self.judge}. k/n = proportion [{100 * first.level:g} % Wilson interval, "
+            "for several videos a prompt by their effective number]."
         )
         return Table(f"{self.run.name}, {self.benchmark.name}", header, rows, note)
 
@@ -103,7 +103,7 @@ class RunTable:
 
 
 def tabulate(
-    run_dir: str | os.PathLike[str] | Run,
+    run_dir: str | os.PathLike[str] | EvaluationRun,
     *,
     judge: str | None = None,
     benchmark: str | None = None,
@@ -113,7 +113,7 @@ def tabulate(
     Counts the scores of a run. Nothing is generated or judged.
 
     Args:
-        run_dir (path or [`Run`]): The run.
+        run_dir (path or [`EvaluationRun`]): The run.
         judge (`str`, *optional*): Whose scores; may be left out when a single judge scored the run.
         benchmark (`str`, *optional*): Rule to count by; by default the one that the run recorded.
         level (`float`, *optional*, defaults to `0.95`): Confidence level of the intervals.
@@ -124,22 +124,22 @@ def tabulate(
     Raises:
         ValueError: If the rule is unknown, or the run or its scores are not complete.
     """
-    run = run_dir if isinstance(run_dir, Run) else load_run(run_dir)
+    run = run_dir if isinstance(run_dir, EvaluationRun) else load_run(run_dir)
     rule = benchmark_named(benchmark or run.benchmark)
     scores = load_scores(run, judge)
     members = groups_of(run)
-    shares: dict[str, dict[str, Share]] = {}
+    proportions: dict[str, dict[str, Proportion]] = {}
     means: dict[str, dict[str, float]] = {}
     for group, indices in members.items():
         prompts = [run.cases[index].prompt_index for index in indices]
-        shares[group] = {
-            name: share_of([passes(scores[index]) for index in indices], prompts, level)
+        proportions[group] = {
+            name: proportion_of([passes(scores[index]) for index in indices], prompts, level)
             for name, passes in rule.passes.items()
         }
         means[group] = {
             key: sum(float(scores[index][key]) for index in indices) / len(indices) for key in ("sa", "pc")
         }
-    return RunTable(run, judge_of(run, judge), rule, scores, shares, means)
+    return RunTable(run, judge_of(run, judge), rule, scores, proportions, means)
 
 
 def benchmark_named(name: str) -> Benchmark:
@@ -152,7 +152,7 @@ def benchmark_named(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def groups_of(run: Run) -> dict[str, list[int]]:
+def groups_of(run: EvaluationRun) -> dict[str, list[int]]:
     """Positions among `run.cases` of all videos and of those of each group, in the order in which groups appear."""
     members: dict[str, list[int]] = {ALL: list(range(len(run.cases)))}
     for index, case in enumerate(run.cases):

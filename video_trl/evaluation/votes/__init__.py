@@ -1,1 +1,1 @@
-"""Human votes between videos: the study, its server, and what the votes say."""
+"""Human votes on pairs of videos: the study, the web server and the results."""

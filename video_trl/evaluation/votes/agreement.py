@@ -1,4 +1,4 @@
-"""How far raters agree beyond chance: Krippendorff's alpha."""
+"""Agreement of raters beyond chance: Krippendorff's alpha."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

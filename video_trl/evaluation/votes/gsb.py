@@ -1,4 +1,4 @@
-"""Good/Same/Bad comparisons of two models by people (Reg-DPO, https://huggingface.co/papers/2511.01450, A.6)."""
+"""Good/Same/Bad scores of human comparisons (Reg-DPO, https://huggingface.co/papers/2511.01450, A.6)."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence

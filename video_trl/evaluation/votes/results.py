@@ -1,4 +1,4 @@
-"""What the votes say: counts, scores with intervals, and how far the raters agree."""
+"""Results of a study: counts of votes, scores with intervals, and agreement of the raters."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..report.page import Table
-from ..statistics import Share, holm, share_of
+from ..statistics import Proportion, holm, proportion_of
 from .agreement import krippendorff_alpha
 from .gsb import BAD, GOOD, GSB, SAME, gsb, majority
-from .study import QUESTIONS, Question, Vote, open_study, read_votes
+from .study import QUESTIONS, Vote, VoteQuestion, open_study, read_votes
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class VoteResult:
     Attributes:
         a (`str`), b (`str`), question (`str`): What was asked about.
         gsb ([`GSB`]): One verdict for each pair: that of most of its raters, `same` where they are split evenly.
-        preferred ([`Share`]): Single votes for A among the votes for a side, as PhyGDPO's user study counts them.
+        preferred ([`Proportion`]): Single votes for A among the votes for a side, as PhyGDPO's user study counts them.
             None when every vote was `same`.
         alpha (`float` or `None`): Krippendorff's alpha (ordinal) over pairs with two or more raters.
         num_pairs (`int`): Pairs of the study; `gsb.n` of them have a vote.
@@ -38,7 +38,7 @@ class VoteResult:
     b: str
     question: str
     gsb: GSB
-    preferred: Share | None
+    preferred: Proportion | None
     alpha: float | None
     num_pairs: int
     num_raters: int
@@ -149,7 +149,7 @@ def votes_dataset(votes_path: str | os.PathLike[str]) -> "Dataset":
     return Dataset.from_list(rows, features=features)
 
 
-def _count(votes: Sequence[Vote], question: Question, level: float) -> GSB:
+def _count(votes: Sequence[Vote], question: VoteQuestion, level: float) -> GSB:
     by_task: dict[str, list[Vote]] = {}
     for vote in votes:
         by_task.setdefault(vote.task, []).append(vote)
@@ -160,7 +160,7 @@ def _count(votes: Sequence[Vote], question: Question, level: float) -> GSB:
 def _result(
     header: Mapping[str, Any],
     other: str,
-    question: Question,
+    question: VoteQuestion,
     votes: Sequence[Vote],
     counted: GSB,
     p_adjusted: float,
@@ -176,7 +176,7 @@ def _result(
         b=other,
         question=question.key,
         gsb=counted,
-        preferred=share_of(wins, [vote.prompt for vote in sided], level) if sided else None,
+        preferred=proportion_of(wins, [vote.prompt for vote in sided], level) if sided else None,
         alpha=krippendorff_alpha(list(by_task.values()), "ordinal"),
         num_pairs=header["pairs"],
         num_raters=len({vote.rater for vote in votes}),

@@ -1,8 +1,8 @@
 """
-The voting page: a small web server of the standard library, on this machine only.
+The web server of a study: a voting page on this machine only, with the standard library.
 
-It serves three files of the package, a JSON interface, and the videos that a rater is being shown, under names that
-say nothing about the model. Nothing else can be asked for: a request never becomes a path.
+It serves three files of the package, a JSON interface, and the videos that a rater is shown, under names that do not
+reveal the model. It serves nothing else: a request is never used as a path.
 """
 
 import hmac
@@ -165,13 +165,13 @@ class _Desk:
     def show(self, rater: str, back: int = 0) -> dict[str, Any]:
         """The first pair without a vote of the rater; with `back`, the pair that was voted on so many votes ago."""
         with self._lock:
-            order, done = self.study.order(rater), self._votes.of(rater)
-            left = [key for key in order if key not in done]
-            given = [key for key in order if key in done]
-            state = {"done": len(given), "total": len(order)}
-            if back and len(given) < back:
+            order, votes = self.study.order(rater), self._votes.of(rater)
+            open_tasks = [key for key in order if key not in votes]
+            voted = [key for key in order if key in votes]
+            state = {"done": len(voted), "total": len(order)}
+            if back and len(voted) < back:
                 raise _Refused(HTTPStatus.CONFLICT, "There is no earlier pair.")
-            key = given[-back] if back else next(iter(left), None)
+            key = voted[-back] if back else next(iter(open_tasks), None)
             return state | {"task": None if key is None else self._view(rater, self.study.tasks[key])}
 
     def take(self, body: Any) -> None:
@@ -182,10 +182,10 @@ class _Desk:
         with self._lock:
             if not self._open:
                 raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "The voting program was stopped.")
-            known = {self._token(rater, key): key for key in self.study.tasks}
-            if not isinstance(body["task"], str) or body["task"] not in known:
+            tokens = {self._token(rater, key): key for key in self.study.tasks}
+            if not isinstance(body["task"], str) or body["task"] not in tokens:
                 raise _Refused(HTTPStatus.CONFLICT, "The page is of an earlier start. Reload it.")
-            task = self.study.tasks[known[body["task"]]]
+            task = self.study.tasks[tokens[body["task"]]]
             if not isinstance(answers, dict) or set(answers) != {q.key for q in self.study.questions}:
                 raise _Refused(HTTPStatus.BAD_REQUEST, "Every question needs an answer.")
             for question in self.study.questions:

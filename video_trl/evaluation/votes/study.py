@@ -1,5 +1,5 @@
 """
-Blind side-by-side votes of people on the videos of two or more runs: what is compared, and the file of votes.
+A blind side-by-side study of two or more runs: the pairs to compare, and the file of votes.
 
 The page is served by `video_trl.evaluation.votes.server`, results are made by `video_trl.evaluation.votes.results`.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from ...files import fingerprint
-from ..runs.run import Case, Run, load_run
+from ..runs.run import Case, EvaluationRun, load_run
 from .gsb import BAD, GOOD, SAME
 
 
@@ -29,7 +29,7 @@ Side = Literal["left", "same", "right"]
 
 
 @dataclass(frozen=True)
-class Question:
+class VoteQuestion:
     """What raters are asked about a pair; without `ties` they have to choose a side."""
 
     key: str
@@ -40,11 +40,11 @@ class Question:
 QUESTIONS = {
     # Reg-DPO, appendix A.6
     "gsb": (
-        Question("video_quality", "Which video looks better and moves more smoothly?"),
-        Question("prompt_following", "Which video follows the sentence better?"),
+        VoteQuestion("video_quality", "Which video looks better and moves more smoothly?"),
+        VoteQuestion("prompt_following", "Which video follows the sentence better?"),
     ),
     # The user study of PhyGDPO
-    "physics": (Question("physics", "Which video follows the laws of physics better?", ties=False),),
+    "physics": (VoteQuestion("physics", "Which video follows the laws of physics better?", ties=False),),
 }
 
 
@@ -53,8 +53,8 @@ class Task:
     """A pair of videos: the first run (A) against another one (B), for one prompt and seed."""
 
     key: str
-    a: Run
-    b: Run
+    a: EvaluationRun
+    b: EvaluationRun
     case: Case
 
 
@@ -95,17 +95,17 @@ class Study:
     What is voted on: the first run against each other one, on the same prompts and seeds.
 
     Attributes:
-        runs (`tuple[Run, ...]`): Runs with distinct names; the first is A in every pair.
+        runs (`tuple[EvaluationRun, ...]`): Runs with distinct names; the first is A in every pair.
         kind (`str`): Key in `QUESTIONS`.
         videos (`dict[str, dict[str, str]]`): Content hash of each video, by run name and case.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[EvaluationRun, ...]
     kind: str
     videos: Mapping[str, Mapping[str, str]]
 
     @property
-    def questions(self) -> tuple[Question, ...]:
+    def questions(self) -> tuple[VoteQuestion, ...]:
         return QUESTIONS[self.kind]
 
     @cached_property
@@ -183,7 +183,7 @@ def open_study(run_dirs: Sequence[str | os.PathLike[str]], kind: str = "gsb") ->
     return Study(runs, kind, {run.name: run.video_hashes() for run in runs})
 
 
-def inside(run: Run, case: Case) -> bool:
+def inside(run: EvaluationRun, case: Case) -> bool:
     """Whether the video, with all symbolic links followed, lies in its run."""
     return run.video(case).resolve().is_relative_to(run.folder.resolve())
 
@@ -248,7 +248,7 @@ class VoteFile:
             raise
 
     def _drop_torn_line(self) -> None:
-        """A process that was killed while writing leaves half a line, which nobody was told is saved."""
+        """A process that was killed while writing leaves half a line; no rater was told that it is saved."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
@@ -282,7 +282,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Vote]]:
     if not records or not isinstance(records[0], dict) or records[0].get("format") != _FORMAT:
         raise ValueError(f"{path} is no file of votes in format {_FORMAT}: its first line must describe the study.")
     header, *rest = records
-    asked = {question.key for question in QUESTIONS[header["questions"]]}
+    keys = {question.key for question in QUESTIONS[header["questions"]]}
     votes = []
     for number, record in enumerate(rest, start=2):
         try:
@@ -294,8 +294,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Vote]]:
                 f"{path}: line {number} is a vote about study {vote.study}, not {header['study']} of the first line. "
                 "Keep one file for each study: votes about different runs must not be joined."
             )
-        if set(vote.answers) != asked or not set(vote.answers.values()) <= {GOOD, SAME, BAD}:
-            raise ValueError(f"{path}: line {number} has answers {vote.answers} to the questions {sorted(asked)}.")
+        if set(vote.answers) != keys or not set(vote.answers.values()) <= {GOOD, SAME, BAD}:
+            raise ValueError(f"{path}: line {number} has answers {vote.answers} to the questions {sorted(keys)}.")
         votes.append(vote)
     return header, votes
 

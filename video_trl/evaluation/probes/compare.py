@@ -1,4 +1,4 @@
-"""How much physics do hidden states hold? A generator before and after training, its teacher, and plain pixels."""
+"""Compare linear probes on a model before and after training, its teacher, and plain pixels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...load import SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
-from .physion import DiffusionFeatures, PixelFeatures, ProbeResult, TeacherFeatures, probe, read_physion
+from .physion import DiffusionFeatures, PixelFeatures, ProbeResult, TeacherFeatures, probe_features, read_physion
 
 
 def probe_models(
@@ -36,7 +36,7 @@ def probe_models(
         model (`str`, *optional*, defaults to `"sandbox"`): Repository id or path of a pipeline in diffusers layout.
         adapters (list of `str`, *optional*): What training left: folders with a LoRA adapter or a `transformer`.
         block (`int`, *optional*, defaults to `4`): Block whose output is probed, counted from 1.
-        noise_levels (list of `float`, *optional*): Noise of the clips, shares of the schedule; cross-validation
+        noise_levels (list of `float`, *optional*): Noise of the clips, fractions of the schedule; cross-validation
             chooses one.
         teacher (`str`, *optional*): Video encoder, as for `load_teacher`; by default the sandbox's for the sandbox.
         teacher_kwargs (`dict`, *optional*): Further arguments of `load_teacher`, such as `height` and `width`.
@@ -65,7 +65,7 @@ def probe_models(
     # The sandbox has so few tokens that none need be pooled.
     pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {}
     common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
-    results = {"pixels": probe(PixelFeatures(), train, test, name="pixels", **common)}
+    results = {"pixels": probe_features(PixelFeatures(), train, test, name="pixels", **common)}
     pipeline = _load(model)
     base = pipeline.transformer
     for adapter in ("", *adapters):
@@ -75,7 +75,7 @@ def probe_models(
         elif adapter:
             pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
         features = DiffusionFeatures(pipeline, block=block, noise_levels=noise_levels, **pooling)
-        results[adapter or model] = probe(features, train, test, name=adapter or model, **common)
+        results[adapter or model] = probe_features(features, train, test, name=adapter or model, **common)
         if pipeline.transformer is not base:
             pipeline.transformer = base
         elif adapter:
@@ -83,7 +83,7 @@ def probe_models(
     teacher = teacher or default_teacher(model)
     if teacher is not None:
         ceiling = TeacherFeatures(load_teacher(teacher, **(teacher_kwargs or {})), **pooling)
-        results[f"{teacher} (teacher)"] = probe(ceiling, train, test, name=teacher, **common)
+        results[f"{teacher} (teacher)"] = probe_features(ceiling, train, test, name=teacher, **common)
     return results
 
 

@@ -1,4 +1,4 @@
-"""How likely a language model finds each of a few given answers."""
+"""Log-probabilities that a language model gives to a few fixed answers."""
 
 from collections.abc import Sequence
 
@@ -17,20 +17,20 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 @torch.inference_mode()
-def candidate_logprobs(
-    model: MplugOwlVideo, video_tokens: Tensor, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]
+def answer_logprobs(
+    model: MplugOwlVideo, video_tokens: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
     """
-    Log-probability that the model continues each prompt with each candidate, over the whole vocabulary, in float32.
+    Log-probability that the model continues each prompt with each answer, over the whole vocabulary, in float32.
 
-    A prompt is read once; the candidates share its cache. Padding stands on the right, where causal attention never
+    A prompt is read once; the answers share its cache. Padding stands on the right, where causal attention never
     looks at it, so that a row scores the same in any batch.
 
     Args:
         model: the network.
         video_tokens: `(B, V, D)`, from `model.encode_video`.
         prompts: B rows of token ids, each with the places of its video.
-        candidates: K answers of at least one token id each.
+        answers: K answers of at least one token id each.
 
     Returns:
         `(B, K)` float32.
@@ -45,22 +45,22 @@ def candidate_logprobs(
         use_cache=True,
     )
     last = outputs.last_hidden_state[torch.arange(len(ids), device=ids.device), lengths - 1]
-    first = torch.tensor([candidate[0] for candidate in candidates], device=ids.device)
+    first = torch.tensor([answer[0] for answer in answers], device=ids.device)
     logprobs = model.logits(last).log_softmax(dim=-1)[:, first]
-    if max(map(len, candidates)) == 1:
+    if max(map(len, answers)) == 1:
         return logprobs
 
-    given, _ = pad_right([candidate[:-1] for candidate in candidates], ids.device)  # (K, n)
-    wanted, real = pad_right([candidate[1:] for candidate in candidates], ids.device)
-    num_prompts, num_candidates, steps = len(ids), len(candidates), given.shape[1]
-    outputs.past_key_values.batch_repeat_interleave(num_candidates)
-    ones = mask.new_ones(num_prompts * num_candidates, steps)
+    inputs, _ = pad_right([answer[:-1] for answer in answers], ids.device)  # (K, n)
+    targets, real = pad_right([answer[1:] for answer in answers], ids.device)
+    num_prompts, num_answers, steps = len(ids), len(answers), inputs.shape[1]
+    outputs.past_key_values.batch_repeat_interleave(num_answers)
+    ones = mask.new_ones(num_prompts * num_answers, steps)
     hidden = language.model(
-        input_ids=given.repeat(num_prompts, 1),
-        attention_mask=torch.cat([mask.repeat_interleave(num_candidates, dim=0), ones], dim=1),
-        position_ids=lengths.repeat_interleave(num_candidates)[:, None] + torch.arange(steps, device=ids.device),
+        input_ids=inputs.repeat(num_prompts, 1),
+        attention_mask=torch.cat([mask.repeat_interleave(num_answers, dim=0), ones], dim=1),
+        position_ids=lengths.repeat_interleave(num_answers)[:, None] + torch.arange(steps, device=ids.device),
         past_key_values=outputs.past_key_values,
-    ).last_hidden_state.unflatten(0, (num_prompts, num_candidates))
+    ).last_hidden_state.unflatten(0, (num_prompts, num_answers))
     rest = model.logits(hidden).log_softmax(dim=-1)  # (B, K, n, V)
-    rest = rest.gather(-1, wanted.expand(num_prompts, -1, -1).unsqueeze(-1)).squeeze(-1)
+    rest = rest.gather(-1, targets.expand(num_prompts, -1, -1).unsqueeze(-1)).squeeze(-1)
     return logprobs + (rest * real).sum(dim=-1)

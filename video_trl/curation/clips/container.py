@@ -1,4 +1,4 @@
-"""Stage 1: what a clip's container says, and a hash of its content. Decodes one frame."""
+"""Stage 1: read size, frame rate and length from the container of a clip, and hash its bytes. Decodes one frame."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from .sources import open_clip
 
 
 #: Columns that probing adds. Sizes are those on screen, after the rotation that phones write into the file.
-PROBED: dict[str, pa.DataType] = {
+CONTAINER: dict[str, pa.DataType] = {
     "content": pa.string(),  # hash of the bytes
     "fps": pa.float64(),  # average; null where the container has no clock
     "num_frames": pa.int64(),
@@ -20,10 +20,10 @@ PROBED: dict[str, pa.DataType] = {
     "width": pa.int64(),
     "short_edge": pa.int64(),
 }
-PROBE_VERSION = 1
+CONTAINER_VERSION = 1
 
 
-def probe_batch(batch: Batch) -> Batch:
+def read_containers(batch: Batch) -> Batch:
     """
     Stage "probe" as a batch function.
 
@@ -31,10 +31,10 @@ def probe_batch(batch: Batch) -> Batch:
         batch (`dict`): Columns `path`, `offset`, `length`.
 
     Returns:
-        `dict`: The columns `PROBED`; a file that is missing, empty, truncated, without a video stream or otherwise
+        `dict`: The columns `CONTAINER`; a file that is missing, empty, truncated, without a video stream or otherwise
             unreadable is dropped, by the kind of its fault (`VideoDecodeError.kind`).
     """
-    added: Batch = {name: [] for name in (*PROBED, "dropped_by", "detail")}
+    added: Batch = {name: [] for name in (*CONTAINER, "dropped_by", "detail")}
     for path, offset, length in zip(batch["path"], batch["offset"], batch["length"], strict=True):
         row: dict[str, Any] = dict.fromkeys(added)
         try:
