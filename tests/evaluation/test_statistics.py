@@ -233,7 +233,7 @@ def _normal_quantile(probability: float) -> float:
 # ---- shares of clustered trials -------------------------------------------------------------------------------------
 
 
-def test_share_of_independent_trials_is_the_plain_wilson_interval():
+def test_proportion_of_independent_trials_is_the_plain_wilson_interval():
     for k, n in ((0, 5), (3, 10), (10, 10), (96, 590)):
         share = proportion_of([True] * k + [False] * (n - k))
         assert (share.low, share.high) == pytest.approx(wilson_interval(k, n))
@@ -241,7 +241,7 @@ def test_share_of_independent_trials_is_the_plain_wilson_interval():
     assert str(share) == "96/590 = 16.3 % [13.5, 19.5]"
 
 
-def test_share_of_copies_has_the_interval_of_the_prompts():
+def test_proportion_of_copies_has_the_interval_of_the_prompts():
     passed = [True] * 4 + [False] * 8
     for copies in (2, 10):
         share = proportion_of(np.repeat(passed, copies), [i for i in range(12) for _ in range(copies)])
@@ -250,7 +250,7 @@ def test_share_of_copies_has_the_interval_of_the_prompts():
     assert (all_passed.low, all_passed.high) == pytest.approx(wilson_interval(2, 2))
 
 
-def test_share_of_independent_videos_of_a_prompt_is_not_widened():
+def test_proportion_of_independent_videos_of_a_prompt_is_not_widened():
     rng = np.random.default_rng(0)
     passed = rng.uniform(size=2000) < 0.3
     share = proportion_of(passed, [i // 10 for i in range(2000)])

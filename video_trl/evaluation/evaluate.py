@@ -161,8 +161,8 @@ class TrainingEvaluator:
     ```
 
     It returns the mean scores `sa` and `pc`, and the proportion `joint` of videos that pass both by the benchmark's
-    rule (0.5 and above) with its Wilson interval, `joint_low` and `joint_high`, which the model card shows. They are logged
-    as `eval_sa`, `eval_pc` and so on, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
+    rule (0.5 and above) with its Wilson interval, `joint_low` and `joint_high`, which the model card shows. They are
+    logged as `eval_sa`, `eval_pc` and so on, and can choose the best checkpoint (`metric_for_best_model="eval_pc"`,
     `greater_is_better=True`). Each evaluation leaves a run in `<output_dir>/evaluation/step-<step>`, in place of one
     that an earlier run left there.
 

@@ -1,4 +1,4 @@
-"""What leaves PhyAugPipe: judged losers, a folder that can go anywhere, and its upload."""
+"""What leaves PhyAugPipe: scored rejected videos, a folder that can go anywhere, and its upload."""
 
 import base64
 import json

@@ -98,9 +98,9 @@ def test_a_representative_that_is_sampled_is_generated_once(finished):
     """The first seed of a clip makes one video, for difficulty and as a loser."""
     folder, result = finished
     tried = pq.read_table(folder / "representatives.parquet")["rejected"].to_pylist()
-    losers = result.rejected["rejected"].to_pylist()
-    assert len(set(tried + losers)) == len(list((folder / "generated").rglob("*.mp4")))
-    assert set(tried) & set(losers)
+    rejected = result.rejected["rejected"].to_pylist()
+    assert len(set(tried + rejected)) == len(list((folder / "generated").rglob("*.mp4")))
+    assert set(tried) & set(rejected)
 
 
 def test_people_find_the_funnel_the_histograms_and_the_card(finished):
