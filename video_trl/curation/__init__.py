@@ -23,7 +23,6 @@ _HOME = {
     "Shard": "engine.manifest",
     "Stage": "engine.manifest",
     "VideoModel": "generate",
-    "summarize": "engine.manifest",
     "allocate": "phyaug.sampling",
     "annotated_pairs": "annotated",
     "apply_rules": "engine.manifest",
@@ -34,6 +33,7 @@ _HOME = {
     "run_gt_pair": "gt_pair.pipeline",
     "run_phyaug": "phyaug.pipeline",
     "run_stage": "engine.manifest",
+    "summarize": "engine.manifest",
 }
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Shard",
     "Stage",
     "VideoModel",
-    "summarize",
     "allocate",
     "annotated_pairs",
     "apply_rules",
@@ -56,6 +55,7 @@ __all__ = [
     "run_gt_pair",
     "run_phyaug",
     "run_stage",
+    "summarize",
 ]
 
 
