@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, probe_video, read_video, video_hash, video_io, write_video
 
@@ -123,16 +124,16 @@ def test_failed_write_leaves_the_older_file(tmp_path):
 
 
 WRITER = """
-import hashlib, importlib.util, json, sys
+import hashlib, importlib, json, sys, types
 from pathlib import Path
 
 import numpy as np
 
-# By its path: the package would import torch, which takes longer than all the writing.
-spec = importlib.util.spec_from_file_location("video_io", sys.argv[1])
-video_io = importlib.util.module_from_spec(spec)
-sys.modules["video_io"] = video_io
-spec.loader.exec_module(video_io)
+# Without what the folder's own module imports: torch takes longer than all the writing.
+data = sys.modules["video_trl.data"] = types.ModuleType("video_trl.data")
+data.__path__ = [str(Path(sys.argv[1]).parent)]
+video_io = importlib.import_module("video_trl.data.video_io")
+assert "torch" not in sys.modules
 folder, number, video_io._X264_PARAMS = Path(sys.argv[2]), sys.argv[3], video_io._X264_PARAMS + sys.argv[4]
 videos = [np.load(path) for path in sorted(folder.glob("*.npy"))]
 path, found, dirt = folder / f"{number}.mp4", [], np.random.default_rng(int(number))
@@ -160,7 +161,7 @@ def test_equal_frames_give_equal_bytes_on_every_processor_and_under_load(tmp_pat
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, video_io.__file__, str(tmp_path), str(number), asm],
-            env={**os.environ, **variables},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
             stdout=subprocess.PIPE,
             text=True,
         )

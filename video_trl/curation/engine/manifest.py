@@ -299,6 +299,6 @@ def summarize(table: pa.Table, noun: str = "clip") -> str:
     num_kept = len(table) - sum(dropped.values())
     parts = [
         f"{num_kept} kept",
-        *(f"{count} {name}" for name, count in sorted(dropped.items(), key=lambda item: -item[1])),
+        *(f"{count} {name}" for name, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))),
     ]
     return f"{len(table)} {noun}{'' if len(table) == 1 else 's'} in = {' + '.join(parts)}"
