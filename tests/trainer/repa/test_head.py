@@ -17,7 +17,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
 class FastHeadTrainer(HeadTrainer):
-    head_learning_rate = 0.5
+    rate_of_head = 0.5
 
 
 class WideHeadTrainer(HeadTrainer):
