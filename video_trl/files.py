@@ -348,8 +348,12 @@ def _exchange(partial: Path, target: Path) -> bool:
             try:
                 os.rename(partial, target)
             finally:
-                with contextlib.suppress(FileNotFoundError):  # another process had the lock, and has cleared it away
+                try:
                     _clear(replaced)
+                except OSError as error:
+                    # Another process had the lock and clears it away too; the exchange is done all the same.
+                    if error.errno not in (*_IS_TAKEN, errno.ENOENT):
+                        raise
         finally:
             os.close(lock)
     except OSError as error:

@@ -87,7 +87,7 @@ def plain(result, root):
 
 def test_every_clip_is_accounted_for_and_the_funnel_falls(done):
     _, result = done
-    assert result.summary == "7 clips in = 4 kept + 1 repeated + 1 static + 1 empty; 4 group rows"
+    assert result.summary == "7 clips in = 4 kept + 1 empty + 1 repeated + 1 static; 4 group rows"
     assert result.funnel == {
         "listed": 7, "acquired": 5, "filtered": 4, "normalised": 4, "generated": 4, "pairs": 4,
     }  # fmt: skip
@@ -141,7 +141,7 @@ def test_other_thresholds_decode_nothing_again(done, model, footage, monkeypatch
     root, _ = done
     monkeypatch.setattr("video_trl.curation.clips.measures.measure_clip", None)
     strict = run_gt_pair(config_of(model, footage, root, min_motion=1000.0))
-    assert strict.summary == "7 clips in = 0 kept + 5 static + 1 repeated + 1 empty; 0 preference rows"
+    assert strict.summary == "7 clips in = 0 kept + 5 static + 1 empty + 1 repeated; 0 preference rows"
     assert len(strict.pairs) == 0 and len(strict.manifest) == 7
 
 

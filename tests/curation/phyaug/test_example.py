@@ -28,7 +28,7 @@ def test_the_demonstration_says_how_well_it_did(script, tmp_path, capsys):
     run = ["--config", str(script.SANDBOX_CONFIG), "--output_dir", str(tmp_path), *sizes]
     script.main([*run, "--model_options", json.dumps(options)])
     printed = capsys.readouterr().out
-    for text in ("precision ", "recall  ", "categories ", "share of category", "40 clips in = ", "physics_poor"):
+    for text in ("precision ", "recall  ", "categories ", "proportion of category", "40 clips in = ", "physics_poor"):
         assert text in printed
     groups = load_groups(tmp_path)
     assert 1 <= len(groups) <= 5 and f"; {len(groups)} groups" in printed
