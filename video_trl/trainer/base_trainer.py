@@ -179,7 +179,7 @@ class VideoTrainer(Trainer):
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
-        check_adapters(transformer, args, peft_config)
+        check_adapters(transformer, peft_config, use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
             transformer,
@@ -237,7 +237,8 @@ class VideoTrainer(Trainer):
         continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if args.use_peft:
-            self.adapter_name = attach_lora(transformer, args, peft_config, family)
+            targets, rank, alpha = family.lora_target_modules, args.lora_rank, args.lora_alpha
+            self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
         else:
             train_all_weights(transformer)
         disable_dropout(transformer)

@@ -192,18 +192,19 @@ class ModelCardCallback(TrainerCallback):
             evaluation=details.get("evaluation") or measurements(state),
             videos=_sample_videos(self._sampler.prompts, output_dir, state.global_step),
             dataset=facts.data.facts(output_dir, self._sampler.fps, details.get("dataset_name")),
-            resources_used=self._resources(args),
-            license=details.get("license") or self._inherited(facts.base_model, revision, args),
+            resources_used=self._resources(),
+            license=details.get("license") or self._inherited_license(revision),
         )
 
-    def _inherited(self, base_model: str, revision: str | None, args: VideoConfig) -> dict[str, str]:
+    def _inherited_license(self, revision: str | None) -> dict[str, str]:
         if self._license is None:
+            base_model, args = self._facts.base_model, self._args
             self._license = hub.inherited_license(base_model, revision, ask_hub=args.push_to_hub, token=args.hub_token)
         return self._license
 
-    def _resources(self, args: VideoConfig) -> dict[str, Any]:
-        resources: dict[str, Any] = {"hardware": hardware(args), "hours": round(self.seconds() / 3600, 4)}
-        energy = measured_energy(Path(args.output_dir))
+    def _resources(self) -> dict[str, Any]:
+        resources: dict[str, Any] = {"hardware": hardware(self._args), "hours": round(self.seconds() / 3600, 4)}
+        energy = measured_energy(Path(self._args.output_dir))
         if energy is not None:
             resources["energy in kWh (CodeCarbon)"] = energy
         return resources

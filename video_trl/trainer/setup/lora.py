@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 
 import torch
 from diffusers import ModelMixin
@@ -11,8 +12,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_mod
 from torch import nn
 
 from ...hub import check_lora_config
-from ...models import ModelFamily
-from ..base_config import VideoConfig
 
 
 logger = logging.getLogger(__name__)
@@ -25,14 +24,14 @@ def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
     return getattr(transformer, "peft_config", {})  # PEFT sets the attribute with the first adapter
 
 
-def check_adapters(transformer: ModelMixin, args: VideoConfig, peft_config: PeftConfig | None) -> None:
+def check_adapters(transformer: ModelMixin, peft_config: PeftConfig | None, *, use_peft: bool) -> None:
     """
     Check that it is clear what is to be trained, and that it could be saved and loaded again faithfully.
 
     Args:
         transformer (`ModelMixin`): Transformer as the user passed it.
-        args (`VideoConfig`): Says whether an adapter or all weights are trained.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
+        use_peft (`bool`): Whether an adapter or all weights are trained.
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
@@ -41,7 +40,7 @@ def check_adapters(transformer: ModelMixin, args: VideoConfig, peft_config: Peft
     """
     existing = adapter_configs(transformer)
     fuse = "fuse it into the base first (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`)"
-    if existing and not args.use_peft:
+    if existing and not use_peft:
         raise ValueError(
             f"`use_peft=False` trains all weights, but the transformer carries the adapters {sorted(existing)}. "
             f"Leave `use_peft` on to continue an adapter, or {fuse}."
@@ -63,7 +62,7 @@ def check_adapters(transformer: ModelMixin, args: VideoConfig, peft_config: Peft
 
 
 def attach_lora(
-    transformer: ModelMixin, args: VideoConfig, peft_config: PeftConfig | None, family: ModelFamily
+    transformer: ModelMixin, peft_config: PeftConfig | None, targets: Sequence[str], *, rank: int, alpha: int
 ) -> str:
     """
     Freeze a transformer and make one LoRA adapter on it trainable, in float32 also on a base in half precision.
@@ -74,9 +73,8 @@ def attach_lora(
     Args:
         transformer (`ModelMixin`): Transformer that `check_adapters` has accepted. Its adapter, if it has one, is
             continued.
-        args (`VideoConfig`): Source of rank and alpha of the default adapter.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
-        family ([`ModelFamily`]): Knows the default target modules.
+        targets (`Sequence[str]`), rank (`int`), alpha (`int`): Target modules, rank and scale of the default adapter.
 
     Returns:
         `str`: Name of the adapter that is trained.
@@ -84,9 +82,7 @@ def attach_lora(
     name = next(iter(adapter_configs(transformer)), None)
     if name is None:
         name = "default"
-        config = peft_config or LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(family.lora_target_modules)
-        )
+        config = peft_config or LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
     transformer.requires_grad_(False)
     transformer.set_adapter(name)
