@@ -9,6 +9,7 @@ import pytest
 from video_trl.sandbox.world import laws
 from video_trl.sandbox.world.prompts import (
     ACTIONS,
+    BASE_MOTIONS,
     DIRECTIONS,
     MOTIONS,
     PARAPHRASES,
@@ -19,6 +20,7 @@ from video_trl.sandbox.world.prompts import (
     parse_prompt,
 )
 from video_trl.sandbox.world.simulate import (
+    BASE_VIOLATIONS,
     FLOOR,
     HEIGHT,
     MIN_DISPLACEMENT,
@@ -29,6 +31,7 @@ from video_trl.sandbox.world.simulate import (
     WIDTH,
     simulate,
 )
+from video_trl.sandbox.world.wild import sample_look
 
 
 TIMES = np.linspace(0.0, 3.0, 301)
@@ -158,6 +161,46 @@ def test_every_violation_can_be_seen(motion, violation):
             assert clip.visible.all()
         if violation == "freeze":
             assert (clip.positions[-1] == clip.positions[-3]).all()
+        if violation == "reversal":  # the way back is the way there
+            frame = int(clip.scene.event["frame"])
+            np.testing.assert_array_equal(clip.positions[frame + 3], clip.positions[frame - 3])
+
+
+def test_the_base_models_world_is_part_of_the_world():
+    assert set(BASE_VIOLATIONS) == set(BASE_MOTIONS) <= set(MOTIONS)
+    for motion, names in BASE_VIOLATIONS.items():
+        assert 1 <= len(names) <= 2 and set(names) <= set(VIOLATIONS_OF[motion])
+
+
+def test_a_block_without_gravity_leaves_the_ramp_level():
+    clip = simulate(3, spec=PromptSpec("incline", ("red",), "left"), violation="no_gravity")
+    x, y = clip.positions[:, 0].T
+    assert np.ptp(y) < 1e-9
+    np.testing.assert_allclose(np.diff(x), np.diff(x)[0])
+    assert np.diff(x)[0] < 0
+
+
+def test_two_balls_without_momentum():
+    clip = simulate(3, spec=PromptSpec("collision", ("red", "green"), "right"), violation="momentum")
+    first, second = clip.positions[..., 0].T
+    assert np.ptp(second) == 0 and np.diff(first)[0] > 0 > np.diff(first)[-1]
+
+
+@pytest.mark.parametrize("motion", MOTIONS + STILL_SCENES)
+def test_in_the_wild_the_scene_is_the_same_and_the_picture_is_not(motion):
+    plain, wild = simulate(5, motion=motion), simulate(5, motion=motion, rendering="wild")
+    np.testing.assert_array_equal(plain.positions, wild.positions)
+    assert plain.prompt == wild.prompt and plain.scene == wild.scene
+    assert np.abs(plain.video.astype(int) - wild.video).mean() > 5
+    np.testing.assert_array_equal(wild.video, simulate(5, motion=motion, rendering="wild").video)
+    with pytest.raises(ValueError, match='"plain" or "wild"'):
+        simulate(5, rendering="tame")
+
+
+def test_the_camera_sways_by_less_than_a_pixel():
+    looks = [sample_look(seed) for seed in range(50)]
+    offsets = np.stack([look.camera(np.linspace(0, 1, 13)) for look in looks])
+    assert 0.1 / 64 < np.abs(offsets).max(axis=(1, 2)).mean() < 0.6 / 64 and np.abs(offsets).max() < 0.7 / 64
 
 
 def test_violations_are_all_used_and_named():
@@ -217,7 +260,7 @@ def test_heldout_clips_speak_in_heldout_paraphrases():
         ({"motion": "flying"}, "Unknown motion 'flying'"),
         (
             {"motion": "rolling", "violation": "momentum"},
-            "cannot show the violation 'momentum'; it can show: energy_gain",
+            "cannot show the violation 'momentum'; it can show: energy_gain, reversal",
         ),
         ({"motion": "static", "violation": "freeze"}, "cannot show the violation 'freeze'; it can show: none"),
         ({"num_frames": 0}, "positive num_frames"),

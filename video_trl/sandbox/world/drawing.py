@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import laws
 from .geometry import FLOOR, PIVOT, WATER, ramp_axes, ramp_top
 from .prompts import STILL_SCENES, PromptSpec
+from .wild import Look
 
 
 Image = NDArray[np.float64]
@@ -64,6 +65,7 @@ def draw(
     motion: str,
     height: int,
     width: int,
+    look: Look | None = None,
 ) -> NDArray[np.uint8]:
     """
     Draws a scene.
@@ -75,28 +77,32 @@ def draw(
         params: parameters of the motion (ramp angle, pivot, ...).
         motion: decides the scenery and the shape of the body.
         height, width: of the picture, pixels.
+        look: draws it "in the wild"; plainly if None.
 
     Returns:
         uint8 `(T, H, W, 3)`.
     """
-    grid = _pixel_grid(height, width)
-    scenery = _scenery(appearance, params, motion, grid)
-    frames = np.empty((len(positions), height, width, 3), dtype=np.uint8)
+    grid, progress = _pixel_grid(height, width), np.arange(len(positions)) / max(1, len(positions) - 1)
+    camera = np.zeros((len(positions), 2)) if look is None else look.camera(progress)
+    if motion == "pan":
+        camera[:, 0] += 0.35 * progress
+    moves, scenery = bool(camera.any()), _scenery(appearance, params, motion, grid, look)
+    frames = np.empty((len(positions), height, width, 3))
     for index, (centres, shown) in enumerate(zip(positions, visible, strict=True)):
-        progress = index / max(1, len(positions) - 1)
-        shift = 0.35 * progress if motion == "pan" else 0.0
-        image = _scenery(appearance, params, motion, grid + [shift, 0.0]) if shift else scenery.copy()
+        view = grid + camera[index]
+        image = _scenery(appearance, params, motion, view, look) if moves else scenery.copy()
         for body, centre in enumerate(centres):
             if not shown[body]:
                 continue
-            centre = centre - [shift, 0.0]
             if motion == "pendulum":
-                _paint(image, _segment(grid, _pivot(params), centre) - 0.008, ROD_RGB, height)
-            _paint_body(image, grid, centre, appearance, body, params, motion, height)
+                _paint(image, _segment(view, _pivot(params), centre) - 0.008, ROD_RGB, height)
+            _paint_body(image, view, centre, appearance, body, params, motion, height)
         if motion == "fade":
-            image *= 1 - 0.8 * progress
-        frames[index] = np.rint(image.clip(0, 1) * 255)
-    return frames
+            image *= 1 - 0.8 * progress[index]
+        frames[index] = image
+    if look is not None:
+        frames = look.develop(frames, grid)
+    return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
 
 
 def _pixel_grid(height: int, width: int) -> Image:
@@ -105,7 +111,7 @@ def _pixel_grid(height: int, width: int) -> Image:
     return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=2)
 
 
-def _scenery(appearance: Appearance, params: dict[str, float], motion: str, grid: Image) -> Image:
+def _scenery(appearance: Appearance, params: dict[str, float], motion: str, grid: Image, look: Look | None) -> Image:
     height = grid.shape[0]
     brightness = 1 + appearance.slope * (grid[..., 1:] - 0.5)
     image = np.array(appearance.wall) * brightness
@@ -118,7 +124,7 @@ def _scenery(appearance: Appearance, params: dict[str, float], motion: str, grid
         _, normal = ramp_axes(params["angle"], params["sign"])
         _paint(image, (grid - ramp_top(params)) @ normal, tuple(0.8 * c for c in appearance.floor), height)
     _paint(image, grid[..., 1] - FLOOR, appearance.floor, height)
-    return image
+    return image if look is None else image + look.wall(grid)
 
 
 def _paint_body(

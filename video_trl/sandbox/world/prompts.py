@@ -14,6 +14,7 @@ from typing import Literal
 Split = Literal["train", "heldout"]
 
 MOTIONS = ("free_fall", "projectile", "rolling", "incline", "collision", "pendulum", "buoyancy")
+BASE_MOTIONS = ("free_fall", "rolling", "incline", "collision", "buoyancy")  # what the shipped base model can draw
 STILL_SCENES = ("static", "fade", "pan")  # physics-poor: what a curation pipeline has to reject
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 

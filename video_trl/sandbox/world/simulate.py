@@ -8,6 +8,7 @@ that law. Units are those of `laws.py` (frame heights, seconds); colours are RGB
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from . import laws
 from .drawing import Appearance, draw
 from .geometry import FLOOR, PIVOT, WATER, ramp_axes, ramp_top
 from .prompts import ACTIONS, DIRECTIONS, MOTIONS, STILL_SCENES, PromptSpec, Split, body_colours, describe, templates
+from .wild import sample_look
 
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 13, 64, 64, 8.0  # what the shipped pipeline was trained on
@@ -28,22 +30,33 @@ VIOLATIONS = (
     "vanish",
     "through_floor",
     "momentum",
+    "reversal",
     "freeze",
 )
 _ANYWHERE = ("teleport", "vanish", "freeze")
+_EVENTS = ("reversal", *_ANYWHERE)  # what happens to the path at one moment, whatever law made it
 VIOLATIONS_OF: dict[str, tuple[str, ...]] = {
     "free_fall": ("no_gravity", "inverted_gravity", "energy_gain", "through_floor", *_ANYWHERE),
     "projectile": ("no_gravity", "inverted_gravity", "energy_gain", "through_floor", *_ANYWHERE),
-    "rolling": ("energy_gain", *_ANYWHERE),
+    "rolling": ("energy_gain", "reversal", "teleport", "vanish"),  # a sudden stop is what much friction does
     "incline": ("no_gravity", "inverted_gravity", *_ANYWHERE),
     "collision": ("momentum", "energy_gain", *_ANYWHERE),
     "pendulum": ("no_gravity", "energy_gain", *_ANYWHERE),
-    "buoyancy": ("inverted_gravity", *_ANYWHERE),
+    "buoyancy": ("inverted_gravity", "reversal", *_ANYWHERE),
+}
+# What the shipped base model gets wrong: few, discrete, plain to the eye, and as the sentence says in all but the law.
+BASE_VIOLATIONS: dict[str, tuple[str, ...]] = {
+    "free_fall": ("no_gravity",),
+    "rolling": ("energy_gain", "reversal"),
+    "incline": ("no_gravity",),
+    "collision": ("momentum",),
+    "buoyancy": ("reversal",),
 }
 # A violation that hardly moves anything is no violation: mean displacement against the lawful clip, in frame heights.
 MIN_DISPLACEMENT = 0.06
 
 
+Rendering = Literal["plain", "wild"]
 Rng = np.random.Generator
 Radii = tuple[float, ...]
 Params = dict[str, float]
@@ -57,7 +70,7 @@ class Scene:
     appearance: Appearance
     params: dict[str, float]
     violation: str | None = None
-    event: dict[str, float] = field(default_factory=dict)  # when and how a teleport, vanish or freeze happens
+    event: dict[str, float] = field(default_factory=dict)  # when and how an event breaks the path
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ def simulate(
     violation: str | None = None,
     spec: PromptSpec | None = None,
     split: Split = "train",
+    rendering: Rendering = "plain",
     num_frames: int = NUM_FRAMES,
     height: int = HEIGHT,
     width: int = WIDTH,
@@ -111,11 +125,14 @@ def simulate(
         violation: one of `VIOLATIONS_OF[motion]`, "any" (drawn by the seed), or None for a lawful clip.
         spec: fixes motion, colours and direction, for a clip that must show a given sentence.
         split: which paraphrases the prompt is taken from.
+        rendering: "wild" draws the same scene with texture, uneven light, tint, grain and a swaying camera.
         num_frames, height, width, fps: size of the clip, all positive; the motion is fitted to the duration.
 
     Raises:
-        ValueError: unknown motion, a violation that the motion cannot show, a non-positive size.
+        ValueError: unknown motion or rendering, a violation that the motion cannot show, a non-positive size.
     """
+    if rendering not in ("plain", "wild"):
+        raise ValueError(f'Expected `rendering` "plain" or "wild", got {rendering!r}.')
     if min(num_frames, height, width) < 1 or fps <= 0 or seed < 0:
         raise ValueError(
             f"Expected a seed >= 0 and positive num_frames, height, width and fps, got seed={seed}, "
@@ -125,7 +142,8 @@ def simulate(
     times = np.arange(num_frames) / fps
     scene = sample_scene(rng, times, width / height, motion=motion, violation=violation, spec=spec)
     positions, visible = trajectory(scene, times)
-    video = draw(scene.appearance, positions, visible, scene.params, scene.spec.motion, height, width)
+    look = sample_look(seed) if rendering == "wild" else None
+    video = draw(scene.appearance, positions, visible, scene.params, scene.spec.motion, height, width, look)
     choices = templates(scene.spec.motion, split) or templates(scene.spec.motion, "train")
     prompt = describe(scene.spec, choices[rng.integers(len(choices))])
     return Clip(video, fps, prompt, scene.spec, scene.violation, positions, visible, scene)
@@ -228,6 +246,7 @@ def _incline(rng: Rng, direction: str, radii: Radii, aspect: float, duration: fl
         "acceleration": acceleration,
         "aspect": aspect,
         "sign": _sign(direction),
+        "drift": 0.0,
     }
 
 
@@ -294,7 +313,7 @@ _PARAMETERS = {
 
 def _break_law(rng: np.random.Generator, scene: Scene, violation: str, times: laws.Array) -> Scene | None:
     """The scene with one law broken, or None when this scene offers no good moment for it."""
-    if violation in _ANYWHERE:
+    if violation in _EVENTS:
         event = _sample_event(rng, scene, violation, times)
         return None if event is None else replace(scene, violation=violation, event=event)
     changes = _BROKEN_PARAMETERS[violation](rng, scene.params, scene.spec.motion, max(float(times[-1]), 0.5))
@@ -304,8 +323,9 @@ def _break_law(rng: np.random.Generator, scene: Scene, violation: str, times: la
 def _no_gravity(rng: Rng, params: Params, motion: str, duration: float) -> Params:
     if motion == "free_fall":
         return {"gravity": 0.0, "vy": -rng.uniform(0.1, 0.2)}
-    if motion == "incline":  # hardly creeps
-        return {"acceleration": 0.05 * params["acceleration"]}
+    if motion == "incline":  # glides off, level, into the air
+        covered = laws.slide(np.array(duration), params["acceleration"]) * math.cos(params["angle"])
+        return {"acceleration": 0.0, "drift": params["sign"] * float(covered) / duration}
     if motion == "pendulum":  # a rod that turns at constant speed
         return {"gravity": 0.0, "spin": -math.copysign(rng.uniform(3.0, 4.0), params["angle"])}
     return {"gravity": 0.0}
@@ -324,7 +344,7 @@ def _energy_gain(rng: Rng, params: Params, motion: str, duration: float) -> Para
         slow = 0.25 * params["vx"]
         return {"vx": slow, "deceleration": -abs(params["vx"]) / duration * rng.uniform(0.8, 1.2)}
     if motion == "collision":
-        gain = rng.uniform(2.0, 2.6)
+        gain = rng.uniform(2.6, 3.2)
         return {"after_first": params["after_first"] * gain, "after_second": params["after_second"] * gain}
     if motion == "pendulum":
         return {"growth": rng.uniform(0.9, 1.3) / duration}
@@ -336,14 +356,8 @@ def _through_floor(rng: Rng, params: Params, motion: str, duration: float) -> Pa
 
 
 def _momentum(rng: Rng, params: Params, motion: str, duration: float) -> Params:
-    speed = params["vx"]
-    options = (
-        (speed, 0.0),  # passes through
-        (-speed, -0.6 * speed),  # both fly backwards
-        (0.0, 0.0),  # both stop dead
-    )
-    first, second = options[rng.integers(len(options))]
-    return {"after_first": first, "after_second": second}
+    # It flies back as fast as it came, as from a wall, and the ball that it hit does not move.
+    return {"after_first": -params["vx"], "after_second": 0.0}
 
 
 _BROKEN_PARAMETERS = {
@@ -358,8 +372,11 @@ _BROKEN_PARAMETERS = {
 def _sample_event(
     rng: np.random.Generator, scene: Scene, violation: str, times: laws.Array
 ) -> dict[str, float] | None:
-    frame = int(rng.integers(max(1, len(times) // 4), max(2, 2 * len(times) // 3)))
+    frame = int(rng.integers(max(1, len(times) // 4), max(2, len(times) // 2)))
     body = int(rng.integers(len(scene.appearance.radii)))
+    if violation == "reversal":  # late enough for a way that can be seen, early enough for most of the way back
+        low = round((0.46 if scene.spec.motion == "buoyancy" else 0.4) * len(times))  # lift takes a while to show
+        return {"frame": float(rng.integers(low, max(low + 1, low + round(0.15 * len(times)))))}
     event = {"frame": float(frame), "body": float(body)}
     if violation != "teleport":
         return event
@@ -394,7 +411,8 @@ def trajectory(scene: Scene, times: laws.Array) -> tuple[laws.Array, NDArray[np.
             x = laws.roll(times, p["x"], p["vx"], p["deceleration"])
             path = [np.stack([x, np.full_like(x, FLOOR + radii[0])], axis=1)]
         case "incline":
-            path = [_along_ramp(p, p["x"] / math.cos(p["angle"]) + laws.slide(times, p["acceleration"]), radii[0])]
+            slid = _along_ramp(p, p["x"] / math.cos(p["angle"]) + laws.slide(times, p["acceleration"]), radii[0])
+            path = [slid + np.outer(times, [p["drift"], 0.0])]
         case "collision":
             after = (p["after_first"], p["after_second"])
             x = laws.collide(times, p["x"], p["vx"], p["target"], p["contact"], after)
@@ -425,7 +443,12 @@ def _apply_event(scene: Scene, positions: laws.Array) -> tuple[laws.Array, NDArr
     visible = np.ones(positions.shape[:2], dtype=bool)
     if not scene.event:
         return positions, visible
-    frame, body = int(scene.event["frame"]), int(scene.event["body"])
+    frame = int(scene.event["frame"])
+    if scene.violation == "reversal":
+        back = 2 * frame - np.arange(frame, len(positions))
+        positions[frame:] = positions[back.clip(0)]
+        return positions, visible
+    body = int(scene.event["body"])
     match scene.violation:
         case "vanish":
             visible[frame:, body] = False
