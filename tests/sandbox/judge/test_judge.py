@@ -12,13 +12,20 @@ from scipy.ndimage import gaussian_filter
 from video_trl.data.video_io import write_video
 from video_trl.judges import VideoJudge
 from video_trl.sandbox.judge import fitting
-from video_trl.sandbox.judge.calibration import Calibration, calibrate, main, table
+from video_trl.sandbox.judge.calibration import (
+    Calibration,
+    Tremble,
+    calibrate,
+    calibrate_trembles,
+    main,
+    table,
+)
 from video_trl.sandbox.judge.judge import SandboxJudge
 from video_trl.sandbox.judge.tracking import observe
 from video_trl.sandbox.world import laws
 from video_trl.sandbox.world.drawing import draw
 from video_trl.sandbox.world.prompts import COLOURS, DIRECTIONS, MOTIONS, PromptSpec, describe, templates
-from video_trl.sandbox.world.simulate import FPS, VIOLATIONS, Clip
+from video_trl.sandbox.world.simulate import BASE_VIOLATIONS, FPS, VIOLATIONS, VIOLATIONS_OF, Clip
 from video_trl.sandbox.world.simulate import simulate as simulate_any
 
 
@@ -66,7 +73,19 @@ def test_lawful_clips_score_high(measured):
 def test_every_violation_is_told_from_lawful_clips(measured, violation):
     assert measured.auc(violation) >= 0.98
     scores = np.concatenate([s for (_, name), s in measured.violated.items() if name == violation])
-    assert scores[:, 1].mean() <= 0.35
+    assert scores[:, 1].mean() <= 0.25
+
+
+@pytest.mark.parametrize(("motion", "violation"), [(m, v) for m in MOTIONS for v in VIOLATIONS_OF[m]])
+def test_every_violation_is_told_at_every_motion(measured, motion, violation):
+    assert measured.auc(violation, (motion,)) >= 0.98
+
+
+@pytest.mark.parametrize(("motion", "violation"), [(m, v) for m, names in BASE_VIOLATIONS.items() for v in names])
+def test_the_base_models_violations_keep_the_sentence_and_cost_the_law(measured, motion, violation):
+    sa, pc = measured.violated[motion, violation].mean(axis=0)
+    assert pc <= 0.25
+    assert sa >= 0.75
 
 
 def test_a_violation_that_keeps_the_sentence_keeps_sa(measured):
@@ -80,6 +99,16 @@ def test_blur_noise_and_a_colour_shift_cost_nothing():
     for motion, scores in result.clean.items():
         assert scores[:, 1].mean() >= 0.9, motion
         assert scores[:, 0].mean() >= 0.9, motion
+
+
+def test_clips_in_the_wild_are_judged_like_plain_ones():
+    result = calibrate(range(HELDOUT + 200, HELDOUT + 204), rendering="wild")
+    for motion, scores in result.clean.items():
+        assert scores[:, 1].mean() >= 0.95, motion
+        assert scores[:, 0].mean() >= 0.9, motion
+    for violation in VIOLATIONS:
+        assert result.auc(violation) >= 0.98, violation
+    assert np.mean(np.concatenate(list(result.violated.values()))[:, 1]) <= 0.25
 
 
 def test_blurred_violations_stay_violations():
@@ -127,13 +156,13 @@ def test_score_falls_frame_by_frame_as_a_body_goes_missing(motion):
         scores.append(JUDGE.score([redrawn(clip, clip.positions, visible)], [clip.prompt])[0]["pc"])
     assert all(better > worse for better, worse in zip(scores, scores[1:], strict=False)), scores
     assert scores[0] >= 0.95 and scores[-1] <= 0.2
-    assert 0.4 <= scores[2] <= 0.8  # 10 good frames of 13
+    assert 0.3 <= scores[2] <= 0.7  # 10 good frames of 13
 
 
 def test_score_falls_with_the_error_in_gravity():
     clip = simulate(HELDOUT + 1, motion="free_fall")
     scores = []
-    for factor in (1.0, 1.3, 1.6, 2.5):
+    for factor in (1.0, 1.6, 2.0, 2.5):  # less than that is within the tolerance
         scene = replace(clip.scene, params={**clip.scene.params, "gravity": factor * laws.GRAVITY})
         p = scene.params
         y = clip.positions[0, 0, 1] - p["height"]
@@ -143,16 +172,38 @@ def test_score_falls_with_the_error_in_gravity():
     assert scores[0] > scores[1] > scores[2] > scores[3], scores
 
 
-def test_jitter_lowers_the_score_gradually():
-    means = []
-    for sigma in (0.003, 0.012, 0.03):
-        rng, scores = np.random.default_rng(1), []
-        for motion in MOTIONS:
-            clip = simulate(HELDOUT + 3, motion=motion)
-            path = clip.positions + rng.normal(0, sigma, clip.positions.shape)
-            scores.append(JUDGE.score([redrawn(clip, path, clip.visible)], [clip.prompt])[0]["pc"])
-        means.append(np.mean(scores))
-    assert means[0] >= 0.9 and 0.4 <= means[1] <= 0.9 and means[2] <= 0.3, means
+@pytest.fixture(scope="module")
+def trembling() -> dict[str, dict[str, np.ndarray]]:
+    return calibrate_trembles(range(HELDOUT, HELDOUT + 6), (Tremble(1.0), Tremble(1.0, hold=4), Tremble(3.0)))
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_lawful_path_may_tremble_by_a_pixel(trembling, motion):
+    anew, held, wild = trembling[motion].values()
+    assert anew[:, 1].mean() >= 0.8 and held[:, 1].mean() >= 0.8
+    assert wild[:, 1].mean() <= 0.4
+
+
+def test_the_tremble_is_reported_beside_the_law(trembling):
+    jitter = np.mean([scores["1 px, every frame anew"][:, 2].mean() for scores in trembling.values()])
+    assert jitter == pytest.approx(1.0, abs=0.25)
+    clip = simulate(HELDOUT + 3, motion="free_fall")
+    shaken = JUDGE.score([Tremble(1.0).of(clip, np.random.default_rng(0))], [clip.prompt])[0]
+    assert "obeyed in every frame" in shaken["explanation"] and "trembles by" in shaken["explanation"]
+    still = judged(clip)
+    assert 64 * still["jitter"] < 0.2 and "trembles" not in still["explanation"]
+
+
+def test_a_change_of_size_is_reported_beside_the_law():
+    clip = simulate(HELDOUT + 3, motion="rolling")
+    grown = clip.video.copy()
+    appearance = replace(clip.scene.appearance, radii=(1.7 * clip.scene.appearance.radii[0],))
+    larger = draw(appearance, clip.positions, clip.visible, clip.scene.params, "rolling", 64, 64)
+    grown[6:8] = larger[6:8]
+    score = JUDGE.score([grown], [clip.prompt])[0]
+    assert score["size_change"] == pytest.approx(1.7, abs=0.15)
+    assert "changes size by a factor of 1." in score["explanation"]
+    assert judged(clip)["size_change"] < 1.1 and "size" not in judged(clip)["explanation"]
 
 
 def test_one_stray_frame_costs_little():

@@ -3,6 +3,9 @@ The sandbox's exact judge: tracks the bodies of a clip, fits the law that its se
 
 `pc` asks whether the bodies move as the law of the prompted motion says, whatever their colour and direction. `sa`
 asks whether colours, number of bodies, kind of motion and direction are those of the sentence, lawful or not.
+
+A generator can be lawful and imprecise: a path that trembles by a pixel keeps its `pc`. What is wrong with a picture
+rather than with a law (trembling, changes of size, missing bodies) is reported beside the scores.
 """
 
 import functools
@@ -26,21 +29,22 @@ from .tracking import COLOUR_HUES, Body, Observation, hue_distance, observe, pre
 
 Array = NDArray[np.float64]
 
-TOLERANCE = 0.3  # distance from the law, in radii, at which half of a frame's credit is gone
+TOLERANCE = 0.7  # distance from the law, in radii, at which half of a frame's credit is gone: 4 pixels of 64
 PIXEL_TOLERANCE = 0.25  # pixels added to it: what the picture's resolution blurs
 STEP_TOLERANCE = 1.5  # times that distance: the same for the step from one frame to the next
 SHARPNESS = 3.0  # of that curve: flat for small distances, so that blur costs nothing
-EXPONENT = 2.5  # of the mean agreement: 10 good frames of 13 give about 0.6
-FULL_AGREEMENT = 0.95  # a mean agreement that counts as perfect: most of one frame of 13 is forgiven
+EXPONENT = 4.0  # of the mean agreement: 10 good frames of 13 give about 0.5
+FULL_AGREEMENT = 0.93  # a mean agreement that counts as perfect: most of one frame of 13 is forgiven
 MIN_EXTENT = (0.04, 0.14)  # movement (frame heights) that counts as none and as enough
 MIN_EXTENT_COLLISION = (0.02, 0.07)  # two balls share the way
 JUMP = (0.08, 0.25)  # a step off the law between two frames (frame heights) that counts as none and as a full jump
 JUMP_PENALTY = 0.5
 CUT = 0.2  # a jump this large is no part of the movement that `sa` looks at
-SIZE_CHANGE = (1.25, 1.8)  # ratio of radii that counts as none and as another body
+SIZE_CHANGE = (1.5, 2.2)  # ratio of radii that counts as none and as another body
 OUTSIDE = 0.2  # a body of which the law shows less than this share need not be seen
 MIN_COUNTED = 0.6  # of the frames must show the motion all the same
 BAD_FRAME = 0.5  # frames that agree less are named
+TREMBLES = 0.006  # jitter (frame heights) that is worth a word: a third of a pixel of 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class _Physics:
     agreement: Array
     presence: Array  # (T, N)
     movement: float
+    jitter: float
+    size_change: float
     jump: float
     jump_frame: int | None
     fit: fitting.Fit
@@ -88,8 +94,9 @@ class SandboxJudge:
             For each video a dict with `sa`, `pc` and `explanation`; `motion` (the prompted law), `parameters` (fitted,
             in frame heights, seconds and radians), `residual` (mean distance from the law over confident frames, frame
             heights, or None), `agreement` (per frame), `worst_frames` (most disagreeing first), `missing_frames`,
-            `jump_frame` (or None), `movement` in [0, 1], `bodies` (colours found) and `sa_parts` (the factors of `sa`:
-            colour, number, motion, direction). All of it goes into JSON.
+            `jump_frame` (or None), `jitter` (how far the bodies tremble about their law, frame heights), `size_change`
+            (largest ratio of a body's radius and its typical one, at least 1), `movement` in [0, 1], `bodies` (colours
+            found) and `sa_parts` (the factors of `sa`: colour, number, motion, direction). All of it goes into JSON.
 
         Raises:
             ValueError: unequal numbers of videos and prompts, a sentence without motion or colour, a malformed array.
@@ -106,7 +113,7 @@ class SandboxJudge:
         times = np.arange(len(frames)) / fps
         seen = observe(frames)
         scenery = read_scenery(seen)
-        chosen = _match_bodies(seen.bodies, spec)
+        chosen = match_bodies(seen.bodies, spec)
         bodies = [body for body in chosen if body is not None]
         found = [body.colour for body in seen.bodies]
         if len(bodies) < len(chosen):
@@ -160,6 +167,8 @@ def _nothing_fitted(num_frames: int) -> dict[str, Any]:
         "worst_frames": list(range(num_frames))[:3],
         "missing_frames": list(range(num_frames)),
         "jump_frame": None,
+        "jitter": 0.0,
+        "size_change": 1.0,
         "movement": 0.0,
     }
 
@@ -167,7 +176,7 @@ def _nothing_fitted(num_frames: int) -> dict[str, Any]:
 # ---- which body is which --------------------------------------------------------------------------------------------
 
 
-def _match_bodies(bodies: tuple[Body, ...], spec: PromptSpec) -> list[Body | None]:
+def match_bodies(bodies: tuple[Body, ...], spec: PromptSpec) -> list[Body | None]:
     """For each prompted colour the body that fits best; any body does, so that a wrong colour costs `sa` alone."""
     number = len(spec.colours)
     pool: list[Body | None] = [*bodies[: number + 2], *([None] * number)]
@@ -215,7 +224,17 @@ def _judge_physics(bodies: list[Body], spec: PromptSpec, times: Array, aspect: f
     counted = max(float((~gone).sum()), MIN_COUNTED * len(times))
     mean = min(float(agreement[~gone].sum()) / counted / FULL_AGREEMENT, 1.0)
     score = mean**EXPONENT * movement * (1 - JUMP_PENALTY * _ramp(jump, *JUMP))
-    return _Physics(score, agreement, present, movement, jump, jump_frame if jump > JUMP[0] else None, fit)
+    return _Physics(
+        score=score,
+        agreement=agreement,
+        presence=present,
+        movement=movement,
+        jitter=_jitter(observed - fit.positions, weights),
+        size_change=_size_change(area / share.clip(0.3), concentration),
+        jump=jump,
+        jump_frame=jump_frame if jump > JUMP[0] else None,
+        fit=fit,
+    )
 
 
 def _law_for(
@@ -255,6 +274,22 @@ def _same_size(area: Array) -> Array:
     ratio = np.exp(np.abs(np.log(np.sqrt(area.clip(1e-3)))))
     low, high = SIZE_CHANGE
     return 1 - ((ratio - low) / (high - low)).clip(0, 1)
+
+
+def _jitter(off: Array, weights: Array) -> float:
+    """
+    Standard deviation of a tremble about the law, each direction for itself, from the changes of `off` `(T, N, 2)`
+    from frame to frame; half of the changes may be anything, such as one broken law.
+    """
+    sure = np.minimum(weights[1:], weights[:-1]) > 0.5
+    changes = np.abs(off[1:] - off[:-1])[sure]
+    return float(np.median(changes)) / (0.6745 * math.sqrt(2)) if changes.size else 0.0
+
+
+def _size_change(area: Array, concentration: Array) -> float:
+    """Largest ratio of radii, up or down, from areas `(T, N)` over the typical one, in frames that show the body."""
+    sure = (concentration > 0.7) & (area > 0.15)
+    return float(np.exp(np.abs(np.log(np.sqrt(area[sure]))).max(initial=0.0)))
 
 
 def _steps_off(off: Array, weights: Array) -> tuple[Array, Array]:
@@ -345,7 +380,7 @@ def _motion_score(scenery: Scenery, bodies: list[Body], spec: PromptSpec, cut: i
         "free_fall": high * (1 - wide),
         "projectile": wide * (0.15 + 0.85 * high),
         "rolling": wide * (1 - high),
-        "incline": wide * high,
+        "incline": wide * (0.5 + 0.5 * high),
         "collision": wide * (1 - high),
         "pendulum": wide,
         "buoyancy": high * (1 - wide),
@@ -385,6 +420,8 @@ def _report(physics: _Physics, bodies: list[Body], spec: PromptSpec, parts: dict
         "worst_frames": worst,
         "missing_frames": missing,
         "jump_frame": physics.jump_frame,
+        "jitter": round(physics.jitter, 4),
+        "size_change": round(physics.size_change, 3),
         "movement": physics.movement,
     }
     return facts | {"explanation": _sentence(physics, facts, spec, parts)}
@@ -405,6 +442,10 @@ def _sentence(physics: _Physics, facts: dict[str, Any], spec: PromptSpec, parts:
         )
     if facts["residual"] is not None:
         text += f", mean distance {facts['residual']:.3f} frame heights"
+    if physics.jitter > TREMBLES:
+        text += f"; trembles by {physics.jitter:.3f}"
+    if physics.size_change > SIZE_CHANGE[0]:
+        text += f"; changes size by a factor of {physics.size_change:.1f}"
     if physics.jump_frame is not None:
         text += f"; jumps by {physics.jump:.2f} at frame {physics.jump_frame}"
     if facts["missing_frames"]:

@@ -88,16 +88,23 @@ def _water(seen: Observation) -> float:
 
 
 def _ramp(seen: Observation) -> float:
-    """Whether one side of the picture is darker than the other just above the floor, bodies left out."""
+    """
+    Whether one side of the picture is darker than the other just above the floor, bodies left out, and more so than
+    above every ramp, where only uneven light can make a difference.
+    """
     y = _heights(seen)
-    band = (y > FLOOR + 0.16) & (y < FLOOR + 0.24)
+    low, high = _sides(seen, (y > FLOOR + 0.16) & (y < FLOOR + 0.24)), _sides(seen, (y > 0.84) & (y < 0.98))
+    return _share(abs(low - high), *_RAMP_CONTRAST)
+
+
+def _sides(seen: Observation, band: NDArray[np.bool_]) -> float:
+    """Luminance of the left quarter of the rows in `band` minus that of the right one; 0 where one is hidden."""
     luminance, plain = seen.luminance[:, band], seen.plain[:, band]
     quarter = max(1, luminance.shape[2] // 4)
     left, right = plain[..., :quarter], plain[..., -quarter:]
     if not (left.any() and right.any()):
         return 0.0
-    difference = luminance[..., :quarter][left].mean() - luminance[..., -quarter:][right].mean()
-    return _share(abs(float(difference)), *_RAMP_CONTRAST)
+    return float(luminance[..., :quarter][left].mean() - luminance[..., -quarter:][right].mean())
 
 
 def _share(value: float, low: float, high: float) -> float:
