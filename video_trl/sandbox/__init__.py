@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data.datasets import build_clip_dataset, build_group_dataset
     from .judge.judge import SandboxJudge
+    from .judge.modes import find_mode, mode_shares
     from .weights.pipeline import Sandbox, load_sandbox
     from .world.simulate import Clip, simulate
 
@@ -20,7 +21,9 @@ _HOME = {
     "SandboxJudge": "judge.judge",
     "build_clip_dataset": "data.datasets",
     "build_group_dataset": "data.datasets",
+    "find_mode": "judge.modes",
     "load_sandbox": "weights.pipeline",
+    "mode_shares": "judge.modes",
     "simulate": "world.simulate",
 }
 
@@ -30,7 +33,9 @@ __all__ = [
     "SandboxJudge",
     "build_clip_dataset",
     "build_group_dataset",
+    "find_mode",
     "load_sandbox",
+    "mode_shares",
     "simulate",
 ]
 

@@ -12,7 +12,7 @@ from video_trl.sandbox import build_clip_dataset, build_group_dataset, load_sand
 from video_trl.sandbox.data.datasets import REQUEST_NAME
 from video_trl.sandbox.data.generate import generate
 from video_trl.sandbox.data.prompts import balanced_prompts
-from video_trl.sandbox.world.prompts import MOTIONS, all_prompts, parse_prompt
+from video_trl.sandbox.world.prompts import BASE_MOTIONS, all_prompts, parse_prompt
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,17 @@ def test_other_weights_of_the_base_model_make_another_dataset(sandbox, tmp_path)
     assert np.abs(read_video(first[0]["rejected"][0]).astype(int) - read_video(second[0]["rejected"][0])).mean() > 3
 
 
+def test_chosen_clips_in_the_wild_are_another_dataset(sandbox, tmp_path):
+    plain, wild = (
+        build_group_dataset(sandbox, tmp_path / name, num_groups=1, num_rejected=1, rendering=name)
+        for name in ("plain", "wild")
+    )
+    assert plain[0]["prompt"] == wild[0]["prompt"]
+    real = [read_video(rows[0]["chosen"]).astype(int) for rows in (plain, wild)]
+    assert np.abs(real[0] - real[1]).mean() > 5
+    assert sandbox.judge.score([real[1].astype(np.uint8)], [wild[0]["prompt"]])[0]["pc"] > 0.8
+
+
 def test_a_folder_with_other_files_is_left_alone(sandbox, tmp_path):
     (tmp_path / "thesis.txt").write_text("all I have")
     with pytest.raises(ValueError, match="holds files that are not a sandbox dataset"):
@@ -84,11 +95,11 @@ def test_empty_datasets_are_refused(sandbox, tmp_path, arguments):
 
 
 def test_prompts_are_balanced_distinct_and_reproducible():
-    prompts = balanced_prompts("heldout", 21)
-    assert len(set(prompts)) == 21 and set(prompts) <= set(all_prompts("heldout"))
+    prompts = balanced_prompts("heldout", 15)
+    assert len(set(prompts)) == 15 and set(prompts) <= set(all_prompts("heldout"))
     motions = [parse_prompt(prompt).motion for prompt in prompts]
-    assert {motion: motions.count(motion) for motion in MOTIONS} == dict.fromkeys(MOTIONS, 3)
-    assert prompts == balanced_prompts("heldout", 21) != balanced_prompts("heldout", 21, seed=1)
+    assert {motion: motions.count(motion) for motion in BASE_MOTIONS} == dict.fromkeys(BASE_MOTIONS, 3)
+    assert prompts == balanced_prompts("heldout", 15) != balanced_prompts("heldout", 15, seed=1)
     with pytest.raises(ValueError, match="Expected between 1 and"):
         balanced_prompts("heldout", 10_000)
 
@@ -105,7 +116,7 @@ def test_clips_are_simulated_ones_with_their_sentences(tmp_path):
     rows = build_clip_dataset(tmp_path / "clips", num_clips=2)
     assert rows.column_names == ["prompt", "video"] and len(rows) == 2
     for number, row in enumerate(rows):
-        clip = simulate(20_000_000 + number)
+        clip = simulate(20_000_000 + number, motion=BASE_MOTIONS[number])
         assert row["prompt"] == clip.prompt
         video = read_video(row["video"])
         assert video.shape == clip.video.shape and abs(video.astype(int) - clip.video).mean() < 3

@@ -15,23 +15,27 @@ from ...data.columns import group_features
 from ...data.video_io import write_video
 from ...files import atomic_folder, fingerprint, read_json, write_json
 from ..weights.pipeline import Sandbox
-from ..world.simulate import FPS, Clip, simulate
+from ..world.prompts import BASE_MOTIONS
+from ..world.simulate import FPS, Clip, Rendering, simulate
 from .generate import generate
 
 
-DATASET_VERSION = 1
+DATASET_VERSION = 2
 REQUEST_NAME = "request.json"
 _FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
 _FIRST_CLIP_SEED = 20_000_000  # away from those, from the teacher's, and from these groups
 
 
-def build_clip_dataset(output_dir: str | Path, *, num_clips: int = 128) -> datasets.Dataset:
+def build_clip_dataset(
+    output_dir: str | Path, *, num_clips: int = 128, rendering: Rendering = "plain"
+) -> datasets.Dataset:
     """
     Clips that obey the laws of motion, with their sentences: what a model can be fine-tuned on.
 
     Args:
         output_dir: receives one mp4 file for each clip.
-        num_clips: rows. Their scenes are those of no other dataset of the sandbox.
+        num_clips: rows, the base model's motions in turn. Their scenes are those of no other dataset of the sandbox.
+        rendering: as in `simulate`.
 
     Returns:
         Row type "video": prompt, and the path of the video.
@@ -44,8 +48,9 @@ def build_clip_dataset(output_dir: str | Path, *, num_clips: int = 128) -> datas
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for seed in range(_FIRST_CLIP_SEED, _FIRST_CLIP_SEED + num_clips):
-        clip = simulate(seed)
+    for index in range(num_clips):
+        seed = _FIRST_CLIP_SEED + index
+        clip = _base_clip(seed, index, rendering)
         rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
     return datasets.Dataset.from_list(rows)
 
@@ -58,6 +63,7 @@ def build_group_dataset(
     num_rejected: int = 3,
     seed: int = 0,
     guidance_scale: float = 1.0,
+    rendering: Rendering = "plain",
     batch_size: int = 16,
 ) -> datasets.Dataset:
     """
@@ -66,11 +72,12 @@ def build_group_dataset(
     Args:
         sandbox: pipeline and judge.
         output_dir: receives `videos/*.mp4` and the table; written whole or not at all.
-        num_groups: rows. Sentences come from the training paraphrases, motions in turn by the seed.
+        num_groups: rows. Sentences come from the training paraphrases, the base model's motions in turn.
         num_rejected: generated videos a row (the m of PhyGDPO).
         seed: another one gives other scenes and other noise.
         guidance_scale: of the rejected videos. Without guidance (1) they are samples of the reference policy, as the
             objective assumes; guided ones teach the model to undo guidance (docs/extend/decisions.md).
+        rendering: of the chosen videos, as in `simulate`: "wild" ones look like nothing that the base model has seen.
         batch_size: videos generated together.
 
     Returns:
@@ -89,6 +96,7 @@ def build_group_dataset(
         "num_groups": num_groups,
         "num_rejected": num_rejected,
         "seed": seed,
+        "rendering": rendering,
         "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
@@ -100,7 +108,8 @@ def build_group_dataset(
             f"building replaces what is in it."
         )
 
-    clips = [simulate(_FIRST_SEED + 1_000_000 * seed + index) for index in range(num_groups)]
+    first = _FIRST_SEED + 1_000_000 * seed
+    clips = [_base_clip(first + index, index, rendering) for index in range(num_groups)]
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
     rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
     with atomic_folder(folder) as partial:
@@ -114,7 +123,7 @@ def build_group_dataset(
                     "category": clip.action,
                     "seeds": noise_seeds[index],
                     "generator": request["generator"],
-                    "provenance": f"sandbox simulation, seed {_FIRST_SEED + 1_000_000 * seed + index}",
+                    "provenance": f"sandbox simulation, seed {first + index}",
                 }
             )
         features = group_features("category", "seeds", "generator", "provenance")
@@ -122,6 +131,11 @@ def build_group_dataset(
         table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
         write_json(partial / REQUEST_NAME, request)
     return datasets.load_from_disk(str(folder / "table"))
+
+
+def _base_clip(seed: int, index: int, rendering: Rendering) -> Clip:
+    """A lawful clip of a motion that the base model can draw, the motions in turn."""
+    return simulate(seed, motion=BASE_MOTIONS[index % len(BASE_MOTIONS)], rendering=rendering)
 
 
 def _rejected_videos(

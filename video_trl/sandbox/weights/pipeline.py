@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ..judge.judge import SandboxJudge
-from ..world.prompts import MOTIONS, STILL_SCENES, all_prompts
+from ..world.prompts import BASE_MOTIONS, MOTIONS, STILL_SCENES, all_prompts
 from ..world.simulate import FPS, HEIGHT, NUM_FRAMES, WIDTH
 
 
@@ -35,7 +35,8 @@ class Sandbox:
     Attributes:
         pipeline: text-to-video pipeline in float32 on the CPU.
         judge: scores its videos.
-        train_prompts, heldout_prompts: sentences; the held-out ones use paraphrases that nothing was trained on.
+        train_prompts, heldout_prompts: sentences of its motions; the held-out ones use paraphrases that nothing was
+            trained on.
         call_kwargs: pass these to `pipeline(prompt, **call_kwargs)`: the size, steps and guidance it was trained for.
     """
 
@@ -73,7 +74,8 @@ def load_sandbox(path: str | Path = PIPELINE_PATH) -> Sandbox:
         )
     pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return Sandbox(pipeline, SandboxJudge(fps=FPS), all_prompts("train"), all_prompts("heldout"))
+    train, heldout = all_prompts("train", BASE_MOTIONS), all_prompts("heldout", BASE_MOTIONS)
+    return Sandbox(pipeline, SandboxJudge(fps=FPS), train, heldout)
 
 
 def build_pipeline() -> WanPipeline:

@@ -19,7 +19,8 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEModel
 
 from ...teachers.base import normalise
 from ..world.simulate import HEIGHT, simulate
-from .train_base import Muon, foreground_weight, round_up, set_learning_rate, to_tensor, warm_cosine
+from .train_base import foreground_weight, round_up
+from .training import Muon, set_learning_rate, to_tensor, warm_cosine
 
 
 logger = logging.getLogger(__name__)
