@@ -14,7 +14,7 @@ from video_trl.evaluation.runs.score import score_run
 from video_trl.evaluation.runs.tables import tabulate
 from video_trl.load import load_judge
 from video_trl.sandbox import load_sandbox
-from video_trl.sandbox.world.prompts import MOTIONS
+from video_trl.sandbox.world.prompts import BASE_MOTIONS
 
 
 QUICK = {"num_inference_steps": 1}
@@ -29,9 +29,9 @@ def evaluated(tmp_path_factory):
 def test_the_default_is_the_sandbox_on_held_out_sentences_by_law(evaluated):
     folder, table = evaluated
     assert table.run.name == "sandbox" and table.judge == "sandbox-exact"
-    assert list(table.proportions) == ["all", *MOTIONS[:3]] and table.proportions["all"]["joint"].n == 3
+    assert list(table.proportions) == ["all", *BASE_MOTIONS[:3]] and table.proportions["all"]["joint"].n == 3
     assert json.loads((folder / "run.json").read_text())["generation"]["call_kwargs"]["num_inference_steps"] == 1
-    assert [prompt.category for prompt in sandbox_prompts(8)] == [*MOTIONS, MOTIONS[0]]
+    assert [prompt.category for prompt in sandbox_prompts(6)] == [*BASE_MOTIONS, BASE_MOTIONS[0]]
 
 
 def test_again_is_instant_and_the_same(evaluated):

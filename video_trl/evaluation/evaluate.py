@@ -60,7 +60,7 @@ def evaluate_model(
         run_dir (path): Directory of the run.
         model, adapter, revision, fps, call_kwargs, dtype, device: As in [`load_generator`].
         prompts (path or list, *optional*): File for [`load_prompts`], or prompts; by default the sandbox's held-out.
-        num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (21 by default), or the first so
+        num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (20 by default), or the first so
             many of `prompts`.
         seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each seed.
         judge (`str` or [`VideoJudge`], *optional*, defaults to `"sandbox"`): Name for `load_judge`, or a judge. The
@@ -218,9 +218,9 @@ class TrainingEvaluator:
         return {**table.means[ALL], "joint": joint.value, "joint_low": joint.low, "joint_high": joint.high}
 
 
-def sandbox_prompts(number: int = 21, seed: int = 0) -> tuple[EvaluationPrompt, ...]:
+def sandbox_prompts(number: int = 20, seed: int = 0) -> tuple[EvaluationPrompt, ...]:
     """
-    Held-out sentences of the sandbox, the laws of motion in turn, each law being a group of the table.
+    Held-out sentences of the sandbox, the base model's laws of motion in turn, each law being a group of the table.
 
     Raises:
         ValueError: If there are fewer sentences than asked for.
@@ -240,7 +240,7 @@ def evaluation_prompts(
         ValueError: If the file cannot be read, a prompt repeats, or there are fewer than `number`.
     """
     if prompts is None and benchmark not in _LOADERS:
-        return sandbox_prompts(21 if number is None else number)
+        return sandbox_prompts(20 if number is None else number)
     if prompts is None:
         loaded_prompts = _LOADERS[benchmark]()
     elif isinstance(prompts, str | os.PathLike):

@@ -30,10 +30,10 @@ def test_pairs_of_the_models_own_videos_are_its_best_and_its_worst(study):
     assert study.best_and_worst(group) == {"chosen": "a", "rejected": "d"}
 
 
-def test_hard_sentences_are_those_of_three_motions(study):
-    prompts = study.prompts(14)
+def test_hard_sentences_are_those_of_two_motions(study):
+    prompts = study.prompts(10)
     hard = [prompt.category for prompt in prompts if study.HARD in prompt.groups]
-    assert sorted(set(hard)) == ["collision", "pendulum", "projectile"] and len(hard) == 6
+    assert sorted(set(hard)) == ["collision", "free_fall"] and len(hard) == 4
 
 
 @pytest.mark.slow
