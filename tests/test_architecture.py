@@ -49,7 +49,7 @@ MAY_IMPORT = {
 MAY_IMPORT_LAZILY = {
     "cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"},
     "methods": {"trainer"},
-    "experiment": {"__version__"},
+    "experiment": {"__version__", "data", "sandbox"},
 }
 # The only files that may know the name of the default model: the others get what it stands for from `load.py`.
 KNOW_THE_SANDBOX_BY_NAME = {"load"}

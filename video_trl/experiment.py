@@ -238,7 +238,7 @@ def _write_report(
         comparisons,
         shown=[base, *(table for _, table in first)],
         max_prompts=_NUM_SAMPLES,
-        further_tables=[_gains(base, adapters, tables)],
+        further_tables=[_gains(base, adapters, tables), _ways([base, *tables])],
         curves=[curve for adapter, _ in first for curve in training_curves(adapter.log_history, adapter.method)],
         title="Sandbox: before and after",
         notes=[f"{key}: {value}" for key, value in settings.items()],
@@ -257,3 +257,18 @@ def _gains(base: "RunTable", adapters: Sequence[_Adapter], tables: "Sequence[Run
         rows.append([adapter.method, str(adapter.seed), *cells])
     header = ["method", "training seed", *(f"{metric} over {BASE}" for metric in METRICS)]
     return Table("Each training seed", header, rows, "Paired, bootstrap 95 % interval over prompts.")
+
+
+def _ways(tables: "Sequence[RunTable]") -> "Table":
+    """Shares of clips that obey their law, that break it in a way with a name, and of those that do neither."""
+    from .data.video_io import read_video
+    from .evaluation.report.page import Table
+    from .sandbox.judge.modes import find_mode, mode_shares
+
+    rows = []
+    for table in tables:
+        modes = [find_mode(read_video(row["video"]), row["prompt"]).name for row in table.rows()]
+        seed = "" if table.run.training_seed is None else str(table.run.training_seed)
+        rows.append([table.run.name, seed, *(f"{100 * share:.0f} %" for share in mode_shares(modes).values())])
+    note = "By the nearest simulated path: one that obeys the law, one that breaks it as the base model was taught to."
+    return Table("Which way the clips went", ["model", "training seed", "lawful", "violated", "neither"], rows, note)

@@ -256,6 +256,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
             assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 4 * 3  # base, and the adapters of the first seed
+    assert "Which way the clips went" in page and "neither" in page
     assert "Each training seed" in page and "PhyGDPO: rewards" in page and "eval_prompts: 4" in page
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [
