@@ -108,7 +108,8 @@ def calibrate_trembles(seeds: Iterable[int], trembles: Iterable[Tremble] = TREMB
     Scores lawful clips whose path trembles: motion -> tremble -> `(n, 3)` of `sa`, `pc` and the reported `jitter` in
     pixels of 64.
     """
-    judge, seeds, result = SandboxJudge(), list(seeds), {}
+    judge, seeds = SandboxJudge(), list(seeds)
+    result: dict[str, dict[str, Scores]] = {}
     for motion in MOTIONS:
         clips = [simulate(seed, motion=motion, split="heldout") for seed in seeds]
         result[motion] = {}

@@ -36,6 +36,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in by_shape.items():
                 moved = []
                 for parameter in parameters:
+                    assert parameter.grad is not None, "every matrix takes part in the loss"
                     average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                     average.lerp_(parameter.grad, 1 - group["momentum"])
                     moved.append(parameter.grad.lerp(average, group["momentum"]))
