@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...files import atomic_file
 from ..world.simulate import HEIGHT, Clip, simulate
 from .pipeline import build_pipeline
 from .train_transformer import Schedule, TransformerRun, encode_corpus, measure_latents, normalised
@@ -127,8 +128,8 @@ def prepare_vae(vae: AutoencoderKLWan, path: Path, *, scale: float, seed: int) -
         vae.load_state_dict(load_file(path))
     else:
         train_vae(vae, scale=scale, seed=seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(vae.state_dict(), path)
+        with atomic_file(path) as partial:
+            save_file(vae.state_dict(), partial)
     vae.eval()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...diffusion import FlowMatching
+from ...files import atomic_file
 from ..world.prompts import BASE_MOTIONS
 from ..world.simulate import BASE_VIOLATIONS, Clip, simulate
 from .pipeline import FLOW_SHIFT, LATENT_CHANNELS, MAX_PROMPT_TOKENS
@@ -84,10 +85,8 @@ def encode_corpus(vae: AutoencoderKLWan, path: Path, number: int, *, seed: int, 
                 encoded = vae.encode(to_tensor(np.stack([clip.video for clip in clips]))).latent_dist.mean
             latents.append(encoded.float())
             prompts += [clip.prompt for clip in clips]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": torch.cat(latents)}, partial, metadata={"prompts": json.dumps(prompts)})
-        partial.rename(path)
+        with atomic_file(path) as partial:
+            save_file({"latents": torch.cat(latents)}, partial, metadata={"prompts": json.dumps(prompts)})
     with safe_open(path, framework="pt") as file:
         corpus = Corpus(file.get_tensor("latents"), json.loads(file.metadata()["prompts"]))
     if len(corpus.prompts) != number:
@@ -205,10 +204,8 @@ class TransformerRun:
         for optimizer in (self.muon, self.adam):
             for parameter, values in optimizer.state.items():
                 tensors |= {f"{key}/{names[id(parameter)]}": value for key, value in values.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(self.done)})
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(self.done)})
 
     def load(self, path: Path) -> None:
         """Takes over what `save` kept."""
