@@ -70,7 +70,8 @@ def load_sandbox(path: str | Path = PIPELINE_PATH) -> Sandbox:
     if not (Path(path) / "model_index.json").is_file():
         raise ValueError(
             f"Expected a diffusers pipeline in {path}, found no model_index.json. The package ships one; "
-            f"to make your own run `python -m video_trl.sandbox.weights.train_base --work DIR --output DIR2` and pass DIR2."
+            f"to make your own run `python -m video_trl.sandbox.weights.train_base --work DIR --output DIR2` and "
+            f"pass DIR2."
         )
     pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
