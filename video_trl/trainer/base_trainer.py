@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from ..data import check_columns
@@ -27,6 +28,13 @@ from ..files import write_atomically
 from ..hub import Measurement
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
+from .checkpoints.settings import (
+    ARGUMENTS_NAME,
+    METHOD,
+    check_optimizer_state,
+    check_resumable,
+    check_settings,
+)
 from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
     SHARDED,
@@ -253,6 +261,7 @@ class VideoTrainer(Trainer):
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         check_trained(transformer, trained_weights(transformer, self.adapter_name).values())
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
+        description[METHOD] = self.method_name
         self.trained_head = self.make_head(transformer)
         if self.trained_head is not None:
             attach_head(transformer, self.trained_head)
@@ -403,6 +412,8 @@ class VideoTrainer(Trainer):
             raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
         checkpoint = self.checkpointer.find(resume_from_checkpoint, Path(self.args.output_dir))
         if checkpoint is not None:
+            check_resumable(Path(checkpoint), self.engine)
+            check_settings(Path(checkpoint), self.args, self.method_name)
             self._card.restore(Path(checkpoint))
         try:
             return super().train(checkpoint, *args, **kwargs)
@@ -570,6 +581,12 @@ class VideoTrainer(Trainer):
             self._load_scaler(resume_from_checkpoint)
         return model, loader
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.engine == "ddp":
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            check_optimizer_state(state, self.optimizer, Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.checkpointer.load(Path(resume_from_checkpoint))
 
@@ -582,7 +599,7 @@ class VideoTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         self.checkpointer.save(directory)
         if self.args.should_save:
-            write_atomically(directory / "training_args.json", self.args.to_json_string())
+            write_atomically(directory / ARGUMENTS_NAME, self.args.to_json_string())
             self._card.write(directory, self.state)
         if self.args.push_to_hub and not _internal_call:
             with self.uploader.forgiving():

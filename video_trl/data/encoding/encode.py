@@ -28,6 +28,7 @@ from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
 from ..video_io import probe_video, read_video
+from .identity import module_settings, tokenizer_settings
 from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
 from .store import EncodedDataset, EncodedWriter
 
@@ -204,14 +205,16 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
     pipeline = job.pipeline
     parts: list[Any] = [versions, settings, [[row.prompt, row.videos, row.scores] for row in rows]]
-    parts += [pipeline.tokenizer.get_vocab()]
+    parts += [tokenizer_settings(pipeline.tokenizer)]
     parts += [pipeline.text_encoder, _settings_of(pipeline.text_encoder.config.to_dict())]
     parts += [pipeline.vae, _settings_of(dict(pipeline.vae.config))]
+    parts += [module_settings(pipeline.text_encoder), module_settings(pipeline.vae)]
     if job.image_columns:
         parts += [job.image_columns, [row.image for row in rows]]
     if "image_embeds" in job.image_columns:
         parts += [pipeline.image_processor.to_json_string()]
         parts += [pipeline.image_encoder, _settings_of(pipeline.image_encoder.config.to_dict())]
+        parts += [module_settings(pipeline.image_encoder)]
     return fingerprint(*parts)
 
 
@@ -222,13 +225,31 @@ def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
+    _warn_of_long_prompts(job, prompts)
     with _placed(job.pipeline.text_encoder, job.device), tqdm(total=len(prompts), desc="Encoding prompts") as progress:
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
             embeds = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
             for prompt, embed in zip(batch, embeds, strict=True):
+                _check_finite(embed, f"The prompt {prompt!r}", job.pipeline.text_encoder, "text encoder")
                 writer.add(_prompt_key(prompt), embed)
             progress.update(len(batch))
+
+
+def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
+    lengths = [len(ids) for ids in job.pipeline.tokenizer(list(prompts), verbose=False)["input_ids"]]
+    too_long = [number for number, length in enumerate(lengths) if length > job.max_sequence_length]
+    if too_long:
+        worst = max(too_long, key=lambda number: lengths[number])
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has %d: "
+            "%.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
+            len(too_long),
+            len(prompts),
+            job.max_sequence_length,
+            lengths[worst],
+            prompts[worst],
+        )
 
 
 def _encode_videos(
@@ -283,7 +304,10 @@ def _encode_images(
                 )
                 for column, values in conditions.items():
                     for digest, value in zip(batch, values.cpu(), strict=True):
-                        _check_finite(value, inventory.names[digest], job.pipeline.vae)
+                        of_encoder = column == "image_embeds"
+                        encoder = job.pipeline.image_encoder if of_encoder else job.pipeline.vae
+                        what = "image encoder" if of_encoder else "VAE"
+                        _check_finite(value, inventory.names[digest], encoder, what)
                         writer.add(_image_key(column, digest, (num_frames, height, width)), value)
                 progress.update(len(batch))
 
@@ -296,11 +320,11 @@ def _first_frame(job: _Job, inventory: Inventory, digest: str, height: int, widt
     return read_video(source, **(inventory.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
 
 
-def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+def _check_finite(encoded: torch.Tensor, name: str, encoder: nn.Module, what: str = "VAE") -> None:
     if not torch.isfinite(encoded).all():
         raise ValueError(
-            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
-            "in float32."
+            f"{name}: encoding it ({encoder.dtype}) returned numbers that are not finite. Load the pipeline with its "
+            f"{what} in float32."
         )
 
 
