@@ -20,10 +20,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from ..data import check_columns
-from ..data.columns import MapDataset
+from ..data.columns import MapDataset, is_encoded
 from ..files import write_atomically
 from ..hub import Measurement
 from .base_config import VideoConfig
@@ -62,6 +68,7 @@ from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_
 from .setup.adapt import adapt_for_trainer
 from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
+from .setup.idle_options import idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import find_family, load_model
@@ -165,7 +172,7 @@ class VideoTrainer(Trainer):
         evaluator: Evaluator | None = None,
     ) -> None:
         args, engine = check_arguments(
-            type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
+            type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers, evaluator
         )
         self.args, self.engine = args, engine
         check_generation(self.engine, args, evaluator, callbacks)
@@ -200,6 +207,8 @@ class VideoTrainer(Trainer):
             half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
         check_ref_model(transformer, ref_model, use_peft=args.use_peft)
+        has_adapter = peft_config is not None or bool(adapter_configs(transformer))
+        tell_idle_options(args, self.idle_options(datasets, has_adapter, optimizers[0] is not None))
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
@@ -348,6 +357,11 @@ class VideoTrainer(Trainer):
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
         check_columns(dataset, self.row_type)
+
+    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+        """Options that this run, with these datasets, leaves without effect, and why; see [`idle_in_run`]."""
+        encoded = all(is_encoded(dataset, self.row_type) for dataset in datasets)
+        return idle_in_run(encoded=encoded, has_adapter=has_adapter, has_optimizer=has_optimizer)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
@@ -545,6 +559,19 @@ class VideoTrainer(Trainer):
             self.log(dict(measured))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return metrics | measured
+
+    def predict(
+        self, test_dataset: MapDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Loss and metrics on a dataset, raw or encoded, under `metrics`. There are no predictions beside them."""
+        if not isinstance(test_dataset, IndexedDataset):
+            self.check_dataset(test_dataset)
+            test_dataset = self.prepare_dataset(test_dataset, self.model)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def get_test_dataloader(self, test_dataset: IndexedDataset) -> DataLoader:
+        """Batches of one shape of the dataset."""
+        return make_loader(test_dataset, self.data_collator, self.args, training=False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check(self.args, self.state)

@@ -242,8 +242,8 @@ def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
     if too_long:
         worst = max(too_long, key=lambda number: lengths[number])
         logger.warning(
-            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has %d: "
-            "%.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
+            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has "
+            "%d: %.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
             len(too_long),
             len(prompts),
             job.max_sequence_length,
