@@ -165,6 +165,40 @@ def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImage
     return pipeline
 
 
+def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
+    """Wan 2.2's residual VAE with all of its 48 channels: 4 times in time, 16 times in height and width."""
+    return tiny_vae(
+        seed,
+        base_dim=3,
+        decoder_base_dim=3,
+        z_dim=48,
+        latents_mean=[0.01 * channel for channel in range(48)],
+        latents_std=[0.5 + 0.02 * channel for channel in range(48)],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+
+
+def tiny_wan_ti2v_pipeline(
+    seed: int = 0, pipeline_class: type[WanPipeline] | type[WanImageToVideoPipeline] = WanPipeline
+) -> WanPipeline | WanImageToVideoPipeline:
+    """A pipeline laid out as Wan 2.2's 5B: one transformer for text and image to video, timesteps by token."""
+    pipeline = pipeline_class(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(seed),
+        vae=tiny_wan_ti2v_vae(seed),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=tiny_transformer(seed, in_channels=48, out_channels=48),
+        expand_timesteps=True,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_cogvideox_vae(seed: int = 0, **config: Any) -> AutoencoderKLCogVideoX:
     """CogVideoX's VAE with 4 channels: 4 times in time, 8 times in height and width."""
     torch.manual_seed(seed)

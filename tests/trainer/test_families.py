@@ -224,6 +224,14 @@ def test_a_pipeline_of_two_transformers_is_refused_before_its_weights_are_read(t
         make("wan-i2v", "DPO", tmp_path / "run", extra={"model": str(tmp_path)})
 
 
+@pytest.mark.parametrize("ratio", [0.875, 0.9])
+def test_one_of_two_experts_does_not_train_at_all_noise_levels(ratio, tmp_path):
+    pipeline = tiny_wan_i2v_pipeline(image_encoder=False)
+    pipeline.register_to_config(boundary_ratio=ratio)  # loaded with `transformer_2=None`, as one does to save memory
+    with pytest.raises(ValueError, match="two transformers, one for high and one for low noise"):
+        make("wan-i2v", "DPO", tmp_path, extra={"model": pipeline})
+
+
 # ---- What does not fit is refused before anything is encoded or trained ---------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """The protocol of a model family: prediction, encoding, LoRA targets and sizes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,22 @@ from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """
+    What the pipelines of a family make, and how they want to be called.
+
+    Args:
+        fps (`float`): Frames per second at which their videos are meant to be seen.
+        side_multiple (`int`): What height and width must be divisible by; other sizes are rounded or refused.
+        one_video_a_call (`bool`, defaults to `False`): Whether a call with several prompts or images fails.
+    """
+
+    fps: float
+    side_multiple: int
+    one_video_a_call: bool = False
 
 
 class ModelFamily(Protocol):
@@ -29,6 +45,10 @@ class ModelFamily(Protocol):
     @property
     def pipeline_classes(self) -> tuple[str, ...]:
         """Names of the diffusers pipelines whose transformer this family has."""
+
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """Rules of a pipeline, from its `model_index.json` and the `config.json` of its transformer."""
 
     @property
     def noise_process(self) -> NoiseProcess:

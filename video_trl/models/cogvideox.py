@@ -1,7 +1,8 @@
 """CogVideoX 1.0 (2B, 5B and 5B-I2V), text to video and image to video."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess, VPrediction
 from .attention.ulysses import share_tokens_of_cogvideox
-from .base import module_device, unwrap
+from .base import GenerationRules, module_device, unwrap
 
 
 # `AutoencoderKLCogVideoX` decodes two latent frames at a time and gives a first frame of its own only to an odd number
@@ -50,6 +51,11 @@ class CogVideoXFamily:
     def lora_target_modules(self) -> list[str]:
         """Projections of `attn1`, the joint self-attention over text and video, the only one there is."""
         return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """8 fps, of CogVideoX 1.5 (which joins latent frames in pairs) 16; sides of 8 (VAE) times 2 (patch)."""
+        return GenerationRules(8.0 if transformer_config.get("patch_size_t") is None else 16.0, 16)
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]

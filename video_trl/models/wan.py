@@ -1,7 +1,8 @@
 """Wan 2.1 and 2.2, text to video, and Wan 2.1, image to video."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..diffusion import FlowMatching, NoiseProcess
 from .attention.ulysses import share_tokens_of_wan
-from .base import module_device, unwrap
+from .base import GenerationRules, module_device, unwrap
 
 
 # `AutoencoderKLWan` encodes the first frame alone and then frames in chunks of four, whatever its temporal factor is,
@@ -48,6 +49,17 @@ class WanFamily:
     def lora_target_modules(self) -> list[str]:
         """Projections of the self-attention `attn1`; the cross-attention `attn2` is left alone."""
         return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """16 fps and sides of 8 (VAE) times 2 (patch); 24 fps and 16 times 2 of Wan 2.2's 5B, with another VAE."""
+        # The image-to-video pipeline encodes all images once for every video, and takes no list of them.
+        one_video = index["_class_name"] == "WanImageToVideoPipeline"
+        return (
+            GenerationRules(24.0, 32, one_video)
+            if index.get("expand_timesteps")
+            else GenerationRules(16.0, 16, one_video)
+        )
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
