@@ -93,8 +93,8 @@ def velocity(pipeline: Any, family: str) -> Tensor:
     adapter = family_for(pipeline.transformer, pipeline.scheduler)
     (row,) = tiny_encoded_video(1, seed=5, family=family)
     length = adapter.prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
-    conditions = {column: row[column][None] for column in adapter.condition_columns}
-    conditions["prompt_embeds"] = adapter.pad_prompt_embeds([row["prompt_embeds"]], length)
+    conditions = adapter.pad_prompts([{column: row[column] for column in adapter.prompt_columns}], length)
+    conditions |= {column: row[column][None] for column in adapter.row_columns if column not in conditions}
     timesteps = adapter.noise_process.sample_timesteps(torch.tensor([0.6]))
     with torch.no_grad():
         return adapter.predict(pipeline.transformer.eval(), row["latents"][None], timesteps, conditions)

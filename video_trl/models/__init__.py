@@ -12,6 +12,7 @@ from .wan import WanFamily, WanImageToVideoFamily, wan_family
 
 
 __all__ = [
+    "TRANSFORMERS",
     "BlockTap",
     "CogVideoXFamily",
     "CogVideoXImageToVideoFamily",
@@ -19,6 +20,7 @@ __all__ = [
     "ModelFamily",
     "WanFamily",
     "WanImageToVideoFamily",
+    "depth_options",
     "family_for",
     "generation_rules",
     "supported_pipelines",
@@ -30,6 +32,16 @@ _FAMILIES: dict[type[nn.Module], tuple[Callable[[Any, SchedulerMixin | None], Mo
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
 }
+
+
+TRANSFORMERS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _FAMILIES}
+"""The classes of transformers that have a family, by name."""
+
+
+def depth_options(transformer_class: str) -> tuple[str, ...]:
+    """Options of the configuration of a class in `TRANSFORMERS` that are its numbers of blocks."""
+    _, forms = _FAMILIES[TRANSFORMERS[transformer_class]]
+    return forms[0].depth_options
 
 
 def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) -> ModelFamily:
