@@ -258,7 +258,7 @@ class VideoTrainer(Trainer):
             attach_head(transformer, self.trained_head)
             description[HEAD] = describe_head(self.trained_head)
         if args.world_size > 1:
-            leave_at_exit()
+            leave_at_exit(self)
         self.mesh = make_mesh(args)
         for module in filter(None, (transformer, separate)):
             keep_weights_quantised(module)
