@@ -62,6 +62,7 @@ from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
+    check_timestep_shift,
     datasets_in,
     for_each,
     prepare_rows,
@@ -178,7 +179,7 @@ class VideoTrainer(Trainer):
         self.max_sequence_length = resolve_max_sequence_length(
             args, self.pipeline, self.family.prompt_length(transformer)
         )
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
+        check_timestep_shift(args, self.pipeline, self.family)
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, peft_config, use_peft=args.use_peft)
@@ -195,7 +196,10 @@ class VideoTrainer(Trainer):
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         rows = datasets_in(prepared_train, prepared_eval)
-        check_context_parallelism(transformer, self.family, {shape for each in rows for shape in each.shapes}, args)
+        shapes = {shape for each in rows for shape in each.shapes}
+        check_context_parallelism(transformer, self.family, shapes, args)
+        tokens = {math.prod(self.family.token_grid(transformer, shape)) for shape in shapes}
+        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, tokens)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, ref_model, peft_config, order)
