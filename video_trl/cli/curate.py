@@ -7,7 +7,11 @@ Examples:
   video-trl curate phyaug --config examples/configs/phyaug.yaml --sources my/clips --actions actions.txt
   video-trl train gdpo --dataset_name outputs/phyaug/groups --output_dir out/gdpo
 
-A run that was stopped goes on where it was. docs/data/gt_pair.md and docs/data/phyaug.md explain every stage.
+  video-trl curate self-pairs --prompts prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir out/own
+  video-trl train dpo --dataset_name out/own/pairs --pair_weights --output_dir out/videodpo
+
+A run that was stopped goes on where it was. docs/data/gt_pair.md, docs/data/phyaug.md and
+docs/data/self_pairs.md explain every stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +22,7 @@ from .parser import UsageError, nearest, parse, required, say
 
 def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:10}{summary}" for name, (summary, _) in RECIPES.items())
+        listing = "\n".join(f"  {name:12}{summary}" for name, (summary, _) in RECIPES.items())
         say(f"usage: video-trl curate RECIPE [options]\n\n{listing}\n\n{__doc__.strip()}\n\nOptions: RECIPE --help")
         return 0
     name, *rest = argv
@@ -49,6 +53,18 @@ def phyaug(argv: Sequence[str]) -> int:
     return 0
 
 
+def self_pairs(argv: Sequence[str]) -> int:
+    from ..curation import SelfPairsConfig, Shard, run_self_pairs
+
+    (config,) = parse("curate self-pairs", __doc__, [SelfPairsConfig], argv)
+    result = run_self_pairs(config)
+    if Shard.from_environment().index == 0:
+        folder = Path(config.output_dir)
+        say("\n".join(f"{stage:>14} {count:6d}" for stage, count in result.funnel.items()))
+        say(f"dataset: {folder / 'pairs'}; every video with its scores: {folder / 'videos.parquet'}")
+    return 0
+
+
 def _say_where(funnel: Mapping[str, int], folder: Path, dataset: str, summary: str) -> None:
     for stage, count in funnel.items():
         say(f"{stage:>14} {count:6d}")
@@ -58,4 +74,5 @@ def _say_where(funnel: Mapping[str, int], folder: Path, dataset: str, summary: s
 RECIPES: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "gt-pairs": ("real videos against generated ones (Reg-DPO's GT-Pair)", gt_pairs),
     "phyaug": ("groups of a real video and generated ones, judged (PhyGDPO's PhyAugPipe)", phyaug),
+    "self-pairs": ("the model's own videos, best against worst by a judge (VideoDPO)", self_pairs),
 }

@@ -203,7 +203,7 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     settings = [job.row_type, job.family.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
     pipeline = job.pipeline
-    parts: list[Any] = [versions, settings, [[row.prompt, row.videos, row.scores] for row in rows]]
+    parts: list[Any] = [versions, settings, [_identity(row) for row in rows]]
     parts += [pipeline.tokenizer.get_vocab()]
     parts += [pipeline.text_encoder, _settings_of(pipeline.text_encoder.config.to_dict())]
     parts += [pipeline.vae, _settings_of(dict(pipeline.vae.config))]
@@ -304,6 +304,11 @@ def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
         )
 
 
+def _identity(row: Row) -> list[Any]:
+    """What of a row the encoded dataset depends on."""
+    return [row.prompt, row.videos, row.scores, *([] if row.weight is None else [row.weight])]
+
+
 def _index_row(job: _Job, row: Row, shape: tuple[int, int, int]) -> dict[str, Any]:
     keys = [_video_key(digest) for digest in row.videos]
     videos = {"video": keys[0]} if job.row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
@@ -313,6 +318,7 @@ def _index_row(job: _Job, row: Row, shape: tuple[int, int, int]) -> dict[str, An
         "prompt_embeds": _prompt_key(row.prompt),
         **videos,
         "rejected_scores": row.scores,
+        **({} if row.weight is None else {"weight": row.weight}),
         **({"conditions": images} if images else {}),
     }
 
