@@ -103,8 +103,9 @@ def plan_alignment(
     Decide on a common grid. The first latent frame, which shows pixel frame 0 alone, is left out on both sides.
 
     In space the finer grid is pooled to the coarser one, or the one that is not the target is pooled or interpolated
-    to the other. In time either the student is interpolated linearly to the centres of the teacher's token frames (beyond its own first and last centre it is held constant), or the teacher's
-    token frames are averaged over the span of each of the student's.
+    to the other. In time either the student is interpolated linearly to the centres of the teacher's token frames
+    (beyond its own first and last centre it is held constant), or the teacher's token frames are averaged over the
+    span of each of the student's.
 
     Args:
         student (`TokenGeometry`): Of the transformer's hidden states.
