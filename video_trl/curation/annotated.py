@@ -17,7 +17,9 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from ..files import write_atomically
 from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
@@ -108,6 +110,22 @@ def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> l
         for content, jobs in of_clip.items()
         for first, second in itertools.combinations(range(len(jobs)), 2)
     ]
+
+
+def write_pairs_to_mark(run_dir: str | os.PathLike[str]) -> Path:
+    """
+    Writes `pairs_to_mark.jsonl` into the folder of a run of GT-Pair, for the marking page.
+
+    Raises:
+        ValueError: If the folder holds no finished run, or no clip with two generated videos.
+    """
+    run = Path(run_dir)
+    if not (run / "generations.parquet").is_file():
+        raise ValueError(f"{run}: expected the folder of a finished run of GT-Pair, with its generations.parquet.")
+    pairs = pairs_to_mark(pq.read_table(run / "generations.parquet"), run.absolute())
+    if not pairs:
+        raise ValueError(f"{run}: no clip has two generated videos. Generate with several models or seeds.")
+    return write_atomically(run / "pairs_to_mark.jsonl", "".join(f"{json.dumps(pair)}\n" for pair in pairs))
 
 
 def annotated_pairs(
