@@ -67,7 +67,7 @@ class ConcatPasses:
     def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         prediction = self._family.predict(model, own.noisy_latents, own.timesteps, own.conditions)
-        errors = velocity_error(prediction, own.target)
+        errors = _errors(self._family, prediction, own)
         return errors if self._group is None else self._group.gather(errors)
 
     def backward(self) -> None:
@@ -125,7 +125,13 @@ class SequentialPasses:
 def forward_errors(family: ModelFamily, model: nn.Module, denoising: Denoising) -> Tensor:
     """Velocity errors `(N,)` of a transformer, from one forward."""
     prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
-    return velocity_error(prediction, denoising.target)
+    return _errors(family, prediction, denoising)
+
+
+def _errors(family: ModelFamily, prediction: Tensor, denoising: Denoising) -> Tensor:
+    """Velocity errors `(N,)`, without the latent frames that are given: the transformer predicts nothing there."""
+    given = family.given_frames
+    return velocity_error(prediction[:, :, given:], denoising.target[:, :, given:])
 
 
 class SequentialErrors:
