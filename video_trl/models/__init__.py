@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import CogVideoXTransformer3DModel, SchedulerMixin, WanTransformer3DModel
 from torch import nn
 
-from .base import BlockTap, ModelFamily, tap_block
+from .base import BlockTap, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
 from .wan import WanFamily, WanImageToVideoFamily, wan_family
 
@@ -19,6 +19,7 @@ __all__ = [
     "WanFamily",
     "WanImageToVideoFamily",
     "family_for",
+    "lora_targets",
     "supported_pipelines",
     "tap_block",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import PIL.Image
 import torch
@@ -42,6 +42,10 @@ class ModelFamily(Protocol):
     @property
     def lora_target_modules(self) -> list[str]:
         """Query, key, value and output projections of every self-attention, as suffixes of module names."""
+
+    @property
+    def ffn_target_modules(self) -> list[str]:
+        """Linear layers of the feed-forward network of every block, as suffixes of module names."""
 
     @property
     def context_parallel_methods(self) -> tuple[str, ...]:
@@ -89,6 +93,54 @@ class ModelFamily(Protocol):
 
     def check_video(self, vae: ModelMixin, shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless the VAE encodes every frame and pixel of videos of shape `(T, H, W)`."""
+
+
+LoraPreset = Literal["attention", "attention+ffn", "all-linear"]
+
+
+def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequence[str] | None) -> list[str]:
+    """
+    Layers that an adapter changes, as suffixes of module names.
+
+    Args:
+        family ([`ModelFamily`]):
+            Family of the transformer.
+        transformer (`torch.nn.Module`):
+            Transformer, not wrapped; its weights are not read.
+        choice (`str` or list of `str`, *optional*):
+            `"attention"` or `None`: query, key, value and output projections of every self-attention (LoRA-SR).
+            `"attention+ffn"`: these and the feed-forward networks. `"all-linear"`: every linear layer of the blocks,
+            cross-attention too, but none of the embeddings and of the output layer. Or names of layers.
+
+    Returns:
+        `list[str]`: Suffixes of module names.
+
+    Raises:
+        ValueError: If a name matches no layer, or a preset stands beside other names.
+    """
+    names = [choice or "attention"] if choice is None or isinstance(choice, str) else list(choice)
+    if names == ["attention"]:
+        return family.lora_target_modules
+    if names == ["attention+ffn"]:
+        return family.lora_target_modules + family.ffn_target_modules
+    linear = {
+        name for block in family.blocks(transformer) for name, layer in block.named_modules() if _is_linear(layer)
+    }
+    if names == ["all-linear"]:
+        return sorted(linear)
+    presets = [name for name in names if name in get_args(LoraPreset)]
+    layers = [f".{name}" for name, layer in transformer.named_modules() if _is_linear(layer)]
+    unknown = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
+    if presets or unknown or not names:
+        raise ValueError(
+            f"`lora_target_modules` must be one of {', '.join(map(repr, get_args(LoraPreset)))}, or name linear "
+            f"layers of {type(transformer).__name__}, got {choice!r}. Those of a block are {sorted(linear)}."
+        )
+    return names
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 @dataclass

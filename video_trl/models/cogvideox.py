@@ -51,6 +51,11 @@ class CogVideoXFamily:
         """Projections of `attn1`, the joint self-attention over text and video, the only one there is."""
         return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 
+    @property
+    def ffn_target_modules(self) -> list[str]:
+        """The two layers of `ff`."""
+        return ["ff.net.0.proj", "ff.net.2"]
+
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:

@@ -49,6 +49,11 @@ class WanFamily:
         """Projections of the self-attention `attn1`; the cross-attention `attn2` is left alone."""
         return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 
+    @property
+    def ffn_target_modules(self) -> list[str]:
+        """The two layers of `ffn`."""
+        return ["ffn.net.0.proj", "ffn.net.2"]
+
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:

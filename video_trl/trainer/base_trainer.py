@@ -25,6 +25,7 @@ from ..data import check_columns
 from ..data.columns import MapDataset
 from ..files import write_atomically
 from ..hub import Measurement
+from ..models import lora_targets
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.weights import describe_run
@@ -60,6 +61,7 @@ from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
+    check_timesteps,
     datasets_in,
     for_each,
     prepare_rows,
@@ -157,6 +159,8 @@ class VideoTrainer(Trainer):
         args, engine = check_arguments(
             type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
         )
+        if eval_dataset is not None and evaluator is None:  # which may take long, and is asked for by name
+            args = args.with_evaluations()
         self.args, self.engine = args, engine
         check_generation(self.engine, args, evaluator, callbacks)
         datasets = datasets_in(train_dataset, eval_dataset)
@@ -177,9 +181,10 @@ class VideoTrainer(Trainer):
             args, self.pipeline, self.family.prompt_length(transformer)
         )
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
+        check_timesteps(args, self.family, self.timestep_shift)
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
-        check_adapters(transformer, peft_config, use_peft=args.use_peft)
+        check_adapters(transformer, self.family, peft_config, args)
         check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
             transformer,
@@ -237,7 +242,8 @@ class VideoTrainer(Trainer):
         continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if args.use_peft:
-            targets, rank, alpha = family.lora_target_modules, args.lora_rank, args.lora_alpha
+            targets = lora_targets(family, transformer, args.lora_target_modules)
+            rank, alpha = args.lora_rank, args.lora_alpha
             self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
         else:
             train_all_weights(transformer)
@@ -289,6 +295,7 @@ class VideoTrainer(Trainer):
             shift=self.timestep_shift,
             logit_mean=args.timestep_logit_mean,
             logit_std=args.timestep_logit_std,
+            timestep_range=args.timestep_range,
         )
         self.checkpointer = Checkpointer(
             transformer,

@@ -170,3 +170,24 @@ def resolve_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None
             "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
         )
     return float(shift)
+
+
+def check_timesteps(args: VideoConfig, family: ModelFamily, shift: float) -> None:
+    """
+    Raise a `ValueError` if the restricted distribution of timesteps is none: a range beyond the model's scale, or one
+    from which the scheme never draws.
+    """
+    process = family.noise_process
+    if args.timestep_range is not None and args.timestep_range[1] > process.num_train_timesteps:
+        raise ValueError(
+            f"`timestep_range={args.timestep_range}` ends beyond the model's last timestep, "
+            f"{process.num_train_timesteps}. Lower it."
+        )
+    process.sample_timesteps(
+        torch.full((1,), 0.5, dtype=torch.float64),
+        scheme=args.timestep_sampling,
+        shift=shift,
+        logit_mean=args.timestep_logit_mean,
+        logit_std=args.timestep_logit_std,
+        timestep_range=args.timestep_range,
+    )
