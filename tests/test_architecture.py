@@ -54,7 +54,7 @@ MAY_IMPORT_LAZILY = {
 # The only files that may know the name of the default model: the others get what it stands for from `load.py`.
 KNOW_THE_SANDBOX_BY_NAME = {"load"}
 # The only third-party packages of these parts.
-PURE = {"losses": {"torch"}, "diffusion": {"torch"}, "files": {"torch"}}
+PURE = {"losses": {"torch"}, "diffusion": {"torch"}, "files": {"torch", "filelock", "xxhash"}}
 
 # Calls of getattr/hasattr in a file, and the foreign interface that forces them.
 DYNAMIC_ATTRIBUTES = {
@@ -356,6 +356,7 @@ def test_nothing_imports_the_examples_or_the_tests():
         ("losses", "from ..files import fingerprint", False),
         ("teachers", "from ..files import fingerprint", True),
         ("files", "import numpy", False),
+        ("files", "import xxhash", True),
         ("files", "from video_trl import models", False),
         ("losses", "from video_trl.diffusion import FlowMatching", False),
         ("models", "from video_trl.diffusion import FlowMatching", True),

@@ -103,13 +103,14 @@ def _stack(rows: Sequence[Row], column: str) -> torch.Tensor:
 
 def _conditions(family: ModelFamily, max_sequence_length: int, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """What the transformer is conditioned on, the prompts padded, and the numbers of the rows."""
-    embeds = [as_tensor(row["prompt_embeds"]) for row in rows]
-    for index, embed in zip(_indices(rows), embeds, strict=True):
-        if embed.shape[0] > max_sequence_length:
+    for index, row in zip(_indices(rows), rows, strict=True):
+        tokens = len(row["prompt_embeds"])
+        if tokens > max_sequence_length:
             raise ValueError(
-                f"Row {index}: prompt embeddings of {embed.shape[0]} tokens, expected at most {max_sequence_length} "
+                f"Row {index}: prompt embeddings of {tokens} tokens, expected at most {max_sequence_length} "
                 "(`max_sequence_length`). Raise it or encode the prompts again."
             )
-    conditions = {name: _stack(rows, name) for name in family.condition_columns if name != "prompt_embeds"}
-    conditions["prompt_embeds"] = family.pad_prompt_embeds(embeds, max_sequence_length)
+    prompts = [{name: as_tensor(row[name]) for name in family.prompt_columns} for row in rows]
+    conditions = family.pad_prompts(prompts, max_sequence_length)
+    conditions |= {name: _stack(rows, name) for name in family.condition_columns if name not in conditions}
     return {**conditions, "index": torch.tensor(_indices(rows), dtype=torch.int64)}

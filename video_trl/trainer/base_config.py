@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -30,9 +30,21 @@ _UNSUPPORTED = {
     "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
     "train_sampling_strategy": ("random", "the rows of a step are of one shape, in an order drawn from `data_seed`"),
     "dataloader_drop_last": (False, "every row counts exactly once in an epoch"),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 always let a run save a checkpoint, on every engine"),
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
 
+
+_POSITIVE = (
+    "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+)  # fmt: skip
+
+# One name may be given without a list; the command line makes a list of it, which is all its parser knows.
+if TYPE_CHECKING:
+    LoraTargets = list[str] | str | None
+else:
+    LoraTargets = list[str] | None
 
 # A bare `--bf16` on the command line means true, also where "not given" is told apart from false.
 _FLAG: dict[str, Any] = {"nargs": "?", "const": True}
@@ -126,6 +138,15 @@ class VideoConfig(TrainingArguments):
         default=True, metadata={"help": "Pin the memory of batches; has an effect only where there is a GPU."}
     )
 
+    # Parameters that control the output folder
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete the checkpoints and weights of another run in `output_dir` when a new run starts there, "
+            "which is refused otherwise."
+        },
+    )
+
     # Parameters that control the model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -144,7 +165,7 @@ class VideoConfig(TrainingArguments):
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
     )
-    lora_target_modules: list[str] | str | None = field(
+    lora_target_modules: LoraTargets = field(
         default=None,
         metadata={
             "help": "Layers of the default LoRA adapter. 'attention', if unset: query, key, value and output of every "
@@ -288,8 +309,11 @@ class VideoConfig(TrainingArguments):
         """The options that `processes_per_row` is the product of."""
         return f"`context_parallel_size={self.context_parallel_size}`"
 
-    def with_evaluations(self) -> Self:
-        """The configuration for a trainer with rows to evaluate on; a method may evaluate where nothing is said."""
+    def with_evaluations(self, *, due: bool) -> Self:
+        """
+        The configuration of a trainer. A method may let it evaluate where nothing is said; `due`: there are rows, and
+        no evaluator, which may take long and is asked for by name.
+        """
         return self
 
     def check_engine(self, engine: Engine) -> None:
@@ -334,7 +358,7 @@ class VideoConfig(TrainingArguments):
         return tuple(map(AspectBucket.parse, self.resolution_buckets or ()))
 
     def _check_base_values(self) -> None:
-        for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size"):
+        for name in _POSITIVE:
             check_positive(self, name)
         for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
             if self.__dict__[name] is not None:

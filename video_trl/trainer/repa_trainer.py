@@ -171,8 +171,9 @@ class VideoREPATrainer(VideoTrainer):
         self.family.check_video(self.pipeline.vae, video.shape[:3])
         output = self._look(video[None])
         channels = transformer.config.out_channels or transformer.config.in_channels
-        frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
-        height, width = (side // self.pipeline.vae_scale_factor_spatial for side in video.shape[1:3])
+        frames_per_latent, side = self.family.compression(self.pipeline.vae)
+        frames = (video.shape[0] - 1) // frames_per_latent + 1
+        height, width = (pixels // side for pixels in video.shape[1:3])
         self._teacher_width = output.tokens.shape[-1]
         self._plan(transformer, (channels, frames, height, width), output.grid, output.frame_times.tolist())
 
@@ -184,7 +185,8 @@ class VideoREPATrainer(VideoTrainer):
         teacher = TokenGeometry((frames, height, width), tuple(frame_times))
         key = (tuple(latents_shape[-3:]), teacher)
         if key not in self._plans:
-            frames_per_latent = self.pipeline.vae_scale_factor_temporal if self.pipeline else FRAMES_PER_LATENT
+            vae = self.pipeline.components.get("vae") if self.pipeline else None
+            frames_per_latent = FRAMES_PER_LATENT if vae is None else self.family.compression(vae)[0]
             student = student_geometry(self.family, transformer, latents_shape, frames_per_latent)
             plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
             self._check_plan(plan)

@@ -110,6 +110,13 @@ class GTPairConfig:
     )
 
     short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
+    side_multiple: int = field(
+        default=16,
+        metadata={
+            "help": "Normalisation: what both sides are rounded to a multiple of; 32 for Wan2.2-TI2V-5B and "
+            "LTX-Video, which make no others."
+        },
+    )
     fps: float = field(default=16.0, metadata={"help": "Normalisation: frames per second."})
     num_frames: int = field(default=81, metadata={"help": "Normalisation: frames of every clip, 4k + 1."})
 
@@ -149,6 +156,8 @@ class GTPairConfig:
                 f"Expected `short_edge` in multiples of 16, `fps` > 0 and `batch_size` >= 1, got {self.short_edge}, "
                 f"{self.fps} and {self.batch_size}."
             )
+        if self.side_multiple < 1:
+            raise ValueError(f"`side_multiple` must be at least 1, got {self.side_multiple}.")
         if (self.num_frames - 2) / self.fps >= self.max_seconds + DURATION_TOLERANCE:
             raise ValueError(
                 f"{self.num_frames} frames at {self.fps:g} fps are longer than the longest clip that is acquired, "
@@ -182,7 +191,7 @@ class GTPairConfig:
 
     def buckets(self) -> list[AspectBucket]:
         """Sizes that clips are brought to."""
-        every = zip(RATIOS, aspect_buckets(self.short_edge), strict=True)
+        every = zip(RATIOS, aspect_buckets(self.short_edge, multiple=self.side_multiple), strict=True)
         return [bucket for ratio, bucket in every if ratio in self.ratios]
 
     def acquisition_rules(self) -> list[Rule]:
@@ -258,7 +267,7 @@ def run_gt_pair(
     if not every:
         raise ValueError("Expected at least one source: a folder, a tar or a dataset (`--sources`).")
     for model in config.video_models():
-        check_model(model, config.num_frames, config.fps)
+        check_model(model, config.num_frames, config.fps, config.buckets())
     root = Path(config.output_dir).absolute()
     stores = root / "stages"
     stores.mkdir(parents=True, exist_ok=True)

@@ -158,25 +158,47 @@ def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline |
     return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
 
 
-def resolve_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None) -> float:
-    """Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1."""
-    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
-        return args.timestep_shift or 1.0
-    config = {} if pipeline is None else pipeline.scheduler.config
-    shift = config.get("flow_shift", config.get("shift"))  # one scheduler family's name for it, and the other's
-    if shift is None:
+def check_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily) -> None:
+    """
+    Raise a `ValueError` if `timestep_sampling="shifted"` has no shift to take, or if `timestep_range` ends beyond the
+    model's scale or where no timestep is ever drawn.
+    """
+    _check_timestep_range(args, family)
+    if args.timestep_sampling != "shifted" or args.timestep_shift is not None:
+        return
+    if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
         raise ValueError(
             "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
             "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
         )
-    return float(shift)
 
 
-def check_timesteps(args: VideoConfig, family: ModelFamily, shift: float) -> None:
+def resolve_timestep_shift(
+    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, tokens_of_videos: set[int]
+) -> float:
     """
-    Raise a `ValueError` if the restricted distribution of timesteps is none: a range beyond the model's scale, or one
-    from which the scheme never draws.
+    Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
+
+    Raises:
+        ValueError: If the scheduler shifts by the number of tokens, and that of the rows' videos is not one.
     """
+    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
+        return args.timestep_shift or 1.0
+    assert pipeline is not None, "check_timestep_shift comes first"
+    config = pipeline.scheduler.config
+    shifts = {family.flow_shift(config, tokens) for tokens in tokens_of_videos}
+    if len(shifts) > 1:
+        raise ValueError(
+            "The pipeline's scheduler shifts by the number of tokens, and the videos have "
+            f"{sorted(tokens_of_videos)}, so `timestep_sampling='shifted'` would have several shifts. Set "
+            "`timestep_shift`, or train at one size."
+        )
+    (shift,) = shifts
+    assert shift is not None, "check_timestep_shift comes first"
+    return shift
+
+
+def _check_timestep_range(args: VideoConfig, family: ModelFamily) -> None:
     process = family.noise_process
     if args.timestep_range is not None and args.timestep_range[1] > process.num_train_timesteps:
         raise ValueError(
@@ -186,7 +208,6 @@ def check_timesteps(args: VideoConfig, family: ModelFamily, shift: float) -> Non
     process.sample_timesteps(
         torch.full((1,), 0.5, dtype=torch.float64),
         scheme=args.timestep_sampling,
-        shift=shift,
         logit_mean=args.timestep_logit_mean,
         logit_std=args.timestep_logit_std,
         timestep_range=args.timestep_range,
