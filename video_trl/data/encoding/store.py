@@ -58,6 +58,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             recorded.
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
+        is_finite (`bool`): Whether all numbers are known to be finite; older versions did not look.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
 
     Raises:
@@ -81,6 +82,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.row_type: str = index["row_type"]
         self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
+        self.is_finite: bool = index.get("is_finite", False)
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
         self._shard_of: dict[str, str] = index["tensors"]
@@ -208,8 +210,10 @@ class EncodedWriter:
         return key in self._tensors
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Keep a tensor for the current shard; a full shard is written."""
+        """Keep a tensor for the current shard; a full shard is written. Numbers that are not finite are refused."""
         assert key not in self._tensors, key
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: encoding it returned numbers that are not finite. Use an encoder in float32.")
         self._tensors[key] = f"{len(self._shards):05d}.safetensors"
         self._pending[key] = tensor.detach().cpu().contiguous()
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self._shard_bytes:
@@ -224,6 +228,7 @@ class EncodedWriter:
             "row_type": self._row_type,
             "encoder": self._encoder,
             "fps": self._fps,
+            "is_finite": True,  # see `add`
             "shards": self._shards,
             "tensors": self._tensors,
             "rows": rows,

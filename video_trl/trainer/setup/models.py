@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,34 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen)
     try:
-        return DiffusionPipeline.from_pretrained(name, **(options | kwargs))
+        return DiffusionPipeline.from_pretrained(name, **(options | _with_dtypes(kwargs)))
     except OSError as error:
         raise ValueError(f"Could not load the pipeline {name!r}: {error}") from error
+
+
+def _with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with dtypes in place of their names, which diffusers would pass over."""
+    for key in ("dtype", "torch_dtype"):
+        value = kwargs.get(key)
+        if isinstance(value, Mapping):
+            kwargs = kwargs | {key: {part: _dtype(key, each) for part, each in value.items()}}
+        elif value is not None:
+            kwargs = kwargs | {key: _dtype(key, value)}
+    if "torch_dtype" in kwargs:  # the older name; ours comes first otherwise
+        kwargs = {"dtype": kwargs["torch_dtype"]} | {
+            name: each for name, each in kwargs.items() if name != "torch_dtype"
+        }
+    return kwargs
+
+
+def _dtype(key: str, value: Any) -> torch.dtype:
+    dtype = torch.__dict__.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"`{key}` in `model_init_kwargs` must be a floating dtype such as 'bfloat16', or a mapping of components "
+            f"to such, got {value!r}."
+        )
+    return dtype
 
 
 def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
