@@ -98,7 +98,7 @@ def reference_pass(trainer_class: type[Any], use_peft: bool) -> Any:
 def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
     """For every size of training, the shape of the latents. The VAE encodes a video without memory."""
     from ..data.columns import as_tensor
-    from ..data.video_io import read_video
+    from ..data.video_io import video_shape
 
     latents = next((row[key] for key in ("latents", "chosen_latents") if key in row), None)
     if latents is not None:
@@ -108,7 +108,7 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
     video = next(row[key] for key in ("video", "chosen") if key in row)
     sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
     for height, width in sizes:
-        size = tuple(read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width).shape[:3])
+        size = video_shape(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width)
         shapes[" x ".join(map(str, size))] = latents_shape(family, vae, size)
     return shapes
 
