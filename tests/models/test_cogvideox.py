@@ -30,7 +30,7 @@ CALL = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "output_type": "latent",
 }
-ADAPTER = CogVideoXFamily(VPrediction())
+ADAPTER = CogVideoXFamily(noise_process=VPrediction())
 
 
 def pipeline_2b() -> DiffusionPipeline:
@@ -75,9 +75,9 @@ def takes_image(pipeline: DiffusionPipeline) -> bool:
 
 
 def conditions_of(family: ModelFamily, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
+    encoded = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
     images = family.encode_image(pipeline, [image()] * len(prompts), CALL["num_frames"])
-    return {"prompt_embeds": family.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), **images}
+    return {**family.pad_prompts(encoded, MAX_SEQUENCE_LENGTH), **images}
 
 
 # --- family_for ----------------------------------------------------------------------------------------------------
@@ -253,13 +253,14 @@ def test_embeddings_are_whole_because_the_padding_is_attended_to(pipeline, famil
         expected, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
-    embeds = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
-    assert torch.equal(family.pad_prompt_embeds(embeds, MAX_SEQUENCE_LENGTH), expected)
+    encoded = family.encode_prompt(pipeline, prompts, MAX_SEQUENCE_LENGTH)
+    embeds = [prompt["prompt_embeds"] for prompt in encoded]
+    assert torch.equal(family.pad_prompts(encoded, MAX_SEQUENCE_LENGTH)["prompt_embeds"], expected)
     assert all(embed.untyped_storage().nbytes() <= expected.nbytes for embed in embeds)
     with pytest.raises(ValueError, match="attends to the padding"):
-        family.pad_prompt_embeds([embeds[0][:4]], MAX_SEQUENCE_LENGTH)
+        family.pad_prompts([{"prompt_embeds": embeds[0][:4]}], MAX_SEQUENCE_LENGTH)
     with pytest.raises(ValueError, match="at least one"):
-        family.pad_prompt_embeds([], MAX_SEQUENCE_LENGTH)
+        family.pad_prompts([], MAX_SEQUENCE_LENGTH)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Tiny instances of the real classes. Everything is seeded and built in process: no file, no download, no mock."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import av
@@ -17,6 +19,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    ModelMixin,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -33,6 +36,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from video_trl.models import ModelFamily, family_for
+from video_trl.models.base import FRAME_RATE
 
 
 WORDS = "a and ball blue bounces drops falls floor green hits left on red right rolls slides swings the to".split()
@@ -119,20 +125,45 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     return pipeline
 
 
+@dataclass(frozen=True)
+class TinyFamily:
+    """
+    What the tests that run on every family need to know of one.
+
+    Args:
+        make: Its tiny pipeline, by seed.
+        frames, side: Frames and pixels of a side of the smallest video that is none of an image alone.
+        noisy: The noisy latents `(B, C, F, H, W)` in the keyword arguments of a transformer call of its pipeline.
+        call: Arguments of the pipeline's call that switch guidance off, so that each step is one transformer call.
+    """
+
+    make: Callable[..., DiffusionPipeline]
+    frames: int = 5
+    side: int = 32
+    noisy: Callable[[dict[str, Any]], torch.Tensor] = lambda kwargs: kwargs["hidden_states"]
+    call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+
 def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
-    """The tiny pipeline of one of `FAMILIES`."""
-    makers = {
-        "wan-t2v": tiny_wan_pipeline,
-        "wan-i2v": tiny_wan_i2v_pipeline,
-        "cogvideox-t2v": tiny_cogvideox_pipeline,
-        "cogvideox-i2v": tiny_cogvideox_i2v_pipeline,
-    }
-    return makers[family](seed)
+    """The tiny pipeline of one of `TINY_FAMILIES`."""
+    return TINY_FAMILIES[family].make(seed)
+
+
+@lru_cache
+def _family_of(name: str) -> tuple[ModelFamily, ModelMixin, tuple[int, int, int, int]]:
+    """Family and transformer of a tiny pipeline, neither to be changed, and the latents of its smallest video."""
+    pipeline, tiny = tiny_pipeline(name), TINY_FAMILIES[name]
+    family = family_for(pipeline.transformer, pipeline.scheduler)
+    joined, side = family.compression(pipeline.vae)
+    config = pipeline.transformer.config
+    channels = config.out_channels or config.in_channels
+    shape = (channels, (tiny.frames - 1) // joined + 1, tiny.side // side, tiny.side // side)
+    return family, pipeline.transformer, shape
 
 
 def tiny_latents_shape(family: str) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of the shortest video that is none of an image alone."""
-    return LATENTS_SHAPE if family.startswith("wan") else COGVIDEOX_LATENTS_SHAPE
+    """(C, F, H, W) of the smallest video that is none of an image alone."""
+    return _family_of(family)[2]
 
 
 def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImageToVideoPipeline:
@@ -160,6 +191,40 @@ def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImage
         image_processor=CLIPImageProcessorPil(**size) if image_encoder else None,
         image_encoder=CLIPVisionModel(clip).eval() if image_encoder else None,
         transformer=tiny_transformer(seed, in_channels=12, **image),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
+    """Wan 2.2's residual VAE with all of its 48 channels: 4 times in time, 16 times in height and width."""
+    return tiny_vae(
+        seed,
+        base_dim=3,
+        decoder_base_dim=3,
+        z_dim=48,
+        latents_mean=[0.01 * channel for channel in range(48)],
+        latents_std=[0.5 + 0.02 * channel for channel in range(48)],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+
+
+def tiny_wan_ti2v_pipeline(
+    seed: int = 0, pipeline_class: type[WanPipeline] | type[WanImageToVideoPipeline] = WanPipeline
+) -> WanPipeline | WanImageToVideoPipeline:
+    """A pipeline laid out as Wan 2.2's 5B: one transformer for text and image to video, timesteps by token."""
+    pipeline = pipeline_class(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(seed),
+        vae=tiny_wan_ti2v_vae(seed),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=tiny_transformer(seed, in_channels=48, out_channels=48),
+        expand_timesteps=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -303,30 +368,31 @@ def tiny_encoded_group(
     rows = []
     for row in range(n):
         prompt = PROMPTS[row % len(PROMPTS)]
-        length = len(prompt.split()) + 1 if family.startswith("wan") else MAX_SEQUENCE_LENGTH
+        of_family, transformer, _ = _family_of(family)
+        length, width = of_family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)["prompt_embeds"]
+        if family == "wan-i2v" or of_family.prompt_length(transformer) is None:  # stored without the padding
+            length = len(prompt.split()) + 1
         rows.append(
             {
                 "prompt": prompt,
                 "chosen_latents": torch.randn(*latents_shape, generator=generator),
                 "rejected_latents": torch.randn(m, *latents_shape, generator=generator),
-                "prompt_embeds": torch.randn(length, TEXT_DIM, generator=generator),
+                "prompt_embeds": torch.randn(length, width, generator=generator),
                 "rejected_scores": torch.rand(m, 2, generator=generator),
             }
-            | _tiny_image_conditions(family, latents_shape, generator)
+            | _tiny_conditions(family, latents_shape, generator)
         )
     return rows
 
 
-def _tiny_image_conditions(family: str, latents_shape: Sequence[int], generator: torch.Generator) -> dict[str, Any]:
-    channels, frames, height, width = latents_shape
-    if family == "wan-i2v":
-        return {
-            "first_frame_latents": torch.randn(*latents_shape, generator=generator),
-            "image_embeds": torch.randn(IMAGE_TOKENS, TEXT_DIM, generator=generator),
-        }
-    if family == "cogvideox-i2v":
-        return {"first_frame_latents": torch.randn(channels, 1, height, width, generator=generator)}
-    return {}
+def _tiny_conditions(name: str, latents_shape: Sequence[int], generator: torch.Generator) -> dict[str, Any]:
+    """What rows carry besides videos and their first embedding of the prompt."""
+    family, transformer, _ = _family_of(name)
+    shapes = family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)
+    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if name == "wan-i2v" else {}
+    columns = [column for column in family.row_columns[1:] if column != FRAME_RATE]
+    rate = {FRAME_RATE: torch.tensor(8.0)} if FRAME_RATE in family.row_columns else {}
+    return {column: torch.randn(*shapes[column], generator=generator) for column in columns} | rate
 
 
 def tiny_encoded_video(
@@ -337,3 +403,16 @@ def tiny_encoded_video(
     left_out = ("rejected_latents", "rejected_scores")
     rows = tiny_encoded_group(n, 1, seed, latents_shape, family)
     return [{names.get(key, key): value for key, value in row.items() if key not in left_out} for row in rows]
+
+
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "wan-t2v": TinyFamily(tiny_wan_pipeline),
+    "wan-i2v": TinyFamily(tiny_wan_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
+    "cogvideox-t2v": TinyFamily(
+        tiny_cogvideox_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)
+    ),
+    "cogvideox-i2v": TinyFamily(
+        tiny_cogvideox_i2v_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4]
+    ),
+}
+"""Every family, by the name that its tests have. A new one is an entry here."""

@@ -93,8 +93,8 @@ def velocity(pipeline: Any, family: str) -> Tensor:
     adapter = family_for(pipeline.transformer, pipeline.scheduler)
     (row,) = tiny_encoded_video(1, seed=5, family=family)
     length = adapter.prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
-    conditions = {column: row[column][None] for column in adapter.condition_columns}
-    conditions["prompt_embeds"] = adapter.pad_prompt_embeds([row["prompt_embeds"]], length)
+    conditions = adapter.pad_prompts([{column: row[column] for column in adapter.prompt_columns}], length)
+    conditions |= {column: row[column][None] for column in adapter.row_columns if column not in conditions}
     timesteps = adapter.noise_process.sample_timesteps(torch.tensor([0.6]))
     with torch.no_grad():
         return adapter.predict(pipeline.transformer.eval(), row["latents"][None], timesteps, conditions)
@@ -222,6 +222,14 @@ def test_a_pipeline_of_two_transformers_is_refused_before_its_weights_are_read(t
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="holds two transformers"):
         make("wan-i2v", "DPO", tmp_path / "run", extra={"model": str(tmp_path)})
+
+
+@pytest.mark.parametrize("ratio", [0.875, 0.9])
+def test_one_of_two_experts_does_not_train_at_all_noise_levels(ratio, tmp_path):
+    pipeline = tiny_wan_i2v_pipeline(image_encoder=False)
+    pipeline.register_to_config(boundary_ratio=ratio)  # loaded with `transformer_2=None`, as one does to save memory
+    with pytest.raises(ValueError, match="two transformers, one for high and one for low noise"):
+        make("wan-i2v", "DPO", tmp_path, extra={"model": pipeline})
 
 
 # ---- What does not fit is refused before anything is encoded or trained ---------------------------------------------

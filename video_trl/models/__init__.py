@@ -1,24 +1,28 @@
 """Model families: Wan and CogVideoX. A new one is a file here and a line in `_FAMILIES`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import CogVideoXTransformer3DModel, SchedulerMixin, WanTransformer3DModel
 from torch import nn
 
-from .base import BlockTap, ModelFamily, tap_block
+from .base import BlockTap, GenerationRules, ModelFamily, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
 from .wan import WanFamily, WanImageToVideoFamily, wan_family
 
 
 __all__ = [
+    "TRANSFORMERS",
     "BlockTap",
     "CogVideoXFamily",
     "CogVideoXImageToVideoFamily",
+    "GenerationRules",
     "ModelFamily",
     "WanFamily",
     "WanImageToVideoFamily",
+    "depth_options",
     "family_for",
+    "generation_rules",
     "supported_pipelines",
     "tap_block",
 ]
@@ -28,6 +32,16 @@ _FAMILIES: dict[type[nn.Module], tuple[Callable[[Any, SchedulerMixin | None], Mo
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
 }
+
+
+TRANSFORMERS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _FAMILIES}
+"""The classes of transformers that have a family, by name."""
+
+
+def depth_options(transformer_class: str) -> tuple[str, ...]:
+    """Options of the configuration of a class in `TRANSFORMERS` that are its numbers of blocks."""
+    _, forms = _FAMILIES[TRANSFORMERS[transformer_class]]
+    return forms[0].depth_options
 
 
 def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) -> ModelFamily:
@@ -62,3 +76,18 @@ def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) 
 def supported_pipelines() -> list[str]:
     """Class names of the diffusers pipelines whose transformer has a family here."""
     return [name for _, forms in _FAMILIES.values() for family in forms for name in family.pipeline_classes]
+
+
+def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules | None:
+    """
+    What a pipeline makes and how it wants to be called; `None` if none of the families here has it.
+
+    Args:
+        index (`Mapping`): Content of its `model_index.json`.
+        transformer_config (`Mapping`): Content of its transformer's `config.json`.
+    """
+    for _, forms in _FAMILIES.values():
+        for family in forms:
+            if index.get("_class_name") in family.pipeline_classes:
+                return family.generation_rules(index, transformer_config)
+    return None

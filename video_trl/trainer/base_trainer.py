@@ -29,12 +29,13 @@ from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
 from .checkpoints.signals import StopOnSignal
-from .checkpoints.weights import describe_run
+from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
     SHARDED,
     DeepSpeedSteps,
     check_set_up,
     configure_fsdp,
+    is_deepspeed,
     offloads_weights,
     whole_weights,
 )
@@ -62,12 +63,14 @@ from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
+    check_timestep_shift,
     datasets_in,
     for_each,
     prepare_rows,
     resolve_max_sequence_length,
     resolve_timestep_shift,
 )
+from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
@@ -178,10 +181,11 @@ class VideoTrainer(Trainer):
         self.max_sequence_length = resolve_max_sequence_length(
             args, self.pipeline, self.family.prompt_length(transformer)
         )
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline)
+        check_timestep_shift(args, self.pipeline, self.family)
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, peft_config, use_peft=args.use_peft)
+        check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
             transformer,
@@ -190,12 +194,15 @@ class VideoTrainer(Trainer):
             compiles=args.compile_blocks,
             half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
-        check_ref_model(transformer, ref_model)
+        check_ref_model(transformer, ref_model, use_peft=args.use_peft)
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         rows = datasets_in(prepared_train, prepared_eval)
-        check_context_parallelism(transformer, self.family, {shape for each in rows for shape in each.shapes}, args)
+        shapes = {shape for each in rows for shape in each.shapes}
+        check_context_parallelism(transformer, self.family, shapes, args)
+        tokens = {math.prod(self.family.token_grid(transformer, shape)) for shape in shapes}
+        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, tokens)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, ref_model, peft_config, order)
@@ -250,13 +257,14 @@ class VideoTrainer(Trainer):
                 transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
             )
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
+        check_trained(transformer, trained_weights(transformer, self.adapter_name).values())
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
         self.trained_head = self.make_head(transformer)
         if self.trained_head is not None:
             attach_head(transformer, self.trained_head)
             description[HEAD] = describe_head(self.trained_head)
         if args.world_size > 1:
-            leave_at_exit()
+            leave_at_exit(self)
         self.mesh = make_mesh(args)
         for module in filter(None, (transformer, separate)):
             keep_weights_quantised(module)
@@ -329,6 +337,7 @@ class VideoTrainer(Trainer):
         """Add the callbacks that belong to every run, and hand the sampler to those that generate."""
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
         self.add_callback(self._guard)
+        self.add_callback(GradientProof())
         self.add_callback(self._card)
         self.add_callback(self._signals)
         self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
@@ -381,6 +390,8 @@ class VideoTrainer(Trainer):
         optimizer, rate = super().create_optimizer(model), self.head_learning_rate()
         if not has_optimizer and self.trained_head is not None and rate is not None:
             give_own_learning_rate(optimizer, self.trained_head, rate)
+        if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
+            check_optimizer(self.model if model is None else model, optimizer)
         return optimizer
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:

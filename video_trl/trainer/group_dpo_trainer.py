@@ -86,7 +86,11 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error = self.passes.policy(model, denoising)
 
-        rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)
+        weighted = policy_error, reference_error
+        if self.args.timestep_weighting == "bell":
+            weights = self.step.bell_weights(timesteps)  # (B * (1 + k),)
+            weighted = weights * policy_error, weights * reference_error
+        rewards = implicit_reward(*weighted, self.args.beta).view(batch_size, group_size)
         chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)
         alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
         if self.args.physics_rewarding:
@@ -98,7 +102,11 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
             losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma)
         else:
             losses = group_dpo_sampled_bound(
-                chosen_rewards, rejected_rewards[:, 0], alpha[:, 0], gamma[:, 0], num_rejected=num_rejected
+                chosen_rewards,
+                rejected_rewards[:, 0],
+                alpha[:, 0],
+                gamma[:, 0],
+                num_rejected=num_rejected if self.args.scale_by_group else 1,
             )
         loss = losses.mean()
 

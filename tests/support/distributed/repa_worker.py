@@ -13,6 +13,7 @@ from tests.support.trainer.repa_runs import repa_trainer
 from tests.support.trainer.runs import SMOOTH_ADAM, RecordGradients
 
 
+HELD = []  # what a script keeps until Python ends: its trainer
 SETTINGS = {"max_steps": 3, "max_grad_norm": 0.0, "spatial_pooling": "conv", "activation_checkpointing": True}
 
 
@@ -21,6 +22,8 @@ def run(directory: Path, **settings: object) -> tuple[list[dict], RecordGradient
     recorder = RecordGradients()
     made = repa_trainer(directory, callbacks=[recorder], **SETTINGS, **SMOOTH_ADAM, **settings)
     made.train()
+    if os.environ.get("RANK") == "0":
+        HELD.append(made)
     return [entry for entry in made.state.log_history if "trd/raw" in entry], recorder
 
 

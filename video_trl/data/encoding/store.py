@@ -60,10 +60,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     A row of the group or preference type is `{"prompt": str, "chosen_latents": (C, F, H, W), "rejected_latents":
     (m, C, F, H, W), "prompt_embeds": (L_i, D), "rejected_scores": (m, 2)}`, the scores (columns `sa`, `pc`, in [0, 1])
-    only where the raw rows had them. A row of the video type is `{"prompt", "latents", "prompt_embeds"}`. For
-    image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"` `(L, D)` are added.
-    Latents are float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of
-    their encoder and no padding that the collator can add.
+    only where the raw rows had them, and so `"weight"`, a float. A row of the video type is `{"prompt", "latents",
+    "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"`
+    `(L, D)` are added; for some families further embeddings of the prompt, or the `"frame_rate"` `()`. Latents are
+    float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of their
+    encoder and no padding that the collator can add.
 
     Args:
         directory (`str` or `Path`): The folder.
@@ -122,6 +123,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         example.update({column: self._tensor(key) for column, key in row.get("conditions", {}).items()})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
+        if "weight" in row:
+            example["weight"] = row["weight"]
         return example
 
     def latents_shapes(self) -> list[list[tuple[int, ...]]]:
@@ -194,10 +197,10 @@ def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
                 "latents of one mean nothing to the other. Encode the videos with the pipeline that is trained."
             )
     columns = column_names(dataset)
-    missing = [name for name in family.condition_columns if name not in columns]
+    missing = [name for name in family.row_columns if name not in columns]
     if missing:
         raise ValueError(
-            f"The transformer ({family.name!r}) is conditioned on {list(family.condition_columns)}, and the encoded "
+            f"The transformer ({family.name!r}) is conditioned on {list(family.row_columns)}, and the encoded "
             f"rows lack {missing}; they have {columns}. Encode the videos again, with the pipeline that is trained."
         )
 

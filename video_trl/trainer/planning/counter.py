@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,14 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ...models import ModelFamily, family_for
+from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.denoising import Denoising
 from ..step.passes import SequentialErrors, forward_errors
 
 
-_CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
 _DEPTHS = (3, 4)  # numbers of blocks that are counted
 _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
@@ -61,8 +60,9 @@ class StepCost:
 
 
 def class_name(transformer: nn.Module) -> str:
-    """The `_class_name` in a transformer's `config.json`; of a derived class, that of the class in `_CLASSES`."""
-    return next((name for name, kind in _CLASSES.items() if isinstance(transformer, kind)), type(transformer).__name__)
+    """The `_class_name` in a transformer's `config.json`; of a derived class, that of the class that has a family."""
+    names = (name for name, kind in TRANSFORMERS.items() if isinstance(transformer, kind))
+    return next(names, type(transformer).__name__)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -134,7 +134,7 @@ def count_step(
     adds, such as the buckets of `DistributedDataParallel`.
 
     Args:
-        config (`Mapping`): Content of the transformer's `config.json`, of Wan or CogVideoX.
+        config (`Mapping`): Content of the transformer's `config.json`, of a class with a family.
         latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
         num_videos (`int`): Videos in a micro-batch: 1 for fine-tuning, 2 for a pair, 1 + m for a group.
         reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): The reference: none, the policy with its
@@ -163,24 +163,47 @@ def count_step(
     policy = checkpointing_policy if checkpointing else None
     shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
     settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
-    depth = int(config.get("num_layers", 0))
-    if depth <= _DEPTHS[1]:
-        cost = _count(json.dumps({**config}), *settings)
-    else:
-        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in _DEPTHS)
-        # Blocks are alike: what one more of them costs, so do the rest.
-        more = (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
-        cost = StepCost(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+    cost = _count_all_blocks(config, settings)
     if quantization is None:
         return cost
-    one_block, _ = _without_contents({**config, "num_layers": 1}, lora_rank, torch.bfloat16 if bf16 else torch.float32)
-    layers = list(quantised_layers(one_block))
-    saved = depth * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in layers)
+    layers, saved = [], 0
+    for option in _depths(config):  # a block of each kind
+        others = {other: 0 for other in _depths(config) if other != option}
+        one_block, _ = _without_contents({**config, **others, option: 1}, lora_rank, _frozen_dtype(bf16))
+        kind = list(quantised_layers(one_block))
+        saved += config[option] * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in kind)
+        layers += kind
     return replace(
         cost,
         weights=cost.weights - saved * (2 if reference == "copy" else 1),
         activations=cost.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
     )
+
+
+def _depths(config: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of blocks of a transformer, by the option of its configuration."""
+    name = config.get("_class_name", "")
+    options = depth_options(name) if name in TRANSFORMERS else ()
+    return {option: int(config[option]) for option in options if option in config}
+
+
+def _frozen_dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _count_all_blocks(config: Mapping[str, Any], settings: tuple[Any, ...]) -> StepCost:
+    """The cost of a step; of a deep transformer, from counts of few blocks of each kind."""
+    few = {option: min(depth, _DEPTHS[0]) for option, depth in _depths(config).items()}
+    if all(depth <= _DEPTHS[1] for depth in _depths(config).values()):
+        return _count(json.dumps({**config}), *settings)
+    low = astuple(_count(json.dumps({**config, **few}), *settings))
+    total = list(low)
+    for option, depth in _depths(config).items():
+        if depth > few[option]:
+            high = astuple(_count(json.dumps({**config, **few, option: few[option] + 1}), *settings))
+            # Blocks are alike: what one more of them costs, so do the rest.
+            total = [sum_ + (depth - few[option]) * (b - a) for sum_, a, b in zip(total, low, high, strict=True)]
+    return StepCost(*total)
 
 
 @lru_cache(maxsize=64)
@@ -195,7 +218,7 @@ def _count(
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepCost:
-    transformer, family = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    transformer, family = _without_contents(json.loads(config), lora_rank, _frozen_dtype(bf16))
     family.check_latents(transformer, latents_shape)
     if policy is not None:
         enable_recompute(transformer, policy, host=_on_host)
@@ -210,7 +233,9 @@ def _count(
             if bf16:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             batch = torch.randn(num_videos, *latents_shape)
-            conditions = _conditions(transformer, family, latents_shape, num_videos, prompt_tokens)
+            shapes = family.condition_shapes(transformer, latents_shape, prompt_tokens)
+            dtype = transformer.dtype
+            conditions = {name: torch.randn(num_videos, *shape, dtype=dtype) for name, shape in shapes.items()}
             errors, sequential = _errors(transformer, family, batch, conditions, reference, step_mode)
             errors.square().sum().backward()
             if sequential is not None:
@@ -263,10 +288,10 @@ def _without_contents(
     config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
 ) -> tuple[ModelMixin, ModelFamily]:
     """A transformer with its LoRA on the meta device, in the dtypes of training, and its family."""
-    kind = _CLASSES.get(config.get("_class_name", ""))
+    kind = TRANSFORMERS.get(config.get("_class_name", ""))
     if kind is None:
         raise ValueError(
-            f"Expected the config.json of one of {', '.join(_CLASSES)}, got `_class_name` "
+            f"Expected the config.json of one of {', '.join(TRANSFORMERS)}, got `_class_name` "
             f"{config.get('_class_name')!r}. It lies in the folder `transformer` of a pipeline."
         )
     with torch.device("meta"):
@@ -309,22 +334,3 @@ def fake_weights(model: nn.Module) -> Iterator[None]:
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         yield
-
-
-def _conditions(
-    transformer: ModelMixin,
-    family: ModelFamily,
-    latents_shape: tuple[int, int, int, int],
-    num_videos: int,
-    prompt_tokens: int | None,
-) -> dict[str, Tensor]:
-    """The transformer's conditions, in the sizes of the published checkpoints."""
-    config = transformer.config
-    length = family.prompt_length(transformer) or prompt_tokens or 512
-    channels, frames, height, width = latents_shape
-    shapes = {
-        "prompt_embeds": (length, config.get("text_dim") or config.get("text_embed_dim")),
-        "first_frame_latents": (channels, 1 if "text_embed_dim" in config else frames, height, width),
-        "image_embeds": (257, config.get("image_dim")),
-    }
-    return {name: torch.randn(num_videos, *shapes[name], dtype=transformer.dtype) for name in family.condition_columns}

@@ -71,7 +71,7 @@ def load_model(
     if isinstance(model, DiffusionPipeline):
         if "transformer" not in model.components:
             raise ValueError(f"Expected a pipeline with a `transformer`, got {type(model).__name__}, which has none.")
-        if model.components.get("transformer_2") is not None:
+        if model.components.get("transformer_2") is not None or model.config.get("boundary_ratio") is not None:
             raise ValueError(_TWO_TRANSFORMERS.format(type(model).__name__))
         return model, model.transformer
     if isinstance(model, ModelMixin):

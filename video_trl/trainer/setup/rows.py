@@ -158,15 +158,37 @@ def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline |
     return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
 
 
-def resolve_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None) -> float:
-    """Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1."""
-    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
-        return args.timestep_shift or 1.0
-    config = {} if pipeline is None else pipeline.scheduler.config
-    shift = config.get("flow_shift", config.get("shift"))  # one scheduler family's name for it, and the other's
-    if shift is None:
+def check_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily) -> None:
+    """Raise a `ValueError` if `timestep_sampling="shifted"` has no shift to take."""
+    if args.timestep_sampling != "shifted" or args.timestep_shift is not None:
+        return
+    if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
         raise ValueError(
             "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
             "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
         )
-    return float(shift)
+
+
+def resolve_timestep_shift(
+    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, tokens_of_videos: set[int]
+) -> float:
+    """
+    Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
+
+    Raises:
+        ValueError: If the scheduler shifts by the number of tokens, and that of the rows' videos is not one.
+    """
+    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
+        return args.timestep_shift or 1.0
+    assert pipeline is not None, "check_timestep_shift comes first"
+    config = pipeline.scheduler.config
+    shifts = {family.flow_shift(config, tokens) for tokens in tokens_of_videos}
+    if len(shifts) > 1:
+        raise ValueError(
+            "The pipeline's scheduler shifts by the number of tokens, and the videos have "
+            f"{sorted(tokens_of_videos)}, so `timestep_sampling='shifted'` would have several shifts. Set "
+            "`timestep_shift`, or train at one size."
+        )
+    (shift,) = shifts
+    assert shift is not None, "check_timestep_shift comes first"
+    return shift
