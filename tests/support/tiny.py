@@ -1,5 +1,6 @@
 """Tiny instances of the real classes. Everything is seeded and built in process: no file, no download, no mock."""
 
+import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     ModelMixin,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -37,7 +41,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from video_trl.models import ModelFamily, family_for
+from video_trl.models import ModelFamily, family_of
 from video_trl.models.base import FRAME_RATE
 
 
@@ -153,7 +157,7 @@ def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
 def _family_of(name: str) -> tuple[ModelFamily, ModelMixin, tuple[int, int, int, int]]:
     """Family and transformer of a tiny pipeline, neither to be changed, and the latents of its smallest video."""
     pipeline, tiny = tiny_pipeline(name), TINY_FAMILIES[name]
-    family = family_for(pipeline.transformer, pipeline.scheduler)
+    family = family_of(pipeline)
     joined, side = family.compression(pipeline.vae)
     config = pipeline.transformer.config
     channels = config.out_channels or config.in_channels
@@ -212,6 +216,34 @@ def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
         scale_factor_spatial=16,
         scale_factor_temporal=4,
     )
+
+
+def tiny_wan_ti2v_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_wan_ti2v_pipeline(seed, WanImageToVideoPipeline)
+
+
+def tiny_skyreels_pipeline(seed: int = 0) -> SkyReelsV2Pipeline:
+    """Text-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_pipeline(seed), SkyReelsV2Pipeline, seed)
+
+
+def tiny_skyreels_i2v_pipeline(seed: int = 0) -> SkyReelsV2ImageToVideoPipeline:
+    """Image-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_i2v_pipeline(seed), SkyReelsV2ImageToVideoPipeline, seed)
+
+
+def _as_skyreels(wan: DiffusionPipeline, pipeline_class: type[DiffusionPipeline], seed: int) -> Any:
+    """The other parts are those of Wan 2.1."""
+    names = set(inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters)
+    config = {name: value for name, value in wan.transformer.config.items() if name in names}
+    torch.manual_seed(seed)
+    transformer = SkyReelsV2Transformer3DModel(**config).eval()
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    parts = {name: part for name, part in wan.components.items() if name in taken}
+    pipeline = pipeline_class(**parts | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_wan_ti2v_pipeline(
@@ -370,7 +402,9 @@ def tiny_encoded_group(
         prompt = PROMPTS[row % len(PROMPTS)]
         of_family, transformer, _ = _family_of(family)
         length, width = of_family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)["prompt_embeds"]
-        if family == "wan-i2v" or of_family.prompt_length(transformer) is None:  # stored without the padding
+        if (
+            "image_embeds" in of_family.row_columns or of_family.prompt_length(transformer) is None
+        ):  # stored without the padding
             length = len(prompt.split()) + 1
         rows.append(
             {
@@ -389,7 +423,7 @@ def _tiny_conditions(name: str, latents_shape: Sequence[int], generator: torch.G
     """What rows carry besides videos and their first embedding of the prompt."""
     family, transformer, _ = _family_of(name)
     shapes = family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)
-    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if name == "wan-i2v" else {}
+    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if "image_embeds" in shapes else {}
     columns = [column for column in family.row_columns[1:] if column != FRAME_RATE]
     rate = {FRAME_RATE: torch.tensor(8.0)} if FRAME_RATE in family.row_columns else {}
     return {column: torch.randn(*shapes[column], generator=generator) for column in columns} | rate
@@ -414,5 +448,9 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     "cogvideox-i2v": TinyFamily(
         tiny_cogvideox_i2v_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4]
     ),
+    "wan-5b-t2v": TinyFamily(tiny_wan_ti2v_pipeline, side=64),
+    "wan-5b-i2v": TinyFamily(tiny_wan_ti2v_i2v_pipeline, side=64),
+    "skyreels-t2v": TinyFamily(tiny_skyreels_pipeline),
+    "skyreels-i2v": TinyFamily(tiny_skyreels_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
 }
 """Every family, by the name that its tests have. A new one is an entry here."""

@@ -55,11 +55,12 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     name = pipeline_source(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
-    _, scheduler_class = DiffusionPipeline.load_config(name, **kwargs)["scheduler"]
+    index = DiffusionPipeline.load_config(name, **kwargs)
+    _, scheduler_class = index["scheduler"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
-    return family_for(transformer, scheduler), transformer, vae
+    return family_for(transformer, scheduler, index), transformer, vae
 
 
 def empty_text_encoder(name: str, revision: str | None) -> Any:

@@ -287,7 +287,9 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         return {"first_frame_latents": 1 / factor * mode if vae.config.invert_scale_latents else factor * mode}
 
 
-def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None) -> CogVideoXFamily:
+def cogvideox_family(
+    transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None, index: Mapping[str, Any]
+) -> CogVideoXFamily:
     """
     Adapter of a CogVideoX transformer, with the noise schedule of its scheduler.
 

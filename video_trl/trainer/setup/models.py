@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 
 from ...load import SANDBOX, load_pipeline
-from ...models import ModelFamily, family_for, supported_pipelines
+from ...models import ModelFamily, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
 from .quantization import quantization_config
 
@@ -92,9 +92,9 @@ def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> 
     """
     if pipeline is None:
         return family_for(transformer)
-    family = family_for(transformer, pipeline.scheduler)
-    classes = {parent.__name__ for parent in type(pipeline).__mro__}
-    if not classes & set(family.pipeline_classes):
+    index = pipeline_index(pipeline)
+    family = family_for(transformer, pipeline.scheduler, index)
+    if index["_class_name"] not in family.pipeline_classes:
         raise ValueError(
             f"This transformer is trained for {' or '.join(family.pipeline_classes)}, got it in a "
             f"{type(pipeline).__name__}, which conditions it otherwise. Load the checkpoint with that class, or use "
