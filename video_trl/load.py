@@ -307,9 +307,17 @@ class ScriptArguments:
         metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Repository id or path of a dataset. Unset: the sandbox's own, made first."}
+        default=None,
+        metadata={
+            "help": "A dataset: a table (.jsonl, .csv, .parquet), a folder of videos with captions, a folder with "
+            "chosen/ and rejected/, tars, a saved dataset, or a repository id. Unset: the sandbox's own, made first."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    column: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns that have another name there: chosen=winner rejected=loser.", "action": "extend"},
+    )
     num_groups: int = field(default=256, metadata={"help": "Sandbox, pair and group methods: rows of its dataset."})
     num_rejected: int = field(default=3, metadata={"help": "Sandbox: rejected videos in each of them."})
     num_clips: int = field(default=256, metadata={"help": "Sandbox, other methods: simulated clips."})
@@ -336,7 +344,7 @@ def load_training_rows(data: ScriptArguments, args: "TrainingArguments", row_typ
     if data.dataset_name is not None:
         from .data.tables import load_rows
 
-        return load_rows(data.dataset_name, data.dataset_split)
+        return load_rows(data.dataset_name, data.dataset_split, data.column)
     if data.model_name_or_path != SANDBOX:
         raise ValueError(
             f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "

@@ -30,6 +30,7 @@ _EXTRAS = {
     "sentencepiece": "the judges VideoCon-Physics and VideoPhy-2: pip install 'video-trl[judges]'",
     "sentence-transformers": "action clustering: pip install 'video-trl[curation]'",
     "scikit-learn": "linear probes: pip install 'video-trl[evaluation]'",
+    "uvicorn": "the voting page: pip install 'video-trl[vote]'",
     "ray": "curation on a cluster: pip install 'video-trl[ray]'",
     "deepspeed": "sharded training with DeepSpeed: pip install 'video-trl[deepspeed]'",
     "tensorboard": "training curves with --report_to tensorboard: pip install tensorboard",

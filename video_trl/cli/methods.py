@@ -152,7 +152,7 @@ def training_rows(trainer_class: type[Any], data: DataArguments, args: Any) -> t
         from ..data.columns import undecoded
         from ..data.tables import load_rows
 
-        dataset = undecoded(load_rows(data.dataset_name, data.dataset_split))
+        dataset = undecoded(load_rows(data.dataset_name, data.dataset_split, data.column))
         return len(dataset), dataset[0]
     from ..sandbox import simulate
 

@@ -46,10 +46,13 @@ def run(argv: Sequence[str]) -> int:
 
         say(describe(method.load(), data, args, processes=num_processes(launcher)))
         return 0
-    trainer = make_trainer(method.load(), data, args)
+    from ..trainer.checkpoints.run_folder import RunFolder
     from ..trainer.checkpoints.weights import named_checkpoint
 
-    trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))
+    resume = named_checkpoint(args.resume_from_checkpoint)
+    RunFolder(Path(args.output_dir)).check(resume, overwrite=args.overwrite_output_dir)  # before anything is encoded
+    trainer = make_trainer(method.load(), data, args)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():

@@ -144,7 +144,7 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         raise ValueError(
             f"A {row_type} dataset needs the columns {list(ROW_TYPES[row_type])} (or, encoded, "
             f"{list(ENCODED_COLUMNS[row_type])}), got {columns}; missing: {missing}. Rename yours with "
-            "`dataset.rename_column(old, new)`."
+            f"`dataset.rename_column(old, {missing[0]!r})`, on the command line with `--column {missing[0]}=old`."
         )
     if not encoded:
         _check_present(dataset, "prompt")

@@ -1,6 +1,7 @@
 """Check LoRA adapters, and read and write them as files that a diffusers pipeline loads."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,35 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alp
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
 
+# Options of an adapter that is proven to be trained, saved, act the same in a fresh pipeline, and be continued: by
+# tests/hub/test_round_trips.py.
+_PROVEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+)
+# Options that change neither weights nor outputs of a model in evaluation; trainers switch dropout off.
+_NEUTRAL = (
+    "lora_dropout",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+
+
 def check_lora_config(config: PeftConfig) -> None:
     """
     Accept only adapters that leave the base weights alone and that a pipeline reloads to the same numbers.
@@ -29,9 +59,10 @@ def check_lora_config(config: PeftConfig) -> None:
     Raises:
         ValueError: Not a LoRA configuration; an initialisation that changes the base weights (PiSSA, OLoRA, CorDA,
             LoftQ, ...), so that switching the adapter off would not give the reference back; `modules_to_save`,
-            `trainable_token_indices` or `bias != "none"`, which a LoRA file for diffusers cannot hold.
+            `trainable_token_indices` or `bias != "none"`, which a LoRA file for diffusers cannot hold; any other
+            option that is not known to survive saving and loading; a scale of 0, with which nothing is learned.
     """
-    if not isinstance(config, LoraConfig):
+    if type(config) is not LoraConfig:  # AdaLoRA's is derived from it
         raise ValueError(
             f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}: diffusers pipelines would not "
             "load the saved file. Use `LoraConfig(r=48, lora_alpha=48, target_modules=[...])`."
@@ -53,6 +84,19 @@ def check_lora_config(config: PeftConfig) -> None:
     if config.bias != "none":
         raise ValueError(
             f"`bias` must be 'none', got {config.bias!r}: trained base biases are lost when saving a LoRA."
+        )
+    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
+    useless = {name: alpha for name, alpha in alphas.items() if not alpha or not math.isfinite(alpha)}
+    if useless:
+        raise ValueError(f"The scale of an adapter must be a finite number other than 0, got alpha of {useless}.")
+    usual = vars(LoraConfig())
+    known = (*_PROVEN, *_NEUTRAL)
+    others = {name: value for name, value in vars(config).items() if name not in known and value != usual.get(name)}
+    if others:
+        listed = ", ".join(f"{name.lstrip('_')}={value!r}" for name, value in others.items())
+        raise ValueError(
+            f"`peft_config` has {listed}, which is not known to be saved, loaded by a pipeline and continued to the "
+            f"same numbers. Leave it at its default; supported options: {', '.join(_PROVEN)}."
         )
 
 
@@ -113,10 +157,12 @@ def write_lora(
     Raises:
         OSError: The file cannot be written, for instance because the disk is full.
     """
-    # Only what differs from the defaults: another version of PEFT need not know every option of this one.
+    # Only what differs from the defaults: another version of PEFT need not know every option of this one. And no
+    # dropout: diffusers adds adapters in training mode, where it would make noise of every video.
     defaults = LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
-    settings = {key: value for key, value in config.to_dict().items() if key in always or value != defaults[key]}
+    options = {name: value for name, value in config.to_dict().items() if name in _PROVEN}
+    settings = {key: value for key, value in options.items() if key in always or value != defaults[key]}
     if base_model is not None:
         settings["base_model_name_or_path"] = base_model
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}

@@ -30,9 +30,15 @@ _UNSUPPORTED = {
     "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
     "train_sampling_strategy": ("random", "the rows of a step are of one shape, in an order drawn from `data_seed`"),
     "dataloader_drop_last": (False, "every row counts exactly once in an epoch"),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 always let a run save a checkpoint, on every engine"),
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
 
+
+_POSITIVE = (
+    "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+)  # fmt: skip
 
 # A bare `--bf16` on the command line means true, also where "not given" is told apart from false.
 _FLAG: dict[str, Any] = {"nargs": "?", "const": True}
@@ -124,6 +130,15 @@ class VideoConfig(TrainingArguments):
     data_seed: int | None = field(default=None, metadata={"help": "Seed of the order of samples. Unset: `seed`."})
     dataloader_pin_memory: bool = field(
         default=True, metadata={"help": "Pin the memory of batches; has an effect only where there is a GPU."}
+    )
+
+    # Parameters that control the output folder
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete the checkpoints and weights of another run in `output_dir` when a new run starts there, "
+            "which is refused otherwise."
+        },
     )
 
     # Parameters that control the model
@@ -315,7 +330,7 @@ class VideoConfig(TrainingArguments):
         return tuple(map(AspectBucket.parse, self.resolution_buckets or ()))
 
     def _check_base_values(self) -> None:
-        for name in ("lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size"):
+        for name in _POSITIVE:
             check_positive(self, name)
         for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
             if self.__dict__[name] is not None:

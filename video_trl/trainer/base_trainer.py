@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data import check_columns
 from ..data.columns import MapDataset
@@ -27,12 +27,15 @@ from ..files import write_atomically
 from ..hub import Measurement
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
-from .checkpoints.weights import describe_run
+from .checkpoints.run_folder import RunFolder
+from .checkpoints.signals import StopOnSignal
+from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
     SHARDED,
     DeepSpeedSteps,
     check_set_up,
     configure_fsdp,
+    is_deepspeed,
     offloads_weights,
     whole_weights,
 )
@@ -67,6 +70,7 @@ from .setup.rows import (
     resolve_max_sequence_length,
     resolve_timestep_shift,
 )
+from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
@@ -181,6 +185,7 @@ class VideoTrainer(Trainer):
         if evaluator is not None and self.pipeline is None:
             raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
         check_adapters(transformer, peft_config, use_peft=args.use_peft)
+        check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
             transformer,
@@ -189,7 +194,7 @@ class VideoTrainer(Trainer):
             compiles=args.compile_blocks,
             half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
-        check_ref_model(transformer, ref_model)
+        check_ref_model(transformer, ref_model, use_peft=args.use_peft)
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
@@ -252,6 +257,7 @@ class VideoTrainer(Trainer):
                 transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
             )
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
+        check_trained(transformer, trained_weights(transformer, self.adapter_name).values())
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
         self.trained_head = self.make_head(transformer)
         if self.trained_head is not None:
@@ -300,6 +306,7 @@ class VideoTrainer(Trainer):
             trained_head=self.trained_head,
             engine=self.engine,
             base_model=base_model,
+            folder=RunFolder(Path(args.output_dir)),
             description=description,
             should_save=args.should_save,
         )
@@ -315,6 +322,7 @@ class VideoTrainer(Trainer):
                 None,
             ),
         )
+        self._signals = StopOnSignal(args.world_size)
         self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
         all_weights = type(transformer).__name__ if self.adapter_name is None else None
         pipeline_class = self.family.pipeline_classes[0]
@@ -329,7 +337,9 @@ class VideoTrainer(Trainer):
         """Add the callbacks that belong to every run, and hand the sampler to those that generate."""
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
         self.add_callback(self._guard)
+        self.add_callback(GradientProof())
         self.add_callback(self._card)
+        self.add_callback(self._signals)
         self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SamplingCallback):
@@ -380,6 +390,8 @@ class VideoTrainer(Trainer):
         optimizer, rate = super().create_optimizer(model), self.head_learning_rate()
         if not has_optimizer and self.trained_head is not None and rate is not None:
             give_own_learning_rate(optimizer, self.trained_head, rate)
+        if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
+            check_optimizer(self.model if model is None else model, optimizer)
         return optimizer
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
@@ -393,19 +405,29 @@ class VideoTrainer(Trainer):
         """
         As in `transformers.Trainer`. Where memory runs out, what would fit is logged before the error goes on.
 
+        A run that has done all its steps, resumed, does nothing. SIGTERM and SIGUSR1 let it save a checkpoint and end.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint; `True` for the newest one of
+                the run in `output_dir`; `"auto"` for that one if there is any, else a new run, so that one command
+                starts a run and goes on with it.
+
         Raises:
-            ValueError: If there is nothing to train on or to resume from.
+            ValueError: There is nothing to train on or to resume from; `output_dir` holds another run, or another
+                process trains into it; or the checkpoint is damaged, incomplete or of another model.
+            TrainingInterrupted: A signal came, and the checkpoint is saved. Uncaught it ends the program with code 75.
         """
         if self.train_dataset is None:
             raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
-        checkpoint = self.checkpointer.find(resume_from_checkpoint, Path(self.args.output_dir))
-        if checkpoint is not None:
-            self._card.restore(Path(checkpoint))
-        try:
-            return super().train(checkpoint, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            logger.error("%s", advise(self.workload(), self.placement(), accelerator_memory(self.args.device)))
-            raise
+        opened = self.checkpointer.opened(resume_from_checkpoint, overwrite=self.args.overwrite_output_dir)
+        with opened as checkpoint, self._signals.caught():
+            if checkpoint is not None:
+                self._card.restore(checkpoint)
+            try:
+                return super().train(checkpoint and str(checkpoint), *args, **kwargs)
+            except torch.OutOfMemoryError:
+                logger.error("%s", advise(self.workload(), self.placement(), accelerator_memory(self.args.device)))
+                raise
 
     @classmethod
     def videos_per_row(cls, args: Any, num_rejected: int) -> int:
@@ -567,6 +589,24 @@ class VideoTrainer(Trainer):
             self._load_scaler(resume_from_checkpoint)
         return model, loader
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`, which takes a step before it sees that a resumed run has done all of them."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`, which would delete the newest checkpoint where the best one alone may stay."""
+        if self._signals.stopped_by is not None:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise self._signals.interruption(self.state.global_step)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.checkpointer.load(Path(resume_from_checkpoint))
 
@@ -594,19 +634,15 @@ class VideoTrainer(Trainer):
         exportable = [*self.callback_handler.callbacks, self.control]
         with self.checkpointer.checkpoint(final, self.accelerator, self.state, exportable) as partial_directory:
             self.save_model(partial_directory, _internal_call=True)
-            if not self.args.save_only_model:
+            if not self.args.save_only_model or self._signals.stopped_by is not None:
                 self._save_optimizer_and_scheduler(partial_directory)
                 self._save_scaler(partial_directory)
                 self._save_rng_state(partial_directory)
         if self.args.push_to_hub:
             self.uploader.upload_checkpoint(final, self.state.global_step)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_directory),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            self.checkpointer.folder.rotate(run_directory, limit, best)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in `transformers.Trainer`, but without a second copy of the weights that are frozen, or saved already."""

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -197,6 +198,99 @@ def test_a_changed_video_makes_another_study(tmp_path):
         VoteFile(path, open_study(folders))
     with pytest.raises(ValueError, match="holds votes about other videos"):
         vote_results(path, folders)
+
+
+def _replaced(path):
+    """An editor's way to save: another file takes the name. It had been opened before the last vote."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    (path.parent / "copy").write_bytes(b"".join(lines[:-1]))
+    os.replace(path.parent / "copy", path)
+
+
+def _moved(path):
+    path.rename(path.with_name("elsewhere.jsonl"))
+
+
+def _without_last_newline(path):
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+
+
+CHANGES = {
+    "replaced": _replaced,
+    "deleted": os.unlink,
+    "moved": _moved,
+    "folder deleted": lambda path: shutil.rmtree(path.parent),
+    "emptied": lambda path: os.truncate(path, 0),
+    "last vote cut out": lambda path: os.truncate(path, path.read_bytes().rstrip(b"\n").rfind(b"\n") + 1),
+    "cut in the middle of a vote": lambda path: os.truncate(path, path.stat().st_size - 30),
+    "no last newline": _without_last_newline,
+    "lines of another system": lambda path: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n")),
+    "touched": os.utime,
+}
+
+
+@pytest.mark.parametrize("by", ["the next vote", "the end"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_votes_outlive_what_happens_to_their_file(runs, tmp_path, change, by):
+    study, path = open_study(runs), tmp_path / "held" / "votes.jsonl"
+    votes, saved = VoteFile(path, study), []
+    for number in range(3):
+        saved.append(_vote(study, f"rater {number}", "1/00000-0", video_quality="good", prompt_following="same"))
+        votes.add(saved[-1])
+    CHANGES[change](path)
+    if by == "the next vote":
+        saved.append(_vote(study, "young rater", "1/00001-0", video_quality="bad", prompt_following="same"))
+        votes.add(saved[-1])
+        with pytest.raises(ValueError, match="Another process is writing"):  # the lock moved along
+            VoteFile(path, study)
+    votes.close()
+    kept = read_votes(path)[1]
+    assert sorted(kept, key=lambda vote: vote.rater) == saved
+
+
+def test_votes_that_somebody_adds_to_the_held_file_count(runs, tmp_path):
+    study, path = open_study(runs), tmp_path / "votes.jsonl"
+    votes = VoteFile(path, study)
+    by_hand = _vote(study, "Ada", "1/00000-0", video_quality="good", prompt_following="same")
+    path.write_text(path.read_text() + json.dumps(vars(by_hand)))
+    votes.add(_vote(study, "Bo", "1/00000-0", video_quality="good", prompt_following="same"))
+    assert votes.of("Ada") == {"1/00000-0": by_hand}
+    votes.close()
+    assert [vote.rater for vote in read_votes(path)[1]] == ["Ada", "Bo"]
+
+
+OTHER_FILES = {
+    "a line of JSON": b'{"model": "tiny", "layers": 2}',
+    "lines of JSON": b'{"prompt": "a"}\n{"prompt": "b"}\n',
+    "text": b"first line\nlast line without an end",
+    "a table": b"prompt,score\na,0.9\nb,0.",
+    "bytes": bytes(range(256)) * 4,
+    "half a header": b'{"format": 1, "study"',
+    "another format": b'{"format": 2, "study": "x", "runs": [], "questions": "gsb", "pairs": 1}\n{"half',
+    "questions of no study": b'{"format": 1, "study": "x", "runs": [], "questions": ["gsb"], "pairs": 1}\n',
+    "nothing but spaces": b"  \n \n",
+    "deep": b"[" * 100_000,
+    "a damaged line": b"{HEADER}\nnot json\nlast",
+    "a vote that is none": b'{HEADER}\n{"rater": ["Ada"]}\n{"half',
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_wrong_file_is_left_as_it_is(runs, tmp_path, name):
+    study, path = open_study(runs), tmp_path / "other"
+    content = OTHER_FILES[name].replace(b"{HEADER}", json.dumps(study.header()).encode())
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="other"):
+        VoteFile(path, study)
+    assert path.read_bytes() == content and path.stat().st_mtime_ns == 1 and os.listdir(tmp_path) == ["other"]
+
+
+def test_a_folder_or_a_pipe_is_no_file_of_votes(runs, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is a folder or a device"):
+            VoteFile(path, open_study(runs))
 
 
 @pytest.mark.parametrize(

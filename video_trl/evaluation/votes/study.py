@@ -4,6 +4,7 @@ A blind side-by-side study of two or more runs: the pairs to compare, and the fi
 The page is served by `video_trl.evaluation.votes.server`, results are made by `video_trl.evaluation.votes.results`.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from ...files import fingerprint
+from ...files import fingerprint, write_atomically
 from ..runs.run import Case, EvaluationRun, load_run
 from .gsb import BAD, GOOD, SAME
 
@@ -24,7 +25,8 @@ from .gsb import BAD, GOOD, SAME
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-MAX_RATER_LENGTH = 64
+_KINDS: dict[str, type | tuple[type, ...]] = {"seed": int, "position": int, "seconds": (int, float), "answers": dict}
+MAX_RATER_LENGTH, MAX_SECONDS = 64, 1e6
 Side = Literal["left", "same", "right"]
 
 
@@ -192,68 +194,125 @@ class VoteFile:
     """
     The file of votes, held by one process: votes are appended, each one on the disk before it is acknowledged.
 
+    A file that holds anything but votes of this study is left as it is. While it is held, somebody may replace,
+    delete, empty or edit the file. The next vote notices: what is there now counts, and votes that it lacks are added
+    to it. If it has become something else it stays as it is, all votes go into `NAME.recovered-...` beside it, and no
+    more are taken until the name leads to votes of this study or to nothing.
+
     Args:
         path (path): JSON lines; made where needed.
         study ([`Study`]): What the votes are about.
 
     Raises:
-        ValueError: If the file holds votes of another study or cannot be read, or another process holds it.
+        ValueError: If the file holds anything but votes of this study, or another process holds it.
     """
 
     def __init__(self, path: str | os.PathLike[str], study: Study) -> None:
         self.path, self.study = Path(path), study
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until `close`)
+        self._file = _open(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._drop_torn_line()
-            if self.path.stat().st_size == 0:
-                self._append(study.header())
-                _sync_folder(self.path.parent)
-            header, votes = _read(self.path)
-            if header != study.header():
-                raise ValueError(
-                    f"{self.path} holds votes about other videos or questions ({header}) than these runs "
-                    f"({study.header()}). Pass another file, or the runs of that one."
-                )
-        except BlockingIOError as error:
-            self._file.close()
-            raise ValueError(f"Another process is writing {self.path}. Stop it, or pass another file.") from error
+            self._votes = self._take(self._file)
         except BaseException:
             self._file.close()
             raise
-        self._votes = {(vote.rater, vote.task): vote for vote in votes}
+        self._known = _stamp(os.fstat(self._file.fileno()))
 
     def add(self, vote: Vote) -> None:
-        """Appends a vote; when this returns it is on the disk. A second vote on a pair replaces the first."""
-        self._append(asdict(vote))
-        self._votes[vote.rater, vote.task] = vote
+        """
+        Appends a vote; when this returns it is on the disk. A second vote on a pair replaces the first.
+
+        Raises:
+            ValueError: If the file was replaced by something else.
+            OSError: If the vote cannot be written. The file is as it was.
+        """
+        self._follow()
+        self._append(self._file, [asdict(vote)])
+        self._votes.append(vote)
+        self._known = _stamp(os.fstat(self._file.fileno()))
 
     def of(self, rater: str) -> dict[str, Vote]:
         """The rater's votes by task."""
-        return {task: vote for (name, task), vote in self._votes.items() if name == rater}
+        return {vote.task: vote for vote in self._votes if vote.rater == rater}
 
     def close(self) -> None:
+        """Lets the file go; votes that somebody removed meanwhile are put back."""
+        if self._file.closed:
+            return
+        try:
+            self._follow()
+        except (OSError, ValueError) as error:
+            logger.error("%s", error)
         self._file.close()
 
-    def _append(self, content: Mapping[str, Any]) -> None:
-        line = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
-        size = os.fstat(self._file.fileno()).st_size
+    def _follow(self) -> None:
+        """Sees to it that the name still leads to a file with all votes."""
+        with contextlib.suppress(FileNotFoundError):
+            if _stamp(os.stat(self.path)) == self._known:
+                return
         try:
-            if self._file.write(line.encode()) < len(line.encode()):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError:
-            os.truncate(self.path, size)  # half a line would swallow the next one
-            raise
+            file = _open(self.path)
+            if os.path.samestat(os.fstat(file.fileno()), os.fstat(self._file.fileno())):
+                file.close()  # edited in place
+                file = self._file
+            try:
+                there = self._take(file)
+                known = {_line(vote) for vote in there}
+                missing = [vote for vote in self._votes if _line(vote) not in known]
+                self._append(file, [asdict(vote) for vote in missing])
+            except BaseException:
+                if file is not self._file:
+                    file.close()
+                raise
+        except (OSError, ValueError) as error:
+            content = "".join(f"{json.dumps(record)}\n" for record in (self.study.header(), *map(asdict, self._votes)))
+            rescued = write_atomically(f"{self.path}.recovered-{fingerprint(content)[:8]}", content)
+            raise ValueError(f"{error} The {len(self._votes)} votes that were given are in {rescued}.") from error
+        if file is not self._file:
+            self._file.close()
+            self._file = file
+        if missing:
+            logger.warning("%s was changed by others; added %d votes that it had lost.", self.path, len(missing))
+        self._votes = there + missing
+        self._known = _stamp(os.fstat(file.fileno()))
 
-    def _drop_torn_line(self) -> None:
-        """A process that was killed while writing leaves half a line; no rater was told that it is saved."""
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+    def _take(self, file: IO[bytes]) -> list[Vote]:
+        """Locks a file and reads its votes. It is changed only if it is ours: a header, or an end to its last line."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another process is writing {self.path}. Stop it, or pass another file.") from error
+        file.seek(0)
+        content = file.read()
+        if not content:
+            self._append(file, [self.study.header()])
+            _sync_folder(self.path.parent)
+            return []
+        header, votes = _parse(content, self.path)
+        if header != self.study.header():
+            raise ValueError(
+                f"{self.path} holds votes about other videos or questions ({header}) than these runs "
+                f"({self.study.header()}). Pass another file, or the runs of that one."
+            )
+        lines, torn = _lines(content)
+        if torn:
             logger.warning("%s: dropped the last line, which a stopped process left incomplete.", self.path)
-            os.truncate(self.path, whole)
+            file.truncate(len(content) - len(torn))
+        elif not content.endswith(b"\n"):  # as some editors leave it
+            file.write(b"\n")
+        return votes
+
+    def _append(self, file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
+        if not records:
+            return
+        content = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records).encode()
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)  # half a line would swallow the next one
+            raise
 
 
 def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]]:
@@ -263,38 +322,77 @@ def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]
     Raises:
         ValueError: If the file is missing, is no file of votes, a line is damaged, or a vote belongs to another study.
     """
-    header, votes = _read(Path(path))
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a file of votes ({error}).") from error
+    header, votes = _parse(content, Path(path))
     return header, list({(vote.rater, vote.task): vote for vote in votes}.values())
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Vote]]:
+def _open(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is a folder or a device. Pass a file for the votes.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a+b", buffering=0)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Which file it is, and what another writer changes."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _line(vote: Vote) -> str:
+    return json.dumps(asdict(vote), sort_keys=True)
+
+
+def _lines(content: bytes) -> tuple[list[bytes], bytes]:
+    """
+    Lines of a file, and what a stopped process left of its last one. A last line that lacks only its newline counts.
+    """
+    *lines, last = content.split(b"\n")
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a file of votes ({error}).") from error
-    lines = content.split("\n")[:-1]  # what follows the last newline was not written to its end
-    records = []
-    for number, line in enumerate(lines, start=1):
+        json.loads(last)
+        return [*lines, last], b""
+    except (ValueError, RecursionError):
+        return lines, last
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Vote]]:
+    records: list[tuple[int, Any]] = []
+    for number, line in enumerate(_lines(content)[0], start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records += [(number, json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            if not records:
+                break  # no file of votes at all
             raise ValueError(f"{path}: line {number} is damaged ({error}). Restore or remove it.") from error
-    if not records or not isinstance(records[0], dict) or records[0].get("format") != _FORMAT:
+    header = records[0][1] if records else None
+    if not (
+        isinstance(header, dict)
+        and header.get("format") == _FORMAT
+        and header.keys() == {"format", "study", "runs", "questions", "pairs"}
+        and isinstance(header["questions"], str)
+        and header["questions"] in QUESTIONS
+    ):
         raise ValueError(f"{path} is no file of votes in format {_FORMAT}: its first line must describe the study.")
-    header, *rest = records
     keys = {question.key for question in QUESTIONS[header["questions"]]}
     votes = []
-    for number, record in enumerate(rest, start=2):
+    for number, record in records[1:]:
         try:
             vote = Vote(**record)
         except TypeError as error:
             raise ValueError(f"{path}: line {number} is no vote ({error}). Remove the line.") from error
+        wrong = [name for name, value in record.items() if not isinstance(value, _KINDS.get(name, str))]
+        if wrong or not 0 <= vote.seconds < MAX_SECONDS:
+            wrong = wrong or ["seconds"]
+            raise ValueError(f"{path}: line {number} is no vote ({wrong[0]}={record[wrong[0]]!r}). Remove the line.")
         if vote.study != header["study"]:
             raise ValueError(
                 f"{path}: line {number} is a vote about study {vote.study}, not {header['study']} of the first line. "
                 "Keep one file for each study: votes about different runs must not be joined."
             )
-        if set(vote.answers) != keys or not set(vote.answers.values()) <= {GOOD, SAME, BAD}:
+        if set(vote.answers) != keys or not all(answer in (GOOD, SAME, BAD) for answer in vote.answers.values()):
             raise ValueError(f"{path}: line {number} has answers {vote.answers} to the questions {sorted(keys)}.")
         votes.append(vote)
     return header, votes
