@@ -1,5 +1,6 @@
 """What holds for every family: each test runs on every entry of `TINY_FAMILIES`."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tests.support.models.calls import image, pixels, recorded_calls
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_latents_shape, tiny_pipeline
-from video_trl.models import ModelFamily, family_of, pipeline_index, supported_pipelines, tap_block
+from video_trl.models import ModelFamily, experts_of, family_of, pipeline_index, supported_pipelines, tap_block
 from video_trl.models.base import FRAME_RATE
 
 
@@ -66,28 +67,37 @@ def test_predict_is_the_transformer_call_of_the_pipeline(name, pipeline, family,
     # Where a pipeline draws the first frame from the posterior of the VAE, training takes its mode.
     mode = vae.DiagonalGaussianDistribution.mode
     monkeypatch.setattr(vae.DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: mode(posterior))
-    generator = torch.Generator().manual_seed(0)
-    with recorded_calls(pipeline.transformer) as calls, torch.no_grad():
-        pipeline(prompt=PROMPTS[0], num_inference_steps=2, generator=generator, **call_of(name, family, pipeline))
+    experts = experts_of(pipeline_index(pipeline))
+    transformers = [pipeline.components[expert.component] for expert in experts] or [pipeline.transformer]
     conditions = conditions_of(name, family, pipeline, [PROMPTS[0]])
-    assert len(calls) == 2
-    for kwargs, expected in calls:
-        timesteps = kwargs["timestep"]
-        timesteps = (timesteps if timesteps.ndim == 1 else timesteps.amax(dim=1)).to(family_dtype(family))
-        noisy = TINY_FAMILIES[name].noisy(kwargs)
-        with recorded_calls(pipeline.transformer) as ours, torch.no_grad():
-            family.predict(pipeline.transformer, noisy, timesteps, conditions)
-        ((own, velocity),) = ours
-        assert set(own) - {"return_dict"} <= set(kwargs)
-        for argument, value in own.items():
-            theirs = kwargs[argument]
-            if argument == "timestep" and value.shape != theirs.shape:  # one a video where all tokens have the same
-                theirs = theirs[:, 0] if theirs.ndim == 2 and (theirs == theirs[:, :1]).all() else theirs
-            assert_same(value, theirs, argument)
-        if kwargs["timestep"].ndim == own["timestep"].ndim:
-            assert torch.equal(velocity, expected)
-        else:  # the same numbers, rounded otherwise, for one timestep a token
-            torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=2e-6)
+    generator = torch.Generator().manual_seed(0)
+    with ExitStack() as stack, torch.no_grad():
+        recorded = [stack.enter_context(recorded_calls(transformer)) for transformer in transformers]
+        pipeline(prompt=PROMPTS[0], num_inference_steps=2, generator=generator, **call_of(name, family, pipeline))
+    assert sum(map(len, recorded)) == 2 and all(recorded)
+    for number, (transformer, calls) in enumerate(zip(transformers, recorded, strict=True)):
+        for kwargs, expected in calls:
+            compare_step(family, transformer, TINY_FAMILIES[name].noisy(kwargs), conditions, kwargs, expected)
+            if experts:  # each within its own timesteps
+                assert experts[number].low <= kwargs["timestep"] <= experts[number].high
+
+
+def compare_step(family, transformer, noisy, conditions, kwargs, expected) -> None:
+    timesteps = kwargs["timestep"]
+    timesteps = (timesteps if timesteps.ndim == 1 else timesteps.amax(dim=1)).to(family_dtype(family))
+    with recorded_calls(transformer) as ours, torch.no_grad():
+        family.predict(transformer, noisy, timesteps, conditions)
+    ((own, velocity),) = ours
+    assert set(own) - {"return_dict"} <= set(kwargs)
+    for argument, value in own.items():
+        theirs = kwargs[argument]
+        if argument == "timestep" and value.shape != theirs.shape:  # one a video where all tokens have the same
+            theirs = theirs[:, 0] if theirs.ndim == 2 and (theirs == theirs[:, :1]).all() else theirs
+        assert_same(value, theirs, argument)
+    if kwargs["timestep"].ndim == own["timestep"].ndim:
+        assert torch.equal(velocity, expected)
+    else:  # the same numbers, rounded otherwise, for one timestep a token
+        torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=2e-6)
 
 
 def family_dtype(family: ModelFamily) -> torch.dtype:

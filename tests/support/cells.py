@@ -10,7 +10,7 @@ from tests.support.tiny import FAMILIES, TINY_FAMILIES
 
 TRAINERS = ("SFT", "DPO", "GroupDPO", "RegDPO", "REPA")
 EVERY = tuple(TINY_FAMILIES)
-CONTEXT_PARALLEL = ("wan-t2v", "wan-i2v", "cogvideox-t2v", "cogvideox-i2v", "wan-5b-t2v", "wan-5b-i2v")
+CONTEXT_PARALLEL = tuple(name for name in EVERY if name.startswith(("wan", "cogvideox")))
 """Families whose transformer has a plan for it in diffusers, or here."""
 
 

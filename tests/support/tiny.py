@@ -138,6 +138,7 @@ class TinyFamily:
         make: Its tiny pipeline, by seed.
         frames, side: Frames and pixels of a side of the smallest video that is none of an image alone.
         noisy: The noisy latents `(B, C, F, H, W)` in the keyword arguments of a transformer call of its pipeline.
+        options: Of a trainer, without which it would be refused.
         call: Arguments of the pipeline's call that switch guidance off, so that each step is one transformer call.
     """
 
@@ -145,6 +146,7 @@ class TinyFamily:
     frames: int = 5
     side: int = 32
     noisy: Callable[[dict[str, Any]], torch.Tensor] = lambda kwargs: kwargs["hidden_states"]
+    options: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
 
@@ -216,6 +218,22 @@ def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
         scale_factor_spatial=16,
         scale_factor_temporal=4,
     )
+
+
+def tiny_wan_a14b_pipeline(seed: int = 0) -> WanPipeline:
+    """Text-to-video pipeline laid out as Wan 2.2's A14B: a transformer for high and one for low noise."""
+    return _with_experts(tiny_wan_pipeline(seed), tiny_transformer(seed + 1), 0.875)
+
+
+def tiny_wan_a14b_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same from a first frame, which reaches the transformers as latents alone."""
+    return _with_experts(tiny_wan_i2v_pipeline(seed, False), tiny_transformer(seed + 1, in_channels=12), 0.9)
+
+
+def _with_experts(wan: DiffusionPipeline, second: WanTransformer3DModel, boundary_ratio: float) -> Any:
+    pipeline = type(wan)(**wan.components | {"transformer_2": second}, boundary_ratio=boundary_ratio)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_wan_ti2v_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
@@ -447,6 +465,12 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     ),
     "cogvideox-i2v": TinyFamily(
         tiny_cogvideox_i2v_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4]
+    ),
+    "wan-a14b-t2v": TinyFamily(tiny_wan_a14b_pipeline, options={"expert": "high_noise"}),
+    "wan-a14b-i2v": TinyFamily(
+        tiny_wan_a14b_i2v_pipeline,
+        noisy=lambda kwargs: kwargs["hidden_states"][:, :4],
+        options={"expert": "high_noise"},
     ),
     "wan-5b-t2v": TinyFamily(tiny_wan_ti2v_pipeline, side=64),
     "wan-5b-i2v": TinyFamily(tiny_wan_ti2v_i2v_pipeline, side=64),

@@ -3,7 +3,6 @@ Every trainer on every family of models, with an adapter and with all weights: t
 docs/trainers/models.md, which names these tests.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -68,6 +67,7 @@ def make(family: str, name: str, directory: Path, **changes: Any) -> Any:
             "disable_tqdm": True,
             **({"physics_rewarding": False} if name == "GroupDPO" else {}),
             **({"align_layer": 1, "projector": "linear"} if name == "REPA" else {}),
+            **TINY_FAMILIES[family].options,
             **changes,
         }
     )
@@ -215,21 +215,17 @@ def test_a_pipeline_is_loaded_by_its_path(family, tmp_path):
     }
 
 
-def test_a_pipeline_of_two_transformers_is_refused_before_its_weights_are_read(tmp_path):
-    tiny_wan_i2v_pipeline(image_encoder=False).save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="holds two transformers"):
-        make("wan-i2v", "DPO", tmp_path / "run", extra={"model": str(tmp_path)})
-
-
 @pytest.mark.parametrize("ratio", [0.875, 0.9])
 def test_one_of_two_experts_does_not_train_at_all_noise_levels(ratio, tmp_path):
     pipeline = tiny_wan_i2v_pipeline(image_encoder=False)
     pipeline.register_to_config(boundary_ratio=ratio)  # loaded with `transformer_2=None`, as one does to save memory
-    with pytest.raises(ValueError, match="two transformers, one for high and one for low noise"):
+    with pytest.raises(ValueError, match=r"Set `expert`, got None"):
         make("wan-i2v", "DPO", tmp_path, extra={"model": pipeline})
+    low = round(1000 * ratio)
+    made = make("wan-i2v", "DPO", tmp_path, expert="high_noise", extra={"model": pipeline})
+    assert made.timestep_range == [low, 1000]
+    with pytest.raises(ValueError, match="with `transformer_2` as its transformer to train"):
+        make("wan-i2v", "DPO", tmp_path, expert="low_noise", extra={"model": pipeline})
 
 
 # ---- What does not fit is refused before anything is encoded or trained ---------------------------------------------

@@ -23,7 +23,9 @@ def describe(trainer_class: type[Any], data: DataArguments, args: Any, *, proces
     """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
     rows, row = training_rows(trainer_class, data, args)
     rows -= data.eval_rows
-    family, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
+    revision = (args.model_init_kwargs or {}).get("revision")
+    check_expert(data.model_name_or_path, revision, args.expert)
+    family, transformer, vae = empty_models(data.model_name_or_path, revision)
     shapes = _shapes(family, vae, row, args)
     facts = {
         "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
@@ -44,8 +46,18 @@ def _configuration(data: DataArguments, args: Any) -> str:
     return yaml.safe_dump(changes, sort_keys=False)
 
 
+def check_expert(name: str, revision: str | None, expert: str | None) -> None:
+    """Raise a `ValueError` unless an expert is chosen where a pipeline has several transformers, and only there."""
+    from diffusers import DiffusionPipeline
+
+    from ..trainer.setup.models import choose_expert
+
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+    choose_expert(DiffusionPipeline.load_config(pipeline_source(name), **kwargs), expert, repr(name))
+
+
 def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
-    """Adapter, transformer and VAE of a pipeline, the networks without memory (on the device `meta`)."""
+    """Family, transformer and VAE of a pipeline, the networks without memory (on the device `meta`)."""
     import diffusers
     import torch
     from diffusers import AutoModel, DiffusionPipeline

@@ -49,6 +49,10 @@ class EstimateArguments:
     )
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
     lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Its layers: 'attention' (if unset), 'attention+ffn', 'all-linear', or names."},
+    )
     bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16."})
     quantization: Literal["nf4", "int8", "fp8"] | None = field(
         default=None, metadata={"help": "What frozen weights are kept in: 'nf4', 'int8' or 'fp8'."}

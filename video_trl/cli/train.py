@@ -5,6 +5,7 @@ Examples:
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --dry_run
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --num_processes 8
   video-trl train dpo --dataset_name my/pairs --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+  video-trl train dpo --config examples/configs/wan2.2-a14b-i2v-dpo.yaml --dataset_name my/pairs --expert both
   video-trl train sft --num_clips 64 --sample_every 50 --eval_strategy steps --eval_steps 50 --save_steps 50 \\
       --evaluator_judge sandbox --metric_for_best_model eval_pc --greater_is_better true \\
       --load_best_model_at_end --early_stopping_patience 3
@@ -21,6 +22,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .methods import DataArguments, make_trainer, method_named, parse_training
 from .parser import check, read_yaml, say
@@ -28,6 +30,7 @@ from .parser import check, read_yaml, say
 
 logger = logging.getLogger(__name__)
 
+BOTH = "both"  # of --expert: a run each
 _ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the command of TRL calls it
 
 
@@ -41,6 +44,8 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         os.execv(sys.executable, [*command, "-m", "video_trl", "train", method.name, *ours])
     data, args = parse_training("train", method, ours, __doc__)
+    if args.expert == BOTH:
+        return _train_both(argv, args)
     if data.dry_run:
         from .dry_run import describe
 
@@ -59,6 +64,17 @@ def run(argv: Sequence[str]) -> int:
         from ..trainer.publishing.progress import where_everything_is
 
         say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
+    return 0
+
+
+def _train_both(argv: Sequence[str], args: Any) -> int:
+    """A run for each transformer, one after the other, in folders (and repositories) of their own."""
+    for name in ("high_noise", "low_noise"):
+        own = ["--expert", name, "--output_dir", str(Path(args.output_dir) / name)]
+        repository = [] if args.hub_model_id is None else ["--hub_model_id", f"{args.hub_model_id}-{name}"]
+        code = run([*argv, *own, *repository])
+        if code:
+            return code
     return 0
 
 

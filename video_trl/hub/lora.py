@@ -17,6 +17,7 @@ from ..files import write_atomically
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
 
@@ -141,6 +142,7 @@ def write_lora(
     weights: Mapping[str, torch.Tensor],
     config: LoraConfig,
     base_model: str | None = None,
+    expert: str | None = None,
 ) -> Path:
     """
     Write weights and configuration of an adapter as `save_lora` does.
@@ -150,6 +152,7 @@ def write_lora(
         weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
         config (`peft.LoraConfig`): Configuration, with rank and alpha.
         base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+        expert (`str`, *optional*): Which of the base model's several transformers it is for, recorded too.
 
     Returns:
         `Path`: The file.
@@ -168,6 +171,7 @@ def write_lora(
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
+    header |= {} if expert is None else {EXPERT_KEY: expert}
     return write_atomically(Path(directory) / LORA_FILE_NAME, safetensors.torch.save(tensors, header))
 
 
@@ -200,6 +204,13 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
     metadata = json.loads(header[METADATA_KEY])
     config = LoraConfig(**{key.removeprefix(PREFIX): value for key, value in metadata.items()})
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+
+
+def expert_of(directory: str | os.PathLike[str]) -> str | None:
+    """The transformer that an adapter's file says it is for; `None` where a pipeline has one."""
+    path = Path(directory)
+    with safe_open(path / LORA_FILE_NAME if path.is_dir() else path, framework="pt") as file:
+        return (file.metadata() or {}).get(EXPERT_KEY)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import nn
 
-from .base import BlockTap, GenerationRules, ModelFamily, tap_block
+from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
 from .skyreels import SkyReelsFamily, SkyReelsImageToVideoFamily, skyreels_family
 from .wan import WanFamily, WanFirstFrameFamily, WanImageToVideoFamily, wan_family
@@ -23,6 +23,7 @@ __all__ = [
     "BlockTap",
     "CogVideoXFamily",
     "CogVideoXImageToVideoFamily",
+    "Expert",
     "GenerationRules",
     "ModelFamily",
     "SkyReelsFamily",
@@ -31,9 +32,11 @@ __all__ = [
     "WanFirstFrameFamily",
     "WanImageToVideoFamily",
     "depth_options",
+    "experts_of",
     "family_for",
     "family_of",
     "generation_rules",
+    "lora_targets",
     "pipeline_index",
     "supported_pipelines",
     "tap_block",
@@ -57,8 +60,11 @@ def depth_options(transformer_class: str) -> tuple[str, ...]:
 
 
 def family_of(pipeline: DiffusionPipeline) -> ModelFamily:
-    """[`family_for`] the transformer of a pipeline."""
-    return family_for(pipeline.transformer, pipeline.scheduler, pipeline_index(pipeline))
+    """[`family_for`] the transformer of a pipeline, or the first one that it has of several."""
+    index = pipeline_index(pipeline)
+    names = [expert.component for expert in experts_of(index)] or ["transformer"]
+    transformer = next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
+    return family_for(transformer, pipeline.scheduler, index)
 
 
 def pipeline_index(pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -106,6 +112,15 @@ def supported_pipelines() -> list[str]:
     """Class names of the diffusers pipelines whose transformer has a family here."""
     names = (name for _, forms in _FAMILIES.values() for family in forms for name in family.pipeline_classes)
     return list(dict.fromkeys(names))  # two forms of a family may share a pipeline
+
+
+def experts_of(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+    """Transformers of a pipeline, from its `model_index.json` (or [`pipeline_index`]), if it has several."""
+    for _, forms in _FAMILIES.values():
+        for family in forms:
+            if index.get("_class_name") in family.pipeline_classes:
+                return family.experts(index)
+    return ()
 
 
 def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules | None:

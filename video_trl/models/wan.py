@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..diffusion import FlowMatching, NoiseProcess
 from .attention.ulysses import share_tokens_of_wan
 from .base import (
+    Expert,
     FamilyDefaults,
     GenerationRules,
     check_channels,
@@ -54,6 +55,15 @@ class WanFamily(FamilyDefaults):
     context_parallel_methods: tuple[str, ...] = ("ulysses", "ring")
 
     @staticmethod
+    def experts(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """Two in Wan 2.2's A14B, which share no weight: `boundary_ratio` of the timesteps lies below the first."""
+        if index.get("boundary_ratio") is None:
+            return ()
+        steps = FlowMatching().num_train_timesteps
+        boundary = index["boundary_ratio"] * steps
+        return Expert("high_noise", "transformer", boundary, steps), Expert("low_noise", "transformer_2", 0, boundary)
+
+    @staticmethod
     def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
         """16 fps and sides of 8 (VAE) times 2 (patch); 24 fps and 16 times 2 of Wan 2.2's 5B, with another VAE."""
         # The image-to-video pipeline encodes all images once for every video, and takes no list of them.
@@ -63,6 +73,11 @@ class WanFamily(FamilyDefaults):
             if index.get("expand_timesteps")
             else GenerationRules(16.0, 16, one_video)
         )
+
+    @property
+    def ffn_target_modules(self) -> list[str]:
+        """The two layers of `ffn`."""
+        return ["ffn.net.0.proj", "ffn.net.2"]
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -155,9 +155,24 @@ class VideoConfig(TrainingArguments):
             "help": "Train a LoRA adapter, the frozen weights underneath being the reference. Off: all weights."
         },
     )
+    expert: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer to train of a pipeline that has one for high and one for low noise "
+            "(Wan2.2-A14B): 'high_noise' or 'low_noise'. The other one is not loaded; timesteps are those of this one."
+        },
+    )
     lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of the default LoRA adapter. 'attention', if unset: query, key, value and output of every "
+            "self-attention (PhyGDPO's LoRA-SR). 'attention+ffn': the feed-forward networks too. 'all-linear': every "
+            "linear layer of the blocks, cross-attention too. Or names of layers, such as 'attn1.to_q' 'attn2.to_q'."
+        },
     )
 
     # Parameters that control several processes
@@ -193,6 +208,13 @@ class VideoConfig(TrainingArguments):
     )
     timestep_logit_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of the normal draw of 'logit_normal' timestep sampling."}
+    )
+    timestep_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest and highest timestep, on the model's scale of 0 (the video) to 1000 (noise): the "
+            "distribution of `timestep_sampling` restricted to it, in evaluation too. Unset: all."
+        },
     )
 
     # Parameters that control the data
@@ -288,6 +310,10 @@ class VideoConfig(TrainingArguments):
         """The options that `processes_per_row` is the product of."""
         return f"`context_parallel_size={self.context_parallel_size}`"
 
+    def with_evaluations(self) -> Self:
+        """The configuration for a trainer with rows to evaluate on; a method may evaluate where nothing is said."""
+        return self
+
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
         check_quantised_engine(self.quantization, engine)
@@ -350,6 +376,7 @@ class VideoConfig(TrainingArguments):
         if not 0 <= self.resolution_max_crop <= 1:
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
         check_policy(self.checkpointing_policy)
         check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
@@ -369,6 +396,16 @@ class VideoConfig(TrainingArguments):
                 f"`compile_blocks` with `checkpointing_policy={self.checkpointing_policy!r}` is not supported: it "
                 "decides within a block, which is compiled as a whole. Use 'full'."
             )
+
+    def _check_timestep_range(self) -> None:
+        if self.timestep_range is None:
+            return
+        if len(self.timestep_range) != 2 or not 0 <= self.timestep_range[0] < self.timestep_range[1] < math.inf:
+            raise ValueError(
+                "`timestep_range` must be two timesteps, low < high, such as (750, 995), neither negative; got "
+                f"{self.timestep_range}. Leave it unset for all of them."
+            )
+        self.timestep_range = [float(end) for end in self.timestep_range]
 
 
 def check_positive(config: VideoConfig, name: str) -> None:

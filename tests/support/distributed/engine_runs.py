@@ -150,7 +150,7 @@ def run(
         family, transformer = "cogvideox-t2v", tiny_cogvideox_transformer(use_rotary_positional_embeddings=False)
         pipeline = tiny_cogvideox_pipeline(transformer=transformer)
     else:
-        pipeline = tiny_pipeline(family)
+        pipeline, settings = tiny_pipeline(family), {**settings, **TINY_FAMILIES[family].options}
     if "heads" in settings:
         pipeline.transformer = tiny_transformer(num_attention_heads=settings.pop("heads"))
     pipeline.transformer.to(dtype)
