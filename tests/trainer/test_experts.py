@@ -67,9 +67,8 @@ def test_all_weights_of_the_second_expert_are_trained_too(saved, tmp_path):
 
 
 def test_which_one_must_be_said(saved, tmp_path):
-    both = (
-        r"'high_noise' \(`transformer`, timesteps 875 to 1000\) and 'low_noise' \(`transformer_2`, timesteps 0 to 875"
-    )
+    high = r"'high_noise' \(`transformer`, timesteps 875 to 1000"
+    low = r"'low_noise' \(`transformer_2`, timesteps 0 to 875"
     for model in (str(saved), tiny_wan_a14b_pipeline()):
         with pytest.raises(ValueError, match=rf"{high}\) and {low}\).*Set `expert`, got None"):
             make("wan-t2v", "DPO", tmp_path, extra={"model": model})

@@ -49,7 +49,7 @@ class EstimateArguments:
     )
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
     lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
-    lora_target_modules: list[str] | str | None = field(
+    lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Its layers: 'attention' (if unset), 'attention+ffn', 'all-linear', or names."},
     )
@@ -167,8 +167,12 @@ def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
         place = words.index("--config")
         content = read_yaml(words[place + 1])
         known = {item.name for item in fields(kind)}
-        options = [f"--{key}={value}" for key, value in content.items() if key in known and value is not None]
-        words = [*options, *words[:place], *words[place + 2 :]]
+        given = {key: value for key, value in content.items() if key in known and value is not None}
+        options = [
+            [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            for key, value in given.items()
+        ]
+        words = [*(word for option in options for word in option), *words[:place], *words[place + 2 :]]
     (args,) = parse(f"estimate {method.name}", __doc__, [kind], words)
     for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "gpu_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:

@@ -222,6 +222,11 @@ class FamilyDefaults:
         """Projections of the self-attention `attn1`; a cross-attention `attn2` is left alone."""
         return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 
+    @property
+    def ffn_target_modules(self) -> list[str]:
+        """Both layers of the feed-forward network `ff`."""
+        return ["ff.net.0.proj", "ff.net.2"]
+
     def flow_shift(self, scheduler_config: Mapping[str, Any], num_tokens: int) -> float | None:
         """As configured; where the scheduler shifts by the number of tokens, the shift for that number."""
         config = scheduler_config

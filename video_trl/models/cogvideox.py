@@ -59,11 +59,6 @@ class CogVideoXFamily(FamilyDefaults):
         """8 fps, of CogVideoX 1.5 (which joins latent frames in pairs) 16; sides of 8 (VAE) times 2 (patch)."""
         return GenerationRules(8.0 if transformer_config.get("patch_size_t") is None else 16.0, 16)
 
-    @property
-    def ffn_target_modules(self) -> list[str]:
-        """The two layers of `ff`."""
-        return ["ff.net.0.proj", "ff.net.2"]
-
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -39,6 +39,12 @@ _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
 )  # fmt: skip
+
+# One name may be given without a list; the command line makes a list of it, which is all its parser knows.
+if TYPE_CHECKING:
+    LoraTargets = list[str] | str | None
+else:
+    LoraTargets = list[str] | None
 
 # A bare `--bf16` on the command line means true, also where "not given" is told apart from false.
 _FLAG: dict[str, Any] = {"nargs": "?", "const": True}
@@ -166,7 +172,7 @@ class VideoConfig(TrainingArguments):
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
     )
-    lora_target_modules: list[str] | str | None = field(
+    lora_target_modules: LoraTargets = field(
         default=None,
         metadata={
             "help": "Layers of the default LoRA adapter. 'attention', if unset: query, key, value and output of every "
@@ -310,8 +316,11 @@ class VideoConfig(TrainingArguments):
         """The options that `processes_per_row` is the product of."""
         return f"`context_parallel_size={self.context_parallel_size}`"
 
-    def with_evaluations(self) -> Self:
-        """The configuration for a trainer with rows to evaluate on; a method may evaluate where nothing is said."""
+    def with_evaluations(self, *, due: bool) -> Self:
+        """
+        The configuration of a trainer. A method may let it evaluate where nothing is said; `due`: there are rows, and
+        no evaluator, which may take long and is asked for by name.
+        """
         return self
 
     def check_engine(self, engine: Engine) -> None:

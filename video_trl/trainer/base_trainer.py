@@ -164,8 +164,7 @@ class VideoTrainer(Trainer):
         args, engine = check_arguments(
             type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
         )
-        if eval_dataset is not None and evaluator is None:  # which may take long, and is asked for by name
-            args = args.with_evaluations()
+        args = args.with_evaluations(due=eval_dataset is not None and evaluator is None)
         self.args, self.engine = args, engine
         check_generation(self.engine, args, evaluator, callbacks)
         datasets = datasets_in(train_dataset, eval_dataset)

@@ -96,9 +96,9 @@ class PreferenceConfig(VideoConfig):
     def describe_processes_per_row(self) -> str:
         return f"{super().describe_processes_per_row()}, `group_parallel_size={self.group_parallel_size}`"
 
-    def with_evaluations(self) -> Self:
-        """The configuration for a trainer with rows to evaluate on: this one, or where it evaluates, a copy."""
-        if self.eval_strategy != IntervalStrategy.NO or self.heldout_evaluations == 0:
+    def with_evaluations(self, *, due: bool) -> Self:
+        """This configuration, or where `heldout_evaluations` are made a copy that says so."""
+        if not due or self.eval_strategy != IntervalStrategy.NO or self.heldout_evaluations == 0:
             return self
         args = copy.copy(self)
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, 1 / self.heldout_evaluations

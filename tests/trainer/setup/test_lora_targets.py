@@ -60,7 +60,7 @@ def test_every_trainer_takes_names_of_layers(name, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_on_all_linear_layers_reloads_and_is_exported(family, tmp_path):
     """Adapter file, resumption, and for Wan the layout of the original code: the same prediction everywhere."""
-    options = {"lora_target_modules": "all-linear", "lora_alpha": 4}
+    options = {"lora_target_modules": "all-linear"}
     made = make(family, "GroupDPO", tmp_path / "run", max_steps=1, save_strategy="epoch", **options)
     made.train()
     made.save_model()

@@ -92,7 +92,10 @@ class WorkloadOptions(Protocol):
     per_device_train_batch_size: int
     use_peft: bool
     lora_rank: int
-    lora_target_modules: str | list[str] | None
+
+    @property
+    def lora_target_modules(self) -> str | list[str] | None: ...
+
     bf16: bool
     quantization: Quantization | None
     max_sequence_length: int | None

@@ -128,8 +128,8 @@ def choose_expert(index: Mapping[str, Any], name: str | None, source: str) -> Ex
 
 def check_can_generate(pipeline: DiffusionPipeline | None, what: str, *, needed: bool = True) -> None:
     """
-    Raise a `ValueError` that says what wants to generate if that is needed and there is no pipeline, or one without one
-    of its transformers.
+    Raise a `ValueError` that says what wants to generate, if that is needed and there is no pipeline, or one of its
+    transformers is not loaded.
     """
     if not needed:
         return

@@ -166,8 +166,8 @@ def check_timesteps(
     timestep_range: Sequence[float] | None,
 ) -> None:
     """
-    Raise a `ValueError` if timesteps cannot be drawn: `"shifted"` without a shift, a range beyond the model's scale, or
-    one from which the scheme never draws.
+    Raise a `ValueError` if timesteps cannot be drawn: `"shifted"` without a shift, a range beyond the model's scale,
+    or one from which the scheme never draws.
     """
     if args.timestep_sampling == "shifted" and args.timestep_shift is None:
         if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
