@@ -106,8 +106,8 @@ def model_card(
         fps (`float`): Frames per second of the snippet's video.
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
-        expert (`tuple[str, str]`, *optional*): Of a pipeline of several transformers, name and component of this one.
-        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model, to load it.
+        expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
+        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model.
         call_kwargs (`dict`, *optional*): Further arguments of the snippet's call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
         log (list of `dict`, *optional*): Rows of the training log; columns are the keys of the first one.
@@ -138,8 +138,9 @@ def model_card(
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
         title=Path(repo_id).name,
         adapter=transformer_class is None,
-        base_model_link=_link(base_model),
-        expert=expert and expert[0],
+        base_model_link=_link(base_model)
+        if expert is None
+        else f"the `{expert[0]}` transformer of {_link(base_model)}",
         revision=revision,
         method_name=method_name,
         dataset=facts,
