@@ -161,6 +161,13 @@ class VideoConfig(TrainingArguments):
             "help": "Train a LoRA adapter, the frozen weights underneath being the reference. Off: all weights."
         },
     )
+    expert: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer to train of a pipeline that has one for high and one for low noise "
+            "(Wan2.2-A14B): 'high_noise' or 'low_noise'. The other one is not loaded; timesteps are those of this one."
+        },
+    )
     lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}

@@ -42,9 +42,9 @@ def check_adapters(
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
-            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the
-            base or scaled; if a target module does not exist, or projections have been fused; or if
-            `lora_target_modules` describes an adapter that is not made.
+            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the base
+            or scaled, or a target module does not exist; if projections have been fused; or if `lora_target_modules`
+            describes an adapter that is not made.
     """
     existing, use_peft = adapter_configs(transformer), args.use_peft
     if args.lora_target_modules is not None and (existing or peft_config or not use_peft):
