@@ -94,8 +94,8 @@ def jobs_elsewhere(clips: Batch, generator: str, videos: Mapping[str, Path]) -> 
             f"{generator}: none of its {len(videos)} videos ({', '.join(names)}, ...) is named as a clip that is "
             "left. Name them as the clips, or list them in a table with the columns source and video."
         )
-    made = columns.pop("made")
-    return with_columns(new_manifest(columns, JOB), {"made": made}, {"made": pa.string()})
+    files = columns.pop("made")
+    return with_columns(new_manifest(columns, JOB), {"made": files}, {"made": pa.string()})
 
 
 def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, shard: Shard | None) -> pa.Table:

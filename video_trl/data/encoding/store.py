@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -288,7 +288,7 @@ class EncodedWriter:
         if size >= self._shard_bytes or now - self._written >= at_stake:
             self._flush()
 
-    def finish(self, rows: list[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
+    def finish(self, rows: Sequence[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
         """Write the rest and the index."""
         if self._pending:
             self._flush()
