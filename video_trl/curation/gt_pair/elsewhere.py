@@ -12,9 +12,9 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ...data.buckets import AspectBucket
+from ...data.folders import VIDEO_SUFFIXES
 from ...data.video_io import VideoDecodeError, video_hash
 from ..clips.normalise import normalise_video
-from ..clips.sources import VIDEO_SUFFIXES
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
 
