@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ..load import SANDBOX, ScriptArguments, generation_defaults, load_judge, load_training_rows
@@ -164,6 +165,34 @@ def file_values(argv: Sequence[str]) -> dict[str, Any]:
     """What the file of `--config` says; nothing without one."""
     given = given_options(argv)
     return read_yaml(given["--config"]) if "--config" in given else {}
+
+
+def check_training(trainer_class: type[Any], data: DataArguments, args: Any) -> None:
+    """
+    Look at options, output folder and dataset as a trainer does, before anything is loaded, made or encoded; for
+    `train` and its `--dry_run` alike.
+
+    Raises:
+        ValueError: As the trainer would.
+    """
+    from ..data.columns import is_encoded
+    from ..data.tables import load_rows
+    from ..trainer.checkpoints.run_folder import RunFolder
+    from ..trainer.checkpoints.weights import named_checkpoint
+    from ..trainer.setup.idle_options import idle_in_run, tell_idle_options
+    from ..trainer.setup.run_options import check_run_options
+
+    check_run_options(args, evaluates=bool(data.eval_rows or data.evaluator_judge))
+    RunFolder(Path(args.output_dir)).check(
+        named_checkpoint(args.resume_from_checkpoint), overwrite=args.overwrite_output_dir
+    )
+    encoded = False
+    if data.dataset_name is not None:
+        dataset = load_rows(data.dataset_name, data.dataset_split, data.column)
+        trainer_class.check_rows(dataset, args)
+        encoded = is_encoded(dataset, trainer_class.row_type)
+    if data.dry_run:  # otherwise the trainer says so, and knows more
+        tell_idle_options(args, idle_in_run(encoded=encoded, has_adapter=False, has_optimizer=False))
 
 
 def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:

@@ -23,12 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .methods import DataArguments, make_trainer, method_named, parse_training
+from .methods import DataArguments, check_training, make_trainer, method_named, parse_training
 from .parser import check, read_yaml, say
 
 
 logger = logging.getLogger(__name__)
 
+BOTH = "both"  # of --expert: a run each
 _ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the command of TRL calls it
 
 
@@ -42,17 +43,18 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         os.execv(sys.executable, [*command, "-m", "video_trl", "train", method.name, *ours])
     data, args = parse_training("train", method, ours, __doc__)
+    if args.expert == BOTH:
+        return _train_both(argv, args)
+    check_training(method.load(), data, args)
     if data.dry_run:
         from .dry_run import describe
 
         processes, engine = launched(launcher)
         say(describe(method.load(), data, args, processes=processes, engine=engine))
         return 0
-    from ..trainer.checkpoints.run_folder import RunFolder
     from ..trainer.checkpoints.weights import named_checkpoint
 
     resume = named_checkpoint(args.resume_from_checkpoint)
-    RunFolder(Path(args.output_dir)).check(resume, overwrite=args.overwrite_output_dir)  # before anything is encoded
     trainer = make_trainer(method.load(), data, args)
     trainer.train(resume_from_checkpoint=resume)
     trainer.create_model_card(dataset_name=data.dataset_name)
@@ -61,6 +63,17 @@ def run(argv: Sequence[str]) -> int:
         from ..trainer.publishing.progress import where_everything_is
 
         say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
+    return 0
+
+
+def _train_both(argv: Sequence[str], args: Any) -> int:
+    """A run for each transformer, one after the other, in folders (and repositories) of their own."""
+    for name in ("high_noise", "low_noise"):
+        own = ["--expert", name, "--output_dir", str(Path(args.output_dir) / name)]
+        repository = [] if args.hub_model_id is None else ["--hub_model_id", f"{args.hub_model_id}-{name}"]
+        code = run([*argv, *own, *repository])
+        if code:
+            return code
     return 0
 
 

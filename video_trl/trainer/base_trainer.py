@@ -26,6 +26,7 @@ from ..data import check_columns
 from ..data.columns import MapDataset, is_encoded
 from ..files import write_atomically
 from ..hub import Measurement
+from ..models import lora_targets
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
@@ -67,12 +68,12 @@ from .setup.attention_and_compile import check_acceleration, compile_blocks, set
 from .setup.idle_options import idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .setup.models import find_family, load_model
+from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
 from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
-    check_timestep_shift,
+    check_timesteps,
     datasets_in,
     for_each,
     prepare_rows,
@@ -100,7 +101,7 @@ class VideoTrainer(Trainer):
         model (`str`, `DiffusionPipeline` or `ModelMixin`):
             `"sandbox"`, a repository id or path of a pipeline in diffusers layout, a pipeline, or a bare transformer
             (then the datasets must be encoded already). Its transformer is trained in place: `trainer.model` is
-            `pipeline.transformer`.
+            `pipeline.transformer`, or the one that the option `expert` chooses.
         args (`VideoConfig`, *optional*):
             Arguments; the trainer's own config class with its defaults.
         train_dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts, *optional*):
@@ -124,6 +125,7 @@ class VideoTrainer(Trainer):
     Attributes:
         pipeline (`DiffusionPipeline`, *optional*): The pipeline; none for a bare transformer.
         family ([`ModelFamily`]): What differs between families of models.
+        expert ([`~video_trl.models.Expert`], *optional*): Which one is trained of a pipeline's several transformers.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
         reference ([`Reference`], *optional*): Context manager factory: `with trainer.reference() as module`.
         step ([`DenoisingStep`]): Draws timesteps and noise, makes noisy latents and their target.
@@ -168,9 +170,10 @@ class VideoTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         evaluator: Evaluator | None = None,
     ) -> None:
-        self.args, self.engine = args, _ = check_arguments(
+        args, self.engine = check_arguments(
             type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers, evaluator
         )
+        self.args = args = args.with_evaluations(due=eval_dataset is not None and evaluator is None)
         check_generation(self.engine, args, evaluator, callbacks)
         datasets = datasets_in(train_dataset, eval_dataset)
         for dataset in datasets:
@@ -184,15 +187,13 @@ class VideoTrainer(Trainer):
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
-            self.pipeline, transformer = load_model(model, args)
+            self.pipeline, transformer, self.expert = load_model(model, args)
         self.family = find_family(self.pipeline, transformer)
-        self.max_sequence_length = resolve_max_sequence_length(
-            args, self.pipeline, self.family.prompt_length(transformer)
-        )
-        check_timestep_shift(args, self.pipeline, self.family)
-        if evaluator is not None and self.pipeline is None:
-            raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
-        check_adapters(transformer, peft_config, use_peft=args.use_peft)
+        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
+        self.timestep_range = resolve_timestep_range(args, self.expert)
+        check_timesteps(args, self.pipeline, self.family, self.timestep_range)
+        check_can_generate(self.pipeline, "`evaluator`", needed=evaluator is not None)
+        check_adapters(transformer, self.family, peft_config, args)
         check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
@@ -211,8 +212,7 @@ class VideoTrainer(Trainer):
         rows = datasets_in(prepared_train, prepared_eval)
         shapes = {shape for each in rows for shape in each.shapes}
         check_context_parallelism(transformer, self.family, shapes, args)
-        tokens = {math.prod(self.family.token_grid(transformer, shape)) for shape in shapes}
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, tokens)
+        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, transformer, shapes)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, ref_model, peft_config, order)
@@ -256,7 +256,8 @@ class VideoTrainer(Trainer):
         continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if args.use_peft:
-            targets, rank, alpha = family.lora_target_modules, args.lora_rank, args.lora_alpha
+            targets = lora_targets(family, transformer, args.lora_target_modules)
+            rank, alpha = args.lora_rank, args.lora_alpha
             self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
         else:
             train_all_weights(transformer)
@@ -310,6 +311,7 @@ class VideoTrainer(Trainer):
             shift=self.timestep_shift,
             logit_mean=args.timestep_logit_mean,
             logit_std=args.timestep_logit_std,
+            timestep_range=self.timestep_range,
         )
         self.checkpointer = Checkpointer(
             transformer,
@@ -317,6 +319,7 @@ class VideoTrainer(Trainer):
             trained_head=self.trained_head,
             engine=self.engine,
             base_model=base_model,
+            expert=None if self.expert is None else self.expert.name,
             folder=RunFolder(Path(args.output_dir)),
             description=description,
             should_save=args.should_save,
@@ -337,7 +340,9 @@ class VideoTrainer(Trainer):
         self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
         all_weights = type(transformer).__name__ if self.adapter_name is None else None
         pipeline_class = self.family.pipeline_classes[0]
-        facts = RunFacts(self.tag, self.summary, self.citation, base_model, pipeline_class, all_weights, data)
+        facts = RunFacts(
+            self.tag, self.summary, self.citation, base_model, pipeline_class, all_weights, data, self.expert
+        )
         self._card = ModelCardCallback(args, facts, self.sampler, self.uploader)
 
     def make_passes(self) -> Passes:
@@ -356,9 +361,14 @@ class VideoTrainer(Trainer):
             if isinstance(callback, SamplingCallback):
                 callback.use(self.sampler)
 
+    @classmethod
+    def check_rows(cls, dataset: MapDataset, args: Any) -> None:
+        """Raise a `ValueError` if a dataset, raw or encoded, cannot feed trainers of this class. Reads no pixels."""
+        check_columns(dataset, cls.row_type)
+
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
-        check_columns(dataset, self.row_type)
+        self.check_rows(dataset, self.args)
 
     def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
         """Options that this run, with these datasets, leaves without effect, and why; see [`idle_in_run`]."""

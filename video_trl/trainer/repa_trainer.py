@@ -110,9 +110,13 @@ class VideoREPATrainer(VideoTrainer):
         assert not isinstance(self.args.teacher_kwargs, str), "TrainingArguments parses JSON strings"
         return load_teacher(name, device=self.args.device, **(self.args.teacher_kwargs or {}))
 
+    @classmethod
+    def check_rows(cls, dataset: MapDataset, args: Any) -> None:
+        super().check_rows(chosen_as_video(dataset), args)
+
     def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
         videos = chosen_as_video(dataset)
-        super().check_dataset(videos)
         if has_teacher_tokens(videos):
             return
         if is_encoded(videos, self.row_type):

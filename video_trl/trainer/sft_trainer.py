@@ -35,8 +35,9 @@ class VideoSFTTrainer(VideoTrainer):
     collator_class = VideoCollator
     uses_reference = False
 
-    def check_dataset(self, dataset: MapDataset) -> None:
-        super().check_dataset(chosen_as_video(dataset))
+    @classmethod
+    def check_rows(cls, dataset: MapDataset, args: Any) -> None:
+        super().check_rows(chosen_as_video(dataset), args)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         return super().prepare_dataset(chosen_as_video(dataset), transformer)

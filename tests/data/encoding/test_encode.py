@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tests.support import rounding
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
+from video_trl.data.encoding import store
 from video_trl.data.encoding.store import EncodedWriter
 from video_trl.models import WanFamily
 
@@ -365,19 +366,6 @@ def test_folder_that_lost_a_piece_is_not_read(pipeline, tmp_path):
         EncodedDataset(tmp_path)
 
 
-def test_another_process_that_finishes_first_wins(tmp_path):
-    target = tmp_path / "video-x"
-    row = {"prompt": "a", "video": "videos/0", "prompt_embeds": "videos/0"}
-    with EncodedWriter(target, "video", "x") as slow:
-        slow.add("videos/0", torch.zeros(1))
-        with EncodedWriter(target, "video", "x") as fast:
-            fast.add("videos/0", torch.ones(1))
-            fast.finish([row], [])
-        slow.finish([row], [])
-    assert EncodedDataset(target)[0]["latents"].item() == 1
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """A process of its own, forked: importing everything again would take longer than the test."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
@@ -389,25 +377,118 @@ def video_rows(n: int) -> list[dict]:
     return [{"prompt": "a ball falls", "video": tiny_video(seed, num_frames=9)} for seed in range(n)]
 
 
-def encode_slowly(cache_dir: Path) -> None:
-    encode(video_rows(3000), tiny_wan_pipeline(), cache_dir, row_type="video", batch_size=1)
+@dataclasses.dataclass(frozen=True)
+class DyingFamily(CountingFamily):
+    """Kills its process when it is asked to encode the videos of a batch."""
+
+    batch: int = 0
+
+    def encode_video(self, vae, video):
+        if len(self.videos) == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_video(vae, video)
 
 
-def test_kill_in_the_middle_leaves_no_cache(tmp_path):
-    process = start(encode_slowly, tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.is_alive():
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert process.is_alive()
-    process.kill()
-    process.join()
-    (leftover,) = tmp_path.iterdir()
-    target = tmp_path / leftover.name.removeprefix(".").split(".")[0]
-    assert leftover.name.startswith(".video-") and not target.exists()
-    with EncodedWriter(target, "video", "x") as writer:
-        writer.finish([], [])
-    assert list(tmp_path.iterdir()) == [target]  # the leftover is gone: the kernel says that its writer is
+def encode_until(batch: int, cache_dir: Path, rows: list[dict]) -> None:
+    store._SECONDS_AT_STAKE = 0  # every tensor is written at once
+    store._PROPORTION_AT_STAKE = 0
+    encode(rows, tiny_wan_pipeline(), cache_dir, family=DyingFamily(batch=batch), row_type="video", batch_size=2)
+
+
+def test_a_killed_encoding_goes_on_where_it_was_and_leaves_nothing(pipeline, tmp_path):
+    rows = video_rows(6)
+    for batch in (0, 1, 1):
+        process = start(encode_until, batch, tmp_path / "cache", rows)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (unfinished,) = (tmp_path / "cache").iterdir()
+        assert unfinished.name.endswith(".unfinished")
+    last = max(unfinished.glob("*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])  # a power cut on a disk that does not keep its word
+    family = CountingFamily()
+    encoded = encode(rows, pipeline, tmp_path / "cache", family=family, row_type="video", batch_size=2)
+    assert family.videos == [2, 2] and family.prompts == []  # batches stay whole, so that no bit depends on the kill
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [encoded.directory.name]
+    assert not [path for path in encoded.directory.iterdir() if path.name.startswith(".")]
+    straight = encode(rows, pipeline, tmp_path / "straight", row_type="video", batch_size=2)
+    for example, expected in zip(encoded, straight, strict=True):
+        assert torch.equal(example["latents"], expected["latents"])
+        assert torch.equal(example["prompt_embeds"], expected["prompt_embeds"])
+
+
+def encode_and_count(number: int, folder: Path, rows: list[dict]) -> None:
+    family = CountingFamily()
+    encoded = encode(rows, tiny_wan_pipeline(), folder / "cache", family=family, row_type="video", batch_size=1)
+    (folder / f"{number}.json").write_text(json.dumps([len(family.videos), encoded[0]["latents"].sum().item()]))
+
+
+def test_of_two_runs_in_one_cache_one_encodes_and_the_other_waits_for_it(tmp_path):
+    processes = [start(encode_and_count, number, tmp_path, video_rows(4)) for number in range(2)]
+    for process in processes:
+        process.join()
+    counts, sums = zip(*(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)), strict=True)
+    assert sorted(counts) == [0, 4] and sums[0] == sums[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SwappingFamily(CountingFamily):
+    """Exchanges a file when all are hashed and checked, and none is encoded."""
+
+    path: Path = Path()
+
+    def encode_prompt(self, pipeline, prompts, max_sequence_length):
+        write_video(self.path, tiny_video(7), fps=8)
+        return super().encode_prompt(pipeline, prompts, max_sequence_length)
+
+
+def test_a_file_that_is_exchanged_while_it_is_encoded_is_noticed(pipeline, tmp_path):
+    paths = [write_video(tmp_path / f"{number}.mp4", tiny_video(number), fps=8) for number in range(2)]
+    rows = [{"prompt": "a ball falls", "video": path} for path in paths]
+    family = SwappingFamily(path=paths[1])
+    with pytest.raises(ValueError, match=r"row 1, video \(.*1\.mp4\): the file has changed since encoding began"):
+        encode(rows, pipeline, tmp_path / "cache", family=family, row_type="video")
+    encoded = encode(rows, pipeline, tmp_path / "cache", row_type="video")
+    rounding.assert_close(encoded[1]["latents"], by_hand(pipeline, paths[1]), rounding.SINGLE)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 64
+    path.write_bytes(content)
+
+
+def test_damage_is_noticed_when_it_is_read(pipeline, tmp_path):
+    encoded = encode(video_rows(2), pipeline, tmp_path, row_type="video")
+    (shard,) = encoded.directory.glob("*.safetensors")
+    whole = shard.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    for position in (0, 9, header - 2, header, len(whole) - 1):  # its length, its text, first and last byte of tensors
+        flip(shard, position)
+        with pytest.raises(ValueError, match=rf"{shard.name} is damaged: .*Delete .* and encode again"):
+            for _ in EncodedDataset(encoded.directory):
+                pass
+        shard.write_bytes(whole)
+    shard.write_bytes(whole[:header] + bytes(len(whole) - header))  # as a file system leaves it that lost the content
+    with pytest.raises(ValueError, match="is damaged: the checksum of"):
+        EncodedDataset(encoded.directory)[0]
+
+
+def test_a_damaged_index_and_one_of_another_version_are_refused(pipeline, tmp_path):
+    encoded = encode(video_rows(1), pipeline, tmp_path, row_type="video")
+    index = encoded.directory / "index.json"
+    text = index.read_text()
+    for broken, words in (
+        (text.replace("a ball falls", "a bell falls"), "is damaged: its checksum differs"),
+        (text[:100], "cannot be read as JSON"),
+        (text.replace('"format": 2', '"format": 1'), "is not in format 2"),
+        ("[]", "is not in format 2"),
+    ):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match=rf"{words}.* Delete .* and encode again"):
+            EncodedDataset(encoded.directory)
+    index.write_text(text)
+    assert len(EncodedDataset(encoded.directory)) == 1
 
 
 def encode_on_a_full_disk(folder: Path) -> None:

@@ -85,7 +85,9 @@ def check_optimizer(name: str) -> None:
         raise ValueError(f"`optim={name!r}` needs the package {library}, which is not installed: pip install {extra}.")
 
 
-def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def quantization_config(
+    kind: Quantization, dtype: torch.dtype, component: str = "transformer"
+) -> PipelineQuantizationConfig:
     """
     How diffusers is to quantise the blocks of the transformer while it loads a pipeline, and nothing else.
 
@@ -94,6 +96,7 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuant
             and `"fp8"`: 8 bits (e4m3) with a scale a row, by torchao. Weights are brought back to `dtype` where they
             are multiplied.
         dtype (`torch.dtype`): Of the computation.
+        component (`str`, defaults to `"transformer"`): The transformer, as the pipeline calls it.
     """
     config: BitsAndBytesConfig | TorchAoConfig
     if kind == "nf4":
@@ -109,7 +112,7 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuant
 
         weights = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
         config = TorchAoConfig(weights, modules_to_not_convert=list(_NOT_QUANTIZED))
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    return PipelineQuantizationConfig(quant_mapping={component: config})
 
 
 def quantised_layers(transformer: nn.Module) -> Iterator[nn.Linear]:
