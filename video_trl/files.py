@@ -1,8 +1,8 @@
 """
-Atomic writes of files and folders, and fingerprints of content.
+Atomic writes of files and folders, locks, checksums, and fingerprints of content.
 
 What is written here is whole or absent, after a kill, on a full disk and after a power cut: it is made under a
-temporary name in the same folder, flushed to the disk, and renamed.
+temporary name in the same folder, flushed to the disk, and renamed. What was damaged later shows in its checksum.
 """
 
 import contextlib
@@ -22,6 +22,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
+from filelock import FileLock, Timeout
 
 
 if TYPE_CHECKING:
@@ -46,6 +49,11 @@ logger = logging.getLogger(__name__)
 #: Matches the temporary names, for those who list a folder while it is written to.
 PARTIAL_PATTERN = "*.partial"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>partial|replaced)", re.DOTALL)
+#: Lists the files of a folder with their sizes and checksums.
+CHECKSUMS_NAME = "checksums.json"
+_UNFINISHED = ".unfinished"
+_LOCK_NAME = ".lock"
+_PIECE = 16 << 20  # bytes of a file that are hashed at a time
 _NAME_BYTES = 220  # of a target's name that a temporary name repeats: file systems allow 255 in all
 _ATTEMPTS = 20
 _IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
@@ -207,7 +215,92 @@ def publish_folder(partial: str | os.PathLike[str], final: str | os.PathLike[str
     _flush(target.parent)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+@contextlib.contextmanager
+def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
+    """
+    A folder that is filled piece by piece, by one process at a time, and gets its own name on leaving.
+
+    A process that is killed, or fails, leaves its pieces to the next one, which finds them in the folder; the pieces
+    are to be written whole or not at all. A failed process leaves nothing where it had nothing written.
+
+    Args:
+        path (`str` or `Path`): Folder to write.
+
+    Yields:
+        `Path` or `None`: The folder under its temporary name, with what is there already; none when the whole folder
+            is there under its own name, also if another process has finished it while this one waited.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f".{target.name}{_UNFINISHED}")
+    while not target.exists():
+        unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock(unfinished / _LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
+        except FileNotFoundError:  # that process has finished the folder, or given up
+            continue
+        try:
+            if not (unfinished / _LOCK_NAME).exists():
+                continue
+            remove_leftovers(unfinished, locked=True)
+            yield unfinished
+            publish_folder(unfinished, target, replace=False)
+            (target / _LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
+            return
+        except BaseException:
+            if unfinished.is_dir() and os.listdir(unfinished) == [_LOCK_NAME]:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            elif unfinished.is_dir():
+                logger.warning("%s stays: the same work will go on from there. Delete it to begin anew.", unfinished)
+            raise
+        finally:
+            held.release()
+    yield None
+
+
+def unfinished_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """Folders that someone is filling, or has left half filled; see [`resumable_folder`]."""
+    return sorted(Path(folder).glob(f".*{_UNFINISHED}"))
+
+
+def lock(path: str | os.PathLike[str], *, seconds: float = -1, waiting: str) -> FileLock:
+    """
+    Lock a file against all other processes, also on other machines where the file system has locks, such as NFS.
+
+    Args:
+        path (`str` or `Path`): File to lock; made where needed. It stays.
+        seconds (`float`, defaults to `-1`): How long to wait for another process that has it; -1: for ever.
+        waiting (`str`): What to log before waiting.
+
+    Returns:
+        `filelock.FileLock`: Held; `release()` it. The kernel does when the process ends.
+
+    Raises:
+        TimeoutError: Another process has it; says which one.
+        OSError: The file cannot be opened.
+    """
+    held = FileLock(path, thread_local=False)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s", waiting)
+        try:
+            held.acquire(timeout=seconds, poll_interval=0.2)
+        except Timeout as error:
+            raise TimeoutError(f"{path} is locked by {Path(path).read_text() or 'a process'}") from error
+    if type(held) is FileLock:  # else the file system has no locks, and what stands in the file is the lock
+        Path(path).write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+    return held
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder. A kill in between leaves no half of it under its name."""
+    shutil.rmtree(path.rename(partial_path(path)), ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], *, locked: bool = False) -> None:
     """
     Remove what killed processes left in a folder, and bring back a folder whose replacement they did not finish.
 
@@ -216,12 +309,14 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
     Args:
         folder (`str` or `Path`): Where files or folders are written; need not exist.
+        locked (`bool`, defaults to `False`): Whether the caller has a [`lock`] that all who write there take: then
+            what another machine wrote is a leftover as well.
     """
     for path in sorted(Path(folder).glob(".*")):
         name = _TEMPORARY.fullmatch(path.name)
         if name is None:
             continue
-        if name["host"] != _host():
+        if name["host"] != _host() and not locked:
             logger.warning("%s is from another machine, which still writes or was stopped; then delete it.", path)
             continue
         try:
@@ -243,6 +338,53 @@ def partial_path(path: str | os.PathLike[str], kind: str = "partial") -> Path:
     if kind == "partial":  # the other kind is read again, for the name to go back to
         name = os.fsencode(name)[:_NAME_BYTES].decode(errors="ignore")
     return target.with_name(f".{name}.{_host()}{secrets.token_hex(4)}.{kind}")
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `checksums.json` into a folder: size and XXH3 of every other file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, file_checksum(path)] for path in files}
+    write_json(folder / CHECKSUMS_NAME, listed, indent=1)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has `checksums.json`, in words; `None` if every file is as it was written."""
+    try:
+        listed = read_json(folder / CHECKSUMS_NAME)
+    except ValueError as error:
+        return f"{error} It was not written whole, or by an older version."
+    for name, (size, checksum) in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing."
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, expected {size}: it was cut off or changed."
+        if file_checksum(path) != checksum:
+            return f"{path} has other content than when it was written: the checksum differs."
+    return None
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file: 32 hexadecimal digits. It finds damage at the speed of memory, and no forgery."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tensor_checksum(*parts: "str | Tensor") -> str:
+    """XXH3 of tensors on the CPU, by dtype, shape and bytes, and of texts: 32 hexadecimal digits."""
+    import torch
+
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{part}\0".encode())
+            continue
+        digest.update(f"{part.dtype} {list(part.shape)}".encode())
+        digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:

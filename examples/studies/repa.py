@@ -296,8 +296,8 @@ def denoising_errors(pipeline: "DiffusionPipeline", material: Material) -> list[
         for start in range(0, len(latents), 56):
             part = slice(start, start + 56)
             clean, noises = latents[part], noise[part]
-            embeds = family.encode_prompt(pipeline, prompts[part], MAX_PROMPT_TOKENS)
-            conditions = {"prompt_embeds": family.pad_prompt_embeds(embeds, MAX_PROMPT_TOKENS)}
+            encoded = family.encode_prompt(pipeline, prompts[part], MAX_PROMPT_TOKENS)
+            conditions = family.pad_prompts(encoded, MAX_PROMPT_TOKENS)
             errors = []
             for level in ERROR_LEVELS:
                 u = torch.full((len(clean),), level, dtype=torch.float64)

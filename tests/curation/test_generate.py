@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tests.support.cells import CELLS
+from tests.support.tiny import (
+    MAX_SEQUENCE_LENGTH,
+    TINY_FAMILIES,
+    tiny_pipeline,
+    tiny_wan_i2v_pipeline,
+    tiny_wan_pipeline,
+    tiny_wan_ti2v_pipeline,
+)
 from video_trl.curation.engine.manifest import Shard, kept_rows
 from video_trl.curation.generate import GENERATED, BatchGenerator, VideoModel, check_model, job_table, run_jobs
 from video_trl.data import probe_video, read_video
+from video_trl.data.buckets import AspectBucket
+from video_trl.models import GenerationRules, family_of, generation_rules, pipeline_index
 
 
 CALL = {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
@@ -148,6 +158,87 @@ def test_a_model_whose_videos_are_too_short_is_refused_before_and_after(models, 
     with pytest.raises(ValueError, match=message):
         run_jobs(job_table(clips_of(1), model, [0], FORMAT), model, tmp_path, **FORMAT)
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_image_to_video_in_batches_makes_what_single_calls_make(models, tmp_path):
+    """The pipeline takes no list of images: each video has a call of its own."""
+    clips = clips_of(2) | {"reference_image": ["0.png", "1.png"]}
+    runs = []
+    for batch_size in (1, 2):
+        root = tmp_path / str(batch_size)
+        root.mkdir()
+        for index, level in enumerate((40, 210)):
+            Image.fromarray(np.full((32, 32, 3), level, dtype=np.uint8)).save(root / f"{index}.png")
+        model = model_of(models / "image", batch_size=batch_size)
+        jobs = run_jobs(job_table(clips, model, [0], FORMAT), model, root, **FORMAT)
+        runs.append([(root / path).read_bytes() for path in jobs["rejected"].to_pylist()])
+    assert runs[0] == runs[1] and len(set(runs[0])) == 2
+
+
+@pytest.mark.parametrize("name", CELLS["GT-Pair"])
+def test_every_family_makes_losers(name, tmp_path):
+    """Two videos in a batch, each of its own prompt, noise and first frame, of the size and length asked for."""
+    tiny, pipeline = TINY_FAMILIES[name], tiny_pipeline(name)
+    pipeline.save_pretrained(tmp_path / "model")
+    for index, level in enumerate((40, 210)):
+        picture = np.full((tiny.side, tiny.side, 3), level, dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    clips = clips_of(2, f"{tiny.side}x{tiny.side}") | {"prompt": ["a red ball falls", "a blue ball rolls"]}
+    clips["reference_image"] = ["0.png", "1.png"]
+    length = family_of(pipeline).prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
+    call = {"num_frames": tiny.frames, "num_inference_steps": 1, "max_sequence_length": length, **tiny.call}
+    model = VideoModel(str(tmp_path / "model"), dtype="float32", call_kwargs=call, batch_size=2)
+    rules = generation_rules(pipeline_index(pipeline), pipeline.transformer.config)
+    clock = {"fps": rules.fps, "num_frames": tiny.frames}
+    jobs = run_jobs(job_table(clips, model, [0], clock), model, tmp_path, **clock)
+    videos = made(jobs, tmp_path)
+    assert [video.shape for video in videos] == [(tiny.frames, tiny.side, tiny.side, 3)] * 2
+    assert (videos[0] != videos[1]).any()
+
+
+def test_another_size_than_the_one_asked_for_is_refused_not_scaled(tmp_path):
+    """Wan 2.2's 5B rounds 48x80 to multiples of 32, with a line in the log."""
+    tiny_wan_ti2v_pipeline().save_pretrained(tmp_path / "5b")
+    model = model_of(tmp_path / "5b")
+    with pytest.raises(ValueError, match=r"makes videos whose sides are multiples of 32.*\['48x80'\]"):
+        check_model(model, 5, 8.0, [AspectBucket(64, 96), AspectBucket(48, 80)])
+    with pytest.raises(ValueError, match=r"was asked for videos of 48x80 \(height x width\) and made 32x64"):
+        run_jobs(job_table(clips_of(1, "48x80"), model, [0], FORMAT), model, tmp_path, **FORMAT)
+    assert not list(tmp_path.rglob("*.mp4"))
+    sized = model_of(tmp_path / "5b", call_kwargs=CALL | {"height": 32, "width": 64})  # scaled because one says so
+    check_model(sized, 5, 8.0, [AspectBucket(48, 80)])
+    jobs = run_jobs(job_table(clips_of(1, "48x80"), sized, [0], FORMAT), sized, tmp_path, **FORMAT)
+    assert made(jobs, tmp_path)[0].shape == (5, 48, 80, 3)
+
+
+@pytest.mark.parametrize(
+    ("index", "config", "expected"),
+    [
+        ({"_class_name": "WanPipeline"}, {}, GenerationRules(16.0, 16)),
+        ({"_class_name": "WanImageToVideoPipeline"}, {}, GenerationRules(16.0, 16, one_video_a_call=True)),
+        ({"_class_name": "WanPipeline", "expand_timesteps": True}, {}, GenerationRules(24.0, 32)),
+        ({"_class_name": "CogVideoXPipeline"}, {"patch_size_t": None}, GenerationRules(8.0, 16)),
+        ({"_class_name": "CogVideoXImageToVideoPipeline"}, {"patch_size_t": 2}, GenerationRules(16.0, 16)),
+        ({"_class_name": "MochiPipeline"}, {}, None),
+    ],
+)
+def test_families_know_the_rate_and_the_sizes_of_their_videos(index, config, expected):
+    assert generation_rules(index, config) == expected
+
+
+def test_the_rate_of_a_model_is_its_familys_and_never_guessed(models, tmp_path):
+    """16 fps of Wan: 9 frames are 0.56 s, of which a pair of 5 frames at 8 fps takes every second one."""
+    call = CALL | {"num_frames": 9}
+    files = []
+    for fps in (None, 16.0):
+        model = model_of(models / "first", fps=fps, call_kwargs=call)
+        jobs = run_jobs(job_table(clips_of(1), model, [0], FORMAT), model, tmp_path, **FORMAT)
+        files.append((tmp_path / jobs["rejected"][0].as_py()).read_bytes())
+    assert files[0] == files[1]
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline"}))
+    with pytest.raises(ValueError, match=r"the frame rate of its videos is not known here.*Set `fps` in its options"):
+        check_model(VideoModel(str(tmp_path / "unknown")), 5, 8.0)
 
 
 def test_a_model_that_is_not_there_is_found_before_anything_is_decoded(tmp_path):

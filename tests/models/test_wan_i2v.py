@@ -42,10 +42,10 @@ def family(pipeline) -> WanImageToVideoFamily:
 
 
 def conditions_of(family, pipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds = family.encode_prompt(pipeline, prompts, PROMPT_TOKENS_WITH_IMAGE)
+    encoded = family.encode_prompt(pipeline, prompts, PROMPT_TOKENS_WITH_IMAGE)
     images = family.encode_image(pipeline, [image()], 5)
     expanded = {name: values.expand(len(prompts), *values.shape[1:]) for name, values in images.items()}
-    return {"prompt_embeds": family.pad_prompt_embeds(embeds, PROMPT_TOKENS_WITH_IMAGE), **expanded}
+    return {**family.pad_prompts(encoded, PROMPT_TOKENS_WITH_IMAGE), **expanded}
 
 
 def test_adapter_is_found_by_the_inputs_of_the_transformer(pipeline, family):

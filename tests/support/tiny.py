@@ -1,8 +1,11 @@
 """Tiny instances of the real classes. Everything is seeded and built in process: no file, no download, no mock."""
 
+import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import av
@@ -11,12 +14,21 @@ import torch
 from datasets import Dataset, Features, List, Value, Video
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    ModelMixin,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -33,6 +45,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from video_trl.models import ModelFamily, family_of
+from video_trl.models.base import FRAME_RATE
 
 
 WORDS = "a and ball blue bounces drops falls floor green hits left on red right rolls slides swings the to".split()
@@ -119,20 +134,47 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     return pipeline
 
 
+@dataclass(frozen=True)
+class TinyFamily:
+    """
+    What the tests that run on every family need to know of one.
+
+    Args:
+        make: Its tiny pipeline, by seed.
+        frames, side: Frames and pixels of a side of the smallest video that is none of an image alone.
+        noisy: The noisy latents `(B, C, F, H, W)` in the keyword arguments of a transformer call of its pipeline.
+        options: Of a trainer, without which it would be refused.
+        call: Arguments of the pipeline's call that switch guidance off, so that each step is one transformer call.
+    """
+
+    make: Callable[..., DiffusionPipeline]
+    frames: int = 5
+    side: int = 32
+    noisy: Callable[[dict[str, Any]], torch.Tensor] = lambda kwargs: kwargs["hidden_states"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+
 def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
-    """The tiny pipeline of one of `FAMILIES`."""
-    makers = {
-        "wan-t2v": tiny_wan_pipeline,
-        "wan-i2v": tiny_wan_i2v_pipeline,
-        "cogvideox-t2v": tiny_cogvideox_pipeline,
-        "cogvideox-i2v": tiny_cogvideox_i2v_pipeline,
-    }
-    return makers[family](seed)
+    """The tiny pipeline of one of `TINY_FAMILIES`."""
+    return TINY_FAMILIES[family].make(seed)
+
+
+@lru_cache
+def _family_of(name: str) -> tuple[ModelFamily, ModelMixin, tuple[int, int, int, int]]:
+    """Family and transformer of a tiny pipeline, neither to be changed, and the latents of its smallest video."""
+    pipeline, tiny = tiny_pipeline(name), TINY_FAMILIES[name]
+    family = family_of(pipeline)
+    joined, side = family.compression(pipeline.vae)
+    config = pipeline.transformer.config
+    channels = config.out_channels or config.in_channels
+    shape = (channels, (tiny.frames - 1) // joined + 1, tiny.side // side, tiny.side // side)
+    return family, pipeline.transformer, shape
 
 
 def tiny_latents_shape(family: str) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of the shortest video that is none of an image alone."""
-    return LATENTS_SHAPE if family.startswith("wan") else COGVIDEOX_LATENTS_SHAPE
+    """(C, F, H, W) of the smallest video that is none of an image alone."""
+    return _family_of(family)[2]
 
 
 def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImageToVideoPipeline:
@@ -160,6 +202,84 @@ def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImage
         image_processor=CLIPImageProcessorPil(**size) if image_encoder else None,
         image_encoder=CLIPVisionModel(clip).eval() if image_encoder else None,
         transformer=tiny_transformer(seed, in_channels=12, **image),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
+    """Wan 2.2's residual VAE with all of its 48 channels: 4 times in time, 16 times in height and width."""
+    return tiny_vae(
+        seed,
+        base_dim=3,
+        decoder_base_dim=3,
+        z_dim=48,
+        latents_mean=[0.01 * channel for channel in range(48)],
+        latents_std=[0.5 + 0.02 * channel for channel in range(48)],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+
+
+def tiny_wan_a14b_pipeline(seed: int = 0) -> WanPipeline:
+    """Text-to-video pipeline laid out as Wan 2.2's A14B: a transformer for high and one for low noise."""
+    return _with_experts(tiny_wan_pipeline(seed), tiny_transformer(seed + 1), 0.875)
+
+
+def tiny_wan_a14b_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same from a first frame, which reaches the transformers as latents alone."""
+    return _with_experts(tiny_wan_i2v_pipeline(seed, False), tiny_transformer(seed + 1, in_channels=12), 0.9)
+
+
+def _with_experts(wan: DiffusionPipeline, second: WanTransformer3DModel, boundary_ratio: float) -> Any:
+    pipeline = type(wan)(**wan.components | {"transformer_2": second}, boundary_ratio=boundary_ratio)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_ti2v_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_wan_ti2v_pipeline(seed, WanImageToVideoPipeline)
+
+
+def tiny_skyreels_pipeline(seed: int = 0) -> SkyReelsV2Pipeline:
+    """Text-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_pipeline(seed), SkyReelsV2Pipeline, seed)
+
+
+def tiny_skyreels_i2v_pipeline(seed: int = 0) -> SkyReelsV2ImageToVideoPipeline:
+    """Image-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_i2v_pipeline(seed), SkyReelsV2ImageToVideoPipeline, seed)
+
+
+def _as_skyreels(wan: DiffusionPipeline, pipeline_class: type[DiffusionPipeline], seed: int) -> Any:
+    """The other parts are those of Wan 2.1."""
+    names = set(inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters)
+    config = {name: value for name, value in wan.transformer.config.items() if name in names}
+    torch.manual_seed(seed)
+    transformer = SkyReelsV2Transformer3DModel(**config).eval()
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    parts = {name: part for name, part in wan.components.items() if name in taken}
+    pipeline = pipeline_class(**parts | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_ti2v_pipeline(
+    seed: int = 0, pipeline_class: type[WanPipeline] | type[WanImageToVideoPipeline] = WanPipeline
+) -> WanPipeline | WanImageToVideoPipeline:
+    """A pipeline laid out as Wan 2.2's 5B: one transformer for text and image to video, timesteps by token."""
+    pipeline = pipeline_class(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(seed),
+        vae=tiny_wan_ti2v_vae(seed),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=tiny_transformer(seed, in_channels=48, out_channels=48),
+        expand_timesteps=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -246,6 +366,59 @@ def tiny_cogvideox_i2v_pipeline(seed: int = 0, **components: Any) -> CogVideoXIm
     )
 
 
+def tiny_cogvideox15_pipeline(seed: int = 0) -> CogVideoXPipeline:
+    """Text-to-video pipeline laid out as CogVideoX 1.5's: latent frames in pairs."""
+    return tiny_cogvideox_pipeline(seed, transformer=tiny_cogvideox_transformer(seed, patch_size_t=2))
+
+
+def tiny_cogvideox15_i2v_pipeline(seed: int = 0) -> CogVideoXImageToVideoPipeline:
+    """Image-to-video pipeline laid out as CogVideoX 1.5's: with one more embedding."""
+    transformer = tiny_cogvideox_transformer(seed, in_channels=8, patch_size_t=2, ofs_embed_dim=16)
+    return tiny_cogvideox_pipeline(seed, pipeline_class=CogVideoXImageToVideoPipeline, transformer=transformer)
+
+
+def tiny_ltx_pipeline(
+    seed: int = 0, pipeline_class: type[LTXPipeline] | type[LTXImageToVideoPipeline] = LTXPipeline
+) -> LTXPipeline | LTXImageToVideoPipeline:
+    """A pipeline laid out as LTX-Video's: 8 times in time, 32 times in height and width, one token a latent pixel."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+    ).eval()
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+    ).eval()
+    pipeline = pipeline_class(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+        vae=vae,
+        text_encoder=tiny_t5_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_ltx_pipeline(seed, LTXImageToVideoPipeline)
+
+
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
     """A falling square on a plain background, uint8 `(T, H, W, 3)`; its colours and column depend on the seed."""
     generator = np.random.default_rng(seed)
@@ -303,30 +476,33 @@ def tiny_encoded_group(
     rows = []
     for row in range(n):
         prompt = PROMPTS[row % len(PROMPTS)]
-        length = len(prompt.split()) + 1 if family.startswith("wan") else MAX_SEQUENCE_LENGTH
+        of_family, transformer, _ = _family_of(family)
+        length, width = of_family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)["prompt_embeds"]
+        if (
+            "image_embeds" in of_family.row_columns or of_family.prompt_length(transformer) is None
+        ):  # stored without the padding
+            length = len(prompt.split()) + 1
         rows.append(
             {
                 "prompt": prompt,
                 "chosen_latents": torch.randn(*latents_shape, generator=generator),
                 "rejected_latents": torch.randn(m, *latents_shape, generator=generator),
-                "prompt_embeds": torch.randn(length, TEXT_DIM, generator=generator),
+                "prompt_embeds": torch.randn(length, width, generator=generator),
                 "rejected_scores": torch.rand(m, 2, generator=generator),
             }
-            | _tiny_image_conditions(family, latents_shape, generator)
+            | _tiny_conditions(family, latents_shape, generator)
         )
     return rows
 
 
-def _tiny_image_conditions(family: str, latents_shape: Sequence[int], generator: torch.Generator) -> dict[str, Any]:
-    channels, frames, height, width = latents_shape
-    if family == "wan-i2v":
-        return {
-            "first_frame_latents": torch.randn(*latents_shape, generator=generator),
-            "image_embeds": torch.randn(IMAGE_TOKENS, TEXT_DIM, generator=generator),
-        }
-    if family == "cogvideox-i2v":
-        return {"first_frame_latents": torch.randn(channels, 1, height, width, generator=generator)}
-    return {}
+def _tiny_conditions(name: str, latents_shape: Sequence[int], generator: torch.Generator) -> dict[str, Any]:
+    """What rows carry besides videos and their first embedding of the prompt."""
+    family, transformer, _ = _family_of(name)
+    shapes = family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)
+    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if "image_embeds" in shapes else {}
+    columns = [column for column in family.row_columns[1:] if column != FRAME_RATE]
+    rate = {FRAME_RATE: torch.tensor(8.0)} if FRAME_RATE in family.row_columns else {}
+    return {column: torch.randn(*shapes[column], generator=generator) for column in columns} | rate
 
 
 def tiny_encoded_video(
@@ -337,3 +513,53 @@ def tiny_encoded_video(
     left_out = ("rejected_latents", "rejected_scores")
     rows = tiny_encoded_group(n, 1, seed, latents_shape, family)
     return [{names.get(key, key): value for key, value in row.items() if key not in left_out} for row in rows]
+
+
+def _unpacked(tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Tokens `(B, N, C)` as latents."""
+    return tokens.transpose(1, 2).unflatten(2, (kwargs["num_frames"], kwargs["height"], kwargs["width"]))
+
+
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "wan-t2v": TinyFamily(tiny_wan_pipeline),
+    "wan-i2v": TinyFamily(tiny_wan_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
+    "cogvideox-t2v": TinyFamily(
+        tiny_cogvideox_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)
+    ),
+    "cogvideox-i2v": TinyFamily(
+        tiny_cogvideox_i2v_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4]
+    ),
+    "wan-a14b-t2v": TinyFamily(tiny_wan_a14b_pipeline, options={"expert": "high_noise"}),
+    "wan-a14b-i2v": TinyFamily(
+        tiny_wan_a14b_i2v_pipeline,
+        noisy=lambda kwargs: kwargs["hidden_states"][:, :4],
+        options={"expert": "high_noise"},
+    ),
+    "wan-5b-t2v": TinyFamily(tiny_wan_ti2v_pipeline, side=64),
+    "wan-5b-i2v": TinyFamily(tiny_wan_ti2v_i2v_pipeline, side=64),
+    "skyreels-t2v": TinyFamily(tiny_skyreels_pipeline),
+    "skyreels-i2v": TinyFamily(tiny_skyreels_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
+    "cogvideox1.5-t2v": TinyFamily(
+        tiny_cogvideox15_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)
+    ),
+    "cogvideox1.5-i2v": TinyFamily(
+        tiny_cogvideox15_i2v_pipeline,
+        frames=9,
+        noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4],
+    ),
+    "ltx-t2v": TinyFamily(
+        tiny_ltx_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
+    ),
+    "ltx-i2v": TinyFamily(
+        tiny_ltx_i2v_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
+    ),
+}
+"""Every family, by the name that its tests have. A new one is an entry here."""

@@ -19,8 +19,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .methods import DataArguments, make_trainer, method_named, parse_training
 from .parser import check, read_yaml, say
@@ -28,6 +29,7 @@ from .parser import check, read_yaml, say
 
 logger = logging.getLogger(__name__)
 
+BOTH = "both"  # of --expert: a run each
 _ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the command of TRL calls it
 
 
@@ -41,21 +43,38 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         os.execv(sys.executable, [*command, "-m", "video_trl", "train", method.name, *ours])
     data, args = parse_training("train", method, ours, __doc__)
+    if args.expert == BOTH:
+        return _train_both(argv, args)
     if data.dry_run:
         from .dry_run import describe
 
-        say(describe(method.load(), data, args, processes=num_processes(launcher)))
+        processes, engine = launched(launcher)
+        say(describe(method.load(), data, args, processes=processes, engine=engine))
         return 0
-    trainer = make_trainer(method.load(), data, args)
+    from ..trainer.checkpoints.run_folder import RunFolder
     from ..trainer.checkpoints.weights import named_checkpoint
 
-    trainer.train(resume_from_checkpoint=named_checkpoint(args.resume_from_checkpoint))
+    resume = named_checkpoint(args.resume_from_checkpoint)
+    RunFolder(Path(args.output_dir)).check(resume, overwrite=args.overwrite_output_dir)  # before anything is encoded
+    trainer = make_trainer(method.load(), data, args)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():
         from ..trainer.publishing.progress import where_everything_is
 
         say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
+    return 0
+
+
+def _train_both(argv: Sequence[str], args: Any) -> int:
+    """A run for each transformer, one after the other, in folders (and repositories) of their own."""
+    for name in ("high_noise", "low_noise"):
+        own = ["--expert", name, "--output_dir", str(Path(args.output_dir) / name)]
+        repository = [] if args.hub_model_id is None else ["--hub_model_id", f"{args.hub_model_id}-{name}"]
+        code = run([*argv, *own, *repository])
+        if code:
+            return code
     return 0
 
 
@@ -89,9 +108,10 @@ def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return launcher, ours
 
 
-def num_processes(launcher: Sequence[str]) -> int:
+def launched(launcher: Sequence[str]) -> tuple[int, str]:
     """
-    Of a launch with these options: as given, or as the file of `--config_file` says; else 1.
+    Number of processes and engine of a launch with these options, or of the file of its `--config_file`; else 1 and
+    `"ddp"`.
 
     Raises:
         UsageError: If that file is no YAML mapping.
@@ -99,8 +119,16 @@ def num_processes(launcher: Sequence[str]) -> int:
     """
     words = [part for word in launcher for part in word.split("=", 1)]
     options = dict(zip(words, words[1:], strict=False))
-    if "--num_processes" in options:
-        return int(options["--num_processes"])
-    if "--config_file" in options:
-        return int(read_yaml(options["--config_file"]).get("num_processes", 1))
-    return 1
+    file = read_yaml(options["--config_file"]) if "--config_file" in options else {}
+    return int(options.get("--num_processes", file.get("num_processes", 1))), _engine(file)
+
+
+def _engine(file: Mapping[str, Any]) -> str:
+    """The engine of a file of accelerate, by the name that estimates have for it."""
+    if file.get("distributed_type") == "FSDP":
+        return "fsdp2"
+    if file.get("distributed_type") == "DEEPSPEED":
+        settings = file.get("deepspeed_config", {})
+        on_host = settings.get("offload_param_device", "none") != "none"
+        return f"zero{settings.get('zero_stage', 2)}{'-offload' if on_host else ''}"
+    return "ddp"

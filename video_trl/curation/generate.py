@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from PIL import Image
 
 from ..data.buckets import AspectBucket
 from ..load import SANDBOX, generation_defaults, load_pipeline
+from ..models import GenerationRules, generation_rules
 from .clips.normalise import normalise_video
 from .engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
 
 
-GENERATE_VERSION = 1
+GENERATE_VERSION = 2  # raise it when the same job makes another file
 
 #: Columns of a table of jobs.
 JOB: dict[str, pa.DataType] = {
@@ -51,8 +52,8 @@ class VideoModel:
     Args:
         name (`str`): Repository id or path of a diffusers pipeline, or "sandbox".
         revision (`str`, *optional*): Branch, tag or commit of the repository.
-        fps (`float`, *optional*): Rate at which its frames are meant to be seen: 16 (Wan2.1) when not given, the
-            sandbox's own for the sandbox. CogVideoX wants 8 or 16, HunyuanVideo 24.
+        fps (`float`, *optional*): Rate at which its frames are meant to be seen. Needed only for pipelines of none
+            of the families in `video_trl.models`, which know it: 16 of Wan 2.1, 8 of CogVideoX, 24 of Wan 2.2's 5B.
         dtype (`str`, defaults to `"bfloat16"`): Attribute of `torch` that the weights are loaded in.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call: `num_frames`, `num_inference_steps`,
             `guidance_scale`, ... Without `height` and `width` it is asked for the size of the real clip.
@@ -90,20 +91,44 @@ class VideoModel:
         }
 
 
-def check_model(model: VideoModel, num_frames: int, fps: float) -> None:
+def check_model(model: VideoModel, num_frames: int, fps: float, sizes: Sequence[AspectBucket] = ()) -> None:
     """
-    Finds what would stop a run at its fourth stage: a model that is not there, or whose clips would be too short for
-    pairs of `num_frames` at `fps`. Reads no weights.
+    Finds what would stop a run at its fourth stage: a model that is not there, whose clips would be too short for
+    pairs of `num_frames` at `fps`, whose frame rate is not known, or that does not make videos of `sizes`. Reads no
+    weights.
 
     Raises:
         ValueError: One of these.
     """
     if model.name == SANDBOX:
         return
+    rules = _rules_of(model)
+    made_fps = model.fps or (None if rules is None else rules.fps)
+    if made_fps is None:
+        raise ValueError(
+            f"{model.name}: the frame rate of its videos is not known here; losers at another one than the model's "
+            "would be slow or fast motion. Set `fps` in its options, as its model card has it."
+        )
     if "num_frames" in model.call_kwargs:
-        check_length(model.name, model.call_kwargs["num_frames"], model.fps or 16.0, num_frames, fps)
+        check_length(model.name, model.call_kwargs["num_frames"], made_fps, num_frames, fps)
+    multiple = 1 if rules is None or {"height", "width"} <= set(model.call_kwargs) else rules.side_multiple
+    unsuitable = [str(size) for size in sizes if size.height % multiple or size.width % multiple]
+    if unsuitable:
+        raise ValueError(
+            f"{model.name} makes videos whose sides are multiples of {multiple}, and the clips are to be {unsuitable} "
+            "(height x width). Let clips have such sides (`side_multiple` of GT-Pair, `height` and `width` of "
+            "PhyAugPipe), or give the model a size of its own in `call_kwargs`: its videos are then scaled."
+        )
+
+
+def _rules_of(model: VideoModel) -> GenerationRules | None:
+    """How to call the model's pipeline, from its small JSON files; `None` for one of no family."""
     try:
-        DiffusionPipeline.load_config(model.name, revision=model.revision)
+        index = DiffusionPipeline.load_config(model.name, revision=model.revision)
+        if generation_rules(index, {}) is None:
+            return None
+        part = "transformer" if index["transformer"][0] is not None else "transformer_2"
+        return generation_rules(index, AutoModel.load_config(model.name, revision=model.revision, subfolder=part))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model.name}: expected a pipeline in diffusers layout, on the Hub or in a folder, which cannot be "
@@ -197,7 +222,7 @@ class BatchGenerator:
     def __init__(self, model: VideoModel, root: str | os.PathLike[str], *, fps: float, num_frames: int) -> None:
         self.model, self.root, self.fps, self.num_frames = model, Path(root), fps, num_frames
         self.pipeline: DiffusionPipeline | None = None
-        self.call_kwargs, self.model_fps = dict(model.call_kwargs), model.fps or 16.0
+        self.call_kwargs, self.model_fps, self.one_video_a_call = dict(model.call_kwargs), model.fps, False
 
     def __call__(self, batch: Batch) -> Batch:
         files = [Path("generated") / self.model.slug / f"{job}.mp4" for job in batch["job"]]
@@ -227,12 +252,15 @@ class BatchGenerator:
     def _make(self, batch: Batch) -> np.ndarray:
         """Videos `(N, T, H, W, 3)` in [0, 1] of N rows of one size."""
         pipeline = self._load()
+        if self.one_video_a_call and len(batch["prompt"]) > 1:
+            rows = range(len(batch["prompt"]))
+            return np.concatenate([self._make({name: [batch[name][row]] for name in batch}) for row in rows])
         takes = inspect.signature(pipeline.__call__).parameters
         call: dict[str, Any] = {"prompt": batch["prompt"], "output_type": "np", **self.call_kwargs}
         size = AspectBucket.parse(batch["bucket"][0])
-        for name, side in (("height", size.height), ("width", size.width)):
+        for name, value in (("height", size.height), ("width", size.width), ("frame_rate", self.model_fps)):
             if name in takes:
-                call.setdefault(name, side)
+                call.setdefault(name, value)
         if "image" in takes:
             call["image"] = [self._reference(path) for path in batch["reference_image"]]
         # The noise of each video comes from its own generator on the CPU: the same on every device and in every batch.
@@ -240,8 +268,14 @@ class BatchGenerator:
         if len(batch["prompt"]) == 1:  # image-to-video pipelines want one picture, not a list of one
             call |= {name: call[name][0] for name in ("prompt", "image", "generator") if name in call}
         with torch.no_grad():
-            frames = pipeline(**call).frames
-        return np.asarray(frames, dtype=np.float32)
+            frames = np.asarray(pipeline(**call).frames, dtype=np.float32)
+        asked, made = (call.get("height", size.height), call.get("width", size.width)), frames.shape[2:4]
+        if made != asked:  # scaling would blur the generated videos alone: a difference that training would learn
+            raise ValueError(
+                f"{self.model.name} was asked for videos of {asked[0]}x{asked[1]} (height x width) and made "
+                f"{made[0]}x{made[1]}. Curate clips of a size that it makes."
+            )
+        return frames
 
     def _reference(self, path: str | None) -> Image.Image:
         if path is None:
@@ -253,6 +287,7 @@ class BatchGenerator:
             return image.convert("RGB")
 
     def _write(self, video: np.ndarray, path: Path, size: AspectBucket) -> None:
+        assert self.model_fps is not None, "known once the model is loaded"
         check_length(self.model.name, len(video), self.model_fps, self.num_frames, self.fps)
         frames = np.rint(video.clip(0, 1) * 255).astype(np.uint8)
         normalise_video(
@@ -270,7 +305,12 @@ class BatchGenerator:
             return self.pipeline
         name = self.model.name
         fps, call = generation_defaults(name)
-        self.model_fps, self.call_kwargs = self.model.fps or fps or self.model_fps, {**call, **self.call_kwargs}
+        if name != SANDBOX:
+            check_model(self.model, self.num_frames, self.fps)
+            rules = _rules_of(self.model)
+            if rules is not None:
+                fps, self.one_video_a_call = rules.fps, rules.one_video_a_call
+        self.model_fps, self.call_kwargs = self.model.fps or fps, {**call, **self.call_kwargs}
         # The sandbox's pipeline has one revision and one dtype.
         options = {"revision": self.model.revision, "dtype": vars(torch)[self.model.dtype]}
         self.pipeline = load_pipeline(name, **({} if name == SANDBOX else options))

@@ -49,8 +49,9 @@ class GroupCollator:
     Returns, from `__call__(rows)`:
         `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
         `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the family's further `condition_columns` float32,
-        `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `index` int64 `(B,)`, the rows'
-        `"index"`.
+        `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `num_rejected` int64 `(B,)` when only the
+        first so many rejected videos of each row are to be compared with, `weight` float32 `(B,)` when they carry
+        one, `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
         ValueError: The rows differ in the shape of their latents or in their number of rejected videos, only some of
@@ -80,6 +81,10 @@ class GroupCollator:
         if all(scored):
             scores = torch.stack([torch.from_numpy(as_scores(row["rejected_scores"])) for row in rows])  # (B, m, 2)
             batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
+        if "num_rejected" in rows[0]:
+            batch["num_rejected"] = torch.tensor([row["num_rejected"] for row in rows])
+        if all(row.get("weight") is not None for row in rows):
+            batch["weight"] = torch.tensor([float(row["weight"]) for row in rows])
         return {**batch, **_conditions(self.family, self.max_sequence_length, rows)}
 
 
@@ -100,13 +105,14 @@ def _stack(rows: Sequence[Row], column: str) -> torch.Tensor:
 
 def _conditions(family: ModelFamily, max_sequence_length: int, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """What the transformer is conditioned on, the prompts padded, and the numbers of the rows."""
-    embeds = [as_tensor(row["prompt_embeds"]) for row in rows]
-    for index, embed in zip(_indices(rows), embeds, strict=True):
-        if embed.shape[0] > max_sequence_length:
+    for index, row in zip(_indices(rows), rows, strict=True):
+        tokens = len(row["prompt_embeds"])
+        if tokens > max_sequence_length:
             raise ValueError(
-                f"Row {index}: prompt embeddings of {embed.shape[0]} tokens, expected at most {max_sequence_length} "
+                f"Row {index}: prompt embeddings of {tokens} tokens, expected at most {max_sequence_length} "
                 "(`max_sequence_length`). Raise it or encode the prompts again."
             )
-    conditions = {name: _stack(rows, name) for name in family.condition_columns if name != "prompt_embeds"}
-    conditions["prompt_embeds"] = family.pad_prompt_embeds(embeds, max_sequence_length)
+    prompts = [{name: as_tensor(row[name]) for name in family.prompt_columns} for row in rows]
+    conditions = family.pad_prompts(prompts, max_sequence_length)
+    conditions |= {name: _stack(rows, name) for name in family.condition_columns if name not in conditions}
     return {**conditions, "index": torch.tensor(_indices(rows), dtype=torch.int64)}

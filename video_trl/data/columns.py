@@ -39,9 +39,10 @@ class MapDataset(Protocol):
 
 
 def column_names(dataset: MapDataset) -> list[str]:
-    """Columns of a dataset; for anything but a `datasets.Dataset`, the keys of its first row."""
+    """Columns that a dataset shows; for anything but a `datasets.Dataset`, the keys of its first row."""
     if isinstance(dataset, datasets.Dataset):
-        return list(dataset.column_names)
+        shown = dataset.format
+        return list(dataset.column_names if shown["output_all_columns"] else shown["columns"])
     _check_kind(dataset)
     return list(dataset[0]) if len(dataset) else []
 
@@ -76,12 +77,16 @@ def group_features(*optional: str) -> datasets.Features:
 def undecoded(dataset: MapDataset) -> MapDataset:
     """
     The same rows with videos and images as `{"path", "bytes"}`: decoding is up to `read_video` and `read_image`, and
-    formats are dropped.
+    formats are dropped, but for the choice of columns.
+
+    Raises:
+        ValueError: If the dataset has a transform, which would be dropped too.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
-    plain = dataset.with_format(None)
-    for column, feature in dataset.features.items():
+    _refuse_transform(dataset)
+    plain = dataset.with_format(None).select_columns(column_names(dataset))
+    for column, feature in plain.features.items():
         if isinstance(feature, datasets.Video) and feature.decode:
             plain = plain.cast_column(column, datasets.Video(decode=False))
         elif isinstance(feature, datasets.Image) and feature.decode:
@@ -119,7 +124,9 @@ def as_scores(cell: Any) -> np.ndarray:
     return scores.reshape(-1, 2) if scores.size == 0 or scores.ndim == 2 and scores.shape[1] == 2 else scores
 
 
-def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool = False) -> None:
+def check_columns(
+    dataset: MapDataset, row_type: str, *, physics_rewarding: bool = False, pair_weights: bool = False
+) -> None:
     """
     Check that a dataset, raw or encoded, can feed a trainer. Reads no pixels.
 
@@ -127,6 +134,8 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts): What to check.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         physics_rewarding (`bool`, defaults to `False`): Whether `rejected_scores` must be there.
+
+        pair_weights (`bool`, defaults to `False`): Whether `weight` must be there.
 
     Raises:
         ValueError: Not one dataset (a name, several splits, a stream), zero rows, a missing column or cell, an empty
@@ -144,7 +153,7 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         raise ValueError(
             f"A {row_type} dataset needs the columns {list(ROW_TYPES[row_type])} (or, encoded, "
             f"{list(ENCODED_COLUMNS[row_type])}), got {columns}; missing: {missing}. Rename yours with "
-            "`dataset.rename_column(old, new)`."
+            f"`dataset.rename_column(old, {missing[0]!r})`, on the command line with `--column {missing[0]}=old`."
         )
     if not encoded:
         _check_present(dataset, "prompt")
@@ -157,6 +166,8 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
     if not encoded:
         _check_rejected(dataset)
     _check_scores(dataset, counts, columns, required=physics_rewarding)
+    if pair_weights:
+        _check_weights(dataset, columns)
 
 
 def _known(row_type: str) -> str:
@@ -173,7 +184,9 @@ def _check_kind(dataset: Any) -> None:
             f"Expected a dataset, got the name {name!r}. Load it first: `datasets.load_dataset({name!r}, "
             'split="train")`, or `datasets.load_from_disk` for a folder written by `save_to_disk`.'
         )
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+    if isinstance(dataset, datasets.Dataset):
+        _refuse_transform(dataset)
+    if isinstance(dataset, dict):  # a `DatasetDict` is one
         splits = list(dataset)
         example = splits[0] if splits else "train"
         raise ValueError(
@@ -184,6 +197,14 @@ def _check_kind(dataset: Any) -> None:
         raise ValueError(
             "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
             "encoded once, before training, and a run can then be resumed exactly."
+        )
+
+
+def _refuse_transform(dataset: datasets.Dataset) -> None:
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`set_transform` or `with_transform`), which is a function of the rows that "
+            "are shown, and not of those that are encoded and checked. Apply it for good: `dataset.map(function)`."
         )
 
 
@@ -303,6 +324,17 @@ def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[
                 f"Row {row}: '{('sa', 'pc')[column]}' of rejected[{index}] is {scores[index, column]:g}, expected a "
                 f"number in [0, 1]. Rescale what the judge returned (1..5 -> (score - 1) / 4). {advice}"
             )
+
+
+def _check_weights(dataset: MapDataset, columns: Sequence[str]) -> None:
+    if "weight" not in columns:
+        raise ValueError(
+            f"`pair_weights` needs the column 'weight', a positive number a row, got {list(columns)}. "
+            "`video-trl curate self-pairs` writes it; or leave the option off."
+        )
+    for row, cell in enumerate(_cells(dataset, "weight")):
+        if not isinstance(cell, (int, float)) or not 0 < cell < math.inf:
+            raise ValueError(f"Row {row}: 'weight' must be a positive, finite number, got {cell!r}.")
 
 
 def as_tensor(value: Any) -> torch.Tensor:

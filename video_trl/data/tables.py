@@ -1,33 +1,203 @@
-"""Load a dataset that is named on the command line: a file, a folder or a Hub repository."""
+"""Load a dataset that is named on the command line: a table, a folder, tars or a Hub repository."""
 
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .folders import CAPTION_KEYS, VIDEO_SUFFIXES, captioned_rows, pair_rows, videos_below
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-def load_rows(name: str, split: str) -> "datasets.Dataset":
+logger = logging.getLogger(__name__)
+
+#: Columns whose cells are paths; relative ones start at the table.
+MEDIA_COLUMNS = ("video", "chosen", "rejected", "image")
+#: Suffix of a table -> builder of `datasets`.
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FOLDER_BUILDERS = ("videofolder", "imagefolder", "audiofolder", "webdataset", "json", "csv", "parquet", "arrow")
+
+
+def load_rows(name: str, split: str, columns: Mapping[str, str] | Sequence[str] | None = None) -> "datasets.Dataset":
     """
-    The dataset that `--dataset_name` and `--dataset_split` name.
+    The dataset that `--dataset_name`, `--dataset_split` and `--column` name.
 
     Args:
-        name (`str`): Folder written by `Dataset.save_to_disk`, or anything that `datasets.load_dataset` knows.
-        split (`str`): Its split; a saved folder is one.
+        name (`str`): One of
+
+            - a table (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) with paths of videos,
+            - a folder of videos with captions (`clip.txt` or `clip.json` beside `clip.mp4`, or a `metadata` table),
+            - a folder with `chosen/` and `rejected/` under equal names,
+            - a `.tar` file in WebDataset layout, or a folder of such,
+            - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`,
+            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables.
+        split (`str`): Its split; a table, a folder of videos and tars are one.
+        columns (`dict` or list of `"ours=theirs"`, *optional*): Their name of a column -> ours: `"chosen=winner"`.
+            Without a column `prompt`, the only one of `caption` and `text` is taken for it.
+
+    Returns:
+        `datasets.Dataset`: Paths in `MEDIA_COLUMNS` are absolute: relative ones start at the table's folder.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, has no such split or column, or names a file that is not there.
     """
+    mapping = _mapping(columns or {})  # first: the cheapest to be wrong about
+    dataset, base = _load(name, split)
+    dataset = _renamed(dataset, mapping, name)
+    return dataset if base is None else _with_whole_paths(dataset, base)
+
+
+def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
+    """The rows as they are stored, and the folder at which their paths start; None where `datasets` knows it."""
     import datasets
 
-    if (Path(name) / "state.json").is_file():
-        return datasets.load_from_disk(name)
+    path = Path(name)
+    if path.is_file():
+        return _load_file(path), path.absolute().parent
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(name), path.absolute()
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(name)
+        if split not in splits:
+            raise ValueError(f"--dataset_split: {name} has the splits {list(splits)}, got {split!r}.")
+        return splits[split], path.absolute()
+    if path.is_dir() and (rows := _folder_rows(path.absolute())) is not None:
+        return rows, None
+    if not path.exists() and name in _FOLDER_BUILDERS:
+        raise ValueError(
+            f"--dataset_name: {name!r} is a way of reading a folder, not a dataset. Give the folder: its layout is "
+            "recognised."
+        )
     try:
-        return datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, split=split)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(
-            f"--dataset_name: expected a dataset on the Hub or a folder on this machine, got {name!r}, which cannot "
-            f"be loaded ({error}). Check the spelling, that a folder exists (relative paths start at {Path.cwd()}), "
-            "and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository is private."
+            "--dataset_name: expected a table (.jsonl, .csv, .parquet), a folder, tars, or a dataset on the Hub, got "
+            f"{name!r}, which cannot be loaded ({error}). Check the spelling, that it exists (relative paths start at "
+            f"{Path.cwd()}), and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository "
+            "is private."
         ) from error
+    return loaded, path.absolute() if path.is_dir() else None
+
+
+def _load_file(path: Path) -> "datasets.Dataset":
+    import datasets
+
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
+        return _load_tars([path])
+    if suffix not in _BUILDERS:
+        raise ValueError(
+            f"--dataset_name: {path} is a file that ends in {suffix or 'nothing'}; expected a table "
+            f"({', '.join(_BUILDERS)}), a .tar in WebDataset layout, or a folder."
+        )
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__}).") from error
+
+
+def _folder_rows(root: Path) -> "datasets.Dataset | None":
+    """Rows of a folder of videos or tars; None if it holds tables, which `datasets` reads."""
+    import datasets
+
+    if (root / "chosen").is_dir() and (root / "rejected").is_dir():
+        return datasets.Dataset.from_list(pair_rows(root))
+    names = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if any(path.suffix.lower() in _BUILDERS and _is_table(path) for path in names):
+        return None
+    if tars := sorted(path for path in names if path.suffix.lower() == ".tar"):
+        return _load_tars(tars)
+    return datasets.Dataset.from_list(captioned_rows(root)) if videos_below(root) else None
+
+
+def _is_table(path: Path) -> bool:
+    """Whether rows stand in it; `clip.json` beside `clip.mp4` is a caption."""
+    beside = any(path.with_suffix(suffix).is_file() for suffix in VIDEO_SUFFIXES)
+    return not (path.suffix.lower() == ".json" and beside)
+
+
+def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
+    """`key.mp4` with `key.txt` or `key.json` in tars, as columns `video` and `prompt`."""
+    import datasets
+
+    loaded = datasets.load_dataset("webdataset", data_files=[str(path) for path in paths], split="train")
+    videos = [name for name in loaded.column_names if f".{name}" in VIDEO_SUFFIXES]
+    if len(videos) != 1:
+        raise ValueError(
+            f"--dataset_name: expected one video of each sample in {paths[0]}, got the columns {loaded.column_names}."
+        )
+    loaded = loaded.rename_column(videos[0], "video")
+    if "txt" in loaded.column_names:
+        return loaded.rename_column("txt", "prompt")
+    if "json" in loaded.column_names:
+        fields = loaded.features["json"]
+        key = next((key for key in CAPTION_KEYS if key in fields), None)
+        if key is not None:
+            return loaded.add_column("prompt", [row[key] for row in loaded["json"]])
+    return loaded
+
+
+def _mapping(columns: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    if isinstance(columns, Mapping):
+        return dict(columns)
+    for column in columns:
+        if not all(column.partition("=")):
+            raise ValueError(f"--column: expected OURS=THEIRS, such as chosen=winner, got {column!r}.")
+    return {ours: theirs for ours, _, theirs in (column.partition("=") for column in columns)}
+
+
+def _renamed(dataset: "datasets.Dataset", columns: Mapping[str, str], name: str) -> "datasets.Dataset":
+    for ours, theirs in columns.items():
+        if theirs not in dataset.column_names:
+            raise ValueError(f"--column {ours}={theirs}: {name} has the columns {dataset.column_names}.")
+        if ours in dataset.column_names and ours != theirs:
+            dataset = dataset.remove_columns(ours)
+        dataset = dataset.rename_column(theirs, ours)
+    captions = [key for key in CAPTION_KEYS if key in dataset.column_names]
+    if "prompt" not in captions and len(captions) == 1:
+        logger.info("%s: the column %r is read as 'prompt'.", name, captions[0])
+        dataset = dataset.rename_column(captions[0], "prompt")
+    return dataset
+
+
+def _with_whole_paths(dataset: "datasets.Dataset", base: Path) -> "datasets.Dataset":
+    for column in MEDIA_COLUMNS:
+        if column not in dataset.column_names or not _holds_paths(dataset.features[column]):
+            continue
+        cells = [_whole(cell, base) for cell in dataset.with_format(None).select_columns(column)[column]]
+        missing = [
+            (row, path)
+            for row, cell in enumerate(cells)
+            for path in (cell if isinstance(cell, list) else [cell])
+            if path is not None and not os.path.isfile(path)
+        ]
+        if missing:
+            row, path = missing[0]
+            raise ValueError(
+                f"Row {row}: expected a file in column {column!r}, got {path}, which does not exist ({len(missing)} "
+                f"such paths). Relative paths start at the table, here {base}."
+            )
+        feature = dataset.features[column]
+        dataset = dataset.remove_columns(column).add_column(column, cells, feature=feature)
+    return dataset
+
+
+def _holds_paths(feature: Any) -> bool:
+    """Whether cells are strings or lists of them; videos inside a table have their bytes with them."""
+    import datasets
+
+    inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+
+
+def _whole(cell: Any, base: Path) -> Any:
+    """A path, or a list of them, with relative ones below `base`."""
+    if isinstance(cell, list):
+        return [_whole(path, base) for path in cell]
+    return None if cell is None else os.path.join(base, cell)

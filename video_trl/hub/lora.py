@@ -1,6 +1,7 @@
 """Check LoRA adapters, and read and write them as files that a diffusers pipeline loads."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,43 @@ from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors import safe_open
 
-from ..files import write_atomically
+from ..files import tensor_checksum, write_atomically
 
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+CHECKSUM_KEY = "checksum"  # of all tensors with their names
+EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
+
+
+# Options of an adapter that is proven to be trained, saved, act the same in a fresh pipeline, and be continued: by
+# tests/hub/test_round_trips.py.
+_PROVEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+)
+# Options that change neither weights nor outputs of a model in evaluation; trainers switch dropout off.
+_NEUTRAL = (
+    "lora_dropout",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 
 
 def check_lora_config(config: PeftConfig) -> None:
@@ -29,9 +61,10 @@ def check_lora_config(config: PeftConfig) -> None:
     Raises:
         ValueError: Not a LoRA configuration; an initialisation that changes the base weights (PiSSA, OLoRA, CorDA,
             LoftQ, ...), so that switching the adapter off would not give the reference back; `modules_to_save`,
-            `trainable_token_indices` or `bias != "none"`, which a LoRA file for diffusers cannot hold.
+            `trainable_token_indices` or `bias != "none"`, which a LoRA file for diffusers cannot hold; any other
+            option that is not known to survive saving and loading; a scale of 0, with which nothing is learned.
     """
-    if not isinstance(config, LoraConfig):
+    if type(config) is not LoraConfig:  # AdaLoRA's is derived from it
         raise ValueError(
             f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}: diffusers pipelines would not "
             "load the saved file. Use `LoraConfig(r=48, lora_alpha=48, target_modules=[...])`."
@@ -53,6 +86,19 @@ def check_lora_config(config: PeftConfig) -> None:
     if config.bias != "none":
         raise ValueError(
             f"`bias` must be 'none', got {config.bias!r}: trained base biases are lost when saving a LoRA."
+        )
+    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
+    useless = {name: alpha for name, alpha in alphas.items() if not alpha or not math.isfinite(alpha)}
+    if useless:
+        raise ValueError(f"The scale of an adapter must be a finite number other than 0, got alpha of {useless}.")
+    usual = vars(LoraConfig())
+    known = (*_PROVEN, *_NEUTRAL)
+    others = {name: value for name, value in vars(config).items() if name not in known and value != usual.get(name)}
+    if others:
+        listed = ", ".join(f"{name.lstrip('_')}={value!r}" for name, value in others.items())
+        raise ValueError(
+            f"`peft_config` has {listed}, which is not known to be saved, loaded by a pipeline and continued to the "
+            f"same numbers. Leave it at its default; supported options: {', '.join(_PROVEN)}."
         )
 
 
@@ -97,6 +143,7 @@ def write_lora(
     weights: Mapping[str, torch.Tensor],
     config: LoraConfig,
     base_model: str | None = None,
+    expert: str | None = None,
 ) -> Path:
     """
     Write weights and configuration of an adapter as `save_lora` does.
@@ -106,6 +153,7 @@ def write_lora(
         weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
         config (`peft.LoraConfig`): Configuration, with rank and alpha.
         base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+        expert (`str`, *optional*): Which of the base model's several transformers it is for, recorded too.
 
     Returns:
         `Path`: The file.
@@ -113,16 +161,19 @@ def write_lora(
     Raises:
         OSError: The file cannot be written, for instance because the disk is full.
     """
-    # Only what differs from the defaults: another version of PEFT need not know every option of this one.
+    # Only what differs from the defaults: another version of PEFT need not know every option of this one. And no
+    # dropout: diffusers adds adapters in training mode, where it would make noise of every video.
     defaults = LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
-    settings = {key: value for key, value in config.to_dict().items() if key in always or value != defaults[key]}
+    options = {name: value for name, value in config.to_dict().items() if name in _PROVEN}
+    settings = {key: value for key, value in options.items() if key in always or value != defaults[key]}
     if base_model is not None:
         settings["base_model_name_or_path"] = base_model
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
-    return write_atomically(Path(directory) / LORA_FILE_NAME, safetensors.torch.save(tensors, header))
+    header |= {} if expert is None else {EXPERT_KEY: expert}
+    return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
 
 
 def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -156,15 +207,41 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors on the CPU and their checksum as a safetensors file, whole or not at all."""
+    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    # safetensors writes metadata in another order each time; equal tensors are to make equal files.
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def expert_of(directory: str | os.PathLike[str]) -> str | None:
+    """The transformer that an adapter's file says it is for; `None` where a pipeline has one."""
+    path = Path(directory)
+    with safe_open(path / LORA_FILE_NAME if path.is_dir() else path, framework="pt") as file:
+        return (file.metadata() or {}).get(EXPERT_KEY)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     Tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        ValueError: The file is incomplete, or is no such file.
+        ValueError: The file is incomplete or is no such file, or its tensors are not those of the checksum in it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+            tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
+    if header.get(CHECKSUM_KEY, checksum := _checksum(tensors)) != checksum:
+        raise ValueError(f"{path} is damaged: its tensors are not those of its checksum. Fetch or save it again.")
+    return tensors, header
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    return tensor_checksum(*(part for item in sorted(tensors.items()) for part in item))

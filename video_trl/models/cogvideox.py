@@ -1,7 +1,8 @@
-"""CogVideoX 1.0 (2B, 5B and 5B-I2V), text to video and image to video."""
+"""CogVideoX 1.0 (2B, 5B and 5B-I2V) and 1.5, text to video and image to video."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess, VPrediction
 from .attention.ulysses import share_tokens_of_cogvideox
-from .base import module_device, unwrap
+from .base import (
+    FamilyDefaults,
+    GenerationRules,
+    check_channels,
+    check_pixels,
+    check_video_size,
+    module_device,
+    unwrap,
+)
 
 
 # `AutoencoderKLCogVideoX` decodes two latent frames at a time and gives a first frame of its own only to an odd number
@@ -27,8 +36,8 @@ from .base import module_device, unwrap
 VAE_FRAME_CHUNK = 8
 
 
-@dataclass(frozen=True)
-class CogVideoXFamily:
+@dataclass(frozen=True, kw_only=True)
+class CogVideoXFamily(FamilyDefaults):
     """
     [`ModelFamily`] of `CogVideoXTransformer3DModel` in its text-to-video form.
 
@@ -43,13 +52,12 @@ class CogVideoXFamily:
     noise_process: NoiseProcess
     name: str = "cogvideox"
     pipeline_classes: tuple[str, ...] = ("CogVideoXPipeline",)
-    condition_columns: tuple[str, ...] = ("prompt_embeds",)
     context_parallel_methods: tuple[str, ...] = ("ulysses",)
 
-    @property
-    def lora_target_modules(self) -> list[str]:
-        """Projections of `attn1`, the joint self-attention over text and video, the only one there is."""
-        return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """8 fps, of CogVideoX 1.5 (which joins latent frames in pairs) 16; sides of 8 (VAE) times 2 (patch)."""
+        return GenerationRules(8.0 if transformer_config.get("patch_size_t") is None else 16.0, 16)
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -89,8 +97,7 @@ class CogVideoXFamily:
         Raises:
             ValueError: If the shape is not one that the VAE encodes completely.
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"`video` must have shape (B, 3, T, H, W), got {tuple(video.shape)}.")
+        check_pixels(video)
         self.check_video(vae, video.shape[2:])
         mode = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode()
         return mode.float() * vae.config.scaling_factor
@@ -118,7 +125,7 @@ class CogVideoXFamily:
         pipeline: DiffusionPipeline,
         prompts: list[str],
         max_sequence_length: int,
-    ) -> list[Tensor]:
+    ) -> list[dict[str, Tensor]]:
         """
         Embeddings of prompts, padding included, as the pipeline computes them.
 
@@ -131,8 +138,8 @@ class CogVideoXFamily:
                 Prompts are cut and padded to this number of tokens.
 
         Returns:
-            `list[torch.Tensor]`: One `(max_sequence_length, D)` tensor a prompt, in the dtype and on the device of the
-            text encoder.
+            `list[dict[str, torch.Tensor]]`: For each prompt `prompt_embeds` `(max_sequence_length, D)`, in the dtype
+            and on the device of the text encoder.
         """
         embeds, _ = pipeline.encode_prompt(
             prompts,
@@ -140,34 +147,40 @@ class CogVideoXFamily:
             max_sequence_length=max_sequence_length,
             device=module_device(pipeline.text_encoder),
         )
-        return list(embeds.clone())
+        return [{"prompt_embeds": embed} for embed in embeds.clone()]
 
-    def pad_prompt_embeds(self, embeds: list[Tensor], max_sequence_length: int) -> Tensor:
+    def pad_prompts(self, prompts: list[dict[str, Tensor]], max_sequence_length: int) -> dict[str, Tensor]:
         """
-        Embeddings `(max_sequence_length, D)` as one batch.
+        `prompt_embeds` `(B, max_sequence_length, D)`; they have that length already.
 
         Raises:
-            ValueError: If there is no embedding, or one has another shape: nothing could be put behind it.
+            ValueError: If there is no prompt, or one has another shape: nothing could be put behind it.
         """
+        embeds = [prompt["prompt_embeds"] for prompt in prompts]
         if not embeds:
-            raise ValueError("`embeds` must hold at least one embedding, got an empty list.")
+            raise ValueError("`prompts` must hold at least one embedding, got an empty list.")
         for row, embed in enumerate(embeds):
             if embed.ndim != 2 or len(embed) != max_sequence_length:
                 raise ValueError(
-                    f"`embeds[{row}]` must have shape (L, D) with L = `max_sequence_length={max_sequence_length}`, "
+                    f"Embedding {row} must have shape (L, D) with L = `max_sequence_length={max_sequence_length}`, "
                     f"got {tuple(embed.shape)}: CogVideoX attends to the padding too. Encode the prompts again."
                 )
-        return torch.stack(embeds)
+        return {"prompt_embeds": torch.stack(embeds)}
 
-    def prompt_length(self, transformer: nn.Module) -> int | None:
+    def condition_shapes(
+        self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Prompts of `prompt_length` tokens; of a first frame, one latent frame."""
+        channels, _, height, width = latents_shape[-4:]
+        shapes = {
+            "prompt_embeds": (self.prompt_length(transformer), unwrap(transformer).config.text_embed_dim),
+            "first_frame_latents": (channels, 1, height, width),
+        }
+        return {name: shapes[name] for name in self.condition_columns}
+
+    def prompt_length(self, transformer: nn.Module) -> int:
         """`max_text_seq_length` of the transformer, 226 in all checkpoints."""
         return unwrap(transformer).config.max_text_seq_length
-
-    def encode_image(
-        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
-    ) -> dict[str, Tensor]:
-        """Nothing: text-to-video has no first frame."""
-        return {}
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """Transformer blocks, in order; each returns hidden states `(B, N, D)` of the video and those of the text."""
@@ -177,8 +190,8 @@ class CogVideoXFamily:
         """Tokens `(F', H', W')` of latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`."""
         self.check_latents(transformer, latents_shape)
         frames, height, width = latents_shape[-3:]
-        patch = unwrap(transformer).config.patch_size
-        return frames, height // patch, width // patch
+        config = unwrap(transformer).config
+        return -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size
 
     def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
         """Let the processes of `config` share the tokens of videos in every forward; see `context_parallel_size`."""
@@ -191,21 +204,19 @@ class CogVideoXFamily:
         The channel count must be the transformer's, the number of frames odd and the sides divisible by the patch.
         Learned positions (5B image-to-video) exist for one size only.
         """
-        shape = tuple(shape)
-        if len(shape) not in (4, 5):
-            raise ValueError(f"Latents must have shape (C, F, H, W) or (B, C, F, H, W), got {shape}.")
-        config = unwrap(transformer).config
-        channels, (frames, height, width) = shape[-4], shape[-3:]
-        if channels != config.out_channels:
-            raise ValueError(
-                f"Latents must have {config.out_channels} channels for this transformer, got {channels} in {shape}. "
-                "Encode the videos with the VAE of the same pipeline."
-            )
+        shape, config = tuple(shape), unwrap(transformer).config
+        check_channels(shape, config.out_channels)
+        frames, height, width = shape[-3:]
         patch = config.patch_size
         if frames % 2 == 0 or any(side % patch or not side for side in (height, width)):
             raise ValueError(
                 f"Latents must have an odd number of frames, and height and width divisible by {patch} (the patch of "
                 f"the transformer), got {shape[-3:]}. Change `num_frames`, `height` or `width` of the videos."
+            )
+        if config.patch_size_t is not None and (height > config.sample_height or width > config.sample_width):
+            raise ValueError(
+                f"Latents must be no larger than {config.sample_height}x{config.sample_width} (height x width), the "
+                f"largest for which this transformer has positions, got {height}x{width}. Use smaller videos."
             )
         learned_for = (
             (config.sample_frames - 1) // config.temporal_compression_ratio + 1,
@@ -225,23 +236,14 @@ class CogVideoXFamily:
 
         `T` must be `8k + 1`, as the decoder has it, and the sides divisible by the VAE's spatial factor.
         """
-        frames, height, width = shape
-        if frames % VAE_FRAME_CHUNK != 1:
-            below = max(frames - 1, 0) // VAE_FRAME_CHUNK * VAE_FRAME_CHUNK + 1
-            raise ValueError(
-                f"Videos must have {VAE_FRAME_CHUNK} * k + 1 frames for this VAE, got {frames}. "
-                f"Set `num_frames` to {below} or {below + VAE_FRAME_CHUNK}."
-            )
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"Height and width must be divisible by {factor} for this VAE, got {height}x{width}. "
-                f"Set `height` to {max(height // factor, 1) * factor} and `width` to "
-                f"{max(width // factor, 1) * factor}."
-            )
+        check_video_size(shape, frame_chunk=VAE_FRAME_CHUNK, side=self.compression(vae)[1])
+
+    def compression(self, vae: AutoencoderKLCogVideoX) -> tuple[int, int]:
+        """4 frames and 8 pixels."""
+        return int(vae.config.temporal_compression_ratio), 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CogVideoXImageToVideoFamily(CogVideoXFamily):
     """
     [`ModelFamily`] of `CogVideoXTransformer3DModel` in its image-to-video form.
@@ -251,7 +253,7 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
 
     name: str = "cogvideox-i2v"
     pipeline_classes: tuple[str, ...] = ("CogVideoXImageToVideoPipeline",)
-    condition_columns: tuple[str, ...] = ("prompt_embeds", "first_frame_latents")
+    image_columns: tuple[str, ...] = ("first_frame_latents",)
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -262,10 +264,8 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         Takes and returns what [`CogVideoXFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in
         `conditions` too.
         """
-        first = conditions["first_frame_latents"].to(noisy_latents.dtype)
-        image = torch.zeros_like(noisy_latents)
-        image[:, :, :1] = first
-        return _call(transformer, torch.cat([noisy_latents, image], dim=1), timesteps, conditions["prompt_embeds"])
+        first = conditions["first_frame_latents"]
+        return _call(transformer, noisy_latents, timesteps, conditions["prompt_embeds"], first)
 
     @torch.no_grad()
     def encode_image(
@@ -290,7 +290,9 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         return {"first_frame_latents": 1 / factor * mode if vae.config.invert_scale_latents else factor * mode}
 
 
-def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None) -> CogVideoXFamily:
+def cogvideox_family(
+    transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None, index: Mapping[str, Any]
+) -> CogVideoXFamily:
     """
     Adapter of a CogVideoX transformer, with the noise schedule of its scheduler.
 
@@ -305,35 +307,44 @@ def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: Schedu
             "for encoded data, `CogVideoXPipeline.from_pretrained(..., text_encoder=None, vae=None)` is enough."
         )
     config, noise_process = transformer.config, VPrediction.from_config(scheduler.config)
-    if config.patch_size_t is not None:
-        # Its pipeline puts a latent frame of noise before the video and throws it away in the end.
-        raise ValueError(
-            f"`patch_size_t={config.patch_size_t}`: CogVideoX 1.5, which joins latent frames in pairs, is not "
-            "supported. Use CogVideoX-2b, CogVideoX-5b or CogVideoX-5b-I2V."
-        )
+    name = "cogvideox" if config.patch_size_t is None else "cogvideox1.5"
     if config.in_channels == config.out_channels:
-        return CogVideoXFamily(noise_process)
+        return CogVideoXFamily(noise_process=noise_process, name=name)
     if config.in_channels == 2 * config.out_channels:
-        return CogVideoXImageToVideoFamily(noise_process)
+        return CogVideoXImageToVideoFamily(noise_process=noise_process, name=f"{name}-i2v")
     raise ValueError(
         f"The transformer takes {config.in_channels} channels and returns {config.out_channels}: it is neither "
         "CogVideoX's text-to-video nor its image-to-video model. Use one of those."
     )
 
 
-def _call(transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+def _call(
+    transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, first: Tensor | None = None
+) -> Tensor:
     """The transformer's output `(B, C, F, H, W)` for inputs in the same layout, as its pipelines call it."""
     base = unwrap(transformer)
-    latents = latents.to(base.dtype).transpose(1, 2)  # (B, F, C, H, W)
-    frames, _, height, width = latents.shape[1:]
+    config = base.config
+    # CogVideoX 1.5 joins latent frames in pairs. What its pipeline puts before an odd number of them, and throws away
+    # in the end, is a copy of the first one here: nothing that the others do not show.
+    padding = -latents.shape[2] % (config.patch_size_t or 1)
+    inputs = torch.cat([latents[:, :, :padding], latents], dim=2)
+    if first is not None:
+        image = torch.zeros_like(inputs)
+        image[:, :, :1] = first.to(inputs.dtype)
+        inputs = torch.cat([inputs, image], dim=1)
+    inputs = inputs.to(base.dtype).transpose(1, 2)  # (B, F, C, H, W)
+    frames, _, height, width = inputs.shape[1:]
+    # A constant that the image-to-video checkpoints of 1.5 were trained with.
+    extra = {} if config.ofs_embed_dim is None else {"ofs": inputs.new_full((1,), 2.0)}
     velocity = transformer(
-        hidden_states=latents,
+        hidden_states=inputs,
         encoder_hidden_states=prompt_embeds.to(base.dtype),
         timestep=timesteps,
-        image_rotary_emb=_rotary_embeddings(base, frames, height, width, latents.device),
+        image_rotary_emb=_rotary_embeddings(base, frames, height, width, inputs.device),
         return_dict=False,
+        **extra,
     )[0]
-    return velocity.transpose(1, 2)
+    return velocity.transpose(1, 2)[:, :, padding:]
 
 
 def _rotary_embeddings(
@@ -346,6 +357,16 @@ def _rotary_embeddings(
     patch = config.patch_size
     base_grid = (config.sample_height // patch, config.sample_width // patch)
     grid = (height // patch, width // patch)
+    if config.patch_size_t is not None:  # CogVideoX 1.5: a part of the largest grid
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim,
+            crops_coords=None,
+            grid_size=grid,
+            temporal_size=frames // config.patch_size_t,
+            grid_type="slice",
+            max_size=base_grid,
+            device=device,
+        )
     # The positions of another size are scaled to those of the size that the transformer was trained for.
     region = get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])
     return get_3d_rotary_pos_embed(

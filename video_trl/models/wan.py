@@ -1,7 +1,8 @@
-"""Wan 2.1 and 2.2, text to video, and Wan 2.1, image to video."""
+"""Wan 2.1 and 2.2, text to video and image to video."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import torch
@@ -11,14 +12,25 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
-    WanTransformer3DModel,
 )
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from ..diffusion import FlowMatching, NoiseProcess
 from .attention.ulysses import share_tokens_of_wan
-from .base import module_device, unwrap
+from .base import (
+    Expert,
+    FamilyDefaults,
+    GenerationRules,
+    check_channels,
+    check_frames_behind_the_first,
+    check_patches,
+    check_pixels,
+    check_video_size,
+    module_device,
+    pad_with_zeros,
+    unwrap,
+)
 
 
 # `AutoencoderKLWan` encodes the first frame alone and then frames in chunks of four, whatever its temporal factor is,
@@ -30,7 +42,7 @@ PROMPT_TOKENS_WITH_IMAGE = 512
 
 
 @dataclass(frozen=True)
-class WanFamily:
+class WanFamily(FamilyDefaults):
     """
     [`ModelFamily`] of `WanTransformer3DModel` in its text-to-video form.
 
@@ -41,13 +53,32 @@ class WanFamily:
     name: str = "wan"
     pipeline_classes: tuple[str, ...] = ("WanPipeline",)
     noise_process: NoiseProcess = FlowMatching()
-    condition_columns: tuple[str, ...] = ("prompt_embeds",)
     context_parallel_methods: tuple[str, ...] = ("ulysses", "ring")
 
+    @staticmethod
+    def experts(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """Two in Wan 2.2's A14B, which share no weight: `boundary_ratio` of the timesteps lies below the first."""
+        if index.get("boundary_ratio") is None:
+            return ()
+        steps = FlowMatching().num_train_timesteps
+        boundary = index["boundary_ratio"] * steps
+        return Expert("high_noise", "transformer", boundary, steps), Expert("low_noise", "transformer_2", 0, boundary)
+
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """16 fps and sides of 8 (VAE) times 2 (patch); 24 fps and 16 times 2 of Wan 2.2's 5B, with another VAE."""
+        # The image-to-video pipeline encodes all images once for every video, and takes no list of them.
+        one_video = index["_class_name"] == "WanImageToVideoPipeline"
+        return (
+            GenerationRules(24.0, 32, one_video)
+            if index.get("expand_timesteps")
+            else GenerationRules(16.0, 16, one_video)
+        )
+
     @property
-    def lora_target_modules(self) -> list[str]:
-        """Projections of the self-attention `attn1`; the cross-attention `attn2` is left alone."""
-        return ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+    def ffn_target_modules(self) -> list[str]:
+        """The two layers of `ffn`."""
+        return ["ffn.net.0.proj", "ffn.net.2"]
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -63,7 +94,7 @@ class WanFamily:
             timesteps (`torch.Tensor` of shape `(B,)`):
                 Timesteps on [0, 1000]; keep them float32 also where the transformer is bfloat16.
             conditions (`dict[str, torch.Tensor]`):
-                `prompt_embeds` of shape `(B, L, D)`, padded by [`WanFamily.pad_prompt_embeds`].
+                `prompt_embeds` of shape `(B, L, D)`, padded by [`WanFamily.pad_prompts`].
 
         Returns:
             `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
@@ -93,8 +124,7 @@ class WanFamily:
         Raises:
             ValueError: If the shape is not one that the VAE encodes completely.
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"`video` must have shape (B, 3, T, H, W), got {tuple(video.shape)}.")
+        check_pixels(video)
         self.check_video(vae, video.shape[2:])
         latents = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
         mean, inverse_std = _latent_statistics(vae, latents)
@@ -119,7 +149,9 @@ class WanFamily:
         return vae.decode(latents / inverse_std + mean, return_dict=False)[0].float()
 
     @torch.no_grad()
-    def encode_prompt(self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
+    def encode_prompt(
+        self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
+    ) -> list[dict[str, Tensor]]:
         """
         Embeddings of prompts, cut to their true number of tokens (the end-of-sequence token included).
 
@@ -132,8 +164,8 @@ class WanFamily:
                 Longer prompts are truncated to this number of tokens.
 
         Returns:
-            `list[torch.Tensor]`: One `(L_i, D)` tensor a prompt, in the dtype and on the device of the text encoder,
-            equal to what the pipeline computes before it pads with zeros.
+            `list[dict[str, torch.Tensor]]`: For each prompt `prompt_embeds` `(L_i, D)`, in the dtype and on the device
+            of the text encoder, equal to what the pipeline computes before it pads with zeros.
         """
         device = module_device(pipeline.text_encoder)
         padded, _ = pipeline.encode_prompt(
@@ -143,37 +175,29 @@ class WanFamily:
             [prompt_clean(prompt) for prompt in prompts], max_length=max_sequence_length, truncation=True
         ).input_ids
         # Cloned, or every short embedding would keep the whole padded batch alive.
-        return [embeds[: len(ids)].clone() for embeds, ids in zip(padded, token_ids, strict=True)]
+        return [{"prompt_embeds": embeds[: len(ids)].clone()} for embeds, ids in zip(padded, token_ids, strict=True)]
 
-    def pad_prompt_embeds(self, embeds: list[Tensor], max_sequence_length: int) -> Tensor:
+    def pad_prompts(self, prompts: list[dict[str, Tensor]], max_sequence_length: int) -> dict[str, Tensor]:
         """
-        Embeddings `(L_i, D)` as one batch `(B, max_sequence_length, D)`, with zeros behind each prompt.
+        `prompt_embeds` `(B, max_sequence_length, D)`, with zeros behind each prompt.
 
         Raises:
-            ValueError: If there is no embedding, or one is no `(L_i, D)` tensor or longer than `max_sequence_length`.
+            ValueError: If there is no prompt, or one is no `(L_i, D)` tensor or longer than `max_sequence_length`.
         """
-        if not embeds:
-            raise ValueError("`embeds` must hold at least one embedding, got an empty list.")
-        for row, embed in enumerate(embeds):
-            if embed.ndim != 2 or len(embed) > max_sequence_length:
-                raise ValueError(
-                    f"`embeds[{row}]` must have shape (L, D) with L <= `max_sequence_length={max_sequence_length}`, "
-                    f"got {tuple(embed.shape)}. Raise `max_sequence_length`, or encode the prompts again with it."
-                )
-        padded = embeds[0].new_zeros(len(embeds), max_sequence_length, embeds[0].shape[1])
-        for row, embed in enumerate(embeds):
-            padded[row, : len(embed)] = embed
-        return padded
+        return {"prompt_embeds": pad_with_zeros([prompt["prompt_embeds"] for prompt in prompts], max_sequence_length)}
 
-    def prompt_length(self, transformer: nn.Module) -> int | None:
-        """Any: training must pad to the length that the pipeline's call is given."""
-        return None
-
-    def encode_image(
-        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
-    ) -> dict[str, Tensor]:
-        """Nothing: text-to-video has no first frame."""
-        return {}
+    def condition_shapes(
+        self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Prompts of 512 tokens if not said otherwise; images of 257 tokens of CLIP, and as many latents as videos."""
+        config = unwrap(transformer).config
+        length = self.prompt_length(transformer) or prompt_tokens or PROMPT_TOKENS_WITH_IMAGE
+        shapes = {
+            "prompt_embeds": (length, config.text_dim),
+            "first_frame_latents": tuple(latents_shape[-4:]),
+            "image_embeds": (257, config.image_dim),
+        }
+        return {name: shapes[name] for name in self.condition_columns}
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """Transformer blocks, in order; each returns hidden states `(B, N, D)`."""
@@ -196,21 +220,9 @@ class WanFamily:
 
         The channel count must be that of the transformer's output, and frames and sides divisible by its patch.
         """
-        shape = tuple(shape)
-        if len(shape) not in (4, 5):
-            raise ValueError(f"Latents must have shape (C, F, H, W) or (B, C, F, H, W), got {shape}.")
         config = unwrap(transformer).config
-        channels = config.out_channels or config.in_channels
-        if shape[-4] != channels:
-            raise ValueError(
-                f"Latents must have {channels} channels for this transformer, got {shape[-4]} in {shape}. "
-                "Encode the videos with the VAE of the same pipeline."
-            )
-        if any(size % patch or not size for size, patch in zip(shape[-3:], config.patch_size, strict=True)):
-            raise ValueError(
-                f"Latent frames, height and width must be divisible by the patch {tuple(config.patch_size)} of the "
-                f"transformer, got {shape[-3:]}. Change `num_frames`, `height` or `width` of the videos."
-            )
+        check_channels(shape, config.out_channels or config.in_channels)
+        check_patches(shape, config.patch_size)
 
     def check_video(self, vae: AutoencoderKLWan, shape: Sequence[int]) -> None:
         """
@@ -218,21 +230,12 @@ class WanFamily:
 
         `T` must be `4k + 1` and the sides divisible by the VAE's spatial factor.
         """
-        frames, height, width = shape
         chunk = max(VAE_FRAME_CHUNK, vae.config.scale_factor_temporal)
-        if frames % chunk != 1:
-            below = max(frames - 1, 0) // chunk * chunk + 1
-            raise ValueError(
-                f"Videos must have {chunk} * k + 1 frames for this VAE, got {frames}. "
-                f"Set `num_frames` to {below} or {below + chunk}."
-            )
-        factor = vae.config.scale_factor_spatial
-        if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"Height and width must be divisible by {factor} for this VAE, got {height}x{width}. "
-                f"Set `height` to {max(height // factor, 1) * factor} and `width` to "
-                f"{max(width // factor, 1) * factor}."
-            )
+        check_video_size(shape, frame_chunk=chunk, side=vae.config.scale_factor_spatial)
+
+    def compression(self, vae: AutoencoderKLWan) -> tuple[int, int]:
+        """4 frames and, with Wan 2.1's VAE, 8 pixels; with that of Wan 2.2's 5B 16."""
+        return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,12 @@ class WanImageToVideoFamily(WanFamily):
 
     name: str = "wan-i2v"
     pipeline_classes: tuple[str, ...] = ("WanImageToVideoPipeline",)
-    condition_columns: tuple[str, ...] = ("prompt_embeds", "first_frame_latents", "image_embeds")
+    image_columns: tuple[str, ...] = ("first_frame_latents", "image_embeds")
+
+    @property
+    def image_encoders(self) -> dict[str, str]:
+        """CLIP, where the transformer takes its embeddings."""
+        return {"image_encoder": "image_processor"} if "image_embeds" in self.image_columns else {}
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -264,7 +272,7 @@ class WanImageToVideoFamily(WanFamily):
             timesteps (`torch.Tensor` of shape `(B,)`):
                 Timesteps on [0, 1000]; keep them float32 also where the transformer is bfloat16.
             conditions (`dict[str, torch.Tensor]`):
-                `prompt_embeds` `(B, L, D)`, `first_frame_latents` `(B, C, F, H, W)` and, if in `condition_columns`,
+                `prompt_embeds` `(B, L, D)`, `first_frame_latents` `(B, C, F, H, W)` and, if in `image_columns`,
                 `image_embeds` `(B, L', D')`; then L must be 512.
 
         Returns:
@@ -281,7 +289,7 @@ class WanImageToVideoFamily(WanFamily):
         batch_size, channels, frames, height, width = noisy_latents.shape
         mask = noisy_latents.new_zeros(batch_size, base.config.in_channels - 2 * channels, frames, height, width)
         mask[:, :, 0] = 1  # one channel for each of the pixel frames of a latent frame; the first frame is given
-        image_embeds = conditions["image_embeds"].to(base.dtype) if "image_embeds" in self.condition_columns else None
+        image_embeds = conditions["image_embeds"].to(base.dtype) if "image_embeds" in self.image_columns else None
         return transformer(
             hidden_states=torch.cat([noisy_latents, mask, first_frame_latents], dim=1).to(base.dtype),
             timestep=timesteps,
@@ -292,7 +300,7 @@ class WanImageToVideoFamily(WanFamily):
 
     def prompt_length(self, transformer: nn.Module) -> int | None:
         """512 beside image embeddings, else any."""
-        return PROMPT_TOKENS_WITH_IMAGE if "image_embeds" in self.condition_columns else None
+        return PROMPT_TOKENS_WITH_IMAGE if "image_embeds" in self.image_columns else None
 
     @torch.no_grad()
     def encode_image(
@@ -313,24 +321,90 @@ class WanImageToVideoFamily(WanFamily):
         pixels = pipeline.video_processor.preprocess(images).to(module_device(pipeline.vae))[:, :, None]
         grey = pixels.new_zeros(*pixels.shape[:2], num_frames - 1, *pixels.shape[3:])
         conditions = {"first_frame_latents": self.encode_video(pipeline.vae, torch.cat([pixels, grey], dim=2))}
-        if "image_embeds" in self.condition_columns:
+        if "image_embeds" in self.image_columns:
             device = module_device(pipeline.image_encoder)
             conditions["image_embeds"] = pipeline.encode_image(images, device)
         return conditions
 
 
-def wan_family(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | None) -> WanFamily:
+@dataclass(frozen=True)
+class WanFirstFrameFamily(WanFamily):
     """
-    Adapter of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
+    [`ModelFamily`] of `WanTransformer3DModel` where a first frame takes the place of the first latent frame, as in the
+    image-to-video form of Wan 2.2's 5B.
+
+    Rows carry `first_frame_latents` `(C, 1, H, W)`. The transformer sees them without noise and at timestep 0, and
+    predicts nothing for them: the loss is that of the frames behind.
+    """
+
+    name: str = "wan-ti2v"
+    pipeline_classes: tuple[str, ...] = ("WanImageToVideoPipeline",)
+    image_columns: tuple[str, ...] = ("first_frame_latents",)
+    given_frames: int = 1
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Velocity predicted by one transformer call, the one that `WanImageToVideoPipeline` makes for Wan 2.2's 5B.
+
+        Takes and returns what [`WanFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in `conditions`
+        too. The noise of the first latent frame is not looked at, and its velocity has no meaning.
+        """
+        base = unwrap(transformer)
+        frames, height, width = self.token_grid(transformer, noisy_latents.shape)
+        first = conditions["first_frame_latents"].to(noisy_latents.dtype)
+        is_noisy = timesteps.new_ones(frames, height * width)
+        is_noisy[0] = 0
+        return transformer(
+            hidden_states=torch.cat([first, noisy_latents[:, :, 1:]], dim=2).to(base.dtype),
+            timestep=timesteps[:, None] * is_noisy.flatten(),  # (B, tokens)
+            encoder_hidden_states=conditions["prompt_embeds"].to(base.dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """
+        `first_frame_latents` `(B, C, 1, H, W)`, float32, on the device of the VAE: the images as videos of one frame.
+
+        Args:
+            pipeline (`WanImageToVideoPipeline`): Pipeline with its VAE.
+            images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
+            num_frames (`int`): Not needed: an image's latents do not depend on what follows.
+        """
+        pixels = pipeline.video_processor.preprocess(images)[:, :, None]
+        return {"first_frame_latents": self.encode_video(pipeline.vae, pixels)}
+
+    def condition_shapes(
+        self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """As in text to video, and one latent frame."""
+        channels, _, height, width = latents_shape[-4:]
+        shapes = {"first_frame_latents": (channels, 1, height, width)}
+        return WanFamily().condition_shapes(transformer, latents_shape, prompt_tokens) | shapes
+
+    def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
+        """As in text to video, and there must be a frame behind the first one."""
+        super().check_latents(transformer, shape)
+        check_frames_behind_the_first(shape)
+
+
+def wan_family(transformer: nn.Module, scheduler: SchedulerMixin | None, index: Mapping[str, Any]) -> WanFamily:
+    """
+    Family of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
     not needed.
 
     Raises:
         ValueError: If the transformer takes other inputs than those of Wan's text or image to video.
     """
-    config = transformer.config
+    config = unwrap(transformer).config
     extra = config.in_channels - (config.out_channels or config.in_channels)  # channels beside the noisy latents
     if not extra and config.image_dim is None:
-        return WanFamily()
+        first_frame = index.get("_class_name") == "WanImageToVideoPipeline" and index.get("expand_timesteps")
+        return WanFirstFrameFamily() if first_frame else WanFamily()
     if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "
@@ -338,7 +412,7 @@ def wan_family(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | N
             "text-to-video nor its (first frame) image-to-video model. Use one of those."
         )
     if config.image_dim is None:
-        return WanImageToVideoFamily(condition_columns=("prompt_embeds", "first_frame_latents"))
+        return WanImageToVideoFamily(image_columns=("first_frame_latents",))
     return WanImageToVideoFamily()
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import GroupCollator
+from ..data import GroupCollator, check_columns
+from ..data.columns import MapDataset
 from ..losses.preference import dgr, dpo_loss, implicit_reward
 from .dpo_config import VideoDPOConfig
 from .preference_trainer import PreferenceTrainer
@@ -29,7 +30,8 @@ class VideoDPOTrainer(PreferenceTrainer):
     ```
 
     The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
-    is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
+    is drawn in each step. With `pair_weights`, rows have a `weight` as well. The arguments of the constructor
+    are those of `VideoTrainer`.
     """
 
     method_name = "DPO"
@@ -39,6 +41,10 @@ class VideoDPOTrainer(PreferenceTrainer):
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
+        check_columns(dataset, self.row_type, pair_weights=self.args.pair_weights)
 
     def compute_loss(
         self,
@@ -52,7 +58,8 @@ class VideoDPOTrainer(PreferenceTrainer):
 
         # The pair shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 2
-        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        choices = inputs.get("num_rejected", num_rejected)  # fewer where the score decides which stay
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=choices)
         rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
 
         latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side
@@ -67,6 +74,8 @@ class VideoDPOTrainer(PreferenceTrainer):
         rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
         chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each
         losses = dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
+        if self.args.pair_weights:
+            losses = inputs["weight"] * losses
         loss = losses.mean()
 
         win_gap, lose_gap = (policy_error - reference_error).view(batch_size, 2).unbind(dim=1)

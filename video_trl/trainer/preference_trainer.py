@@ -6,14 +6,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.columns import MapDataset
 from .base_trainer import VideoTrainer
 from .parallel.engines import SHARDED
 from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
 from .preference_config import PreferenceConfig
-from .setup.rows import encoded_cache_dir
+from .setup.rows import IndexedDataset, encoded_cache_dir
+from .setup.scored_rows import check_rejected_scores, keep_low_scores
 from .step.group import GroupParallel
 from .step.passes import (
     AdapterReference,
@@ -53,6 +57,15 @@ class PreferenceTrainer(VideoTrainer):
         logger.info("`step_mode='auto'` is '%s'.", mode)
         return mode
 
+    def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
+        if self.args.rejected_score_below is not None:
+            check_rejected_scores(dataset, self.args.rejected_score_below)
+
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        rows, below = super().prepare_dataset(dataset, transformer), self.args.rejected_score_below
+        return rows if below is None else keep_low_scores(rows, below)
+
     @classmethod
     def videos_per_row(cls, args: Any, num_rejected: int) -> int:
         return 2
@@ -74,12 +87,15 @@ class PreferenceTrainer(VideoTrainer):
             passes = ConcatPasses(self.family, self.reference, group)
         else:
             passes = SequentialPasses(self.family, self.reference, self.accelerator, group)
-        check = self._same_path_check()
-        checked = CheckedPasses(passes, check, now) if check.is_due else None
+        self._norms = _norms(self.model)
+        self._check, self._is_same = self._same_path_check()
+        checked = CheckedPasses(passes, self._check, now)
         if self.args.precompute_ref_errors is None:
-            return checked or passes
+            return checked
         seed, device = self.args.seed, self.args.device
-        cached = CachedPasses(passes, checked, self.reference, seed=seed, device=device, now=now)
+        # A cache is there to do without the reference: it is asked in the first step only where that is in doubt.
+        doubted = checked if self._check.is_due else None
+        cached = CachedPasses(passes, doubted, self.reference, seed=seed, device=device, now=now)
         self.step.noise_steps = cached.noise_steps  # rows see the noises whose errors are known
         return cached
 
@@ -97,19 +113,24 @@ class PreferenceTrainer(VideoTrainer):
             )
         return GroupParallel(self.mesh["group"])
 
-    def _same_path_check(self) -> SamePathCheck:
-        """What might let the paths of policy and reference differ, if the two are the same model at first."""
+    def _same_path_check(self) -> tuple[SamePathCheck, bool]:
+        """What might let the paths of policy and reference differ, and whether the two are the same model at first."""
         description = self.checkpointer.description
         same = description["base_weights"] == description["reference_weights"]
         same = same or isinstance(self.reference, AdapterReference)
         names = ("attention_backend", "compile_blocks", "quantization")
-        return SamePathCheck({name: self.args.__dict__[name] for name in names if same and self.args.__dict__[name]})
+        options = {name: self.args.__dict__[name] for name in names if same and self.args.__dict__[name]}
+        return SamePathCheck(options), same
 
     # ---- Cached errors of the reference ----
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
+        # Not where someone has changed the weights since, or trains for a second time: they may start from any others.
+        untouched = torch.equal(_norms(self.model), self._norms)
+        if not self._is_same or untouched:
+            self._check.look(must_agree=self._is_same)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if isinstance(self.passes, CachedPasses) and self.passes.errors is None:
             path = cache_path(Path(encoded_cache_dir(self.args)), self.train_dataset, self._cache_settings())
@@ -146,7 +167,14 @@ class PreferenceTrainer(VideoTrainer):
             **{name: self.checkpointer.description[name] for name in names},
             **{name: arguments[name] for name in options},
             "timestep_shift": self.timestep_shift,
+            "timestep_range": self.timestep_range,
             "max_sequence_length": self.max_sequence_length,
             "scheduler": scheduler,
             "step_mode": self.step_mode,
         }
+
+
+def _norms(model: nn.Module) -> Tensor:
+    """The norm of every trained weight, on the CPU: what tells, at no cost of memory, that one has changed."""
+    weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    return torch.stack(torch._foreach_norm(weights)).float().cpu()

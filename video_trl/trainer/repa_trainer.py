@@ -127,6 +127,16 @@ class VideoREPATrainer(VideoTrainer):
                 "'facebook/vjepa2-vitl-fpc64-256'), or pass an object: `VideoREPATrainer(..., teacher=teacher)`."
             )
 
+    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+        videos = [chosen_as_video(dataset) for dataset in datasets]
+        idle = super().idle_options(videos, has_adapter, has_optimizer)
+        if self._given_teacher is not None:
+            idle["teacher_kwargs"] = "the teacher was passed as an object"
+        if all(map(has_teacher_tokens, videos)):
+            names = ("teacher_kwargs", "teacher_batch_size", "precompute_teacher")
+            idle |= dict.fromkeys(names, "the rows carry the teacher's tokens")
+        return idle
+
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         videos = undecoded(chosen_as_video(dataset))
         with_tokens = has_teacher_tokens(videos)
@@ -171,8 +181,9 @@ class VideoREPATrainer(VideoTrainer):
         self.family.check_video(self.pipeline.vae, video.shape[:3])
         output = self._look(video[None])
         channels = transformer.config.out_channels or transformer.config.in_channels
-        frames = (video.shape[0] - 1) // self.pipeline.vae_scale_factor_temporal + 1
-        height, width = (side // self.pipeline.vae_scale_factor_spatial for side in video.shape[1:3])
+        frames_per_latent, side = self.family.compression(self.pipeline.vae)
+        frames = (video.shape[0] - 1) // frames_per_latent + 1
+        height, width = (pixels // side for pixels in video.shape[1:3])
         self._teacher_width = output.tokens.shape[-1]
         self._plan(transformer, (channels, frames, height, width), output.grid, output.frame_times.tolist())
 
@@ -184,9 +195,15 @@ class VideoREPATrainer(VideoTrainer):
         teacher = TokenGeometry((frames, height, width), tuple(frame_times))
         key = (tuple(latents_shape[-3:]), teacher)
         if key not in self._plans:
-            frames_per_latent = self.pipeline.vae_scale_factor_temporal if self.pipeline else FRAMES_PER_LATENT
+            vae = self.pipeline.components.get("vae") if self.pipeline else None
+            frames_per_latent = FRAMES_PER_LATENT if vae is None else self.family.compression(vae)[0]
             student = student_geometry(self.family, transformer, latents_shape, frames_per_latent)
-            plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
+            plan = plan_alignment(
+                student,
+                teacher,
+                temporal_target=self.args.temporal_target,
+                spatial_target=self.args.spatial_target,
+            )
             self._check_plan(plan)
             self._plans[key] = plan.to(self.args.device)
         return self._plans[key]
@@ -198,6 +215,11 @@ class VideoREPATrainer(VideoTrainer):
                 "`temporal_target='teacher'`, or `relations='spatial'`."
             )
         if self.args.spatial_pooling == "conv":
+            if 0 in plan.stride:
+                raise ValueError(
+                    f"`spatial_pooling='conv'` makes the transformer's grid coarser, but `spatial_target="
+                    f"'{self.args.spatial_target}'` makes it {plan.height} x {plan.width}. Use 'area'."
+                )
             strides = {other.stride for other in self._plans.values()} | {plan.stride}
             if len(strides) > 1:
                 raise ValueError(
@@ -298,7 +320,8 @@ class VideoREPATrainer(VideoTrainer):
     @cached_property
     def margin(self) -> float:
         """Margin of the relations: as configured, or the one that suits the teacher."""
-        name = None if self._given_teacher is None else self._given_teacher.name
+        known = self._given_teacher if "teacher" not in self.__dict__ else self.teacher  # loads nothing for its name
+        name = None if known is None else known.name
         return self.args.margin_for(name or self.args.teacher or self._default_teacher)
 
 

@@ -27,8 +27,8 @@ from tests.support.trainer.runs import (
     trained_weights,
     trainer,
 )
-from video_trl.files import partial_path
-from video_trl.trainer.checkpoints.weights import find_checkpoint
+from video_trl.files import partial_path, write_checksums
+from video_trl.trainer.checkpoints.run_folder import RunFolder
 
 
 STEPS = 6
@@ -110,6 +110,7 @@ def test_a_checkpoint_holds_no_base_weights_and_no_pickled_arguments(tmp_path):
         "README.md",
         "video_trl_run.json",
         "video_trl_resources.json",
+        "checksums.json",
         "training_args.json",
         "trainer_state.json",
         "optimizer.pt",
@@ -121,11 +122,8 @@ def test_a_checkpoint_holds_no_base_weights_and_no_pickled_arguments(tmp_path):
 
 def test_nothing_to_train_on_or_to_resume_from(tmp_path):
     with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got no such folder"):
-        find_checkpoint(True, tmp_path / "new")  # of a process on a machine that saves nothing
-    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got \[\]"):
-        trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
-    (tmp_path / "new" / "_partial-checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"got \['_partial-checkpoint-3'\]\. Leave `resume_from_checkpoint` out"):
+        RunFolder(tmp_path / "new").check(True)  # before anything is encoded
+    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got "):
         trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="Expected a `train_dataset` to train on, got an `eval_dataset` only"):
         trainer(config(tmp_path), train_dataset=None, eval_dataset=tiny_encoded_group(1)).train()
@@ -146,7 +144,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     best = max(margins, key=margins.__getitem__)
     assert made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert made.evaluate()["eval_rewards/margins"] == margins[best]
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{best}"]
+    assert best < STEPS  # else nothing is told apart: the newest stays as well, or the run could not be resumed
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", f"checkpoint-{STEPS}"}
 
 
 def test_old_checkpoints_are_rotated_out(tmp_path):
@@ -199,7 +198,6 @@ def test_a_checkpoint_whose_replacement_was_killed_is_resumed_from_and_stays(tmp
     trainer(config(tmp_path, **SAVING), callbacks=[StopAfter(2)]).train()
     (tmp_path / "checkpoint-2").rename(partial_path(tmp_path / "checkpoint-2", "replaced"))
     (tmp_path / "_partial-checkpoint-2").mkdir()
-    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
     resumed = trainer(config(tmp_path, **SAVING), callbacks=[StopAfter(3)])
     resumed.train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
@@ -316,6 +314,7 @@ def test_a_checkpoint_with_other_tensors_is_refused(tmp_path):
     path = checkpoint(tmp_path / "run")
     wide = Path(checkpoint(tmp_path / "wide", lora_rank=6))
     shutil.copy(wide / "pytorch_lora_weights.safetensors", path)
+    write_checksums(Path(path))
     with pytest.raises(ValueError, match=r"do not fit the model .*lora_A.*\(6, 24\) / \(4, 24\)"):
         trainer(config(tmp_path / "again")).train(resume_from_checkpoint=path)
 

@@ -7,23 +7,27 @@ generation, pair construction.
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
+from ...data.video_file import DEFAULT_LIMITS, VideoLimits
+from ...files import write_atomically
 from ...load import SANDBOX
+from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
-from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
+from ..clips.measures import MEASURE_LIMITS, MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import list_clips
+from ..clips.sources import ClipSource, list_clips
 from ..clips.text_overlay import StrokeDetector, TextDetector
 from ..engine.manifest import (
     Rule,
@@ -41,6 +45,7 @@ from ..engine.manifest import (
     write_table,
 )
 from ..generate import VideoModel, check_model, job_table, run_jobs
+from .elsewhere import bring_to_format, find_videos, jobs_elsewhere
 from .pairs import build_pairs
 
 
@@ -94,6 +99,10 @@ class GTPairConfig:
         default=0.15,
         metadata={"help": "Acquisition: largest proportion of the picture that the nearest ratio cuts off."},
     )
+    max_pixels: int = field(
+        default=DEFAULT_LIMITS.max_pixels,
+        metadata={"help": "Acquisition: most pixels of a frame (8K); a file with more is not decoded."},
+    )
 
     min_motion: float = field(default=2.0, metadata={"help": "Filter 'static': least `motion` (grey levels)."})
     min_object_motion: float = field(
@@ -110,12 +119,48 @@ class GTPairConfig:
     )
 
     short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
+    side_multiple: int = field(
+        default=16,
+        metadata={
+            "help": "Normalisation: what both sides are rounded to a multiple of; 32 for Wan2.2-TI2V-5B and "
+            "LTX-Video, which make no others."
+        },
+    )
     fps: float = field(default=16.0, metadata={"help": "Normalisation: frames per second."})
     num_frames: int = field(default=81, metadata={"help": "Normalisation: frames of every clip, 4k + 1."})
 
+    captioner: str | None = field(
+        default=None,
+        metadata={
+            "help": "Captions for clips without one, which are dropped otherwise: a server's URL, or a folder or "
+            "repository id of a Qwen-VL model."
+        },
+    )
+    captioner_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the captioner (model, num_frames, max_pixels, ...), as a dict or JSON."},
+    )
+    num_held_out: int = field(
+        default=0,
+        metadata={
+            "help": "Clips that are held out for evaluation: their captions and first frames go into `held_out/`, and "
+            "no pair is made of them."
+        },
+    )
+
     models: list[str] = field(
         default_factory=lambda: [SANDBOX],
-        metadata={"help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'."},
+        metadata={
+            "help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'; none where "
+            "`made_elsewhere` has all."
+        },
+    )
+    made_elsewhere: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rejected videos of services and other programs: name of the generator to a folder of videos "
+            "named as the clips are, or to a table with the columns source and video; as a dict or JSON."
+        },
     )
     model_options: dict[str, Any] | str | None = field(
         default=None,
@@ -136,8 +181,9 @@ class GTPairConfig:
     batch_size: int = field(default=8, metadata={"help": "Clips probed, measured or normalised between two commits."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_options, str):
-            self.model_options = json.loads(self.model_options)
+        for name in ("model_options", "captioner_options", "made_elsewhere"):
+            if isinstance(vars(self)[name], str):
+                setattr(self, name, json.loads(vars(self)[name]))
         for low, high in (("min_fps", "max_fps"), ("min_seconds", "max_seconds")):
             if not 0 < vars(self)[low] <= vars(self)[high]:
                 raise ValueError(f"Expected 0 < {low} <= {high}, got {vars(self)[low]} and {vars(self)[high]}.")
@@ -149,6 +195,9 @@ class GTPairConfig:
                 f"Expected `short_edge` in multiples of 16, `fps` > 0 and `batch_size` >= 1, got {self.short_edge}, "
                 f"{self.fps} and {self.batch_size}."
             )
+        VideoLimits(max_pixels=self.max_pixels)  # raises where it is not positive
+        if self.side_multiple < 1:
+            raise ValueError(f"`side_multiple` must be at least 1, got {self.side_multiple}.")
         if (self.num_frames - 2) / self.fps >= self.max_seconds + DURATION_TOLERANCE:
             raise ValueError(
                 f"{self.num_frames} frames at {self.fps:g} fps are longer than the longest clip that is acquired, "
@@ -158,11 +207,15 @@ class GTPairConfig:
         if unknown or not self.ratios or not 0 <= self.max_crop < 1:
             raise ValueError(f"Expected `ratios` out of {list(RATIOS)} and `max_crop` in [0, 1), got {unknown}.")
         strangers = sorted(set(self.model_options or {}) - set(self.models))
-        if not self.models or not self.seeds or strangers or len(set(self.models)) < len(self.models):
+        generators = [*self.models, *self.generators_elsewhere()]
+        if not generators or not self.seeds or strangers or len(set(generators)) < len(generators):
             raise ValueError(
-                "Expected at least one model and one seed, each model once, and options only for these, got "
-                f"models={self.models}, seeds={self.seeds}, options for {strangers or 'no other model'}."
+                "Expected at least one model or generator and one seed, each model once, and options only for models, "
+                f"got models={self.models}, made_elsewhere={self.made_elsewhere}, seeds={self.seeds}, options for "
+                f"{strangers or 'no other model'}."
             )
+        if self.num_held_out < 0:
+            raise ValueError(f"`num_held_out` must not be negative, got {self.num_held_out}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Each seed makes one video: expected different ones, got {self.seeds}.")
         if self.row_type not in ("auto", "preference", "group"):
@@ -180,9 +233,19 @@ class GTPairConfig:
                 f"`model_options`: {error}. Known: revision, fps, dtype, call_kwargs, batch_size."
             ) from error
 
+    def generators_elsewhere(self) -> dict[str, str]:
+        """Folder or table of each generator whose videos are there already."""
+        assert not isinstance(self.made_elsewhere, str)
+        return dict(self.made_elsewhere or {})
+
+    def load_captioner(self) -> Captioner | None:
+        """The captioner that is named, where one is."""
+        assert not isinstance(self.captioner_options, str)
+        return None if self.captioner is None else load_captioner(self.captioner, self.captioner_options or {})
+
     def buckets(self) -> list[AspectBucket]:
         """Sizes that clips are brought to."""
-        every = zip(RATIOS, aspect_buckets(self.short_edge), strict=True)
+        every = zip(RATIOS, aspect_buckets(self.short_edge, multiple=self.side_multiple), strict=True)
         return [bucket for ratio, bucket in every if ratio in self.ratios]
 
     def acquisition_rules(self) -> list[Rule]:
@@ -227,7 +290,7 @@ class GTPairResult:
 
 def run_gt_pair(
     config: GTPairConfig,
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    sources: Sequence[ClipSource] = (),
     *,
     captioner: Captioner | None = None,
     text_detector: TextDetector | None = None,
@@ -241,8 +304,9 @@ def run_gt_pair(
 
     Args:
         config ([`GTPairConfig`]): Everything but objects.
-        sources (`list`, *optional*): Further sources, also `datasets.Dataset` objects.
-        captioner ([`Captioner`], *optional*): For clips without a prompt, which are dropped otherwise.
+        sources (`list`, *optional*): Further sources, also `datasets.Dataset` and `IterableDataset` objects.
+        captioner ([`Captioner`], *optional*): For clips without a prompt, instead of the one that the configuration
+            names.
         text_detector ([`TextDetector`], *optional*): Instead of the heuristic that needs no download.
         shard ([`Shard`], *optional*): Part of this process; read from the environment.
 
@@ -258,7 +322,9 @@ def run_gt_pair(
     if not every:
         raise ValueError("Expected at least one source: a folder, a tar or a dataset (`--sources`).")
     for model in config.video_models():
-        check_model(model, config.num_frames, config.fps)
+        check_model(model, config.num_frames, config.fps, config.buckets())
+    elsewhere = {name: find_videos(source) for name, source in config.generators_elsewhere().items()}
+    captioner = captioner or config.load_captioner()
     root = Path(config.output_dir).absolute()
     stores = root / "stages"
     stores.mkdir(parents=True, exist_ok=True)
@@ -279,7 +345,8 @@ def run_gt_pair(
     if captioner is not None:
         table = write_captions(table, captioner, root, shard)
     funnel["normalised"] = len(kept_rows(table))
-    table, generations = generate(table, config, root, shard)
+    table = hold_out(table, config.num_held_out)
+    table, generations = generate(table, config, root, shard, elsewhere)
     funnel["generated"] = len(kept_rows(table))
 
     assert len(table) == funnel["listed"] == len(kept_rows(table)) + sum(count_outcomes(table).values())
@@ -288,6 +355,8 @@ def run_gt_pair(
     if shard.index == 0:
         write_table(table, root / "manifest.parquet")
         write_table(generations, root / "generations.parquet")
+        if config.num_held_out:
+            write_held_out(table, root)
         write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
         sweep(root)
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
@@ -298,7 +367,9 @@ def run_gt_pair(
 
 def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *, needs_prompt: bool) -> pa.Table:
     """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
-    stage = Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, config.batch_size)
+    function = partial(read_containers, limits=VideoLimits(max_pixels=config.max_pixels))
+    settings = {"version": CONTAINER_VERSION, "max_pixels": config.max_pixels}
+    stage = Stage("probe", function, CONTAINER, "listing", settings, config.batch_size)
     table = run_stage(table, stage, stores, shard)
     sizes = table.select(["width", "height"]).to_pydict()
     added = {"bucket": pa.string(), "crop_proportion": pa.float64()}
@@ -326,7 +397,7 @@ def filter_clips(
     detector = text_detector or StrokeDetector()
     stage = Stage(
         "measure",
-        partial(measure_batch, text_detector=detector),
+        partial(measure_batch, text_detector=detector, limits=replace(MEASURE_LIMITS, max_pixels=config.max_pixels)),
         MEASURES,
         "content",
         {"version": MEASURES_VERSION, "text": detector.name},
@@ -345,7 +416,14 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
     }
     # A clip's bucket depends on which ratios there are, so they belong to the name as well.
     folder = f"videos/{config.short_edge}p-{config.fps:g}fps-{config.num_frames}f-{digest(str(settings), 6)}"
-    function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
+    function = partial(
+        normalise_batch,
+        root=root,
+        folder=folder,
+        fps=config.fps,
+        num_frames=config.num_frames,
+        limits=VideoLimits(max_pixels=config.max_pixels),
+    )
     stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
     return run_stage(table, stage, root / "stages", shard)
 
@@ -368,21 +446,69 @@ def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Sha
     return drop_where(table, [prompt is None for prompt in prompts], "no_prompt")
 
 
-def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> tuple[pa.Table, pa.Table]:
-    """Stage 4: every model and seed for every clip; a clip that misses one of its videos is dropped."""
+def hold_out(table: pa.Table, number: int) -> pa.Table:
+    """
+    Drops so many clips by "held_out". Their content decides which: the same ones in every run over these clips.
+
+    Raises:
+        ValueError: If none would be left.
+    """
+    left = sorted(kept_rows(table)["content"].to_pylist(), key=lambda content: digest(f"held out\0{content}"))
+    if number and number >= len(left):
+        raise ValueError(f"`num_held_out={number}` of {len(left)} clips leaves none to train on. Hold out fewer.")
+    held_out = set(left[:number])
+    return drop_where(table, [content in held_out for content in table["content"].to_pylist()], "held_out")
+
+
+def write_held_out(table: pa.Table, root: Path) -> None:
+    """The prompts of an evaluation, for `video-trl eval --prompts`: sentence, first frame and real clip of each."""
+    rows = [row for row in table.to_pylist() if row["dropped_by"] == "held_out"]
+    entries = [
+        {"prompt": row["prompt"], "image": str(root / row["reference_image"]), "video": str(root / row["video"])}
+        for row in rows
+    ]
+    write_table(pa.Table.from_pylist(entries), root / "held_out" / "clips.parquet")
+    prompts = [json.dumps({name: entry[name] for name in ("prompt", "image")}) for entry in entries]
+    write_atomically(root / "held_out" / "prompts.jsonl", "\n".join(prompts) + "\n")
+
+
+def generate(
+    table: pa.Table,
+    config: GTPairConfig,
+    root: Path,
+    shard: Shard,
+    elsewhere: Mapping[str, Mapping[str, Path]] = MappingProxyType({}),
+) -> tuple[pa.Table, pa.Table]:
+    """
+    Stage 4: every model and seed for every clip, and what was made elsewhere. A clip that misses one of its videos is
+    dropped; with single pairs, one that has none.
+    """
     available = kept_rows(table)
-    clips = available.select(["source_id", "content", "prompt", "reference_image", "bucket"]).to_pydict()
+    names = ["source_id", "path", "content", "prompt", "reference_image", "bucket"]
+    clips = available.select(names).to_pydict()
     tables = []
+    for generator, videos in elsewhere.items():
+        jobs = jobs_elsewhere(clips, generator, videos)
+        tables.append(bring_to_format(jobs, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
     for model in config.video_models():
         jobs = job_table(clips, model, config.seeds, {"fps": config.fps, "num_frames": config.num_frames})
         tables.append(run_jobs(jobs, model, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
     generations = pa.concat_tables(tables)
     failed: dict[str, str] = {}
+    made: Counter[str] = Counter()
     for content, rule, name in zip(
         *(generations[column].to_pylist() for column in ("content", "dropped_by", "source_id")), strict=True
     ):
+        made[content] += rule is None
         if rule is not None:
             failed.setdefault(content, f"{rule}: {name}")
+    wanted = len(config.models) * len(config.seeds) + len(elsewhere)
+    if config.row_type == "preference":
+        failed = {content: words for content, words in failed.items() if not made[content]}
+        wanted = 1
+    for content in clips["content"]:
+        if made[content] < wanted:
+            failed.setdefault(content, f"{made[content]} of {wanted} videos")
     details = [failed.get(content) for content in table["content"].to_pylist()]
     return drop_where(table, [detail is not None for detail in details], "generation", details), generations
 

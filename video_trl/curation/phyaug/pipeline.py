@@ -21,11 +21,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from ...data.buckets import AspectBucket
 from ...files import write_atomically
 from ...load import check_judge, load_judge
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import list_clips
+from ..clips.sources import ClipSource, list_clips
 from ..engine.manifest import (
     Batch,
     Rule,
@@ -131,7 +132,7 @@ class Runner:
 
 def run_phyaug(
     config: PhyAugConfig,
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    sources: Sequence[ClipSource] = (),
     *,
     shard: Shard | None = None,
 ) -> PhyAugResult:
@@ -197,7 +198,7 @@ def check_models(config: PhyAugConfig) -> None:
     """
     check_annotator(config.annotator, config.options("annotator_options"))
     check_embedder(config.embedder)
-    check_model(config.video_model(), config.num_frames, config.fps)
+    check_model(config.video_model(), config.num_frames, config.fps, [AspectBucket(config.height, config.width)])
     try:
         check_judge(config.judge, **config.options("judge_options"))
     except TypeError as error:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,23 +18,26 @@ import PIL.Image
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ...files import fingerprint
 from ...models import ModelFamily
+from ...models.base import FRAME_RATE
 from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
 from ..video_io import probe_video, read_video
+from .identity import module_settings, tokenizer_settings
 from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
 from .store import EncodedDataset, EncodedWriter
 
 
 logger = logging.getLogger(__name__)
 
-_ENCODING_VERSION = 1  # raise it when the same input gives other numbers, so that old caches are not used
+_ENCODING_VERSION = 2  # raise it when the same input gives other numbers, so that old caches are not used
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ class _Job:
     @property
     def image_columns(self) -> tuple[str, ...]:
         """Conditions that are made of a first frame; none for text-to-video."""
-        return tuple(name for name in self.family.condition_columns if name != "prompt_embeds")
+        return self.family.image_columns
+
+    def networks(self, names: Iterable[str]) -> list[nn.Module]:
+        """Components of the pipeline, by their names."""
+        return [self.pipeline.components[name] for name in names]
 
     @property
     def encoders(self) -> list[nn.Module]:
         """Networks of the pipeline that encode; they are needed in training no more."""
-        modules = [self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.components.get("image_encoder")]
-        return [module for module in modules if module is not None]
+        return self.networks(["vae", *self.family.text_encoders, *self.family.image_encoders])
 
 
 def encode_dataset(
@@ -89,7 +95,7 @@ def encode_dataset(
     The cache is found by a fingerprint of everything that the numbers depend on: the content of every video and image,
     prompts, scores, weights and configuration of the encoders, tokenizer, sizes, and library versions. All videos are
     decoded once for checking before the first one is encoded. Under `torch.distributed` the first process of each
-    machine does the work while the others wait, then load. Afterwards the encoders are on the CPU, in evaluation mode.
+    machine does the work, from where a killed one left it. Afterwards the encoders are on the CPU, in evaluation mode.
 
     For image-to-video, a row may bring its first frame in the column `image` (a path, `{"path", "bytes"}`, a PIL image
     or a uint8 array); it is scaled and cropped as the videos are. Without one, the first frame of the only or chosen
@@ -121,7 +127,7 @@ def encode_dataset(
     Raises:
         VideoDecodeError: A video or image is missing, damaged, truncated or too short and `on_bad_video="raise"`.
         ValueError: Columns are wrong (see `check_columns`); the number of frames or a side does not suit the VAE; the
-            videos of one row differ in size; no row is left; the VAE returns values that are not finite.
+            videos of one row differ in size; no row is left; values are not finite; a file has changed meanwhile.
         OSError: The cache cannot be written. No incomplete cache is left under the final name.
     """
     job = _Job(
@@ -138,7 +144,7 @@ def encode_dataset(
         device=_default_device() if device is None else torch.device(device),
     )
     _check_job(job)
-    encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(lambda: _build(job, Path(cache_dir))))
+    encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(partial(_build, job, Path(cache_dir))))
     if encoded.skipped:
         videos = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
         logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), videos)
@@ -153,8 +159,8 @@ def _check_job(job: _Job) -> None:
         raise ValueError(f"`on_bad_video` must be 'raise' or 'skip', got {job.on_bad_video!r}.")
     if job.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {job.batch_size}.")
-    image_encoder = ("image_encoder", "image_processor") if "image_embeds" in job.image_columns else ()
-    for component in ("vae", "text_encoder", "tokenizer", *image_encoder):
+    pairs = (*job.family.text_encoders.items(), *job.family.image_encoders.items())
+    for component in ("vae", *(name for pair in pairs for name in pair if name)):
         if job.pipeline.components.get(component) is None:
             raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
     num_frames, height, width = job.pixels["num_frames"], job.pixels["height"], job.pixels["width"]
@@ -162,7 +168,7 @@ def _check_job(job: _Job) -> None:
         raise ValueError(f"`height` and `width` must be given together, got {height} and {width}.")
     if job.buckets and height is not None:
         raise ValueError(f"Expected one size or `buckets`, got height={height}, width={width} and buckets. Drop one.")
-    side = job.pipeline.vae_scale_factor_spatial  # suits every VAE, as one frame does
+    _, side = job.family.compression(job.pipeline.vae)  # suits every VAE, as one frame does
     sizes = [(bucket.height, bucket.width) for bucket in job.buckets] or [(height or side, width or side)]
     for size in sizes:
         job.family.check_video(job.pipeline.vae, (1 if num_frames is None else num_frames, *size))
@@ -190,11 +196,14 @@ def _build(job: _Job, cache_dir: Path) -> str:
     fps = job.pixels["fps"] or probe_video(inventory.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
     with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
-        _encode_prompts(job, rows, writer)
-        _encode_videos(job, inventory, rows, shapes, writer)
-        if job.image_columns:
-            _encode_images(job, inventory, rows, shapes, writer)
-        writer.finish([_index_row(job, row, shapes[row.videos[0]]) for row in rows], skipped)
+        if not writer.complete:
+            _encode_prompts(job, rows, writer)
+            _encode_videos(job, inventory, rows, shapes, writer)
+            if job.image_columns:
+                _encode_images(job, inventory, rows, shapes, writer)
+            rates = _rates(job, inventory, rows, writer)
+            index = [_index_row(job, row, shapes[row.videos[0]], rate) for row, rate in zip(rows, rates, strict=True)]
+            writer.finish(index, skipped)
     return directory.name
 
 
@@ -203,32 +212,67 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     settings = [job.row_type, job.family.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
     pipeline = job.pipeline
-    parts: list[Any] = [versions, settings, [[row.prompt, row.videos, row.scores] for row in rows]]
-    parts += [pipeline.tokenizer.get_vocab()]
-    parts += [pipeline.text_encoder, _settings_of(pipeline.text_encoder.config.to_dict())]
-    parts += [pipeline.vae, _settings_of(dict(pipeline.vae.config))]
+    parts: list[Any] = [versions, settings, [_identity(row) for row in rows]]
+    for name, tokenizer in job.family.text_encoders.items():
+        parts += [tokenizer_settings(pipeline.components[tokenizer])] if tokenizer else []
+        parts += _parts_of(pipeline.components[name])
+    parts += _parts_of(pipeline.vae)
     if job.image_columns:
         parts += [job.image_columns, [row.image for row in rows]]
-    if "image_embeds" in job.image_columns:
-        parts += [pipeline.image_processor.to_json_string()]
-        parts += [pipeline.image_encoder, _settings_of(pipeline.image_encoder.config.to_dict())]
+    for name, processor in job.family.image_encoders.items():
+        parts += [pipeline.components[processor].to_json_string()]
+        parts += _parts_of(pipeline.components[name])
     return fingerprint(*parts)
 
 
-def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
+def _parts_of(network: ModelMixin | PreTrainedModel) -> list[Any]:
+    """Weights of an encoder, its configuration, and what that does not say."""
+    return [network, _settings_of(network), module_settings(network)]
+
+
+def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
+    config = dict(network.config) if isinstance(network, ModelMixin) else network.config.to_dict()
     # Where the weights came from and which version wrote them do not change the numbers.
     return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
 
 
 def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
-    with _placed(job.pipeline.text_encoder, job.device), tqdm(total=len(prompts), desc="Encoding prompts") as progress:
+    _warn_of_long_prompts(job, prompts)
+    with ExitStack() as stack, tqdm(total=len(prompts), desc="Encoding prompts") as progress:
+        for network in job.networks(job.family.text_encoders):
+            stack.enter_context(_placed(network, job.device))
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
-            embeds = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
-            for prompt, embed in zip(batch, embeds, strict=True):
-                writer.add(_prompt_key(prompt), embed)
             progress.update(len(batch))
+            # Batches are whole also where a part is there from before: another size would change the last bits.
+            if all(_prompt_key(prompt, column) in writer for prompt in batch for column in job.family.prompt_columns):
+                continue
+            encoded = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
+            for prompt, columns in zip(batch, encoded, strict=True):
+                for column in job.family.prompt_columns:
+                    encoder = job.pipeline.components[next(iter(job.family.text_encoders))]
+                    _check_finite(columns[column], f"The prompt {prompt!r}", encoder, "text encoder")
+                    writer.add(_prompt_key(prompt, column), columns[column])
+
+
+def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
+    name = next(iter(job.family.text_encoders.values()))
+    if not name:
+        return
+    lengths = [len(ids) for ids in job.pipeline.components[name](list(prompts), verbose=False)["input_ids"]]
+    too_long = [number for number, length in enumerate(lengths) if length > job.max_sequence_length]
+    if too_long:
+        worst = max(too_long, key=lambda number: lengths[number])
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has "
+            "%d: %.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
+            len(too_long),
+            len(prompts),
+            job.max_sequence_length,
+            lengths[worst],
+            prompts[worst],
+        )
 
 
 def _encode_videos(
@@ -246,14 +290,15 @@ def _encode_videos(
         for digests in by_shape.values():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
-                videos = [read_video(inventory.read(d), **inventory.pixels_of(d, job.pixels)) for d in batch]
-                frames = np.stack(videos)  # (B, T, H, W, 3)
+                progress.update(len(batch))
+                if all(_video_key(digest) in writer for digest in batch):
+                    continue
+                frames = np.stack([_frames(job, inventory, digest) for digest in batch])  # (B, T, H, W, 3)
                 video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
                 latents = job.family.encode_video(job.pipeline.vae, video)
                 for digest, latent in zip(batch, latents.cpu(), strict=True):
                     _check_finite(latent, inventory.names[digest], job.pipeline.vae)
                     writer.add(_video_key(digest), latent)
-                progress.update(len(batch))
 
 
 def _encode_images(
@@ -270,50 +315,89 @@ def _encode_images(
         if digest not in by_shape[shape]:
             by_shape[shape].append(digest)
     total = sum(map(len, by_shape.values()))
-    networks = [job.pipeline.vae, *([job.pipeline.image_encoder] if "image_embeds" in job.image_columns else [])]
+    networks = job.networks(["vae", *job.family.image_encoders])
     with ExitStack() as stack, tqdm(total=total, desc="Encoding first frames") as progress:
         for network in networks:
             stack.enter_context(_placed(network, job.device))
         for (num_frames, height, width), digests in by_shape.items():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
+                progress.update(len(batch))
+                keys = [_image_key(c, d, (num_frames, height, width)) for c in job.image_columns for d in batch]
+                if all(key in writer for key in keys):
+                    continue
                 frames = [_first_frame(job, inventory, digest, height, width) for digest in batch]
                 conditions = job.family.encode_image(
                     job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
                 )
                 for column, values in conditions.items():
                     for digest, value in zip(batch, values.cpu(), strict=True):
-                        _check_finite(value, inventory.names[digest], job.pipeline.vae)
+                        _check_finite(value, inventory.names[digest], job.pipeline.vae, "VAE and image encoder")
                         writer.add(_image_key(column, digest, (num_frames, height, width)), value)
-                progress.update(len(batch))
 
 
 def _first_frame(job: _Job, inventory: Inventory, digest: str, height: int, width: int) -> np.ndarray:
     """uint8 `(height, width, 3)`: the row's own image, or what its video begins with."""
-    source = inventory.read(digest)
-    if inventory.places[digest].column == IMAGE_COLUMN:
-        return read_image(source, height=height, width=width)
-    return read_video(source, **(inventory.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
+    if inventory.places[digest].column != IMAGE_COLUMN:
+        return _frames(job, inventory, digest, num_frames=1)[0]
+    image = read_image(inventory.read(digest), height=height, width=width)
+    inventory.check_unchanged(digest)
+    return image
 
 
-def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+def _frames(job: _Job, inventory: Inventory, digest: str, **changes: Any) -> np.ndarray:
+    """uint8 `(T, height, width, 3)`: a video, of the content that its hash was made of."""
+    video = read_video(inventory.read(digest), **(inventory.pixels_of(digest, job.pixels) | changes))
+    inventory.check_unchanged(digest)
+    return video
+
+
+def _check_finite(encoded: torch.Tensor, name: str, encoder: nn.Module, what: str = "VAE") -> None:
     if not torch.isfinite(encoded).all():
         raise ValueError(
-            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
-            "in float32."
+            f"{name}: encoding it ({encoder.dtype}) returned numbers that are not finite. Load the pipeline with its "
+            f"{what} in float32."
         )
 
 
-def _index_row(job: _Job, row: Row, shape: tuple[int, int, int]) -> dict[str, Any]:
+def _identity(row: Row) -> list[Any]:
+    """What of a row the encoded dataset depends on."""
+    return [row.prompt, row.videos, row.scores, *([] if row.weight is None else [row.weight])]
+
+
+def _rates(job: _Job, inventory: Inventory, rows: Sequence[Row], writer: EncodedWriter) -> list[float | None]:
+    """Frames per second of each row's videos, kept for families that are conditioned on them; else `None`."""
+    if FRAME_RATE not in job.family.condition_columns:
+        return [None] * len(rows)
+    rates = [job.pixels["fps"] or probe_video(inventory.read(row.videos[0])).fps for row in rows]
+    for row, rate in zip(rows, rates, strict=True):
+        if math.isnan(rate):
+            raise ValueError(
+                f"{row.names[0]} is an array without a frame rate, and the transformer ({job.family.name!r}) is "
+                "conditioned on it. Set `fps`."
+            )
+    for rate in sorted(set(rates)):
+        writer.add(_rate_key(rate), torch.tensor(rate, dtype=torch.float32))
+    return rates
+
+
+def _rate_key(rate: float) -> str:
+    return f"{FRAME_RATE}/{rate!r}"
+
+
+def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | None) -> dict[str, Any]:
     keys = [_video_key(digest) for digest in row.videos]
     videos = {"video": keys[0]} if job.row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
-    images = {column: _image_key(column, row.image or row.videos[0], shape) for column in job.image_columns}
+    conditions = {column: _prompt_key(row.prompt, column) for column in job.family.prompt_columns[1:]}
+    conditions |= {column: _image_key(column, row.image or row.videos[0], shape) for column in job.image_columns}
+    conditions |= {} if rate is None else {FRAME_RATE: _rate_key(rate)}
     return {
         "prompt": row.prompt,
         "prompt_embeds": _prompt_key(row.prompt),
         **videos,
         "rejected_scores": row.scores,
-        **({"conditions": images} if images else {}),
+        **({} if row.weight is None else {"weight": row.weight}),
+        **({"conditions": conditions} if conditions else {}),
     }
 
 
@@ -325,8 +409,8 @@ def _video_key(digest: str) -> str:
     return f"videos/{digest}"
 
 
-def _prompt_key(prompt: str) -> str:
-    return f"prompts/{fingerprint(prompt)}"
+def _prompt_key(prompt: str, column: str = "prompt_embeds") -> str:
+    return f"{'prompts' if column == 'prompt_embeds' else column}/{fingerprint(prompt)}"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.probe_clips import ProbeClip
-from ...models import family_for, tap_block
+from ...models import family_of, tap_block
 from ...teachers import VideoTeacher
 from ..statistics import wilson_interval
 from .physion_stimuli import BAD_STIMULI
@@ -149,20 +149,21 @@ class DiffusionFeatures:
         if not noise_levels or not all(0 < level < 1 for level in noise_levels):
             raise ValueError(f"`noise_levels` are fractions of the schedule in (0, 1), got {list(noise_levels)}.")
         self.pipeline, self.transformer = pipeline, pipeline.transformer
-        self.family = family_for(pipeline.transformer, pipeline.scheduler)
+        self.family = family_of(pipeline)
         num_blocks = len(self.family.blocks(self.transformer))
         if not 1 <= block <= num_blocks:
             raise ValueError(f"`block` must be in [1, {num_blocks}], got {block}.")
         self.block, self.noise_levels, self.seed = block, tuple(noise_levels), seed
         self.num_slices, self.cells = num_slices, cells
-        if self.family.condition_columns != ("prompt_embeds",):
+        if self.family.row_columns != self.family.prompt_columns:
             raise ValueError(
-                f"Expected a text-to-video pipeline, got {type(pipeline).__name__}, whose transformer also sees the "
-                "first frame clean. Probe the text-to-video model of the family."
+                f"Expected a text-to-video pipeline, got {type(pipeline).__name__}, whose transformer is also "
+                f"conditioned on {list(self.family.row_columns[len(self.family.prompt_columns) :])} of a video. Probe "
+                "a model that takes a prompt alone."
             )
         tokens = self.family.prompt_length(self.transformer) or min(pipeline.tokenizer.model_max_length, 512)
-        embeds = self.family.encode_prompt(pipeline, [prompt], tokens)
-        self.prompt_embeds = self.family.pad_prompt_embeds(embeds, tokens)  # (1, L, D)
+        encoded = self.family.encode_prompt(pipeline, [prompt], tokens)
+        self.conditions = self.family.pad_prompts(encoded, tokens)  # (1, ...) each
 
     def __call__(self, video: Tensor) -> Tensor:
         """Features `(B, K, D)`, float32, of clips `(B, T, H, W, 3)`, uint8, at the K noise levels."""
@@ -171,16 +172,16 @@ class DiffusionFeatures:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Normalised latents `(B, C, F, H, W)` of clips: worth keeping where several transformers share a VAE."""
-        pixels = video.to(self.prompt_embeds.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        pixels = video.to(self.conditions["prompt_embeds"].device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         return self.family.encode_video(self.pipeline.vae, pixels)
 
     @torch.no_grad()
     def of_latents(self, latents: Tensor) -> Tensor:
         """`__call__` for clips that are encoded already."""
-        device = self.prompt_embeds.device
+        device = self.conditions["prompt_embeds"].device
         latents = latents.to(device)
         grid = self.family.token_grid(self.transformer, latents.shape)
-        conditions = {"prompt_embeds": self.prompt_embeds.expand(len(latents), -1, -1)}
+        conditions = {name: value.expand(len(latents), *value.shape[1:]) for name, value in self.conditions.items()}
         generator = torch.Generator("cpu").manual_seed(self.seed)
         noise = torch.randn(latents.shape[1:], generator=generator).to(device).expand_as(latents)
         process = self.family.noise_process

@@ -14,6 +14,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -27,6 +28,8 @@ from .score import open_scores, require_scores, write_scores
 
 
 logger = logging.getLogger(__name__)
+
+_FIRST_MATRIX = (".lora_A.weight", ".lora_down.weight")  # of a layer of an adapter, in files of all tools
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,8 @@ def load_generator(
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
         pipeline.load_lora_weights(adapter_file.parent, weight_name=adapter_file.name, adapter_name="default")
-        if not any(pipeline.get_list_adapters().values()):
-            # diffusers only logs a warning when no key of the file fits.
-            raise ValueError(f"No weight of {adapter_file} fits {model!r}. Pass an adapter of this model.")
+        _check_adapter_fits(pipeline, adapter_file, model)
+        pipeline.transformer.eval()  # diffusers adds layers in training mode, with the dropout that a file asks for
     return VideoGenerator(
         pipeline=pipeline.to(place),
         model=model,
@@ -125,6 +127,16 @@ def load_generator(
         adapter=adapter,
         adapter_hash=None if adapter_file is None else fingerprint(adapter_file),
     )
+
+
+def _check_adapter_fits(pipeline: DiffusionPipeline, file: Path, model: str) -> None:
+    """Raise a `ValueError` if a layer of the file is not there in the model: diffusers only logs a warning."""
+    with safe_open(file, framework="pt") as tensors:
+        in_file = sum(key.endswith(_FIRST_MATRIX) for key in tensors.keys())  # noqa: SIM118
+    loaded = sum(".lora_A." in name and name.endswith("weight") for name, _ in pipeline.transformer.named_parameters())
+    if loaded < max(in_file, 1):
+        what = f"Only {loaded} of the {in_file} layers of {file} fit" if loaded else f"No weight of {file} fits"
+        raise ValueError(f"{what} {model!r}. Pass an adapter of this model.")
 
 
 def generate_run(

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from torch import nn
 from transformers import TrainerState
@@ -15,10 +16,11 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..parallel.engines import Engine, full_optimizer_state, load_optimizer_state
+from .run_folder import RunFolder
 from .weights import (
+    RUN_KEY,
     check_description,
     checkpoint_directory,
-    find_checkpoint,
     gather,
     load_head,
     load_weights,
@@ -40,6 +42,8 @@ class Checkpointer:
         trained_head (`torch.nn.Module`, *optional*): The head that is trained with the transformer.
         engine (`str`): What shards weights and optimizer states, if anything does.
         base_model (`str`): Where the base weights are from.
+        expert (`str`, *optional*): Which of a pipeline's several transformers is trained.
+        folder ([`RunFolder`]): The output folder.
         description (`dict`): What a checkpoint must agree on with a trainer that resumes it; see `describe_run`.
         should_save (`bool`): Whether this process writes files. Every process must call the methods alike.
     """
@@ -52,26 +56,50 @@ class Checkpointer:
         trained_head: nn.Module | None,
         engine: Engine,
         base_model: str,
+        expert: str | None,
+        folder: RunFolder,
         description: dict[str, Any],
         should_save: bool,
     ) -> None:
         self.transformer, self.adapter_name, self.trained_head = transformer, adapter_name, trained_head
-        self.engine, self.base_model, self.description = engine, base_model, description
+        self.engine, self.base_model, self.expert, self.description = engine, base_model, expert, description
+        self.folder = folder
         self.should_save = should_save
 
     # ---- Resuming ----
 
-    def find(self, resume: str | bool | None, output_dir: Path) -> str | None:
+    @contextmanager
+    def opened(self, resume: str | bool | None, *, overwrite: bool) -> Iterator[Path | None]:
         """
-        The checkpoint that `train(resume_from_checkpoint=resume)` starts from, `None` to start anew.
+        Open the output folder for a run, on the main process, and tell all where it starts; see [`RunFolder`].
+
+        Args:
+            resume (`str` or `bool`, *optional*): As of `train(resume_from_checkpoint=...)`.
+            overwrite (`bool`): Whether what another run left there is deleted when a new one starts.
+
+        Yields:
+            `Path` or `None`: The checkpoint to start from.
 
         Raises:
-            ValueError: If there is none, or it is of another model, base or adapter.
+            ValueError: The folder holds another run, or is in use; there is no whole checkpoint; or it is of another
+                model, base or adapter. Every process raises it.
         """
-        checkpoint = find_checkpoint(resume, output_dir)
-        if checkpoint is not None:
-            check_description(Path(checkpoint), self.description)
-        return checkpoint
+        failure: Exception | None = None
+        shared: list[Any] = [None, None, None]
+        with ExitStack() as stack:
+            if PartialState().is_main_process:
+                try:
+                    checkpoint = stack.enter_context(self.folder.opened(resume, overwrite=overwrite))
+                    shared = [checkpoint and str(checkpoint), self.folder.lineage, None]
+                except (ValueError, OSError) as error:
+                    failure, shared = error, [None, None, str(error)]
+            broadcast_object_list(shared)
+            start, self.folder.lineage, message = shared
+            if message is not None:
+                raise failure or ValueError(message)
+            if start is not None:
+                check_description(Path(start), self.description)
+            yield start and Path(start)
 
     def load(self, directory: Path) -> None:
         """Read the trained weights, those of the head included."""
@@ -108,8 +136,8 @@ class Checkpointer:
         weights = gather(trained_weights(self.transformer, self.adapter_name), keep=self.should_save)
         if self.should_save:
             directory.mkdir(parents=True, exist_ok=True)
-            write_description(directory, self.description)
-            save_weights(self.transformer, directory, self.adapter_name, self.base_model, weights)
+            write_description(directory, self.description | {RUN_KEY: self.folder.run})
+            save_weights(self.transformer, directory, self.adapter_name, self.base_model, weights, self.expert)
 
     def save_sharded_optimizer(
         self, directory: str, engine: Any, optimizer: torch.optim.Optimizer, scheduler: Any

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import files
 from ...hub import load_lora_state
@@ -39,6 +39,7 @@ from ..setup.quantization import plain
 logger = logging.getLogger(__name__)
 
 DESCRIPTION_NAME = "video_trl_run.json"
+RUN_KEY = "run"  # in that file: the run that wrote it
 TRANSFORMER_FOLDER = "transformer"
 HEAD_NAME = "head.safetensors"
 # Every process must know the name, so it is no random one; the underscore keeps it from being taken for a checkpoint.
@@ -52,8 +53,8 @@ def partial_directory(final: Path) -> Path:
 
 
 def remove_leftovers(run_directory: Path) -> None:
-    """Delete what an interrupted save left behind in the run's folder."""
-    files.remove_leftovers(run_directory)
+    """Delete what an interrupted save left behind in the run's folder, which this process has locked."""
+    files.remove_leftovers(run_directory, locked=True)
     for leftover in run_directory.glob(f"{_PARTIAL_PREFIX}*"):
         logger.info("Removing %s, left behind by an interrupted save.", leftover)
         shutil.rmtree(leftover, ignore_errors=True)
@@ -80,6 +81,7 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
         yield partial
         accelerator.wait_for_everyone()
         if should_save:
+            files.write_checksums(partial)
             files.publish_folder(partial, final)
     except Exception as error:
         error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
@@ -89,29 +91,12 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: Path) -> str | None:
-    """
-    The checkpoint that `trainer.train(resume_from_checkpoint=resume)` starts from; `None` to start anew.
-
-    Raises:
-        ValueError: If `resume` is `True` and there is no checkpoint in `output_dir`.
-    """
-    if not isinstance(resume, bool):
-        return None if resume is None else os.fspath(resume)
-    files.remove_leftovers(output_dir)  # a checkpoint whose replacement was stopped has its name again
-    last = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
-    if resume and last is None:
-        listing = sorted(os.listdir(output_dir))[:10] if output_dir.is_dir() else "no such folder"
-        raise ValueError(
-            f"Expected a `checkpoint-<step>` folder in {output_dir} to resume from, got {listing}. Leave "
-            "`resume_from_checkpoint` out to start a run, or name the folder of the checkpoint."
-        )
-    return last
-
-
 def named_checkpoint(value: str | None) -> str | bool | None:
-    """What `--resume_from_checkpoint` means: a folder, or `true` for the last checkpoint in `output_dir`."""
-    words: dict[str, bool | None] = {"true": True, "false": None}
+    """
+    What `--resume_from_checkpoint` means: a folder; `true` for the last checkpoint in `output_dir`; `auto` for that
+    one if there is any, else a new run.
+    """
+    words: dict[str, str | bool | None] = {"true": True, "false": None, "auto": "auto"}
     return words.get(str(value).lower(), value)
 
 
@@ -252,6 +237,7 @@ def save_weights(
     adapter_name: str | None,
     base_model: str | None,
     weights: dict[str, Tensor] | None = None,
+    expert: str | None = None,
 ) -> None:
     """
     Write the trained weights into a folder.
@@ -266,11 +252,12 @@ def save_weights(
         base_model (`str`, *optional*): Where the base weights are from.
         weights (`dict[str, torch.Tensor]`, *optional*): The gathered `trained_weights`; read from the transformer if
             not given.
+        expert (`str`, *optional*): Which of a pipeline's several transformers this is, for the adapter's file.
     """
     if weights is None:
         weights = gather(trained_weights(transformer, adapter_name), keep=True)
     if adapter_name is not None:
-        write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model)
+        write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model, expert)
         return
     name, extension = os.path.splitext(SAFETENSORS_WEIGHTS_NAME)
     with files.atomic_folder(directory / TRANSFORMER_FOLDER) as folder:

@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper  # accelerate.utils has it only beside DeepSpeed
+from accelerate.utils.deepspeed import (  # accelerate.utils has them only beside DeepSpeed
+    DeepSpeedEngineWrapper,
+    DeepSpeedOptimizerWrapper,
+    DummyOptim,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from diffusers import ModelMixin
@@ -78,6 +82,11 @@ def offloads_weights(accelerator: Accelerator) -> bool:
     plugin = accelerator.state.deepspeed_plugin
     offload = {} if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param") or {}
     return offload.get("device", "none") != "none"
+
+
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether DeepSpeed has made an optimizer, or will, from its own configuration."""
+    return isinstance(optimizer, DeepSpeedOptimizerWrapper | DummyOptim)
 
 
 def check_set_up(requested: Engine, accelerator: Accelerator) -> None:

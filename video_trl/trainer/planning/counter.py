@@ -2,15 +2,16 @@
 
 import json
 import math
+import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ...models import ModelFamily, family_for
+from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for, lora_targets
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.denoising import Denoising
 from ..step.passes import SequentialErrors, forward_errors
 
 
-_CLASSES = {kind.__name__: kind for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel)}
 _DEPTHS = (3, 4)  # numbers of blocks that are counted
+_IN_ONE_BLOCK = re.compile(r"^\w+\.\d+\.")  # what the name of a layer of a single block begins with
 _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
 
@@ -61,8 +62,9 @@ class StepCost:
 
 
 def class_name(transformer: nn.Module) -> str:
-    """The `_class_name` in a transformer's `config.json`; of a derived class, that of the class in `_CLASSES`."""
-    return next((name for name, kind in _CLASSES.items() if isinstance(transformer, kind)), type(transformer).__name__)
+    """The `_class_name` in a transformer's `config.json`; of a derived class, that of the class that has a family."""
+    names = (name for name, kind in TRANSFORMERS.items() if isinstance(transformer, kind))
+    return next(names, type(transformer).__name__)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -122,6 +124,7 @@ def count_step(
     checkpointing: bool = True,
     checkpointing_policy: str = "full",
     lora_rank: int | None = 48,
+    lora_target_modules: str | Sequence[str] | None = None,
     bf16: bool = True,
     quantization: Quantization | None = None,
     prompt_tokens: int | None = None,
@@ -134,7 +137,7 @@ def count_step(
     adds, such as the buckets of `DistributedDataParallel`.
 
     Args:
-        config (`Mapping`): Content of the transformer's `config.json`, of Wan or CogVideoX.
+        config (`Mapping`): Content of the transformer's `config.json`, of a class with a family.
         latents_shape (`tuple` of 4 `int`): Shape `(C, F, H, W)` of one video.
         num_videos (`int`): Videos in a micro-batch: 1 for fine-tuning, 2 for a pair, 1 + m for a group.
         reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): The reference: none, the policy with its
@@ -143,6 +146,8 @@ def count_step(
         checkpointing (`bool`, defaults to `True`): Whether activations are checkpointed.
         checkpointing_policy (`str`, defaults to `"full"`): Which activations; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
+        lora_target_modules (`str` or list of `str`, *optional*): Its layers, as the trainers take them;
+            layers of a single block count as those of every block.
         bf16 (`bool`, defaults to `True`): Compute in bfloat16, with frozen weights in bfloat16.
         quantization (`str`, *optional*): Format of frozen weights: `"nf4"`, `"int8"` or `"fp8"`.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
@@ -162,25 +167,51 @@ def count_step(
     check_policy(checkpointing_policy)
     policy = checkpointing_policy if checkpointing else None
     shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
-    settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
-    depth = int(config.get("num_layers", 0))
-    if depth <= _DEPTHS[1]:
-        cost = _count(json.dumps({**config}), *settings)
-    else:
-        low, high = (_count(json.dumps({**config, "num_layers": layers}), *settings) for layers in _DEPTHS)
-        # Blocks are alike: what one more of them costs, so do the rest.
-        more = (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
-        cost = StepCost(*(round(b + more * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True)))
+    targets = lora_target_modules or "attention"
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    adapter = None if lora_rank is None else (lora_rank, targets)
+    settings = (shape, num_videos, reference, step_mode, policy, adapter, bf16, prompt_tokens)
+    cost = _count_all_blocks(config, settings)
     if quantization is None:
         return cost
-    one_block, _ = _without_contents({**config, "num_layers": 1}, lora_rank, torch.bfloat16 if bf16 else torch.float32)
-    layers = list(quantised_layers(one_block))
-    saved = depth * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in layers)
+    layers, saved = [], 0
+    for option in _depths(config):  # a block of each kind
+        others = {other: 0 for other in _depths(config) if other != option}
+        one_block, _ = _without_contents({**config, **others, option: 1}, adapter, _frozen_dtype(bf16))
+        kind = list(quantised_layers(one_block))
+        saved += config[option] * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in kind)
+        layers += kind
     return replace(
         cost,
         weights=cost.weights - saved * (2 if reference == "copy" else 1),
         activations=cost.activations + max(unpacking_bytes(quantization, layer) for layer in layers),
     )
+
+
+def _depths(config: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of blocks of a transformer, by the option of its configuration."""
+    name = config.get("_class_name", "")
+    options = depth_options(name) if name in TRANSFORMERS else ()
+    return {option: int(config[option]) for option in options if option in config}
+
+
+def _frozen_dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _count_all_blocks(config: Mapping[str, Any], settings: tuple[Any, ...]) -> StepCost:
+    """The cost of a step; of a deep transformer, from counts of few blocks of each kind."""
+    few = {option: min(depth, _DEPTHS[0]) for option, depth in _depths(config).items()}
+    if all(depth <= _DEPTHS[1] for depth in _depths(config).values()):
+        return _count(json.dumps({**config}), *settings)
+    low = astuple(_count(json.dumps({**config, **few}), *settings))
+    total = list(low)
+    for option, depth in _depths(config).items():
+        if depth > few[option]:
+            high = astuple(_count(json.dumps({**config, **few, option: few[option] + 1}), *settings))
+            # Blocks are alike: what one more of them costs, so do the rest.
+            total = [sum_ + (depth - few[option]) * (b - a) for sum_, a, b in zip(total, low, high, strict=True)]
+    return StepCost(*total)
 
 
 @lru_cache(maxsize=64)
@@ -191,11 +222,11 @@ def _count(
     reference: str,
     step_mode: str,
     policy: str | None,
-    lora_rank: int | None,
+    adapter: tuple[int, tuple[str, ...]] | None,
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepCost:
-    transformer, family = _without_contents(json.loads(config), lora_rank, torch.bfloat16 if bf16 else torch.float32)
+    transformer, family = _without_contents(json.loads(config), adapter, _frozen_dtype(bf16))
     family.check_latents(transformer, latents_shape)
     if policy is not None:
         enable_recompute(transformer, policy, host=_on_host)
@@ -210,7 +241,9 @@ def _count(
             if bf16:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             batch = torch.randn(num_videos, *latents_shape)
-            conditions = _conditions(transformer, family, latents_shape, num_videos, prompt_tokens)
+            shapes = family.condition_shapes(transformer, latents_shape, prompt_tokens)
+            dtype = transformer.dtype
+            conditions = {name: torch.randn(num_videos, *shape, dtype=dtype) for name, shape in shapes.items()}
             errors, sequential = _errors(transformer, family, batch, conditions, reference, step_mode)
             errors.square().sum().backward()
             if sequential is not None:
@@ -260,24 +293,25 @@ def _errors(
 
 
 def _without_contents(
-    config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
+    config: Mapping[str, Any], adapter: tuple[int, tuple[str, ...]] | None, frozen: torch.dtype
 ) -> tuple[ModelMixin, ModelFamily]:
     """A transformer with its LoRA on the meta device, in the dtypes of training, and its family."""
-    kind = _CLASSES.get(config.get("_class_name", ""))
+    kind = TRANSFORMERS.get(config.get("_class_name", ""))
     if kind is None:
         raise ValueError(
-            f"Expected the config.json of one of {', '.join(_CLASSES)}, got `_class_name` "
+            f"Expected the config.json of one of {', '.join(TRANSFORMERS)}, got `_class_name` "
             f"{config.get('_class_name')!r}. It lies in the folder `transformer` of a pipeline."
         )
     with torch.device("meta"):
         transformer = kind.from_config({**config})
         family = family_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
-        if lora_rank is not None:
+        if adapter is not None:
+            rank, choice = adapter
             transformer.requires_grad_(False)
             for weight in transformer.parameters():
                 weight.data = weight.data.to(frozen)
-            targets = family.lora_target_modules
-            transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
+            targets = lora_targets(family, transformer, [_IN_ONE_BLOCK.sub("", name) for name in choice])
+            transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
             for weight in transformer.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()
@@ -309,22 +343,3 @@ def fake_weights(model: nn.Module) -> Iterator[None]:
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         yield
-
-
-def _conditions(
-    transformer: ModelMixin,
-    family: ModelFamily,
-    latents_shape: tuple[int, int, int, int],
-    num_videos: int,
-    prompt_tokens: int | None,
-) -> dict[str, Tensor]:
-    """The transformer's conditions, in the sizes of the published checkpoints."""
-    config = transformer.config
-    length = family.prompt_length(transformer) or prompt_tokens or 512
-    channels, frames, height, width = latents_shape
-    shapes = {
-        "prompt_embeds": (length, config.get("text_dim") or config.get("text_embed_dim")),
-        "first_frame_latents": (channels, 1 if "text_embed_dim" in config else frames, height, width),
-        "image_embeds": (257, config.get("image_dim")),
-    }
-    return {name: torch.randn(num_videos, *shapes[name], dtype=transformer.dtype) for name in family.condition_columns}

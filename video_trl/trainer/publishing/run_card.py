@@ -23,6 +23,7 @@ from ... import hub
 from ...data import read_video, write_video
 from ...data.columns import MapDataset, as_videos, column_names, undecoded
 from ...files import write_atomically, write_json
+from ...models import Expert
 from ..base_config import VideoConfig
 from .sampling import Sampler
 from .uploader import Uploader
@@ -102,6 +103,7 @@ class RunFacts:
         pipeline_class (`str`): What loads the trained weights.
         transformer_class (`str`, *optional*): Class of the transformer where all of its weights are trained.
         data ([`TrainingData`]): What is trained on.
+        expert ([`~video_trl.models.Expert`], *optional*): Which of the pipeline's several transformers is trained.
     """
 
     tag: str
@@ -111,6 +113,7 @@ class RunFacts:
     pipeline_class: str
     transformer_class: str | None
     data: TrainingData
+    expert: Expert | None = None
 
 
 class ModelCardCallback(TrainerCallback):
@@ -134,7 +137,8 @@ class ModelCardCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._since = time.monotonic()
+        if state.global_step < state.max_steps:  # a finished run, resumed, spends nothing more
+            self._since = time.monotonic()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,10 +152,10 @@ class ModelCardCallback(TrainerCallback):
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from what a checkpoint says was spent."""
-        path = checkpoint / RESOURCES_NAME
-        if path.is_file():
-            self._seconds = float(json.loads(path.read_text())["seconds"])
+        """Go on from what a checkpoint, or the folder of the run, says was spent."""
+        for path in (checkpoint / RESOURCES_NAME, Path(self._args.output_dir) / RESOURCES_NAME):
+            if path.is_file():
+                self._seconds = max(self._seconds, float(json.loads(path.read_text())["seconds"]))
 
     def write(self, directory: Path, state: TrainerState, **details: Any) -> None:
         """
@@ -184,6 +188,7 @@ class ModelCardCallback(TrainerCallback):
             fps=self._sampler.fps,
             pipeline_class=facts.pipeline_class,
             transformer_class=facts.transformer_class,
+            expert=facts.expert and (facts.expert.name, facts.expert.component),
             call_kwargs=self._sampler.call_kwargs,
             loss_parameters=loss_parameters(args),
             hyperparameters=hyperparameters(args)
@@ -257,7 +262,8 @@ def log_table(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in history:
         if "train_runtime" not in entry:
             steps.setdefault(entry["step"], {}).update(entry)
-    names = dict.fromkeys(name for entry in steps.values() for name in entry if not _NOT_LOGGED.fullmatch(name))
+    logged = {name for entry in steps.values() for name in entry if not _NOT_LOGGED.fullmatch(name)}
+    names = sorted(logged, key=lambda name: (not name.endswith("loss"), name))  # the log of a checkpoint is sorted
     training = [name for name in names if not name.startswith("eval_")]
     evaluated = [name for name in names if name.startswith("eval_")]
     columns = training[: _LOG_COLUMNS - min(len(evaluated), 3)] + evaluated[:3]

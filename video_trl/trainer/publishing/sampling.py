@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ...data import EncodedDataset
 from ...data.columns import as_tensor
 from ...models import ModelFamily
+from ...models.base import FRAME_RATE
 from ..setup.rows import IndexedDataset
 
 
@@ -59,11 +60,13 @@ class Sampler:
         recorded = rows.rows.fps if isinstance(rows.rows, EncodedDataset) else None
         self.fps = fps or recorded or DEFAULT_FPS
         self.call_kwargs: dict[str, Any] = {"max_sequence_length": max_sequence_length}
-        if pipeline is not None:
+        if pipeline is not None and pipeline.components.get("vae") is not None:
             (_, frames, height, width), _ = Counter(rows.shapes).most_common(1)[0]
-            self.call_kwargs["num_frames"] = (frames - 1) * pipeline.vae_scale_factor_temporal + 1
-            self.call_kwargs["height"] = height * pipeline.vae_scale_factor_spatial
-            self.call_kwargs["width"] = width * pipeline.vae_scale_factor_spatial
+            joined, side = family.compression(pipeline.vae)
+            self.call_kwargs["num_frames"] = (frames - 1) * joined + 1
+            if FRAME_RATE in family.condition_columns:
+                self.call_kwargs[FRAME_RATE] = self.fps
+            self.call_kwargs["height"], self.call_kwargs["width"] = height * side, width * side
 
     def generation(self) -> AbstractContextManager[DiffusionPipeline]:
         """Context that lends the pipeline, see [`generation`]."""

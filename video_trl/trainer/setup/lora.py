@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ...hub import check_lora_config
+from ...models import ModelFamily, lora_targets
+from ..base_config import VideoConfig
 
 
 logger = logging.getLogger(__name__)
@@ -24,21 +28,32 @@ def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
     return getattr(transformer, "peft_config", {})  # PEFT sets the attribute with the first adapter
 
 
-def check_adapters(transformer: ModelMixin, peft_config: PeftConfig | None, *, use_peft: bool) -> None:
+def check_adapters(
+    transformer: ModelMixin, family: ModelFamily, peft_config: PeftConfig | None, args: VideoConfig
+) -> None:
     """
     Check that it is clear what is to be trained, and that it could be saved and loaded again faithfully.
 
     Args:
         transformer (`ModelMixin`): Transformer as the user passed it.
+        family ([`ModelFamily`]): Its family.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
-        use_peft (`bool`): Whether an adapter or all weights are trained.
+        args (`VideoConfig`): Says whether an adapter or all weights are trained, and describes the default adapter.
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
-            weights are to be trained; or if the adapter is of an unsupported kind, or a target module of
-            `peft_config` does not exist.
+            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the base
+            or scaled, or a target module does not exist; if projections have been fused; or if `lora_target_modules`
+            describes an adapter that is not made.
     """
-    existing = adapter_configs(transformer)
+    existing, use_peft = adapter_configs(transformer), args.use_peft
+    if args.lora_target_modules is not None and (existing or peft_config or not use_peft):
+        reason = "`use_peft=False` trains all weights"
+        if existing or peft_config:
+            reason = "`peft_config` describes another" if peft_config else "the transformer already carries one"
+        raise ValueError(
+            f"`lora_target_modules={args.lora_target_modules!r}` describes an adapter to make, but {reason}. Drop one."
+        )
     fuse = "fuse it into the base first (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`)"
     if existing and not use_peft:
         raise ValueError(
@@ -57,8 +72,13 @@ def check_adapters(transformer: ModelMixin, peft_config: PeftConfig | None, *, u
         )
     for config in (*existing.values(), *([peft_config] if peft_config is not None else [])):
         check_lora_config(config)
+    for name in existing:
+        _check_state(transformer, name)
+    _check_projections(transformer)
     if peft_config is not None:
         _check_target_modules(transformer, peft_config)
+    elif use_peft and not existing:
+        lora_targets(family, transformer, args.lora_target_modules)
 
 
 def attach_lora(
@@ -84,6 +104,7 @@ def attach_lora(
         name = "default"
         config = peft_config or LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
+    adapter_configs(transformer)[name].lora_dropout = 0.0  # see `disable_dropout`; copies and files have none either
     transformer.requires_grad_(False)
     transformer.set_adapter(name)
     _cast_adapters(transformer)
@@ -123,6 +144,52 @@ def disable_dropout(transformer: nn.Module) -> None:
         logger.warning("Dropout is switched off in %d layers: noise comes from per-sample streams only.", len(active))
     for module in active:
         module.p = 0.0
+
+
+def _check_state(transformer: nn.Module, adapter: str) -> None:
+    """Raise a `ValueError` unless an adapter acts in the forward as its file would in a fresh pipeline."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    states = (
+        (
+            "is merged into the base, which rounds",
+            lambda layer: bool(layer.merged_adapters),
+            "Load base and adapter anew, without `fuse_lora`; or make it part of the base, by "
+            "`pipeline.unload_lora_weights()` after it, and train another.",
+        ),
+        (
+            "is switched off, so that it would get no gradient",
+            lambda layer: layer._disable_adapters,
+            "Switch it on: `pipeline.enable_lora()`.",
+        ),
+        (
+            "is scaled, which its file does not say",
+            lambda layer: adapter in layer.scaling and not _has_own_scale(layer, adapter),
+            f"Set its scale back: `pipeline.set_adapters([{adapter!r}], [1.0])`.",
+        ),
+    )
+    for what, applies, way_out in states:
+        affected = [name for name, layer in layers.items() if applies(layer)]
+        if affected:
+            raise ValueError(
+                f"The adapter {adapter!r} of the transformer {what}, in {len(affected)} layers such as "
+                f"{affected[0]!r}. {way_out}"
+            )
+
+
+def _has_own_scale(layer: LoraLayer, adapter: str) -> bool:
+    rank = layer.r[adapter]
+    rank = math.sqrt(rank) if layer.use_rslora.get(adapter, False) else rank
+    return math.isclose(layer.scaling[adapter], layer.lora_alpha[adapter] / rank, rel_tol=1e-6)
+
+
+def _check_projections(transformer: nn.Module) -> None:
+    """Raise a `ValueError` if queries, keys and values are computed by one module: their own get no gradient then."""
+    fused = [name for name, module in transformer.named_modules() if module.__dict__.get("fused_projections")]
+    if fused:
+        raise ValueError(
+            f"The projections of {len(fused)} attention modules, such as {fused[0]!r}, are fused: those that would be "
+            "trained take no part in the forward. Undo it: `transformer.unfuse_qkv_projections()`."
+        )
 
 
 def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:

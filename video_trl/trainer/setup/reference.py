@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..step.passes import AdapterReference, ModuleReference, Reference
@@ -49,8 +50,17 @@ def make_reference(
     return ModuleReference(copy.deepcopy(transformer))
 
 
-def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | DiffusionPipeline | None) -> None:
-    """Raise a `ValueError` if a reference given by the user is the policy itself, or of another architecture."""
+def check_ref_model(
+    transformer: ModelMixin, ref_model: ModelMixin | DiffusionPipeline | None, *, use_peft: bool
+) -> None:
+    """
+    Raise a `ValueError` if a reference given by the user is the policy itself, or of other architecture or precision.
+
+    Args:
+        transformer (`ModelMixin`): The policy, as the user passed it.
+        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*): The reference.
+        use_peft (`bool`): Whether an adapter is trained; all weights are trained in float32.
+    """
     if ref_model is None:
         return
     reference = _transformer_of(ref_model)
@@ -74,6 +84,22 @@ def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | DiffusionPi
         raise ValueError(
             f"`ref_model` must have the architecture of the model; they differ (model / ref) in {listing}."
         )
+    ours, theirs = _dtypes(transformer), _dtypes(reference)
+    if not use_peft and any(dtype.itemsize < 4 for dtype in ours.values()):
+        ours = dict.fromkeys(ours, torch.float32)  # see `train_all_weights`
+    others = [name for name, dtype in theirs.items() if ours.get(name, dtype) != dtype]
+    if others:
+        raise ValueError(
+            f"`ref_model` must be in the precision in which the model is trained, or the two would differ before the "
+            f"first step: {others[0]!r} is {ours[others[0]]} in the model and {theirs[others[0]]} in `ref_model`. "
+            f"Load it with `dtype={ours[others[0]]}`."
+        )
+
+
+def _dtypes(transformer: ModelMixin) -> dict[str, torch.dtype]:
+    """The dtype of every weight by its name, with or without adapters around it."""
+    named = ((name.replace(".base_layer", ""), weight) for name, weight in transformer.named_parameters())
+    return {name: weight.dtype for name, weight in named if ".lora_" not in name}
 
 
 def _transformer_of(ref_model: ModelMixin | DiffusionPipeline) -> ModelMixin:

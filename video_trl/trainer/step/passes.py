@@ -8,6 +8,7 @@ and gradient are exact, and the graph of one video is all that is kept: also the
 memory than fine-tuning.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,9 @@ from ...models import ModelFamily
 from ..parallel.engines import engine_of, prepare_reference
 from .denoising import Denoising
 from .group import GroupParallel
+
+
+logger = logging.getLogger(__name__)
 
 
 class Passes(Protocol):
@@ -63,7 +67,7 @@ class ConcatPasses:
     def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         prediction = self._family.predict(model, own.noisy_latents, own.timesteps, own.conditions)
-        errors = velocity_error(prediction, own.target)
+        errors = _errors(self._family, prediction, own)
         return errors if self._group is None else self._group.gather(errors)
 
     def backward(self) -> None:
@@ -121,7 +125,13 @@ class SequentialPasses:
 def forward_errors(family: ModelFamily, model: nn.Module, denoising: Denoising) -> Tensor:
     """Velocity errors `(N,)` of a transformer, from one forward."""
     prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
-    return velocity_error(prediction, denoising.target)
+    return _errors(family, prediction, denoising)
+
+
+def _errors(family: ModelFamily, prediction: Tensor, denoising: Denoising) -> Tensor:
+    """Velocity errors `(N,)`, without the latent frames that are given: the transformer predicts nothing there."""
+    given = family.given_frames
+    return velocity_error(prediction[:, :, given:], denoising.target[:, :, given:])
 
 
 class SequentialErrors:
@@ -220,18 +230,23 @@ class SamePathCheck:
     round differently, in whatever precision, that is a difference before anything is learned, so none is allowed.
 
     Args:
-        options (`dict`): The options that might cause one, by name.
+        options (`dict`): The options that might cause one, by name. With any, the first step is always looked at.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._reference_error: Tensor | None = None
         self._done = not any(options.values())
+        self._must_agree = not self._done
 
     @property
     def is_due(self) -> bool:
         """Whether the two have yet to be compared."""
         return not self._done
+
+    def look(self, *, must_agree: bool) -> None:
+        """Compare in the next first step; a difference stops the run, or is reported where another model is meant."""
+        self._done, self._must_agree = False, must_agree or any(self._options.values())
 
     def see_reference(self, error: Tensor) -> None:
         """The errors `(N,)` of the reference, to compare the next ones of the policy with."""
@@ -242,7 +257,7 @@ class SamePathCheck:
         The errors `(N,)` of the policy on the same videos, before its first update.
 
         Raises:
-            ValueError: If they differ from the reference's in a bit.
+            ValueError: If they differ from the reference's in a bit, and must not.
         """
         if self._done or self._reference_error is None:
             return
@@ -251,11 +266,25 @@ class SamePathCheck:
         if torch.equal(ours, theirs):
             return
         worst = int((ours - theirs).abs().argmax())
+        numbers = f"{ours[worst]:.9g} and {theirs[worst]:.9g} (policy, reference)"
+        if not self._must_agree:
+            logger.warning(
+                "Policy and reference differ before the first step, their errors on a video being %s. That is right "
+                "for a `ref_model` that is another model than the one that is trained, and a mistake otherwise.",
+                numbers,
+            )
+            return
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        cause = (
+            "Leave the option off, or use another back end."
+            if options
+            else "Look for what acts in one of the two passes only: hooks, patched modules, kernels that do not give "
+            "the same numbers twice, weights that changed since the trainer was made."
+        )
+        with_options = f"with {options} " if options else ""
         raise ValueError(
-            f"Policy and reference are the same model before the first step, and with {options} their errors differ: "
-            f"{ours[worst]:.9g} and {theirs[worst]:.9g} (policy, reference). The difference would be multiplied by "
-            "beta and learned from. Leave the option off, or use another back end."
+            f"Policy and reference are the same model before the first step, and {with_options}their errors differ: "
+            f"{numbers}. The difference would be multiplied by beta and learned from. {cause}"
         )
 
 
