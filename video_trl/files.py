@@ -219,7 +219,7 @@ def publish_folder(partial: str | os.PathLike[str], final: str | os.PathLike[str
 
 
 @contextlib.contextmanager
-def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
+def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path | None]:
     """
     A folder that is filled piece by piece, by one process at a time, and gets its own name on leaving.
 
@@ -228,17 +228,18 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
 
     Args:
         path (`str` or `Path`): Folder to write.
+        replace (`bool`, defaults to `False`): Whether an older folder is replaced, with all that is in it.
 
     Yields:
         `Path` or `None`: The folder under its temporary name, with what is there already; none when the whole folder
-            is there under its own name, also if another process has finished it while this one waited.
+            is there under its own name and is not to be replaced, also if another process has finished it meanwhile.
 
     Raises:
         OSError: The folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f".{target.name}{_UNFINISHED}")
-    while not target.exists():
+    while replace or not target.exists():
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
             held = lock(unfinished / _LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
@@ -249,7 +250,7 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
                 continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished
-            publish_folder(unfinished, target, replace=False)
+            publish_folder(unfinished, target, replace=replace)
             (target / _LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
             return
         except BaseException:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,14 +122,9 @@ def _finishes(work: Work, folder: Path, outcome: Outcome, seconds: float | None)
         return not any(codes)
     if seconds is None:
         outcome.faults.append(f"{work.name} hangs in {folder} after {outcome.kills} kills")
-    outcome.kills += 1
-    _end(running[: 1 if outcome.kills % 2 else None])  # a process that dies alone, then a machine
-    _end(running)
-    return False
-
-
-def _end(processes: Sequence[multiprocessing.Process]) -> None:
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in processes:
+    for process in running[: 1 if outcome.kills % 2 else None] + running:  # one that dies alone, then a machine
+        process.kill()
         process.join()
+    killed = any(process.exitcode == -signal.SIGKILL for process in processes)
+    outcome.kills += killed
+    return not killed

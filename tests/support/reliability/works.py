@@ -106,8 +106,8 @@ def curated(folder: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder / "manifest.parquet").to_pydict()
-    names = ("source_id", "content", "dropped_by", "value")
-    return {name: table[name] for name in names} | contents(folder / "out", "*.mp4", "*.png")
+    rows = {name: table[name] for name in ("content", "dropped_by", "value")}
+    return rows | {"clips": [Path(name).name for name in table["source_id"]]} | contents(folder / "out", "*.mp4")
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
