@@ -63,6 +63,7 @@ DYNAMIC_ATTRIBUTES = {
     "curation/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "judges/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "sandbox/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
+    "trainer/setup/models.py": (1, "pipelines of diffusers are known by the names of their classes"),
     "hub/lora.py": (1, "PEFT sets `peft_config` on a model with its first adapter"),
     "trainer/setup/lora.py": (1, "PEFT sets `peft_config` on a model with its first adapter"),
 }

@@ -18,6 +18,7 @@ from ..files import tensor_checksum, write_atomically
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 CHECKSUM_KEY = "checksum"  # of all tensors with their names
+EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
 
@@ -142,6 +143,7 @@ def write_lora(
     weights: Mapping[str, torch.Tensor],
     config: LoraConfig,
     base_model: str | None = None,
+    expert: str | None = None,
 ) -> Path:
     """
     Write weights and configuration of an adapter as `save_lora` does.
@@ -151,6 +153,7 @@ def write_lora(
         weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
         config (`peft.LoraConfig`): Configuration, with rank and alpha.
         base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+        expert (`str`, *optional*): Which of the base model's several transformers it is for, recorded too.
 
     Returns:
         `Path`: The file.
@@ -169,6 +172,7 @@ def write_lora(
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
+    header |= {} if expert is None else {EXPERT_KEY: expert}
     return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
 
 
@@ -213,6 +217,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mappin
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def expert_of(directory: str | os.PathLike[str]) -> str | None:
+    """The transformer that an adapter's file says it is for; `None` where a pipeline has one."""
+    path = Path(directory)
+    with safe_open(path / LORA_FILE_NAME if path.is_dir() else path, framework="pt") as file:
+        return (file.metadata() or {}).get(EXPERT_KEY)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 
@@ -554,3 +556,72 @@ def test_embedded_parquet_of_a_stranger_trains_as_it_is(pipeline, tmp_path):
     dataset = datasets.Dataset.from_list([row], features=features).with_format("numpy")
     example = encode(dataset, pipeline, tmp_path)[0]
     rounding.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), rounding.SINGLE)
+
+
+# ---- The key of the cache, and numbers that are not finite ----
+
+
+def tile(pipeline):
+    pipeline.vae.enable_tiling(16, 16, 8, 8)
+
+
+def cut_from_the_left(pipeline):
+    pipeline.tokenizer.truncation_side = "left"
+
+
+def fill_on_the_left(pipeline):
+    pipeline.tokenizer.padding_side = "left"
+
+
+def lower_case(pipeline):
+    pipeline.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def scale_attribute(pipeline):
+    pipeline.vae.encoder.mid_block.attentions[0].norm.scale *= 2
+
+
+def text_encoder_eps(pipeline):
+    pipeline.text_encoder.encoder.final_layer_norm.variance_epsilon = 1e-3
+
+
+@pytest.mark.parametrize(
+    "change", [tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps]
+)
+def test_what_decides_the_numbers_is_in_the_key(tmp_path, change):
+    """Also where neither weights nor configuration say it; what does not, is not."""
+    rows = [{"prompt": "A red ball falls", "video": tiny_video(0)}]
+    pipeline = tiny_wan_pipeline()
+    first = encode(rows, pipeline, tmp_path, row_type="video")
+    pipeline.vae.train()
+    pipeline.text_encoder.name_or_path = "elsewhere"
+    assert encode(rows, pipeline, tmp_path, row_type="video").directory == first.directory
+    change(pipeline)
+    assert encode(rows, pipeline, tmp_path, row_type="video").directory != first.directory
+
+
+def test_prompts_that_are_not_finite_are_not_cached(tmp_path):
+    pipeline = tiny_wan_pipeline()
+    pipeline.text_encoder.encoder.final_layer_norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="The prompt 'a red ball falls': encoding it .*text encoder in float32"):
+        encode(array_rows(1), pipeline, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_writer_takes_finite_numbers_only(tmp_path, value):
+    with pytest.raises(ValueError, match="a/b: encoding it returned numbers that are not finite"):
+        with EncodedWriter(tmp_path / "data", "video", "0") as writer:
+            writer.add("a/b", torch.tensor([0.0, value]))
+    assert not (tmp_path / "data").exists()
+
+
+def test_prompts_that_are_cut_are_told(tmp_path, caplog):
+    rows = [{"prompt": prompt, "video": tiny_video(0)} for prompt in ("a red ball", " ".join(["a red ball"] * 4))]
+    with caplog.at_level(logging.WARNING):
+        encode(rows, tiny_wan_pipeline(), tmp_path, row_type="video", max_sequence_length=8)
+    assert "1 of 2 prompts are longer than 8 tokens" in caplog.text and "the longest has 13" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        encode(rows[:1], tiny_wan_pipeline(), tmp_path, row_type="video", max_sequence_length=8)
+    assert "longer than" not in caplog.text

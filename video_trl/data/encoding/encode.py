@@ -30,6 +30,7 @@ from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
 from ..video_io import probe_video, read_video
+from .identity import module_settings, tokenizer_settings
 from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
 from .store import EncodedDataset, EncodedWriter
 
@@ -213,15 +214,20 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     pipeline = job.pipeline
     parts: list[Any] = [versions, settings, [_identity(row) for row in rows]]
     for name, tokenizer in job.family.text_encoders.items():
-        parts += [pipeline.components[tokenizer].get_vocab()] if tokenizer else []
-        parts += [pipeline.components[name], _settings_of(pipeline.components[name])]
-    parts += [pipeline.vae, _settings_of(pipeline.vae)]
+        parts += [tokenizer_settings(pipeline.components[tokenizer])] if tokenizer else []
+        parts += _parts_of(pipeline.components[name])
+    parts += _parts_of(pipeline.vae)
     if job.image_columns:
         parts += [job.image_columns, [row.image for row in rows]]
     for name, processor in job.family.image_encoders.items():
         parts += [pipeline.components[processor].to_json_string()]
-        parts += [pipeline.components[name], _settings_of(pipeline.components[name])]
+        parts += _parts_of(pipeline.components[name])
     return fingerprint(*parts)
+
+
+def _parts_of(network: ModelMixin | PreTrainedModel) -> list[Any]:
+    """Weights of an encoder, its configuration, and what that does not say."""
+    return [network, _settings_of(network), module_settings(network)]
 
 
 def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
@@ -232,6 +238,7 @@ def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
 
 def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
+    _warn_of_long_prompts(job, prompts)
     with ExitStack() as stack, tqdm(total=len(prompts), desc="Encoding prompts") as progress:
         for network in job.networks(job.family.text_encoders):
             stack.enter_context(_placed(network, job.device))
@@ -244,7 +251,28 @@ def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> No
             encoded = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
             for prompt, columns in zip(batch, encoded, strict=True):
                 for column in job.family.prompt_columns:
+                    encoder = job.pipeline.components[next(iter(job.family.text_encoders))]
+                    _check_finite(columns[column], f"The prompt {prompt!r}", encoder, "text encoder")
                     writer.add(_prompt_key(prompt, column), columns[column])
+
+
+def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
+    name = next(iter(job.family.text_encoders.values()))
+    if not name:
+        return
+    lengths = [len(ids) for ids in job.pipeline.components[name](list(prompts), verbose=False)["input_ids"]]
+    too_long = [number for number, length in enumerate(lengths) if length > job.max_sequence_length]
+    if too_long:
+        worst = max(too_long, key=lambda number: lengths[number])
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has "
+            "%d: %.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
+            len(too_long),
+            len(prompts),
+            job.max_sequence_length,
+            lengths[worst],
+            prompts[worst],
+        )
 
 
 def _encode_videos(
@@ -304,7 +332,7 @@ def _encode_images(
                 )
                 for column, values in conditions.items():
                     for digest, value in zip(batch, values.cpu(), strict=True):
-                        _check_finite(value, inventory.names[digest], job.pipeline.vae)
+                        _check_finite(value, inventory.names[digest], job.pipeline.vae, "VAE and image encoder")
                         writer.add(_image_key(column, digest, (num_frames, height, width)), value)
 
 
@@ -324,11 +352,11 @@ def _frames(job: _Job, inventory: Inventory, digest: str, **changes: Any) -> np.
     return video
 
 
-def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+def _check_finite(encoded: torch.Tensor, name: str, encoder: nn.Module, what: str = "VAE") -> None:
     if not torch.isfinite(encoded).all():
         raise ValueError(
-            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
-            "in float32."
+            f"{name}: encoding it ({encoder.dtype}) returned numbers that are not finite. Load the pipeline with its "
+            f"{what} in float32."
         )
 
 

@@ -13,7 +13,7 @@ from ...files import fingerprint
 from ..buckets import AspectBucket, nearest_bucket
 from ..columns import MapDataset, as_scores, as_videos
 from ..images import image_hash, image_name
-from ..video_io import VideoDecodeError, VideoSource, probe_video, read_video, source_name, video_hash
+from ..video_io import VideoDecodeError, VideoSource, probe_video, source_name, video_hash, video_shape
 from .store import SkippedRow
 
 
@@ -217,10 +217,9 @@ def video_shapes(inventory: Inventory, pixels: Mapping[str, Any]) -> dict[str, t
     def shape_or_reason(item: tuple[str, VideoSource]) -> tuple[str, tuple[int, int, int] | None, str]:
         digest, source = item
         try:
-            frames, height, width, _ = read_video(source, **inventory.pixels_of(digest, pixels)).shape
+            return digest, video_shape(source, **inventory.pixels_of(digest, pixels)), ""
         except VideoDecodeError as error:
             return digest, None, _without_name(error, source_name(source))
-        return digest, (frames, height, width), ""
 
     readable = [
         digest

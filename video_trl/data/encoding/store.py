@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             recorded.
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
+        is_finite (`bool`): Whether all numbers are known to be finite; older versions did not look.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
 
     Raises:
@@ -98,6 +99,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.row_type: str = index["row_type"]
         self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
+        self.is_finite: bool = index.get("is_finite", False)
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
         self._shard_of: dict[str, str] = {key: shard for key, (shard, _) in index["tensors"].items()}
@@ -269,9 +271,14 @@ class EncodedWriter:
         return self._folder
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Keep a tensor for the current shard, unless it is there already; a full shard is written."""
+        """
+        Keep a tensor for the current shard, unless it is there already; a full shard is written. Numbers that are not
+        finite are refused.
+        """
         if key in self._tensors:
             return
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: encoding it returned numbers that are not finite. Use an encoder in float32.")
         tensor = tensor.detach().cpu().contiguous()
         self._tensors[key] = (f"{len(self._shards):05d}.safetensors", tensor_checksum(tensor))
         self._pending[key] = tensor
@@ -281,7 +288,7 @@ class EncodedWriter:
         if size >= self._shard_bytes or now - self._written >= at_stake:
             self._flush()
 
-    def finish(self, rows: list[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
+    def finish(self, rows: Sequence[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
         """Write the rest and the index."""
         if self._pending:
             self._flush()
@@ -291,6 +298,7 @@ class EncodedWriter:
             "row_type": self._row_type,
             "encoder": self._encoder,
             "fps": self._fps,
+            "is_finite": True,  # see `add`
             "shards": self._shards,
             "tensors": self._tensors,
             "rows": rows,

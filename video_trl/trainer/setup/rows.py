@@ -1,5 +1,6 @@
 """Encode the datasets, number their rows, and resolve the settings that depend on the pipeline."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,6 @@ from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
 from ..base_config import VideoConfig
-
-
-DEFAULT_MAX_SEQUENCE_LENGTH = 512
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -136,15 +134,17 @@ def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[i
         yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
 
 
-def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline | None, required: int | None) -> int:
+def resolve_max_sequence_length(
+    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, transformer: ModelMixin
+) -> int:
     """
     Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
-    than 512.
+    than the pipeline's default.
 
     Raises:
         ValueError: If another length is configured than the transformer requires.
     """
-    configured = args.max_sequence_length
+    configured, required = args.max_sequence_length, family.prompt_length(transformer)
     if required is not None and configured not in (None, required):
         raise ValueError(
             f"This transformer needs prompts of {required} tokens, padding included, got "
@@ -154,41 +154,66 @@ def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline |
     if configured is not None:
         return configured
     if pipeline is None or pipeline.components.get("tokenizer") is None:
-        return DEFAULT_MAX_SEQUENCE_LENGTH
-    return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+        return family.published_prompt_tokens
+    return min(family.published_prompt_tokens, pipeline.tokenizer.model_max_length)
 
 
-def check_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily) -> None:
-    """Raise a `ValueError` if `timestep_sampling="shifted"` has no shift to take."""
-    if args.timestep_sampling != "shifted" or args.timestep_shift is not None:
-        return
-    if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
+def check_timesteps(
+    args: VideoConfig,
+    pipeline: DiffusionPipeline | None,
+    family: ModelFamily,
+    timestep_range: Sequence[float] | None,
+) -> None:
+    """
+    Raise a `ValueError` if timesteps cannot be drawn: `"shifted"` without a shift, a range beyond the model's scale,
+    or one from which the scheme never draws.
+    """
+    if args.timestep_sampling == "shifted" and args.timestep_shift is None:
+        if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
+            raise ValueError(
+                "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
+                "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
+            )
+    process = family.noise_process
+    if timestep_range is not None and timestep_range[1] > process.num_train_timesteps:
         raise ValueError(
-            "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
-            "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
+            f"`timestep_range={timestep_range}` ends beyond the model's last timestep, "
+            f"{process.num_train_timesteps}. Lower it."
         )
+    process.sample_timesteps(
+        torch.full((1,), 0.5, dtype=torch.float64),
+        scheme=args.timestep_sampling,
+        shift=args.timestep_shift or 1.0,  # no shift makes a range empty
+        logit_mean=args.timestep_logit_mean,
+        logit_std=args.timestep_logit_std,
+        timestep_range=timestep_range,
+    )
 
 
 def resolve_timestep_shift(
-    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, tokens_of_videos: set[int]
+    args: VideoConfig,
+    pipeline: DiffusionPipeline | None,
+    family: ModelFamily,
+    transformer: ModelMixin,
+    shapes: set[tuple[int, ...]],
 ) -> float:
     """
     Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
 
     Raises:
-        ValueError: If the scheduler shifts by the number of tokens, and that of the rows' videos is not one.
+        ValueError: If the scheduler shifts by the number of tokens, and videos with latents of these shapes differ in
+            it.
     """
     if args.timestep_shift is not None or args.timestep_sampling != "shifted":
         return args.timestep_shift or 1.0
-    assert pipeline is not None, "check_timestep_shift comes first"
-    config = pipeline.scheduler.config
-    shifts = {family.flow_shift(config, tokens) for tokens in tokens_of_videos}
+    assert pipeline is not None, "check_timesteps comes first"
+    tokens = {math.prod(family.token_grid(transformer, shape)) for shape in shapes}
+    shifts = {family.flow_shift(pipeline.scheduler.config, number) for number in tokens}
     if len(shifts) > 1:
         raise ValueError(
-            "The pipeline's scheduler shifts by the number of tokens, and the videos have "
-            f"{sorted(tokens_of_videos)}, so `timestep_sampling='shifted'` would have several shifts. Set "
-            "`timestep_shift`, or train at one size."
+            f"The pipeline's scheduler shifts by the number of tokens, and the videos have {sorted(tokens)}, so "
+            "`timestep_sampling='shifted'` would have several shifts. Set `timestep_shift`, or train at one size."
         )
     (shift,) = shifts
-    assert shift is not None, "check_timestep_shift comes first"
+    assert shift is not None, "check_timesteps comes first"
     return shift

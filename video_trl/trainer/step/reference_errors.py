@@ -182,6 +182,11 @@ def compute_errors(
     for indices in tqdm(mine, desc="Errors of the reference", disable=not PartialState().is_main_process):
         errors = [errors_of(indices, number).view(len(indices), -1) for number in range(size)]
         together = torch.stack(errors, dim=1).float().cpu()  # (B, K, V)
+        if not together.isfinite().all():
+            raise ValueError(
+                f"Rows {indices}: the reference's errors are not finite. Look at their latents, or load the model in "
+                "float32 or bfloat16."
+            )
         row_errors.extend(zip(indices, together.unbind(), strict=True))
     return [errors for _, errors in sorted(dict(gather_object(row_errors)).items())]
 
