@@ -213,8 +213,8 @@ def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
         raise ValueError(
             f"`peft_config` leaves no layer of {type(transformer).__name__} to train, with "
             f"exclude_modules={config.exclude_modules}, layers_to_transform={config.layers_to_transform} and "
-            f"layers_pattern={config.layers_pattern}. Blocks are counted from 0, and `layers_pattern` is the name that "
-            f"stands before their number, such as {_numbered(names)!r}."
+            f"layers_pattern={config.layers_pattern}. Blocks are counted from 0, and `layers_pattern` is the name "
+            f"that stands before their number, such as {_numbered(names)!r}."
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
 from torch.utils.data import Dataset
