@@ -138,9 +138,7 @@ def model_card(
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
         title=Path(repo_id).name,
         adapter=transformer_class is None,
-        base_model_link=_link(base_model)
-        if expert is None
-        else f"the `{expert[0]}` transformer of {_link(base_model)}",
+        base_model_link=("" if expert is None else f"the `{expert[0]}` transformer of ") + _link(base_model),
         revision=revision,
         method_name=method_name,
         dataset=facts,
