@@ -21,7 +21,9 @@ import httpx2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+
+from .answers import AnswerError, read_answer
 
 
 if TYPE_CHECKING:
@@ -307,10 +309,10 @@ class ChatClient:
             text, fault = _text_of(body)
             if not fault:
                 try:
-                    answer = question.answer.model_validate_json(without_fence(text))
+                    answer = read_answer(text, question.answer)
                     return Reply(answer, text, str(body.get("model") or self.model), requests)
-                except ValidationError as error:
-                    fault = faults(error)
+                except AnswerError as error:
+                    fault = str(error)
             fault = self._redact(fault)
             logger.debug("%s: invalid answer (%s)", self, fault)
             complaint = f"That was no valid answer ({fault}). Answer with JSON of the schema only."
@@ -438,27 +440,14 @@ def _text_of(reply: dict[str, Any]) -> tuple[str, str]:
         return "", "a reply without `choices[0].message`"
     if refusal:
         return "", f"the model refused: {refusal}"
+    if isinstance(text, list):  # parts, of which some servers make even a text
+        parts = (part.get("text") for part in text if isinstance(part, dict))
+        text = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(text, str) or not text.strip():
         return "", "an empty answer"
     if end == "length":
         return text, "the answer was cut off at `max_tokens`"
     return text, ""
-
-
-def without_fence(text: str) -> str:
-    """JSON in a Markdown code block, as servers without guided decoding like to give it, out of its block."""
-    text = text.strip()
-    if text.startswith("```") and text.endswith("```"):
-        text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
-    return text
-
-
-def faults(error: ValidationError) -> str:
-    """What is wrong with an answer, for the model that gave it."""
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or 'answer'}: {fault['msg']}"
-        for fault in error.errors(include_url=False)[:5]
-    )
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -15,7 +15,8 @@ from .weights import text_hash
 class Verdict(BaseModel):
     """What the model has to answer; reasons come first, so that the ratings follow from them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # The schema asks for these keys and no others; others in an answer change no rating.
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
     description_of_video: str
     sa_reason: str

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...data.video_io import VideoDecodeError
+from ...judges.answers import AnswerError, read_answer
 from ...judges.chat import (
     ChatClient,
     ChatError,
@@ -24,8 +25,6 @@ from ...judges.chat import (
     ChatRefusedError,
     ChatUnavailableError,
     InvalidAnswerError,
-    faults,
-    without_fence,
 )
 from ...judges.frames import evenly_spaced, frame_rate, quoted, sample_frames, size_within
 from ...judges.weights import text_hash
@@ -54,7 +53,8 @@ Unit = Field(ge=0.0, le=1.0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # The schema asks for these keys and no others; others in an answer are no reason to drop a clip.
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
 
 class Entity(_Strict):
@@ -109,10 +109,10 @@ class Annotation(_Strict):
 
     @field_validator("extended")
     @classmethod
-    def _check_length(cls, text: str) -> str:
-        if len(text.split()) > MAX_EXTENDED_WORDS:
-            raise ValueError(f"expected at most {MAX_EXTENDED_WORDS} words, got {len(text.split())}")
-        return text
+    def _cut(cls, text: str) -> str:
+        """Side data: a text that is too long is no reason to drop a clip with a good score."""
+        words = text.split()
+        return text if len(words) <= MAX_EXTENDED_WORDS else " ".join(words[:MAX_EXTENDED_WORDS])
 
 
 SYSTEM = (
@@ -278,9 +278,9 @@ class QwenAnnotator:
         for _ in range(2):
             text = self.vlm.answer(patches, *turns, system=SYSTEM, max_new_tokens=self.max_tokens)
             try:
-                return Annotation.model_validate_json(without_fence(text))
-            except ValidationError as error:
-                fault = faults(error)
+                return read_answer(text, Annotation)
+            except AnswerError as error:
+                fault = str(error)
             turns += [text, f"That was no valid answer ({fault}). Answer with JSON of the schema only."]
         return Failure("invalid_answer", fault)
 
