@@ -136,7 +136,7 @@ def _train(
     from .trainer.sft_trainer import VideoSFTTrainer
 
     output_dir = str(Path(args.output_dir) / f"{method.lower()}-seed{seed}")
-    changes: dict[str, Any] = {"seed": seed, "data_seed": seed, "output_dir": output_dir}
+    changes: dict[str, Any] = {"seed": seed, "data_seed": seed, "output_dir": output_dir, "overwrite_output_dir": True}
     args = replace(args, **changes)
     trainer: VideoGroupDPOTrainer | VideoSFTTrainer
     if method == METHOD:
