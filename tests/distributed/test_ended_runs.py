@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.distributed import ending_worker
@@ -69,7 +70,8 @@ def test_sigusr1_to_all_processes_ends_the_workers_with_75_and_not_the_launcher(
     process = start(tmp_path)
     wait_for(tmp_path / "step-0-0", process)
     wait_for(tmp_path / "step-1-0", process)
-    os.killpg(process.pid, signal.SIGUSR1)  # as Slurm does
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        each.send_signal(signal.SIGUSR1)  # as Slurm does
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "exitcode  : 75" in errors
     assert len(checkpoints(tmp_path)) == 1 and "checkpoint-3" not in checkpoints(tmp_path)
