@@ -52,8 +52,9 @@ PARTIAL_PATTERN = "*.partial"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>partial|replaced)", re.DOTALL)
 #: Lists the files of a folder with their sizes and checksums.
 CHECKSUMS_NAME = "checksums.json"
+#: In a folder that is filled piece by piece.
+LOCK_NAME = ".lock"
 _UNFINISHED = ".unfinished"
-_LOCK_NAME = ".lock"
 # Seconds that a process gives others of its launch to show up: before the log says so, and before it gives up.
 _SECONDS_TO_WARN, _SECONDS_TO_WAIT = 5.0, 600.0
 _PIECE = 16 << 20  # bytes of a file that are hashed at a time
@@ -239,22 +240,23 @@ def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> 
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f".{target.name}{_UNFINISHED}")
+    (target / LOCK_NAME).unlink(missing_ok=True)  # of a process that was killed when all but this was done
     while replace or not target.exists():
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock(unfinished / _LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
+            held = lock(unfinished / LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
         except FileNotFoundError:  # that process has finished the folder, or given up
             continue
         try:
-            if not (unfinished / _LOCK_NAME).exists():
+            if not (unfinished / LOCK_NAME).exists():
                 continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished
             publish_folder(unfinished, target, replace=replace)
-            (target / _LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
+            (target / LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
             return
         except BaseException:
-            if unfinished.is_dir() and os.listdir(unfinished) == [_LOCK_NAME]:
+            if unfinished.is_dir() and os.listdir(unfinished) == [LOCK_NAME]:
                 shutil.rmtree(unfinished, ignore_errors=True)
             elif unfinished.is_dir():
                 logger.warning("%s stays: the same work will go on from there. Delete it to begin anew.", unfinished)

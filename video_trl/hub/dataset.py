@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
 
 from ..data.columns import undecoded
-from ..files import atomic_file, fingerprint, hash_bytes, remove_leftovers, resumable_folder
+from ..files import LOCK_NAME, atomic_file, fingerprint, hash_bytes, remove_leftovers, resumable_folder
 from .card import CARD_NAME, render, settings_table, table
 from .upload import explained, without_conflict
 
@@ -74,7 +74,7 @@ def export_dataset(
     media = {column for column, feature in features.items() if _media_type(feature) is not None}
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
-    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME)]
+    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME)]
     if strange:
         raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
     remove_leftovers(folder.parent)

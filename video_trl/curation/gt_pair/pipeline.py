@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
 from ...data.video_file import DEFAULT_LIMITS, VideoLimits
-from ...files import write_atomically
+from ...files import remove_leftovers, write_atomically
 from ...load import SANDBOX
 from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
@@ -422,6 +422,7 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
         limits=VideoLimits(max_pixels=config.max_pixels),
     )
     stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
+    remove_leftovers(root / folder)
     return run_stage(table, stage, root / "stages", shard)
 
 
