@@ -14,12 +14,17 @@ import torch
 from datasets import Dataset, Features, List, Value, Video
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     ModelMixin,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
@@ -361,6 +366,59 @@ def tiny_cogvideox_i2v_pipeline(seed: int = 0, **components: Any) -> CogVideoXIm
     )
 
 
+def tiny_cogvideox15_pipeline(seed: int = 0) -> CogVideoXPipeline:
+    """Text-to-video pipeline laid out as CogVideoX 1.5's: latent frames in pairs."""
+    return tiny_cogvideox_pipeline(seed, transformer=tiny_cogvideox_transformer(seed, patch_size_t=2))
+
+
+def tiny_cogvideox15_i2v_pipeline(seed: int = 0) -> CogVideoXImageToVideoPipeline:
+    """Image-to-video pipeline laid out as CogVideoX 1.5's: with one more embedding."""
+    transformer = tiny_cogvideox_transformer(seed, in_channels=8, patch_size_t=2, ofs_embed_dim=16)
+    return tiny_cogvideox_pipeline(seed, pipeline_class=CogVideoXImageToVideoPipeline, transformer=transformer)
+
+
+def tiny_ltx_pipeline(
+    seed: int = 0, pipeline_class: type[LTXPipeline] | type[LTXImageToVideoPipeline] = LTXPipeline
+) -> LTXPipeline | LTXImageToVideoPipeline:
+    """A pipeline laid out as LTX-Video's: 8 times in time, 32 times in height and width, one token a latent pixel."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+    ).eval()
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+    ).eval()
+    pipeline = pipeline_class(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+        vae=vae,
+        text_encoder=tiny_t5_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_ltx_pipeline(seed, LTXImageToVideoPipeline)
+
+
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
     """A falling square on a plain background, uint8 `(T, H, W, 3)`; its colours and column depend on the seed."""
     generator = np.random.default_rng(seed)
@@ -457,6 +515,11 @@ def tiny_encoded_video(
     return [{names.get(key, key): value for key, value in row.items() if key not in left_out} for row in rows]
 
 
+def _unpacked(tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Tokens `(B, N, C)` as latents."""
+    return tokens.transpose(1, 2).unflatten(2, (kwargs["num_frames"], kwargs["height"], kwargs["width"]))
+
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "wan-t2v": TinyFamily(tiny_wan_pipeline),
     "wan-i2v": TinyFamily(tiny_wan_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
@@ -476,5 +539,27 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     "wan-5b-i2v": TinyFamily(tiny_wan_ti2v_i2v_pipeline, side=64),
     "skyreels-t2v": TinyFamily(tiny_skyreels_pipeline),
     "skyreels-i2v": TinyFamily(tiny_skyreels_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
+    "cogvideox1.5-t2v": TinyFamily(
+        tiny_cogvideox15_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)
+    ),
+    "cogvideox1.5-i2v": TinyFamily(
+        tiny_cogvideox15_i2v_pipeline,
+        frames=9,
+        noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4],
+    ),
+    "ltx-t2v": TinyFamily(
+        tiny_ltx_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
+    ),
+    "ltx-i2v": TinyFamily(
+        tiny_ltx_i2v_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
+    ),
 }
 """Every family, by the name that its tests have. A new one is an entry here."""

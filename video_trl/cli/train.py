@@ -5,7 +5,6 @@ Examples:
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --dry_run
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --num_processes 8
   video-trl train dpo --dataset_name my/pairs --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
-  video-trl train dpo --config examples/configs/wan2.2-a14b-i2v-dpo.yaml --dataset_name my/pairs --expert both
   video-trl train sft --num_clips 64 --sample_every 50 --eval_strategy steps --eval_steps 50 --save_steps 50 \\
       --evaluator_judge sandbox --metric_for_best_model eval_pc --greater_is_better true \\
       --load_best_model_at_end --early_stopping_patience 3

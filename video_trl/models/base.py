@@ -112,6 +112,10 @@ class ModelFamily(Protocol):
     def image_encoders(self) -> dict[str, str]:
         """Components, besides the VAE, that encode first frames, each with the component that prepares its input."""
 
+    @property
+    def published_prompt_tokens(self) -> int:
+        """Tokens to which the pipeline's call pads prompts if it is told no other number."""
+
     def compression(self, vae: ModelMixin) -> tuple[int, int]:
         """Frames and pixels of a side that make one of a latent, apart from the first frame, which is one alone."""
 
@@ -192,6 +196,7 @@ class FamilyDefaults:
     image_columns: tuple[str, ...] = ()
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
+    published_prompt_tokens: int = 512
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Options of the transformer's configuration that are its numbers of blocks."""
 
@@ -280,6 +285,15 @@ def check_channels(shape: Sequence[int], channels: int) -> None:
         raise ValueError(
             f"Latents must have {channels} channels for this transformer, got {shape[-4]} in {shape}. "
             "Encode the videos with the VAE of the same pipeline."
+        )
+
+
+def check_frames_behind_the_first(shape: Sequence[int]) -> None:
+    """Raise a `ValueError` if latents `(..., C, F, H, W)` are one frame, where the first one is given."""
+    if shape[-3] < 2:
+        raise ValueError(
+            f"Latents must have at least two frames, got {tuple(shape)}: the first one is given, and nothing would be "
+            "left to learn. Raise `num_frames`."
         )
 
 

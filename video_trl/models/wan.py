@@ -23,6 +23,7 @@ from .base import (
     FamilyDefaults,
     GenerationRules,
     check_channels,
+    check_frames_behind_the_first,
     check_patches,
     check_pixels,
     check_video_size,
@@ -388,11 +389,7 @@ class WanFirstFrameFamily(WanFamily):
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """As in text to video, and there must be a frame behind the first one."""
         super().check_latents(transformer, shape)
-        if shape[-3] < 2:
-            raise ValueError(
-                f"Latents must have at least two frames, got {tuple(shape)}: the first one is given, and nothing "
-                "would be left to learn. Raise `num_frames`."
-            )
+        check_frames_behind_the_first(shape)
 
 
 def wan_family(transformer: nn.Module, scheduler: SchedulerMixin | None, index: Mapping[str, Any]) -> WanFamily:

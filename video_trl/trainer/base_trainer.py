@@ -181,9 +181,7 @@ class VideoTrainer(Trainer):
         with whole_weights():
             self.pipeline, transformer, self.expert = load_model(model, args)
         self.family = find_family(self.pipeline, transformer)
-        self.max_sequence_length = resolve_max_sequence_length(
-            args, self.pipeline, self.family.prompt_length(transformer)
-        )
+        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
         self.timestep_range = resolve_timestep_range(args, self.expert)
         check_timesteps(args, self.pipeline, self.family, self.timestep_range)
         check_can_generate(self.pipeline, "`evaluator`", needed=evaluator is not None)

@@ -17,9 +17,6 @@ from ...models import ModelFamily
 from ..base_config import VideoConfig
 
 
-DEFAULT_MAX_SEQUENCE_LENGTH = 512
-
-
 class IndexedDataset(Dataset[dict[str, Any]]):
     """
     Rows of a dataset, each with its position as `"index"`, which its noise is derived from.
@@ -137,15 +134,17 @@ def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[i
         yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
 
 
-def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline | None, required: int | None) -> int:
+def resolve_max_sequence_length(
+    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, transformer: ModelMixin
+) -> int:
     """
     Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
-    than 512.
+    than the pipeline's default.
 
     Raises:
         ValueError: If another length is configured than the transformer requires.
     """
-    configured = args.max_sequence_length
+    configured, required = args.max_sequence_length, family.prompt_length(transformer)
     if required is not None and configured not in (None, required):
         raise ValueError(
             f"This transformer needs prompts of {required} tokens, padding included, got "
@@ -155,8 +154,8 @@ def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline |
     if configured is not None:
         return configured
     if pipeline is None or pipeline.components.get("tokenizer") is None:
-        return DEFAULT_MAX_SEQUENCE_LENGTH
-    return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+        return family.published_prompt_tokens
+    return min(family.published_prompt_tokens, pipeline.tokenizer.model_max_length)
 
 
 def check_timesteps(
