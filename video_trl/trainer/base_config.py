@@ -35,6 +35,9 @@ _UNSUPPORTED = {
 }
 
 
+_POSITIVE_OR_UNSET = (
+    "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
+)  # fmt: skip
 _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -205,6 +208,13 @@ class VideoConfig(TrainingArguments):
             "'shifted': uniform, then bent towards more noise as the sampler bends it."
         },
     )
+    embedded_guidance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale that a transformer is told which was distilled to guide itself (HunyuanVideo). "
+            "Unset: 6, the pipeline's default. Sample with what it was trained with."
+        },
+    )
     timestep_shift: float | None = field(
         default=None,
         metadata={"help": "Shift of 'shifted' timestep sampling. Unset: the flow shift of the pipeline's scheduler."},
@@ -367,7 +377,7 @@ class VideoConfig(TrainingArguments):
     def _check_base_values(self) -> None:
         for name in _POSITIVE:
             check_positive(self, name)
-        for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
+        for name in _POSITIVE_OR_UNSET:
             if self.__dict__[name] is not None:
                 check_positive(self, name)
         if not math.isfinite(self.timestep_logit_mean):
