@@ -14,7 +14,7 @@ Without arguments it probes the sandbox's model and teacher with "will the two b
 With a copy of Physion v1.5 (the folder that holds `physion_mp4s`) and a model it is object contact prediction:
 
     accelerate launch examples/probe_physion.py --physion data/physion --model_name_or_path zai-org/CogVideoX-2b \
-        --block 18 --height 480 --width 720 --adapters outputs/cogvideox-2b-repa \
+        --block 18 --height 480 --width 720 --adapters outputs/videorepa-2b \
         --teacher checkpoints/vit_b_k710_dl_from_giant.pth --teacher_height 160 --teacher_width 240
 """
 

@@ -8,7 +8,7 @@ SFT-regularised preference optimisation of a video model (Reg-DPO, https://huggi
 The sandbox model on simulated clips against its own, or another model on rows of the type "preference" or "group":
 
     accelerate launch examples/train_reg_dpo.py
-    accelerate launch examples/train_reg_dpo.py --config examples/configs/wan2.1-14b-reg-dpo.yaml \
+    accelerate launch examples/train_reg_dpo.py --config video_trl/presets/regdpo-paper-t2v.yaml \
         --dataset_name my/pairs
 
 Every value of a configuration file can be overridden on the command line.

@@ -8,7 +8,7 @@ Alignment of a text-to-video model with a video encoder (VideoREPA, https://hugg
 The sandbox model with the sandbox teacher on simulated clips, or another model on rows of the type "video":
 
     accelerate launch examples/train_repa.py
-    accelerate launch examples/train_repa.py --config examples/configs/cogvideox-5b-repa.yaml --dataset_name my/videos
+    accelerate launch examples/train_repa.py --config examples/configs/wan2.1-1.3b-repa.yaml --dataset_name my/videos
 
 `examples/studies/repa.py` compares the method with its baselines, `examples/probe_physion.py` probes a model.
 

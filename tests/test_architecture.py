@@ -28,6 +28,7 @@ BANNED_IMPORTS = {"torchvision", "decord", "cv2"}
 # Part of the package -> the other parts it may import, beside `files`. Nothing imports `cli`.
 MAY_IMPORT = {
     "methods": set(),
+    "presets": set(),
     "losses": set(),
     "diffusion": set(),
     "files": set(),
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "evaluation": {"judges", "data", "models", "teachers", "load"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},
     "experiment": {"load", "evaluation", "trainer"},
-    "cli": {"load", "methods"},
+    "cli": {"load", "methods", "presets"},
     "__main__": {"cli"},
 }
 # Allowed only inside a function: a verb loads nothing slow before it has read its options.
@@ -58,7 +59,7 @@ PURE = {"losses": {"torch"}, "diffusion": {"torch"}, "files": {"torch", "fileloc
 
 # Calls of getattr/hasattr in a file, and the foreign interface that forces them.
 DYNAMIC_ATTRIBUTES = {
-    "cli/dry_run.py": (2, "a checkpoint names the classes of its scheduler and text encoder"),
+    "cli/dry_run.py": (3, "a checkpoint names the classes of its parts"),
     "curation/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "judges/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),
     "sandbox/__init__.py": (1, "lazy public names: the name is only known when it is asked for"),

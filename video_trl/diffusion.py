@@ -1,5 +1,6 @@
 """How latents get noisy and which velocity a transformer regresses. Schedule arithmetic is float32, never lower."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -348,6 +349,33 @@ def _restricted_levels(
     low, high = (0, process.num_train_timesteps) if timestep_range is None else timestep_range
     levels = (low / process.num_train_timesteps, high / process.num_train_timesteps)
     return noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std, level_range=levels)
+
+
+def bell_weights(levels: Tensor, *, shift: float = 1.0) -> Tensor:
+    r"""
+    Weights of noise levels that fall to 0 at both ends, with mean 1 over the levels that are drawn.
+
+    $$w(\sigma) \propto e^{-2 (\sigma - 1/2)^2} - e^{-1/2}$$
+
+    It is the training weight of DiffSynth-Studio, by which the official PhyGDPO code multiplies every error.
+
+    Args:
+        levels (`torch.Tensor` of shape `(B,)`):
+            Noise levels in [0, 1], any floating dtype.
+        shift (`float`, *optional*, defaults to `1.0`):
+            Shift of the levels that are drawn, as in [`noise_levels`], positive; the mean is over 1000 of them.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Weights, not negative; float32, or float64 for float64 levels.
+    """
+    levels = levels.to(torch.promote_types(levels.dtype, torch.float32))
+    return (torch.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)) / _mean_of_bell(shift)
+
+
+@lru_cache(maxsize=8)
+def _mean_of_bell(shift: float) -> float:
+    levels = noise_levels(torch.arange(1, 1001, dtype=torch.float64) / 1000, scheme="shifted", shift=shift).double()
+    return float((torch.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)).mean())
 
 
 def _check_shapes(latents: Tensor, noise: Tensor, timesteps: Tensor) -> None:

@@ -30,7 +30,7 @@ _JUDGE_REPOSITORIES = {
     "videophysics/videocon_physics": "videocon-physics",
     "videophysics/videophy_2_auto": "videophy2",
 }
-_TEACHER_FILES = (".pth", ".pt", ".bin", ".safetensors")
+_TEACHER_FILES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".torch")
 
 
 # ---- pipelines ------------------------------------------------------------------------------------------------------
@@ -219,15 +219,15 @@ def load_teacher(
     Args:
         name_or_path (`str`):
             `"sandbox"` (the small VideoMAE that ships with the package); a repo id or folder of VideoMAE, VideoMAEv2,
-            V-JEPA 2, DINOv2 or DINOv3; or a file of VideoMAEv2 weights.
+            V-JEPA 2, DINOv2 or DINOv3; or a file of VideoMAEv2, V-JEPA or OmniMAE weights, as published.
         device (`torch.device` or `str`, *optional*):
             Where to put it; the CPU by default.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Of its weights and arithmetic. Tokens are float32 in any case.
         options:
             `height` and `width` (input size in pixels; default: that of the pretraining), `antialias`,
-            `skip_first_frame`; of DINO also `frame_stride`; of VideoMAEv2 also `num_attention_heads`. See
-            [`~video_trl.teachers.ModelTeacher`]. The sandbox's teacher takes none.
+            `skip_first_frame`, `frame_groups`, `crops`; of DINO also `frame_stride`; of VideoMAEv2 also
+            `num_attention_heads`. See [`~video_trl.teachers.ModelTeacher`]. The sandbox's teacher takes none.
 
     Raises:
         ValueError: There is no such repo, folder or file, it is of another architecture, lacks weights, or a size does
@@ -244,13 +244,13 @@ def _load_teacher(name: str, dtype: "torch.dtype", options: dict[str, Any]) -> "
         from .sandbox.weights.teacher import load_sandbox_teacher
 
         return load_sandbox_teacher(dtype=dtype, **options)
-    from .teachers.videomae import load_videomaev2
+    from .teachers.published_vit import load_teacher_file
 
     if Path(name).suffix not in _TEACHER_FILES:
         return _load_teacher_repository(name, dtype, options)
     if not Path(name).is_file():
-        raise ValueError(f"There is no file {name}. Pass the path of VideoMAEv2 weights.")
-    return load_videomaev2(name, dtype=dtype, **options)
+        raise ValueError(f"There is no file {name}. Pass the path of VideoMAEv2, V-JEPA or OmniMAE weights.")
+    return load_teacher_file(name, dtype=dtype, **options)
 
 
 def _load_teacher_repository(name: str, dtype: "torch.dtype", options: dict[str, Any]) -> "VideoTeacher":

@@ -140,3 +140,31 @@ def test_text_to_video_has_no_reference_to_be_consistent_with(tmp_path):
     (tmp_path / "votes.txt").touch()
     with pytest.raises(ValueError, match=r"expected votes in a \.csv or \.jsonl file, got \.txt"):
         read_votes(tmp_path / "votes.txt")
+
+
+def graded(differences):
+    """Three raters, each pair with a difference of means."""
+    votes = []
+    for number, (high, low) in enumerate(differences):
+        for who in ("a", "b", "c"):
+            for video, mark in (("x", high), ("y", low)):
+                votes.append({"pair_id": f"p{number}", "video": video, "annotator": who, "prompt": "p"})
+                votes[-1] |= dict.fromkeys(DIMENSIONS, mark)
+    return votes
+
+
+def test_the_training_set_is_filled_up_with_smaller_differences_to_a_number():
+    votes = graded([(5, 2), (5, 3), (4, 3), (3, 2), (5, 4), (3, 3)])  # 3, 2, 1, 1, 1, 0
+    sizes = {}
+    for fill_to in (None, 2, 4, 5, 99):
+        pairs, table = annotated_pairs(votes, min_positive=None, fill_to=fill_to)
+        sizes[fill_to] = len(pairs)
+        differences = [row["difference"] for row in table.to_pylist() if row["dropped_by"] is None]
+        assert sorted(differences, reverse=True)[:2] == [3.0, 2.0] and min(differences) >= 1
+        assert [row["source_id"] for row in table.to_pylist()] == [f"p{n}" for n in range(6)]
+    assert sizes == {None: 2, 2: 2, 4: 4, 5: 5, 99: 5}
+    drawn = set()
+    for seed in range(8):
+        pairs, _ = annotated_pairs(votes, min_positive=None, fill_to=3, seed=seed)
+        drawn.add(tuple(json.loads(row["provenance"])["source_id"] for row in pairs))
+    assert len(drawn) > 1 and all(ids[:2] == ("p0", "p1") for ids in drawn)

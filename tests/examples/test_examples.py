@@ -15,7 +15,7 @@ from tests.support.paths import EXAMPLES
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
-from video_trl.curation import GTPairConfig, PhyAugConfig
+from video_trl.curation import GTPairConfig, PhyAugConfig, SelfPairsConfig
 from video_trl.experiment import ExperimentArguments
 from video_trl.sandbox import load_sandbox
 from video_trl.trainer.checkpoints.weights import named_checkpoint
@@ -31,7 +31,11 @@ TRAINING = {
     "repa": ("train_repa", VideoREPAConfig),
     "sft": ("train_sft", VideoSFTConfig),
 }
-CURATION = {"gt-pair": ("curate_gt_pairs", GTPairConfig), "phyaug": ("curate_phyaug", PhyAugConfig)}
+CURATION = {
+    "gt-pair": ("curate_gt_pairs", GTPairConfig),
+    "phyaug": ("curate_phyaug", PhyAugConfig),
+    "self-pairs": ("curate_gt_pairs", SelfPairsConfig),  # of `video-trl curate`; it has no script of its own
+}
 STUDIES = {"repa-study": ("studies/repa", VideoREPAConfig)}
 TRAINING_SCRIPTS = ["train_dpo", "train_gdpo", "train_reg_dpo", "train_sft"]  # REPA's needs a teacher: tested apart
 
@@ -75,46 +79,16 @@ def test_a_misspelt_key_is_refused(tmp_path):
         _parse(config)
 
 
-def test_the_14b_configuration_holds_the_numbers_of_the_paper():
-    _, args, _ = _parse(EXAMPLES / "configs" / "wan2.1-14b-gdpo.yaml")
-    assert (args.height, args.width, args.max_steps) == (480, 832, 10_000)
-    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
-    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.999, 0.01)
-    assert (args.learning_rate, args.lr_scheduler_kwargs["min_lr"]) == (1e-5, 1e-6)
-    assert (args.lora_rank, args.lora_alpha) == (48, 48)
-    assert (args.alpha_min, args.lam, args.kappa_gamma, args.b_gamma) == (0.5, 0.6, 2.0, 0.4)
-    assert (args.kappa_alpha, args.b_alpha) == (5.0, 0.5)
-    assert args.bf16 and args.activation_checkpointing
-
-
-@pytest.mark.parametrize("method", ["dpo", "reg-dpo"])
-def test_the_14b_pair_configurations_hold_the_numbers_of_the_paper(method):
-    _, args = _parse(EXAMPLES / "configs" / f"wan2.1-14b-{method}.yaml")
+def test_the_14b_dpo_configuration_holds_the_numbers_of_reg_dpo_s_baseline():
+    _, args = _parse(EXAMPLES / "configs" / "wan2.1-14b-dpo.yaml")
     assert (args.height, args.width, args.num_frames, args.fps) == (720, 1280, 81, 16)
     assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.beta) == (16, 32, 5e-6, 500)
     assert (args.per_device_train_batch_size, args.optim.value, args.save_steps) == (1, "adamw_torch", 300)
-    if method == "reg-dpo":
-        assert (args.sft_weight_mode, args.sft_coefficient) == ("dgr", 1.0)
 
 
-@pytest.mark.parametrize("size", ["2b", "5b"])
-def test_the_cogvideox_configurations_hold_the_numbers_of_the_paper(size):
-    script_args, args = _parse(EXAMPLES / "configs" / f"cogvideox-{size}-repa.yaml")
-    assert script_args.model_name_or_path == f"zai-org/CogVideoX-{size}"
-    assert (args.height, args.width, args.num_frames) == (480, 720, 49)
-    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
-    assert (args.coefficient, args.margin, args.align_layer, args.projector_width) == (0.5, 0.1, 18, 2048)
-    if size == "2b":
-        assert (args.use_peft, args.learning_rate, args.max_steps) == (False, 2e-6, 4000)
-    else:
-        assert (args.use_peft, args.lora_rank, args.lora_alpha) == (True, 128, 64)
-        assert (args.learning_rate, args.max_steps) == (1e-4, 2000)
-
-
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
-def test_wan_configurations_read_all_clips_at_the_rate_of_the_model(size):
+def test_wan_configurations_read_all_clips_at_the_rate_of_the_model():
     """81 frames are 5 s at 16 fps; without a common rate, real clips of 24 or 30 fps become slow motion."""
-    _, args, _ = _parse(EXAMPLES / "configs" / f"wan2.1-{size}-gdpo.yaml")
+    _, args, _ = _parse(EXAMPLES / "configs" / "wan2.1-1.3b-gdpo.yaml")
     assert (args.num_frames, args.fps) == (81, 16)
 
 

@@ -14,7 +14,7 @@ from .parser import UsageError, nearest, say
 # Verb -> what it does. Its module has the same name and is imported only when the verb is used.
 VERBS = {
     "train": "train a model, by any of the methods that it lists",
-    "curate": "make a preference dataset: gt-pairs or phyaug",
+    "curate": "make a preference dataset: gt-pairs, phyaug, annotated or self-pairs",
     "encode": "encode a dataset once, for any number of runs",
     "generate": "videos of prompts x seeds, as a run",
     "score": "let a judge score a run, or a table of videos",

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from ..load import pipeline_source
 from .methods import DataArguments, training_rows
+from .parser import required
 
 
 if TYPE_CHECKING:
@@ -19,22 +21,39 @@ Shape = tuple[int, int, int, int]
 """Of the latents of a video: `(C, F, H, W)`."""
 
 
-def describe(trainer_class: type[Any], data: DataArguments, args: Any, *, processes: int = 1) -> str:
-    """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes."""
-    rows, row = training_rows(trainer_class, data, args)
-    rows -= data.eval_rows
+def describe(
+    trainer_class: type[Any], data: DataArguments, args: Any, *, processes: int = 1, engine: Any = "ddp"
+) -> str:
+    """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes of an engine."""
+    rows, row = training_rows(trainer_class, data)
+    if rows is not None:
+        rows -= data.eval_rows
     revision = (args.model_init_kwargs or {}).get("revision")
     check_expert(data.model_name_or_path, revision, args.expert)
     family, transformer, vae = empty_models(data.model_name_or_path, revision)
     shapes = _shapes(family, vae, row, args)
     facts = {
-        "rows": f"{rows}" + (f", and {data.eval_rows} held out" if data.eval_rows else ""),
+        "rows": _rows(rows, data.eval_rows),
         "tokens of a video": "; ".join(_tokens(family, transformer, shapes)),
-        **_cost(trainer_class, transformer, max(shapes.values(), key=math.prod), row, args, processes),
+        **_cost(
+            trainer_class,
+            transformer,
+            max(shapes.values(), key=math.prod),
+            _rejected(row, data),
+            args,
+            processes,
+            engine,
+        ),
         "steps": _steps(rows, args, processes),
     }
     lines = [f"{key + ':':24}{value}" for key, value in facts.items()]
     return "\n".join(["# configuration, where it is not the default", _configuration(data, args), *lines])
+
+
+def _rows(rows: int | None, held_out: int) -> str:
+    if rows is None:
+        return "--dataset_name says how many"
+    return f"{rows}" + (f", and {held_out} held out" if held_out else "")
 
 
 def _configuration(data: DataArguments, args: Any) -> str:
@@ -48,28 +67,39 @@ def _configuration(data: DataArguments, args: Any) -> str:
 
 def check_expert(name: str, revision: str | None, expert: str | None) -> None:
     """Raise a `ValueError` unless an expert is chosen where a pipeline has several transformers, and only there."""
-    from diffusers import DiffusionPipeline
-
     from ..trainer.setup.models import choose_expert
 
+    known = _known(name, revision)
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    choose_expert(DiffusionPipeline.load_config(pipeline_source(name), **kwargs), expert, repr(name))
+    index = known.get("index", {}) if known is not None else _index(pipeline_source(name), kwargs)
+    choose_expert(index, expert, repr(name))
 
 
 def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
-    """Family, transformer and VAE of a pipeline, the networks without memory (on the device `meta`)."""
-    import diffusers
+    """
+    Family, transformer and VAE of a pipeline, the networks without memory (on the device `meta`).
+
+    Of a checkpoint whose configurations ship with the package nothing is asked of the Hub.
+    """
     import torch
-    from diffusers import AutoModel, DiffusionPipeline
+    from diffusers import AutoModel
 
     from ..models import family_for
 
+    known = _known(name, revision)
+    if known is not None:
+        scheduler = _diffusers_class(known["scheduler"]).from_config(known["scheduler"])
+        with torch.device("meta"):
+            transformer, vae = (
+                _diffusers_class(known[part]).from_config(known[part]) for part in ("transformer", "vae")
+            )
+        return family_for(transformer, scheduler, known.get("index")), transformer, vae
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     name = pipeline_source(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
-    index = DiffusionPipeline.load_config(name, **kwargs)
-    _, scheduler_class = index["scheduler"]
-    scheduler = getattr(diffusers, scheduler_class).from_pretrained(name, subfolder="scheduler", **kwargs)
+    index = _index(name, kwargs)
+    scheduler_class = _diffusers_class({"_class_name": index["scheduler"][1]})
+    scheduler = scheduler_class.from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
     return family_for(transformer, scheduler, index), transformer, vae
@@ -79,14 +109,52 @@ def empty_text_encoder(name: str, revision: str | None) -> Any:
     """The text encoder of a pipeline, without memory."""
     import torch
     import transformers
+
+    known = _known(name, revision)
+    if known is not None:
+        encoder_class = getattr(transformers, known["text_encoder"]["_class_name"])
+        config = encoder_class.config_class(**known["text_encoder"])
+    else:
+        kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+        name = pipeline_source(name)
+        encoder_class = getattr(transformers, _index(name, kwargs)["text_encoder"][1])
+        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
+    with torch.device("meta"):
+        return encoder_class(config)
+
+
+def _known(name: str, revision: str | None) -> Any:
+    """Configurations that ship with the package, unless a folder of that name or a revision is meant."""
+    from ..models.checkpoints import known_checkpoint
+
+    return None if revision is not None or Path(name).is_dir() else known_checkpoint(name)
+
+
+def _diffusers_class(config: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"])
+
+
+def _index(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    The table of parts of a pipeline.
+
+    Raises:
+        ValueError: If there is no such pipeline, or no connection to the Hub.
+    """
     from diffusers import DiffusionPipeline
 
-    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    name = pipeline_source(name)
-    _, encoder_class = DiffusionPipeline.load_config(name, **kwargs)["text_encoder"]
-    config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
-    with torch.device("meta"):
-        return getattr(transformers, encoder_class)(config)
+    from ..models.checkpoints import known_checkpoints
+
+    try:
+        return DiffusionPipeline.load_config(name, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"{name!r}: no folder of a pipeline in diffusers layout, and no repository that can be read "
+            f"({str(error).strip().splitlines()[0]}). Without a connection these are known: "
+            f"{', '.join(known_checkpoints())}."
+        ) from error
 
 
 def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) -> Shape:
@@ -109,7 +177,12 @@ def reference_pass(trainer_class: type[Any], use_peft: bool) -> Any:
 
 
 def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
-    """For every size of training, the shape of the latents. The VAE encodes a video without memory."""
+    """
+    For every size of training, the shape of the latents. The VAE encodes a video without memory.
+
+    Raises:
+        UsageError: If there is neither a row nor an option that says how large videos are.
+    """
     from ..data.columns import as_tensor
     from ..data.video_io import read_video
 
@@ -118,10 +191,14 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
         channels, frames, height, width = as_tensor(latents).shape
         return {"encoded": (channels, frames, height, width)}
     shapes: dict[str, Shape] = {}
-    video = next(row[key] for key in ("video", "chosen") if key in row)
+    video = next((row[key] for key in ("video", "chosen") if key in row), None)
     sizes = [(bucket.height, bucket.width) for bucket in args.buckets()] or [(args.height, args.width)]
     for height, width in sizes:
-        size = tuple(read_video(video, num_frames=args.num_frames, fps=args.fps, height=height, width=width).shape[:3])
+        if video is None:
+            size = (required("num_frames", args.num_frames, "81"), required("height", height, "480"), width)
+        else:
+            options = {"num_frames": args.num_frames, "fps": args.fps, "height": height, "width": width}
+            size = tuple(read_video(video, **options).shape[:3])
         shapes[" x ".join(map(str, size))] = latents_shape(family, vae, size)
     return shapes
 
@@ -134,20 +211,28 @@ def _tokens(family: Any, transformer: Any, shapes: Mapping[str, Shape]) -> list[
     ]
 
 
-def _cost(
-    trainer_class: type[Any], transformer: Any, shape: Shape, row: Mapping[str, Any], args: Any, processes: int
-) -> dict[str, str]:
-    """Parameters, and memory by part where data is all that processes divide."""
+def _rejected(row: Mapping[str, Any], data: DataArguments) -> int:
+    """Rejected videos of a row."""
     from ..data.columns import as_videos
+
+    if not row:
+        return data.num_rejected
+    return len(row["rejected_latents"] if "rejected_latents" in row else as_videos(row.get("rejected", [])))
+
+
+def _cost(
+    trainer_class: type[Any], transformer: Any, shape: Shape, rejected: int, args: Any, processes: int, engine: Any
+) -> dict[str, str]:
+    """Parameters, and memory by part."""
     from ..trainer.planning.estimate import Placement, Workload, estimate
 
-    rejected = row["rejected_latents"] if "rejected_latents" in row else as_videos(row.get("rejected", []))
-    num_videos = trainer_class.videos_per_row(args, len(rejected))
+    num_videos = trainer_class.videos_per_row(args, rejected) // vars(args).get("group_parallel_size", 1)
     workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args.use_peft))
     # Methods that do not compare videos have no step mode.
     mode: Literal["concat", "sequential"] = "sequential" if vars(args).get("step_mode") == "sequential" else "concat"
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
-    cost = estimate(workload, Placement(processes, step_mode=mode, checkpointing_policy=policy))
+    shared = 1 if processes % args.context_parallel_size else args.context_parallel_size
+    cost = estimate(workload, Placement(processes, engine, shared, mode, policy))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in cost.parts.items())
     return {
@@ -156,10 +241,14 @@ def _cost(
     }
 
 
-def _steps(rows: int, args: Any, processes: int) -> str:
+def _steps(rows: int | None, args: Any, processes: int) -> str:
     """As transformers.Trainer counts them: an epoch ends with a smaller step where batches do not divide it."""
-    each = args.per_device_train_batch_size * processes
+    each = args.per_device_train_batch_size * max(processes // args.processes_per_row, 1)
+    launched = f"{processes} process{'' if processes == 1 else 'es'}"
+    if rows is None:
+        total = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        return f"{total} of {each * args.gradient_accumulation_steps} rows ({launched})"
     epoch = math.ceil(math.ceil(rows / each) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     batch = each * args.gradient_accumulation_steps
-    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({processes} process{'' if processes == 1 else 'es'})"
+    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({launched})"

@@ -2,11 +2,11 @@
 Examples:
 
   video-trl estimate gdpo                                                        the sandbox
-  video-trl estimate gdpo --config examples/configs/wan2.1-14b-gdpo.yaml --num_gpus 8 --gpu_gib 80
+  video-trl estimate gdpo --preset phygdpo-paper --num_gpus 8 --gpu_gib 80
   video-trl estimate dpo --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num_frames 81 --height 480 \\
       --width 832 --gpu_gib 24
-  video-trl estimate dpo --config examples/configs/wan2.1-14b-dpo.yaml --num_gpus 8 --engine fsdp2 \\
-      --context_parallel_size 4
+  video-trl estimate dpo --config examples/configs/wan2.1-14b-dpo.yaml \\
+      --accelerate_config examples/accelerate_configs/fsdp2.yaml --context_parallel_size 4
 
 Memory of each GPU by part, operations and communication of a training step, and if that does not fit the GPU, the
 cheapest way found that does. Nothing of the model's size is allocated and no weights are loaded: only the small JSON
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from ..load import SANDBOX
 from ..methods import Method
-from .methods import DataArguments, method_named
+from .methods import DataArguments, method_named, preset_values
 from .parser import UsageError, check, parse, read_yaml, required, say
+from .train import launched
 
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 class EstimateArguments:
     """The options of a run on which its memory depends, and the GPUs."""
 
+    preset: str | None = field(
+        default=None, metadata={"help": "Settings of a published run, as of `video-trl train`."}
+    )
     model_name_or_path: str = field(
         default=SANDBOX, metadata={"help": "Repository id or path of a pipeline in diffusers layout, or 'sandbox'."}
     )
@@ -62,6 +66,9 @@ class EstimateArguments:
     )
     activation_checkpointing: bool = field(default=True, metadata={"help": "Checkpoint activations."})
     checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "File of `accelerate launch` that says `num_gpus` and `engine`."}
+    )
     num_gpus: int = field(default=1, metadata={"help": "GPUs in all."})
     engine: str = field(default="ddp", metadata={"help": "'ddp', 'zero2', 'zero3', 'zero3-offload' or 'fsdp2'."})
     context_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the tokens of a video."})
@@ -162,17 +169,20 @@ def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
     trainer_class = method.load()
     kind = _with_options_of(trainer_class)
     words = list(argv)
+    content = preset_values(method.name, words)
     if any(word.partition("=")[0] == "--config" for word in words):
         words = check((kind, DataArguments, trainer_class.config_class), words)
         place = words.index("--config")
-        content = read_yaml(words[place + 1])
-        known = {item.name for item in fields(kind)}
-        given = {key: value for key, value in content.items() if key in known and value is not None}
-        options = [
-            [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-            for key, value in given.items()
-        ]
-        words = [*(word for option in options for word in option), *words[:place], *words[place + 2 :]]
+        content |= read_yaml(words[place + 1])
+        words = [*words[:place], *words[place + 2 :]]
+    if "--accelerate_config" in words:
+        number, engine = launched(["--config_file", words[words.index("--accelerate_config") + 1]])
+        content |= {"num_gpus": number, "engine": engine}
+    known = {item.name for item in fields(kind)}
+    for key, value in content.items():
+        if key in known and value is not None:
+            given = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            words = [*given, *words]
     (args,) = parse(f"estimate {method.name}", __doc__, [kind], words)
     for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "gpu_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:

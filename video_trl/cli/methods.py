@@ -4,16 +4,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..load import SANDBOX, ScriptArguments, generation_defaults, load_judge, load_training_rows
 from ..methods import Method, known_methods
+from ..presets import PRESETS, preset_for
 from .options import mapping
-from .parser import UsageError, nearest, parse, required, say
+from .parser import UsageError, nearest, parse, read_yaml, required, say
 
-
-if TYPE_CHECKING:
-    pass
 
 _SAMPLES = 4  # sample videos of the sandbox
 _PATH = re.compile(r"[\w.]+:\w+")
@@ -29,6 +27,10 @@ _COMMON = (
 class DataArguments(ScriptArguments):
     """What to train, on what, and what to measure on the way."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={"help": f"Settings of a published run, over which other options win: {', '.join(PRESETS)}."},
+    )
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
         default=None,
@@ -103,11 +105,20 @@ def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) ->
     trainer_class = method.load()
     config = trainer_class.config_class
     from transformers import TrainingArguments
+    from transformers.utils import is_torch_bf16_gpu_available
 
     own = {key for kind in config.__mro__ if kind not in TrainingArguments.__mro__ for key in kind.__annotations__}
     brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
-    data, args = parse(f"{verb} {method.name}", text, [DataArguments, config], argv, brief=brief)
-    if data.dataset_name is None and data.model_name_or_path != SANDBOX:
+    defaults = preset_values(method.name, argv)
+    words = [*argv]
+    told = "--use_cpu" in argv or file_values(argv).get("use_cpu") is not None
+    without_gpu = "--dry_run" in argv and not told and not is_torch_bf16_gpu_available()
+    if without_gpu:
+        words.append("--use_cpu")  # bfloat16 of a GPU is described, and not used
+    data, args = parse(f"{verb} {method.name}", text, [DataArguments, config], words, brief=brief, defaults=defaults)
+    if without_gpu:
+        args.use_cpu = False
+    if data.dataset_name is None and data.model_name_or_path != SANDBOX and not data.dry_run:
         raise UsageError(
             f"--model_name_or_path {data.model_name_or_path} needs --dataset_name: only the sandbox brings its own "
             "data. Pass a repository id or a folder (docs/data/dataset_formats.md)."
@@ -125,6 +136,34 @@ def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) ->
             "--greater_is_better true --eval_strategy steps --eval_steps 100."
         )
     return data, args
+
+
+def preset_values(method: str, argv: Sequence[str]) -> dict[str, Any]:
+    """
+    Values of the preset that a command line, or the file of its `--config`, names; none without one.
+
+    Raises:
+        UsageError: If there is no such preset, or it is for another method.
+    """
+    name = given_options(argv).get("--preset") or file_values(argv).get("preset")
+    if name is None:
+        return {}
+    try:
+        return preset_for(name, method)
+    except ValueError as error:
+        raise UsageError(f"--preset: {error}") from error
+
+
+def given_options(argv: Sequence[str]) -> dict[str, str]:
+    """Words of a command line that follow an option, by that option; `--name=value` as two words."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return dict(zip(words, words[1:], strict=False))
+
+
+def file_values(argv: Sequence[str]) -> dict[str, Any]:
+    """What the file of `--config` says; nothing without one."""
+    given = given_options(argv)
+    return read_yaml(given["--config"]) if "--config" in given else {}
 
 
 def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:
@@ -146,14 +185,19 @@ def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> An
     )
 
 
-def training_rows(trainer_class: type[Any], data: DataArguments, args: Any) -> tuple[int, Mapping[str, Any]]:
-    """How many rows there are, and one of them; the sandbox's are counted without being made."""
+def training_rows(trainer_class: type[Any], data: DataArguments) -> tuple[int | None, Mapping[str, Any]]:
+    """
+    How many rows there are, and one of them; the sandbox's are counted without being made. For another model without a
+    dataset, `(None, {})`.
+    """
     if data.dataset_name is not None:
         from ..data.columns import undecoded
         from ..data.tables import load_rows
 
         dataset = undecoded(load_rows(data.dataset_name, data.dataset_split, data.column))
         return len(dataset), dataset[0]
+    if data.model_name_or_path != SANDBOX:
+        return None, {}
     from ..sandbox import simulate
 
     video = simulate(0).video  # all are of one size

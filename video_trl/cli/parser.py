@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
@@ -52,6 +52,7 @@ def parse(
     positional: str | None = None,
     positional_help: str = "",
     brief: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
     Reads the options of a verb.
@@ -62,6 +63,7 @@ def parse(
         kinds (list of dataclasses): Their fields are the options, here and in a YAML file after `--config`.
         argv (list of `str`): What followed the verb.
         positional (`str`, *optional*), positional_help (`str`): Name of values without an option, at least one.
+        defaults (`Mapping`, *optional*): Values that stand in for the defaults; a file and options win over them.
         brief (list of `str`, *optional*): Options that `--help` lists; `--help_all` lists the others too.
 
     Returns:
@@ -92,6 +94,7 @@ def parse(
     if {"-h", "--help", "--help_all"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
+    parser.set_defaults_with_config(**(defaults or {}))
     parsed = parser.parse_args_and_config(args=argv)
     if positional is None:
         return tuple(parsed)

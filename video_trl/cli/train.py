@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
     if data.dry_run:
         from .dry_run import describe
 
-        say(describe(method.load(), data, args, processes=num_processes(launcher)))
+        processes, engine = launched(launcher)
+        say(describe(method.load(), data, args, processes=processes, engine=engine))
         return 0
     from ..trainer.checkpoints.run_folder import RunFolder
     from ..trainer.checkpoints.weights import named_checkpoint
@@ -107,9 +108,10 @@ def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return launcher, ours
 
 
-def num_processes(launcher: Sequence[str]) -> int:
+def launched(launcher: Sequence[str]) -> tuple[int, str]:
     """
-    Of a launch with these options: as given, or as the file of `--config_file` says; else 1.
+    Number of processes and engine of a launch with these options, or of the file of its `--config_file`; else 1 and
+    `"ddp"`.
 
     Raises:
         UsageError: If that file is no YAML mapping.
@@ -117,8 +119,16 @@ def num_processes(launcher: Sequence[str]) -> int:
     """
     words = [part for word in launcher for part in word.split("=", 1)]
     options = dict(zip(words, words[1:], strict=False))
-    if "--num_processes" in options:
-        return int(options["--num_processes"])
-    if "--config_file" in options:
-        return int(read_yaml(options["--config_file"]).get("num_processes", 1))
-    return 1
+    file = read_yaml(options["--config_file"]) if "--config_file" in options else {}
+    return int(options.get("--num_processes", file.get("num_processes", 1))), _engine(file)
+
+
+def _engine(file: Mapping[str, Any]) -> str:
+    """The engine of a file of accelerate, by the name that estimates have for it."""
+    if file.get("distributed_type") == "FSDP":
+        return "fsdp2"
+    if file.get("distributed_type") == "DEEPSPEED":
+        settings = file.get("deepspeed_config", {})
+        on_host = settings.get("offload_param_device", "none") != "none"
+        return f"zero{settings.get('zero_stage', 2)}{'-offload' if on_host else ''}"
+    return "ddp"

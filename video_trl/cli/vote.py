@@ -5,6 +5,7 @@ Examples:
 
   video-trl vote runs/reg-dpo runs/base runs/sft                     the first against each other one, until Ctrl-C
   video-trl vote runs/phygdpo runs/base --questions physics --votes physics.jsonl
+  video-trl vote out/pairs --questions marks --votes marks.jsonl     1 to 5 for each video of a GT-Pair run's pairs
   video-trl vote runs/reg-dpo runs/base runs/sft --results           counts, intervals, agreement of the raters
   video-trl vote runs/reg-dpo runs/base runs/sft --export votes.parquet
 
@@ -26,7 +27,14 @@ class VoteArguments:
     votes: str = field(default="votes.jsonl", metadata={"help": "File of votes, new or of the same runs."})
     questions: str = field(
         default="gsb",
-        metadata={"help": "'gsb': video quality and prompt following, with ties. 'physics': one forced choice."},
+        metadata={
+            "help": "'gsb': video quality and prompt following, with ties. 'physics': one forced choice. 'marks': 1 "
+            "to 5 in five dimensions, of the pairs of a run of GT-Pair or of a file (.csv, .jsonl)."
+        },
+    )
+    dimensions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of 'marks': only some of the five; leave out reference_consistency for text to video."},
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8321, metadata={"help": "Port; 0 takes a free one."})
@@ -62,6 +70,8 @@ def run(argv: Sequence[str]) -> int:
             write(args.export)
             say(f"\n{len(table)} answers in {args.export}")
         return 0
+    if args.questions == "marks":
+        return _mark(args, runs)
     from ..evaluation.votes.server import serve_votes
 
     serve_votes(
@@ -72,4 +82,26 @@ def run(argv: Sequence[str]) -> int:
         port=args.port,
         allowed_hosts=args.allowed_hosts,
     )
+    return 0
+
+
+def _mark(args: VoteArguments, sources: Sequence[str]) -> int:
+    from ..evaluation.votes.marks import MARKED, MarkingServer
+
+    if len(sources) != 1:
+        raise UsageError(f"--questions marks takes one run of GT-Pair, or one file of pairs, got {len(sources)}.")
+    pairs = Path(sources[0])
+    if pairs.is_dir():
+        from ..curation.annotated import write_pairs_to_mark
+
+        pairs = write_pairs_to_mark(pairs)
+    server = MarkingServer(
+        pairs,
+        args.votes,
+        dimensions=args.dimensions or tuple(MARKED),
+        host=args.host,
+        port=args.port,
+        allowed_hosts=args.allowed_hosts,
+    )
+    server.serve()
     return 0

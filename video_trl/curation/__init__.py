@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .gt_pair.pipeline import GTPairConfig, GTPairResult, run_gt_pair
     from .phyaug.pipeline import PhyAugConfig, PhyAugResult, load_groups, push_groups, run_phyaug
     from .phyaug.sampling import allocate
+    from .self_pairs import SelfPairsConfig, SelfPairsResult, run_self_pairs
 
 # The manifest needs pyarrow only, the generator diffusers: a worker loads what it uses.
 _HOME = {
@@ -20,6 +21,8 @@ _HOME = {
     "PhyAugConfig": "phyaug.pipeline",
     "PhyAugResult": "phyaug.pipeline",
     "Rule": "engine.manifest",
+    "SelfPairsConfig": "self_pairs",
+    "SelfPairsResult": "self_pairs",
     "Shard": "engine.manifest",
     "Stage": "engine.manifest",
     "VideoModel": "generate",
@@ -32,6 +35,7 @@ _HOME = {
     "read_votes": "annotated",
     "run_gt_pair": "gt_pair.pipeline",
     "run_phyaug": "phyaug.pipeline",
+    "run_self_pairs": "self_pairs",
     "run_stage": "engine.manifest",
     "summarize": "engine.manifest",
 }
@@ -42,6 +46,8 @@ __all__ = [
     "PhyAugConfig",
     "PhyAugResult",
     "Rule",
+    "SelfPairsConfig",
+    "SelfPairsResult",
     "Shard",
     "Stage",
     "VideoModel",
@@ -54,6 +60,7 @@ __all__ = [
     "read_votes",
     "run_gt_pair",
     "run_phyaug",
+    "run_self_pairs",
     "run_stage",
     "summarize",
 ]

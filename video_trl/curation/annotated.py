@@ -6,16 +6,21 @@ with the higher mean; it is a useful pair when the means differ much and the bet
 """
 
 import csv
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from .engine.manifest import Rule, apply_rules_to_table, new_manifest
+from ..files import write_atomically
+from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
 #: The five dimensions of Reg-DPO, appendix A.1.
@@ -80,6 +85,49 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
     return votes
 
 
+def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> list[dict[str, str]]:
+    """
+    All pairs of videos of one clip, for people to mark: Reg-DPO's second strategy.
+
+    Args:
+        generations (`pyarrow.Table`): Of a run of GT-Pair, its `generations.parquet`: columns `content`, `prompt` and
+            `rejected`.
+        root (`str` or `Path`): The run's folder, which the files are relative to.
+
+    Returns:
+        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs.
+    """
+    of_clip: dict[str, list[dict[str, Any]]] = {}
+    for job in kept_rows(generations).to_pylist():
+        of_clip.setdefault(job["content"], []).append(job)
+    return [
+        {
+            "pair_id": f"{content}-{first}-{second}",
+            "prompt": jobs[first]["prompt"],
+            "video_a": os.fspath(Path(root) / jobs[first]["rejected"]),
+            "video_b": os.fspath(Path(root) / jobs[second]["rejected"]),
+        }
+        for content, jobs in of_clip.items()
+        for first, second in itertools.combinations(range(len(jobs)), 2)
+    ]
+
+
+def write_pairs_to_mark(run_dir: str | os.PathLike[str]) -> Path:
+    """
+    Writes `pairs_to_mark.jsonl` into the folder of a run of GT-Pair, for the marking page.
+
+    Raises:
+        ValueError: If the folder holds no finished run, or no clip with two generated videos.
+    """
+    run = Path(run_dir)
+    if not (run / "generations.parquet").is_file():
+        raise ValueError(f"{run}: expected the folder of a finished run of GT-Pair, with its generations.parquet.")
+    pairs = pairs_to_mark(pq.read_table(run / "generations.parquet"), run.absolute())
+    if not pairs:
+        raise ValueError(f"{run}: no clip has two generated videos. Generate with several models or seeds.")
+    return write_atomically(run / "pairs_to_mark.jsonl", "".join(f"{json.dumps(pair)}\n" for pair in pairs))
+
+
 def annotated_pairs(
     votes: Sequence[Vote],
     *,
@@ -87,6 +135,9 @@ def annotated_pairs(
     min_raters: int = 3,
     min_difference: float = 2.0,
     min_positive: float | None = 4.0,
+    fill_to: int | None = None,
+    fill_difference: float = 1.0,
+    seed: int = 0,
 ) -> tuple[datasets.Dataset, pa.Table]:
     """
     Preference pairs from votes.
@@ -95,9 +146,13 @@ def annotated_pairs(
         votes (`list[dict]`): From [`read_votes`].
         dimensions (`list[str]`): Dimensions that the mean is taken over.
         min_raters (`int`, defaults to `3`): People who must have marked both videos.
-        min_difference (`float`, defaults to `2.0`): Of the means. Reg-DPO trains on 2, filled up with 1.
+        min_difference (`float`, defaults to `2.0`): Of the means.
         min_positive (`float`, *optional*, defaults to `4.0`): Mean of the better video. With `min_difference=2` this
             is its "ideal" subset, 10.9 % of its pairs. None: not asked for.
+        fill_to (`int`, *optional*): Reg-DPO's training set: all pairs that keep the rules above, and further ones with
+            a difference of at least `fill_difference`, drawn at random, until there are so many.
+        fill_difference (`float`, defaults to `1.0`): Of these.
+        seed (`int`, defaults to `0`): Which of them are drawn.
 
     Returns:
         `tuple[datasets.Dataset, pyarrow.Table]`: Rows of the type "preference" with `provenance`, and the manifest of
@@ -116,8 +171,26 @@ def annotated_pairs(
     ]
     if min_positive is not None:
         rules.append(Rule("positive_quality", "chosen_mean", min_positive - _ROUNDING))
-    table = apply_rules_to_table(table, rules)
-    return _preference_rows(table), table
+    filled = apply_rules_to_table(table, rules)
+    if fill_to is not None:
+        wider = [
+            replace(rule, minimum=fill_difference - _ROUNDING) if rule.name == "difference" else rule for rule in rules
+        ]
+        filled = _fill_up(filled, apply_rules_to_table(table, wider), fill_to, seed)
+    return _preference_rows(filled), filled
+
+
+def _fill_up(strict: pa.Table, wide: pa.Table, number: int, seed: int) -> pa.Table:
+    """The strict table, with pairs of the wide one taken back in until so many are kept."""
+    verdicts = list(zip(strict["dropped_by"].to_pylist(), wide["dropped_by"].to_pylist(), strict=True))
+    further = [row for row, (narrow, broad) in enumerate(verdicts) if narrow is not None and broad is None]
+    missing = max(number - sum(narrow is None for narrow, _ in verdicts), 0)
+    drawn = set(random.Random(seed).sample(further, min(missing, len(further))))
+    return (
+        pa.concat_tables([(wide if row in drawn else strict).slice(row, 1) for row in range(len(strict))])
+        if drawn
+        else strict
+    )
 
 
 def _no_rows() -> dict[str, list[Any]]:

@@ -50,8 +50,8 @@ class GroupCollator:
         `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
         `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the family's further `condition_columns` float32,
         `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `num_rejected` int64 `(B,)` when only the
-        first so many rejected videos of each row are to be compared with, `index` int64 `(B,)`, the rows'
-        `"index"`.
+        first so many rejected videos of each row are to be compared with, `weight` float32 `(B,)` when they carry
+        one, `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
         ValueError: The rows differ in the shape of their latents or in their number of rejected videos, only some of
@@ -83,6 +83,8 @@ class GroupCollator:
             batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
         if "num_rejected" in rows[0]:
             batch["num_rejected"] = torch.tensor([row["num_rejected"] for row in rows])
+        if all(row.get("weight") is not None for row in rows):
+            batch["weight"] = torch.tensor([float(row["weight"]) for row in rows])
         return {**batch, **_conditions(self.family, self.max_sequence_length, rows)}
 
 

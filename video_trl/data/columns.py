@@ -119,7 +119,9 @@ def as_scores(cell: Any) -> np.ndarray:
     return scores.reshape(-1, 2) if scores.size == 0 or scores.ndim == 2 and scores.shape[1] == 2 else scores
 
 
-def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool = False) -> None:
+def check_columns(
+    dataset: MapDataset, row_type: str, *, physics_rewarding: bool = False, pair_weights: bool = False
+) -> None:
     """
     Check that a dataset, raw or encoded, can feed a trainer. Reads no pixels.
 
@@ -127,6 +129,8 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
         dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts): What to check.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         physics_rewarding (`bool`, defaults to `False`): Whether `rejected_scores` must be there.
+
+        pair_weights (`bool`, defaults to `False`): Whether `weight` must be there.
 
     Raises:
         ValueError: Not one dataset (a name, several splits, a stream), zero rows, a missing column or cell, an empty
@@ -157,6 +161,8 @@ def check_columns(dataset: MapDataset, row_type: str, *, physics_rewarding: bool
     if not encoded:
         _check_rejected(dataset)
     _check_scores(dataset, counts, columns, required=physics_rewarding)
+    if pair_weights:
+        _check_weights(dataset, columns)
 
 
 def _known(row_type: str) -> str:
@@ -303,6 +309,17 @@ def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[
                 f"Row {row}: '{('sa', 'pc')[column]}' of rejected[{index}] is {scores[index, column]:g}, expected a "
                 f"number in [0, 1]. Rescale what the judge returned (1..5 -> (score - 1) / 4). {advice}"
             )
+
+
+def _check_weights(dataset: MapDataset, columns: Sequence[str]) -> None:
+    if "weight" not in columns:
+        raise ValueError(
+            f"`pair_weights` needs the column 'weight', a positive number a row, got {list(columns)}. "
+            "`video-trl curate self-pairs` writes it; or leave the option off."
+        )
+    for row, cell in enumerate(_cells(dataset, "weight")):
+        if not isinstance(cell, (int, float)) or not 0 < cell < math.inf:
+            raise ValueError(f"Row {row}: 'weight' must be a positive, finite number, got {cell!r}.")
 
 
 def as_tensor(value: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The protocol of a teacher: a frozen encoder whose tokens have a known grid and known times."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
@@ -83,6 +84,9 @@ class ModelTeacher(ABC):
             refused, since squeezing a picture changes its motion.
         antialias: False resizes as VideoREPA's official code does, by bicubic interpolation without a filter, which
             reads a ninth of the pixels when it shrinks to a third. For parity only.
+        frame_groups: shows the frames in so many groups of consecutive ones, each by itself, and puts their tokens one
+            after the other (VideoREPA, appendix C, strategy 2); 1 shows all of them at once.
+        crops: shows the picture in so many rows and columns of tiles, each by itself (strategy 3).
         skip_first_frame: leaves out frame 0, which the first latent frame of causal video autoencoders encodes alone:
             4k + 1 frames become 4k, which tubelets divide.
     """
@@ -99,6 +103,8 @@ class ModelTeacher(ABC):
         width: int | None = None,
         antialias: bool = True,
         skip_first_frame: bool = True,
+        frame_groups: int = 1,
+        crops: Sequence[int] = (1, 1),
     ) -> None:
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` go together, got {height} and {width}. Pass both or none.")
@@ -107,6 +113,17 @@ class ModelTeacher(ABC):
             raise ValueError(
                 f"{name}: height and width must be positive multiples of its patch size {patch_size}, got {size}."
             )
+        if frame_groups < 1 or len(crops) != 2 or min(crops) < 1:
+            raise ValueError(
+                f"{name}: expected `frame_groups` >= 1 and two positive numbers as `crops`, got {frame_groups} and "
+                f"{crops}."
+            )
+        if any(side // patch_size % parts for side, parts in zip(size, crops, strict=True)):
+            raise ValueError(
+                f"{name}: {size[0] // patch_size} x {size[1] // patch_size} tokens cannot be cut into {crops[0]} x "
+                f"{crops[1]} equal tiles. Choose `crops` that divide them."
+            )
+        self.frame_groups, self.crops = frame_groups, (crops[0], crops[1])
         self.model: Any = model.requires_grad_(False).eval()
         self.name = name
         self.size = size
@@ -143,7 +160,7 @@ class ModelTeacher(ABC):
         )
         # The caller's autocast would give other tokens in training than those in the cache.
         with torch.autocast(self.device.type, enabled=False):
-            tokens = self._encode(pixels.to(next(self.model.parameters()).dtype), grid)
+            tokens = self._encode_parts(pixels.to(next(self.model.parameters()).dtype), grid)
         assert tokens.shape[:2] == (len(video), grid[0] * grid[1] * grid[2]), (tokens.shape, grid)
         return TeacherTokens(
             tokens=tokens.float().unflatten(1, (grid[0], grid[1] * grid[2])),
@@ -156,6 +173,21 @@ class ModelTeacher(ABC):
         """Number of the first frame that the teacher sees."""
         return int(self.skip_first_frame)
 
+    def _encode_parts(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Tokens of the whole clip, from one look at it or from one at each of its parts."""
+        if self.frame_groups == 1 and self.crops == (1, 1):
+            return self._encode(pixels, grid)
+        rows, columns = self.crops
+        part = (grid[0] // self.frame_groups, grid[1] // rows, grid[2] // columns)
+        groups = []
+        for frames in pixels.chunk(self.frame_groups, dim=1):
+            bands = []
+            for band in frames.chunk(rows, dim=3):
+                tiles = [self._encode(tile, part).unflatten(1, part) for tile in band.chunk(columns, dim=4)]
+                bands.append(torch.cat(tiles, dim=3))  # (B, F', H', W', D)
+            groups.append(torch.cat(bands, dim=2))
+        return torch.cat(groups, dim=1).flatten(1, 3)
+
     @abstractmethod
     def _encode(self, pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Normalised pixels `(B, T, 3, H, W)` of the right size -> tokens `(B, F' * H' * W', D)`."""
@@ -165,7 +197,8 @@ class ModelTeacher(ABC):
 
     def _settings(self) -> list[Any]:
         """Everything beside weights and configuration that the tokens depend on."""
-        return [self.size, self.antialias, self.skip_first_frame]
+        parts = [] if self.frame_groups == 1 and self.crops == (1, 1) else [self.frame_groups, self.crops]
+        return [self.size, self.antialias, self.skip_first_frame, *parts]
 
     def _num_token_frames(self, num_frames: int) -> int:
         return num_frames // self.tubelet_size
@@ -192,6 +225,11 @@ class ModelTeacher(ABC):
             raise ValueError(
                 f"{self.name}: the number of frames{skipped} must be a positive multiple of {self.tubelet_size}, got "
                 f"{num_frames}. Use clips of 4k + 1 frames with `skip_first_frame=True`, of 4k with False."
+            )
+        if self._num_token_frames(num_frames) % self.frame_groups or num_frames % self.frame_groups:
+            raise ValueError(
+                f"{self.name}: {num_frames} frames, which make {self._num_token_frames(num_frames)} token frames, "
+                f"cannot be shown in {self.frame_groups} equal groups. Choose `frame_groups` that divides both."
             )
         ratio = (video.shape[4] / video.shape[3]) / (self.size[1] / self.size[0])
         if abs(ratio - 1) > _ASPECT_TOLERANCE:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEModel
 
+from ..files import fingerprint
 from .base import ModelTeacher
 
 
 Grid = tuple[int, int, int]
 
-# The weights do not tell the number of heads: width -> heads of ViT-S, B, L, H and g.
-_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+# The weights do not tell the number of heads: width -> heads of ViT-Ti, S, B, L, H and g.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 # What published checkpoints wrap around the encoder's keys, in any order and number.
 _PREFIXES = re.compile(r"^(?:(?:module|model|encoder|backbone)\.)+")
 # Parts of a checkpoint that come after the residual stream (or are no part of the encoder).
@@ -46,10 +47,20 @@ class VideoMAETeacher(ModelTeacher):
 
     Args:
         model (`VideoMAEModel`): Its configuration names the size of the *pretraining*.
+        table (`torch.Tensor` of shape `(N, D)`, *optional*): Positions of the pretraining; VideoMAE's when not given.
+        trilinear (`bool`, defaults to `False`): Interpolate it linearly in all directions at once, as V-JEPA does.
         options: `height`, `width`, `antialias`, `skip_first_frame` of [`ModelTeacher`].
     """
 
-    def __init__(self, model: VideoMAEModel, name: str = "videomae", **options: Any) -> None:
+    def __init__(
+        self,
+        model: VideoMAEModel,
+        name: str = "videomae",
+        *,
+        table: Tensor | None = None,
+        trilinear: bool = False,
+        **options: Any,
+    ) -> None:
         config = model.config
         image, patch = _pair(config.image_size), _pair(config.patch_size)
         if patch[0] != patch[1]:
@@ -58,15 +69,23 @@ class VideoMAETeacher(ModelTeacher):
             model, name, patch_size=patch[0], tubelet_size=config.tubelet_size, native_size=image, **options
         )
         self.native_grid = (config.num_frames // config.tubelet_size, image[0] // patch[0], image[1] // patch[1])
+        self._table, self._trilinear = table, trilinear
         self._tables: dict[Grid, Tensor] = {}
 
     def positions(self, grid: Grid) -> Tensor:
         """Table of positions `(N, D)` of a grid, float32, on the CPU."""
         if grid not in self._tables:
-            self._tables[grid] = interpolate_table(
-                sinusoid_table(self.native_grid, self.model.config.hidden_size), self.native_grid, grid
-            )
+            table = self._table
+            if table is None:
+                table = sinusoid_table(self.native_grid, self.model.config.hidden_size)
+            interpolate = interpolate_trilinearly if self._trilinear else interpolate_table
+            self._tables[grid] = interpolate(table, self.native_grid, grid)
         return self._tables[grid]
+
+    def _settings(self) -> list[Any]:
+        if self._table is None:
+            return super()._settings()
+        return [*super()._settings(), fingerprint(self._table.tolist()), self._trilinear]
 
     def _encode(self, pixels: Tensor, grid: Grid) -> Tensor:
         patches = self.model.embeddings.patch_embeddings.projection(pixels.transpose(1, 2))  # (B, D, F', H', W')
@@ -82,7 +101,7 @@ def load_videomae(name_or_path: str, *, dtype: torch.dtype, **options: Any) -> V
         name_or_path, use_mean_pooling=True, dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"]:
-        raise ValueError(f"{name_or_path} lacks weights of VideoMAE: {_some(info['missing_keys'])}.")
+        raise ValueError(f"{name_or_path} lacks weights of VideoMAE: {some_of(info['missing_keys'])}.")
     return VideoMAETeacher(model, Path(name_or_path).name, **options)
 
 
@@ -104,7 +123,23 @@ def load_videomaev2(
     Raises:
         ValueError: The file holds more than tensors, is no VideoMAEv2, or lacks or has other weights than expected.
     """
-    config, weights = convert_videomaev2(_read_weights(Path(path)), num_attention_heads=num_attention_heads)
+    config, weights = convert_videomaev2(
+        weights_in(read_checkpoint(Path(path)), path), num_attention_heads=num_attention_heads
+    )
+    return VideoMAETeacher(
+        whole_model(config, weights, path, "VideoMAEv2").to(dtype), name or Path(path).stem, **options
+    )
+
+
+def whole_model(
+    config: VideoMAEConfig, weights: dict[str, Tensor], path: str | os.PathLike[str], kind: str
+) -> VideoMAEModel:
+    """
+    The network with these weights, to the last one.
+
+    Raises:
+        ValueError: A weight is missing, unknown or of another shape.
+    """
     model = VideoMAEModel(config)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
@@ -112,11 +147,11 @@ def load_videomaev2(
         missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
         misshapen = sorted(key for key in shapes.keys() & expected.keys() if shapes[key] != expected[key])
         raise ValueError(
-            f"{path} is no whole VideoMAEv2: missing {_some(missing)}; unknown {_some(unknown)}; of another shape "
-            f"{_some(misshapen)}."
+            f"{path} is no whole {kind}: missing {some_of(missing)}; unknown {some_of(unknown)}; of another shape "
+            f"{some_of(misshapen)}."
         )
     model.load_state_dict(weights, strict=True)
-    return VideoMAETeacher(model.to(dtype), name or Path(path).stem, **options)
+    return model
 
 
 def convert_videomaev2(
@@ -136,9 +171,9 @@ def convert_videomaev2(
     depth = 1 + max((int(m[1]) for key in weights if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     mlp = weights.get("blocks.0.mlp.fc1.weight")
     if patch_embedding is None or mlp is None or patch_embedding.ndim != 5:
-        raise ValueError(f"No VideoMAEv2 encoder among the weights {_some(sorted(weights))}.")
+        raise ValueError(f"No VideoMAEv2 encoder among the weights {some_of(sorted(weights))}.")
     width, _, tubelet, patch, _ = patch_embedding.shape
-    heads = num_attention_heads or _HEADS.get(width)
+    heads = num_attention_heads or HEADS.get(width)
     if heads is None:
         raise ValueError(f"Width {width} is of no published VideoMAEv2: pass `num_attention_heads`.")
     config = VideoMAEConfig(
@@ -194,17 +229,44 @@ def interpolate_table(table: Tensor, native: Grid, grid: Grid) -> Tensor:
     return lines.permute(2, 0, 1).flatten(0, 1)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def interpolate_trilinearly(table: Tensor, native: Grid, grid: Grid) -> Tensor:
+    """The table `(N, D)` of the grid `native` for another one: linear in time, height and width."""
+    if grid == native:
+        return table
+    volume = table.view(*native, -1).permute(3, 0, 1, 2)[None]  # (1, D, F, H, W)
+    # By the factors and not the sizes, as V-JEPA's own code: the two differ by rounding.
+    factors = [new / old for new, old in zip(grid, native, strict=True)]
+    volume = F.interpolate(volume, scale_factor=factors, mode="trilinear", align_corners=False)
+    assert tuple(volume.shape[2:]) == grid, (volume.shape, grid)
+    return volume[0].permute(1, 2, 3, 0).flatten(0, 2)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """
+    What a file of weights holds, tensors and numbers alone.
+
+    Raises:
+        ValueError: It cannot be read, or holds more than that.
+    """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds are raised for a file that is damaged or holds more than tensors
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as weights alone ({type(error).__name__}: {reason}). If it is whole and you trust "
             "it, open it once with torch and save its tensors as .safetensors."
         ) from error
+
+
+def weights_in(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """
+    The tensors of a checkpoint by their names, out of the containers that published ones have.
+
+    Raises:
+        ValueError: There are none.
+    """
     for container in ("module", "model"):
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]
@@ -218,6 +280,6 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _some(names: list[str] | set[str]) -> str:
+def some_of(names: list[str] | set[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

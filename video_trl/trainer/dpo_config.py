@@ -42,6 +42,14 @@ class VideoDPOConfig(PreferenceConfig):
         },
     )
 
+    pair_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply the loss of each pair by its column 'weight', which `video-trl curate self-pairs` "
+            "writes (VideoDPO)."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_positive(self, "beta")
         super().__post_init__()

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import GroupCollator
+from ..data import GroupCollator, check_columns
+from ..data.columns import MapDataset
 from ..losses.preference import dgr, dpo_loss, implicit_reward
 from .dpo_config import VideoDPOConfig
 from .preference_trainer import PreferenceTrainer
@@ -29,7 +30,8 @@ class VideoDPOTrainer(PreferenceTrainer):
     ```
 
     The dataset has preference rows (`prompt`, `chosen`, `rejected`), raw or encoded; of group rows, one rejected video
-    is drawn in each step. The arguments of the constructor are those of `VideoTrainer`.
+    is drawn in each step. With `pair_weights`, rows have a `weight` as well. The arguments of the constructor
+    are those of `VideoTrainer`.
     """
 
     method_name = "DPO"
@@ -39,6 +41,10 @@ class VideoDPOTrainer(PreferenceTrainer):
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
+        check_columns(dataset, self.row_type, pair_weights=self.args.pair_weights)
 
     def compute_loss(
         self,
@@ -68,6 +74,8 @@ class VideoDPOTrainer(PreferenceTrainer):
         rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
         chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each
         losses = dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
+        if self.args.pair_weights:
+            losses = inputs["weight"] * losses
         loss = losses.mean()
 
         win_gap, lose_gap = (policy_error - reference_error).view(batch_size, 2).unbind(dim=1)

@@ -10,6 +10,7 @@ from .preference_config import PreferenceConfig
 
 
 LossType = Literal["sampled", "sum", "plackett_luce"]
+TimestepWeighting = Literal["none", "bell"]
 
 # A number or a text in Python; on the command line and in files a text, which is made a number where it is one.
 if TYPE_CHECKING:
@@ -79,6 +80,21 @@ class VideoGroupDPOConfig(PreferenceConfig):
             "Without it (0) the loss can be met by making the rejected videos worse alone."
         },
     )
+    scale_by_group: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the loss of 'sampled' by m, so that its mean over draws is that of 'sum'. The official "
+            "PhyGDPO code does not (off)."
+        },
+    )
+    timestep_weighting: TimestepWeighting = field(
+        default="none",
+        metadata={
+            "help": "Weight of all errors of a group, by their timestep. 'bell': least at both ends, 1 in the mean; "
+            "the training weight of DiffSynth-Studio, and of the official PhyGDPO code. It acts like a `beta` of each "
+            "timestep."
+        },
+    )
 
     # Parameters that control physics-guided rewarding (PhyGDPO Eq. 10)
     physics_rewarding: bool | None = field(
@@ -126,6 +142,12 @@ class VideoGroupDPOConfig(PreferenceConfig):
         check_choice(self, "loss_type", get_args(LossType))
         check_choice(self, "alpha_mode", get_args(AlphaMode))
         check_choice(self, "gamma_mode", get_args(GammaMode))
+        check_choice(self, "timestep_weighting", get_args(TimestepWeighting))
+        if self.timestep_weighting == "bell" and self.timestep_sampling == "logit_normal":
+            raise ValueError(
+                "`timestep_weighting='bell'` has mean 1 over timesteps that are 'uniform' or 'shifted', got "
+                "`timestep_sampling='logit_normal'`, which prefers the middle already. Change one of the two."
+            )
         if self.physics_rewarding is None:
             self.physics_rewarding = self.loss_type != "plackett_luce"
         if self.physics_rewarding and self.loss_type == "plackett_luce":

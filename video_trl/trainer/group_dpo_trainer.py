@@ -81,7 +81,6 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         rows = torch.arange(batch_size, device=rejected.device)[:, None]
         rejected = rejected[rows, compared]  # (B, k, C, F, H, W)
         (sizes,) = to_device(rejected.device, torch.as_tensor(counts))  # (B,)
-        stays = torch.arange(num_compared, device=rejected.device) < sizes[:, None]  # (B, k)
 
         group_size = 1 + num_compared
         latents = torch.cat([chosen[:, None], rejected], dim=1).flatten(0, 1)  # (B * (1 + k), C, F, H, W)
@@ -93,29 +92,22 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error = self.passes.policy(model, denoising)
 
-        rewards = implicit_reward(policy_error, reference_error, self.args.beta).view(batch_size, group_size)
+        weighted = policy_error, reference_error
+        if self.args.timestep_weighting == "bell":
+            weights = self.step.bell_weights(timesteps)  # (B * (1 + k),)
+            weighted = weights * policy_error, weights * reference_error
+        rewards = implicit_reward(*weighted, self.args.beta).view(batch_size, group_size)
         chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)
         alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
         if self.args.physics_rewarding:
             sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
             alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
-        if self.args.loss_type == "plackett_luce":
-            ranked = rejected_rewards.where(stays, -torch.inf)
-            losses = group_dpo_loss(chosen_rewards, ranked)  # (B,)
-            ratio = group_dgr(chosen_rewards, ranked, self.args.beta)
-        elif self.args.loss_type == "sum":
-            losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma * stays)
-            ratio = group_dgr(chosen_rewards, rejected_rewards, self.args.beta, alpha, gamma * stays)
-        else:
-            losses = group_dpo_sampled_bound(
-                chosen_rewards, rejected_rewards[:, 0], alpha[:, 0], gamma[:, 0], num_rejected=sizes
-            )
-            ratio = group_dgr(chosen_rewards, rejected_rewards, self.args.beta, alpha, gamma * sizes[:, None])
+        losses, ratio = self._group_loss(chosen_rewards, rejected_rewards, alpha, gamma, sizes)  # (B,) each
 
         regulariser: dict[str, Tensor] = {}
         sft_weight = as_sft_weight(self.args.sft_weight)
         if sft_weight != 0:
-            chosen_error = policy_error.view(batch_size, group_size)[:, 0]
+            chosen_error = weighted[0].view(batch_size, group_size)[:, 0]
             weight = sft_weights(sft_weight, ratio)  # (B,)
             regulariser = {"loss/dpo": losses, "loss/sft": chosen_error, "sft_weight": weight}
             regulariser["chosen_weight"] = ratio + weight
@@ -123,7 +115,9 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         loss = losses.mean()
 
         gap = (policy_error - reference_error).view(batch_size, group_size)
-        counted: Any = stays if "num_rejected" in inputs else ...  # all of them, without asking the device
+        counted: Any = (
+            _first(rejected_rewards, sizes) if "num_rejected" in inputs else ...
+        )  # all of them, without asking the device
         self.record(
             {
                 **({"alpha": alpha[counted], "gamma": gamma[counted]} if self.args.physics_rewarding else {}),
@@ -138,3 +132,25 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss
+
+    def _group_loss(
+        self, chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Tensor, gamma: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss `(B,)` of groups, and what it multiplies the gradient of the chosen video's error by `(B,)`."""
+        beta, stays = self.args.beta, _first(rejected_rewards, sizes)
+        if self.args.loss_type == "plackett_luce":
+            ranked = rejected_rewards.where(stays, -torch.inf)
+            return group_dpo_loss(chosen_rewards, ranked), group_dgr(chosen_rewards, ranked, beta)
+        if self.args.loss_type == "sum":
+            losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma * stays)
+            return losses, group_dgr(chosen_rewards, rejected_rewards, beta, alpha, gamma * stays)
+        times = sizes if self.args.scale_by_group else torch.ones_like(sizes)
+        losses = group_dpo_sampled_bound(
+            chosen_rewards, rejected_rewards[:, 0], alpha[:, 0], gamma[:, 0], num_rejected=times
+        )
+        return losses, group_dgr(chosen_rewards, rejected_rewards, beta, alpha, gamma * times[:, None])
+
+
+def _first(values: Tensor, sizes: Tensor) -> Tensor:
+    """Mask `(B, k)` of the first `sizes` `(B,)` of each row: the rejected videos that a group compares with."""
+    return torch.arange(values.shape[1], device=values.device) < sizes[:, None]

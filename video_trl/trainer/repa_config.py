@@ -7,14 +7,14 @@ from typing import Any, Literal, get_args
 from ..load import SANDBOX
 from ..losses.alignment import MarginMode, RelationNorm, Relations, RelationWeighting
 from .base_config import VideoConfig, check_choice
-from .repa.alignment import Projector, SpatialPooling, TemporalTarget
+from .repa.alignment import Projector, SpatialPooling, SpatialTarget, TemporalTarget
 
 
 AlignmentLoss = Literal["trd", "repa"]
 CoefficientDecay = Literal["constant", "linear", "cosine"]
 
 # VideoREPA, appendix A: the margin that was found to suit each teacher. First match of the teacher's name wins.
-_MARGINS = (("videomaev2", 0.1), ("vjepa", 0.05), ("videomae", 0.0), (SANDBOX, 0.0))
+_MARGINS = (("videomaev2", 0.1), ("vjepa", 0.05), ("videomae", 0.0), ("omnimae", 0.0), (SANDBOX, 0.0))
 DEFAULT_MARGIN = 0.1
 
 
@@ -43,8 +43,9 @@ class VideoREPAConfig(VideoConfig):
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Teacher to load: 'sandbox', or a path or repository id of VideoMAE, VideoMAEv2, V-JEPA 2 or "
-            "DINO. Unset: the sandbox's for model 'sandbox'; otherwise pass one here, or an object to the trainer."
+            "help": "Teacher to load: 'sandbox', a path or repository id of VideoMAE, VideoMAEv2, V-JEPA 2 or DINO, "
+            "or a published file of VideoMAEv2, V-JEPA or OmniMAE. Unset: the sandbox's for model 'sandbox'; "
+            "otherwise pass one here, or an object to the trainer."
         },
     )
     teacher_kwargs: dict[str, Any] | str | None = field(
@@ -92,7 +93,7 @@ class VideoREPAConfig(VideoConfig):
         default=None,
         metadata={
             "help": "Differences of relations up to this value cost nothing. Unset: VideoREPA's value for the teacher "
-            "(VideoMAEv2 0.1, V-JEPA 0.05, VideoMAE 0), else 0.1."
+            "(VideoMAEv2 0.1, V-JEPA 0.05, VideoMAE and OmniMAE 0), else 0.1."
         },
     )
     margin_mode: MarginMode = field(
@@ -143,6 +144,14 @@ class VideoREPAConfig(VideoConfig):
             "'conv', a learned strided convolution behind it, as in the official code."
         },
     )
+    spatial_target: SpatialTarget = field(
+        default="coarser",
+        metadata={
+            "help": "Whose rows and columns of tokens are compared. 'coarser': those of the coarser grid, to which "
+            "the other is pooled; the teacher's in VideoREPA. 'teacher' or 'student': always that one's, to which a "
+            "coarser grid is interpolated (VideoREPA's Table 5)."
+        },
+    )
     temporal_target: TemporalTarget = field(
         default="teacher",
         metadata={
@@ -167,6 +176,7 @@ class VideoREPAConfig(VideoConfig):
             ("norm", RelationNorm),
             ("projector", Projector),
             ("spatial_pooling", SpatialPooling),
+            ("spatial_target", SpatialTarget),
             ("temporal_target", TemporalTarget),
         ):
             check_choice(self, name, get_args(choices))

@@ -188,7 +188,12 @@ class VideoREPATrainer(VideoTrainer):
             vae = self.pipeline.components.get("vae") if self.pipeline else None
             frames_per_latent = FRAMES_PER_LATENT if vae is None else self.family.compression(vae)[0]
             student = student_geometry(self.family, transformer, latents_shape, frames_per_latent)
-            plan = plan_alignment(student, teacher, temporal_target=self.args.temporal_target)
+            plan = plan_alignment(
+                student,
+                teacher,
+                temporal_target=self.args.temporal_target,
+                spatial_target=self.args.spatial_target,
+            )
             self._check_plan(plan)
             self._plans[key] = plan.to(self.args.device)
         return self._plans[key]
@@ -200,6 +205,11 @@ class VideoREPATrainer(VideoTrainer):
                 "`temporal_target='teacher'`, or `relations='spatial'`."
             )
         if self.args.spatial_pooling == "conv":
+            if 0 in plan.stride:
+                raise ValueError(
+                    f"`spatial_pooling='conv'` makes the transformer's grid coarser, but `spatial_target="
+                    f"'{self.args.spatial_target}'` makes it {plan.height} x {plan.width}. Use 'area'."
+                )
             strides = {other.stride for other in self._plans.values()} | {plan.stride}
             if len(strides) > 1:
                 raise ValueError(
@@ -300,7 +310,8 @@ class VideoREPATrainer(VideoTrainer):
     @cached_property
     def margin(self) -> float:
         """Margin of the relations: as configured, or the one that suits the teacher."""
-        name = None if self._given_teacher is None else self._given_teacher.name
+        known = self._given_teacher if "teacher" not in self.__dict__ else self.teacher  # loads nothing for its name
+        name = None if known is None else known.name
         return self.args.margin_for(name or self.args.teacher or self._default_teacher)
 
 

@@ -102,7 +102,7 @@ def _group_row(root: Path, clip: Mapping[str, Any], jobs: list[dict[str, Any]], 
         "chosen": str(root / clip["video"]),
         "rejected": [str(root / job["rejected"]) for job in jobs],
         "rejected_generation": generation,
-        "seeds": [job["seed"] for job in jobs],
+        "seeds": [job["seed"] for job in jobs if job["seed"] is not None],  # unknown of what was made elsewhere
         "generator": ", ".join(dict.fromkeys(job["model"] for job in jobs)),
         "reference_image": str(root / clip["reference_image"]),
         "provenance": json.dumps({"route": "gt-pair", "config": config, **origin}),
@@ -116,7 +116,7 @@ def _split(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             **row,
             "rejected": rejected,
             "rejected_generation": generation,
-            "seeds": [generation["seed"]],
+            "seeds": [generation["seed"]] if generation["seed"] is not None else [],
             "generator": generation["model"],
         }
         for rejected, generation in zip(row["rejected"], row["rejected_generation"], strict=True)

@@ -9,17 +9,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
+from ...files import write_atomically
 from ...load import SANDBOX
+from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
@@ -41,6 +45,7 @@ from ..engine.manifest import (
     write_table,
 )
 from ..generate import VideoModel, check_model, job_table, run_jobs
+from .elsewhere import bring_to_format, find_videos, jobs_elsewhere
 from .pairs import build_pairs
 
 
@@ -120,9 +125,38 @@ class GTPairConfig:
     fps: float = field(default=16.0, metadata={"help": "Normalisation: frames per second."})
     num_frames: int = field(default=81, metadata={"help": "Normalisation: frames of every clip, 4k + 1."})
 
+    captioner: str | None = field(
+        default=None,
+        metadata={
+            "help": "Captions for clips without one, which are dropped otherwise: a server's URL, or a folder or "
+            "repository id of a Qwen-VL model."
+        },
+    )
+    captioner_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the captioner (model, num_frames, max_pixels, ...), as a dict or JSON."},
+    )
+    num_held_out: int = field(
+        default=0,
+        metadata={
+            "help": "Clips that are held out for evaluation: their captions and first frames go into `held_out/`, and "
+            "no pair is made of them."
+        },
+    )
+
     models: list[str] = field(
         default_factory=lambda: [SANDBOX],
-        metadata={"help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'."},
+        metadata={
+            "help": "Generation: repository ids or paths of diffusers pipelines, or 'sandbox'; none where "
+            "`made_elsewhere` has all."
+        },
+    )
+    made_elsewhere: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rejected videos of services and other programs: name of the generator to a folder of videos "
+            "named as the clips are, or to a table with the columns source and video; as a dict or JSON."
+        },
     )
     model_options: dict[str, Any] | str | None = field(
         default=None,
@@ -143,8 +177,9 @@ class GTPairConfig:
     batch_size: int = field(default=8, metadata={"help": "Clips probed, measured or normalised between two commits."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_options, str):
-            self.model_options = json.loads(self.model_options)
+        for name in ("model_options", "captioner_options", "made_elsewhere"):
+            if isinstance(vars(self)[name], str):
+                setattr(self, name, json.loads(vars(self)[name]))
         for low, high in (("min_fps", "max_fps"), ("min_seconds", "max_seconds")):
             if not 0 < vars(self)[low] <= vars(self)[high]:
                 raise ValueError(f"Expected 0 < {low} <= {high}, got {vars(self)[low]} and {vars(self)[high]}.")
@@ -167,11 +202,15 @@ class GTPairConfig:
         if unknown or not self.ratios or not 0 <= self.max_crop < 1:
             raise ValueError(f"Expected `ratios` out of {list(RATIOS)} and `max_crop` in [0, 1), got {unknown}.")
         strangers = sorted(set(self.model_options or {}) - set(self.models))
-        if not self.models or not self.seeds or strangers or len(set(self.models)) < len(self.models):
+        generators = [*self.models, *self.generators_elsewhere()]
+        if not generators or not self.seeds or strangers or len(set(generators)) < len(generators):
             raise ValueError(
-                "Expected at least one model and one seed, each model once, and options only for these, got "
-                f"models={self.models}, seeds={self.seeds}, options for {strangers or 'no other model'}."
+                "Expected at least one model or generator and one seed, each model once, and options only for models, "
+                f"got models={self.models}, made_elsewhere={self.made_elsewhere}, seeds={self.seeds}, options for "
+                f"{strangers or 'no other model'}."
             )
+        if self.num_held_out < 0:
+            raise ValueError(f"`num_held_out` must not be negative, got {self.num_held_out}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Each seed makes one video: expected different ones, got {self.seeds}.")
         if self.row_type not in ("auto", "preference", "group"):
@@ -188,6 +227,16 @@ class GTPairConfig:
             raise ValueError(
                 f"`model_options`: {error}. Known: revision, fps, dtype, call_kwargs, batch_size."
             ) from error
+
+    def generators_elsewhere(self) -> dict[str, str]:
+        """Folder or table of each generator whose videos are there already."""
+        assert not isinstance(self.made_elsewhere, str)
+        return dict(self.made_elsewhere or {})
+
+    def load_captioner(self) -> Captioner | None:
+        """The captioner that is named, where one is."""
+        assert not isinstance(self.captioner_options, str)
+        return None if self.captioner is None else load_captioner(self.captioner, self.captioner_options or {})
 
     def buckets(self) -> list[AspectBucket]:
         """Sizes that clips are brought to."""
@@ -251,7 +300,8 @@ def run_gt_pair(
     Args:
         config ([`GTPairConfig`]): Everything but objects.
         sources (`list`, *optional*): Further sources, also `datasets.Dataset` objects.
-        captioner ([`Captioner`], *optional*): For clips without a prompt, which are dropped otherwise.
+        captioner ([`Captioner`], *optional*): For clips without a prompt, instead of the one that the configuration
+            names.
         text_detector ([`TextDetector`], *optional*): Instead of the heuristic that needs no download.
         shard ([`Shard`], *optional*): Part of this process; read from the environment.
 
@@ -268,6 +318,8 @@ def run_gt_pair(
         raise ValueError("Expected at least one source: a folder, a tar or a dataset (`--sources`).")
     for model in config.video_models():
         check_model(model, config.num_frames, config.fps, config.buckets())
+    elsewhere = {name: find_videos(source) for name, source in config.generators_elsewhere().items()}
+    captioner = captioner or config.load_captioner()
     root = Path(config.output_dir).absolute()
     stores = root / "stages"
     stores.mkdir(parents=True, exist_ok=True)
@@ -288,7 +340,8 @@ def run_gt_pair(
     if captioner is not None:
         table = write_captions(table, captioner, root, shard)
     funnel["normalised"] = len(kept_rows(table))
-    table, generations = generate(table, config, root, shard)
+    table = hold_out(table, config.num_held_out)
+    table, generations = generate(table, config, root, shard, elsewhere)
     funnel["generated"] = len(kept_rows(table))
 
     assert len(table) == funnel["listed"] == len(kept_rows(table)) + sum(count_outcomes(table).values())
@@ -297,6 +350,8 @@ def run_gt_pair(
     if shard.index == 0:
         write_table(table, root / "manifest.parquet")
         write_table(generations, root / "generations.parquet")
+        if config.num_held_out:
+            write_held_out(table, root)
         write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
         sweep(root)
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
@@ -377,21 +432,69 @@ def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Sha
     return drop_where(table, [prompt is None for prompt in prompts], "no_prompt")
 
 
-def generate(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -> tuple[pa.Table, pa.Table]:
-    """Stage 4: every model and seed for every clip; a clip that misses one of its videos is dropped."""
+def hold_out(table: pa.Table, number: int) -> pa.Table:
+    """
+    Drops so many clips by "held_out". Their content decides which: the same ones in every run over these clips.
+
+    Raises:
+        ValueError: If none would be left.
+    """
+    left = sorted(kept_rows(table)["content"].to_pylist(), key=lambda content: digest(f"held out\0{content}"))
+    if number and number >= len(left):
+        raise ValueError(f"`num_held_out={number}` of {len(left)} clips leaves none to train on. Hold out fewer.")
+    held_out = set(left[:number])
+    return drop_where(table, [content in held_out for content in table["content"].to_pylist()], "held_out")
+
+
+def write_held_out(table: pa.Table, root: Path) -> None:
+    """The prompts of an evaluation, for `video-trl eval --prompts`: sentence, first frame and real clip of each."""
+    rows = [row for row in table.to_pylist() if row["dropped_by"] == "held_out"]
+    entries = [
+        {"prompt": row["prompt"], "image": str(root / row["reference_image"]), "video": str(root / row["video"])}
+        for row in rows
+    ]
+    write_table(pa.Table.from_pylist(entries), root / "held_out" / "clips.parquet")
+    prompts = [json.dumps({name: entry[name] for name in ("prompt", "image")}) for entry in entries]
+    write_atomically(root / "held_out" / "prompts.jsonl", "\n".join(prompts) + "\n")
+
+
+def generate(
+    table: pa.Table,
+    config: GTPairConfig,
+    root: Path,
+    shard: Shard,
+    elsewhere: Mapping[str, Mapping[str, Path]] = MappingProxyType({}),
+) -> tuple[pa.Table, pa.Table]:
+    """
+    Stage 4: every model and seed for every clip, and what was made elsewhere. A clip that misses one of its videos is
+    dropped; with single pairs, one that has none.
+    """
     available = kept_rows(table)
-    clips = available.select(["source_id", "content", "prompt", "reference_image", "bucket"]).to_pydict()
+    names = ["source_id", "path", "content", "prompt", "reference_image", "bucket"]
+    clips = available.select(names).to_pydict()
     tables = []
+    for generator, videos in elsewhere.items():
+        jobs = jobs_elsewhere(clips, generator, videos)
+        tables.append(bring_to_format(jobs, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
     for model in config.video_models():
         jobs = job_table(clips, model, config.seeds, {"fps": config.fps, "num_frames": config.num_frames})
         tables.append(run_jobs(jobs, model, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
     generations = pa.concat_tables(tables)
     failed: dict[str, str] = {}
+    made: Counter[str] = Counter()
     for content, rule, name in zip(
         *(generations[column].to_pylist() for column in ("content", "dropped_by", "source_id")), strict=True
     ):
+        made[content] += rule is None
         if rule is not None:
             failed.setdefault(content, f"{rule}: {name}")
+    wanted = len(config.models) * len(config.seeds) + len(elsewhere)
+    if config.row_type == "preference":
+        failed = {content: words for content, words in failed.items() if not made[content]}
+        wanted = 1
+    for content in clips["content"]:
+        if made[content] < wanted:
+            failed.setdefault(content, f"{made[content]} of {wanted} videos")
     details = [failed.get(content) for content in table["content"].to_pylist()]
     return drop_where(table, [detail is not None for detail in details], "generation", details), generations
 

@@ -210,7 +210,7 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     settings = [job.row_type, job.family.name, job.pixels, job.max_sequence_length, job.on_bad_video]
     versions = [_ENCODING_VERSION, diffusers.__version__, transformers.__version__]
     pipeline = job.pipeline
-    parts: list[Any] = [versions, settings, [[row.prompt, row.videos, row.scores] for row in rows]]
+    parts: list[Any] = [versions, settings, [_identity(row) for row in rows]]
     for name, tokenizer in job.family.text_encoders.items():
         parts += [pipeline.components[tokenizer].get_vocab()] if tokenizer else []
         parts += [pipeline.components[name], _settings_of(pipeline.components[name])]
@@ -316,6 +316,11 @@ def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
         )
 
 
+def _identity(row: Row) -> list[Any]:
+    """What of a row the encoded dataset depends on."""
+    return [row.prompt, row.videos, row.scores, *([] if row.weight is None else [row.weight])]
+
+
 def _rates(job: _Job, inventory: Inventory, rows: Sequence[Row], writer: EncodedWriter) -> list[float | None]:
     """Frames per second of each row's videos, kept for families that are conditioned on them; else `None`."""
     if FRAME_RATE not in job.family.condition_columns:
@@ -347,6 +352,7 @@ def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | N
         "prompt_embeds": _prompt_key(row.prompt),
         **videos,
         "rejected_scores": row.scores,
+        **({} if row.weight is None else {"weight": row.weight}),
         **({"conditions": conditions} if conditions else {}),
     }
 

@@ -53,6 +53,7 @@ class Row:
     names: tuple[str, ...]  # what messages call these videos, and the image
     scores: list[list[float]] | None
     image: str | None  # hash, where the row brings its first frame
+    weight: float | None  # of the row in the loss, where it has one
     bucket: AspectBucket | None  # size that all its videos are brought to; none: that of the options, or their own
 
     @property
@@ -137,7 +138,8 @@ def take_inventory(
         numbers = None if scores is None else as_scores(scores).tolist()
         videos = tuple(d for d, place in zip(digests, places, strict=True) if place.column != IMAGE_COLUMN)
         image = None if len(videos) == len(digests) else digests[-1]
-        return Row(row["prompt"], videos, names, numbers, image, bucket), list(places), reasons
+        weight = None if row_type == "video" or row.get("weight") is None else float(row["weight"])
+        return Row(row["prompt"], videos, names, numbers, image, weight, bucket), list(places), reasons
 
     numbered = ((number, dataset[number]) for number in range(len(dataset)))
     for row, places, reasons in in_threads(hashed, numbered, len(dataset), "Hashing videos"):

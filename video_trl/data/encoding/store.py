@@ -41,11 +41,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     A row of the group or preference type is `{"prompt": str, "chosen_latents": (C, F, H, W), "rejected_latents":
     (m, C, F, H, W), "prompt_embeds": (L_i, D), "rejected_scores": (m, 2)}`, the scores (columns `sa`, `pc`, in [0, 1])
-    only where the raw rows had them. A row of the video type is `{"prompt", "latents", "prompt_embeds"}`. For
-    image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"` `(L, D)` are added; for
-    some families further embeddings of the prompt, or the `"frame_rate"` `()`. Latents are float32 and normalised as
-    the transformer takes them, scores are float32; embeddings have the dtype of their encoder and no padding that the
-    collator can add.
+    only where the raw rows had them, and so `"weight"`, a float. A row of the video type is `{"prompt", "latents",
+    "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"`
+    `(L, D)` are added; for some families further embeddings of the prompt, or the `"frame_rate"` `()`. Latents are
+    float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of their
+    encoder and no padding that the collator can add.
 
     Args:
         directory (`str` or `Path`): The folder.
@@ -105,6 +105,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         example.update({column: self._tensor(key) for column, key in row.get("conditions", {}).items()})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
+        if "weight" in row:
+            example["weight"] = row["weight"]
         return example
 
     def latents_shapes(self) -> list[list[tuple[int, ...]]]:

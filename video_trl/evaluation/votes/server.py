@@ -13,12 +13,12 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 try:
@@ -59,6 +59,25 @@ _HEADERS = {
 }
 
 
+class Desk(Protocol):
+    """What a page asks for, whatever it asks people: a question, the next pair of a rater, a file of a video."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the page has to know before the first pair."""
+
+    def show(self, rater: str, back: int = 0) -> dict[str, Any]:
+        """The first pair without an answer of the rater, or the one that was answered `back` answers ago."""
+
+    def take(self, body: Any) -> None:
+        """Check one answer and write it."""
+
+    def video(self, name: str) -> Path:
+        """File of a video that was shown under this name."""
+
+    def close(self) -> None:
+        """Take no more answers."""
+
+
 class VotingServer:
     """
     Serves the voting page until it is closed; see [`serve_votes`], which blocks.
@@ -82,19 +101,68 @@ class VotingServer:
         port: int = 8321,
         allowed_hosts: Sequence[str] = (),
     ) -> None:
-        if host not in _LOOPBACK and not allowed_hosts:
-            raise ValueError(
-                f"Listening on {host!r} shows the page to other machines, without a password. Listen on 127.0.0.1 and "
-                "forward the port by ssh, or say by `allowed_hosts` under which names the page may be opened."
-            )
-        self.study = open_study(run_dirs, questions)
+        check_host(host, allowed_hosts)
+        self.study = study = open_study(run_dirs, questions)
+        self._page = PageServer(
+            lambda: _Desk(study, VoteFile(votes_path, study)),
+            _PAGES,
+            host=host,
+            port=port,
+            allowed_hosts=allowed_hosts,
+        )
+        self.port, self.url = self._page.port, self._page.url
+
+    def __enter__(self) -> "VotingServer":
+        self._page.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._page.__exit__(*error)
+
+    def wait(self) -> None:
+        """Returns when the server is closed or the process is interrupted."""
+        self._page.wait()
+
+
+def check_host(host: str, allowed_hosts: Sequence[str]) -> None:
+    """Raises a ValueError for an address that other machines see, without names under which they may open the page."""
+    if host not in _LOOPBACK and not allowed_hosts:
+        raise ValueError(
+            f"Listening on {host!r} shows the page to other machines, without a password. Listen on 127.0.0.1 and "
+            "forward the port by ssh, or say by `allowed_hosts` under which names the page may be opened."
+        )
+
+
+class PageServer:
+    """
+    A page of the package with its desk, on this machine, in a thread.
+
+    Args:
+        open_desk (`Callable`): Makes the desk, once the address is taken.
+        pages (`Mapping`): Path of the page's files to their names in `templates` and their media types.
+        host, port, allowed_hosts: As of [`serve_votes`].
+
+    Raises:
+        ValueError: If the address cannot be listened on; and what `open_desk` raises.
+    """
+
+    def __init__(
+        self,
+        open_desk: Callable[[], Desk],
+        pages: Mapping[str, tuple[str, str]],
+        *,
+        host: str,
+        port: int,
+        allowed_hosts: Sequence[str],
+    ) -> None:
+        check_host(host, allowed_hosts)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=_MAX_CONNECTIONS)
         except (OSError, OverflowError) as error:
             raise ValueError(f"Cannot listen on {host}:{port} ({error}). Pass another `port`.") from error
         try:
-            self._desk = _Desk(self.study, VoteFile(votes_path, self.study))
+            self._desk = open_desk()
         except BaseException:
             self._socket.close()
             raise
@@ -104,7 +172,7 @@ class VotingServer:
         hosts = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         hosts |= {name if ":" in name else f"{name}:{self.port}" for name in allowed_hosts}
         config = uvicorn.Config(
-            _Guard(_application(self._desk), hosts),
+            _Guard(_application(self._desk, pages), hosts),
             http=_Connection,
             ws="none",
             loop="asyncio",
@@ -121,7 +189,7 @@ class VotingServer:
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "VotingServer":
+    def __enter__(self) -> "PageServer":
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
         self._thread.start()
         return self
@@ -327,9 +395,9 @@ class _Connection(H11Protocol):
         self.loop.call_later(1, self.transport.abort)
 
 
-def _application(desk: _Desk) -> Starlette:
+def _application(desk: Desk, pages: Mapping[str, tuple[str, str]]) -> Starlette:
     def page(request: Request) -> Response:
-        name, kind = _PAGES[request.url.path]
+        name, kind = pages[request.url.path]
         return Response(resources.files("video_trl").joinpath("templates", name).read_bytes(), media_type=kind)
 
     def study(request: Request) -> Response:
@@ -363,7 +431,7 @@ def _application(desk: _Desk) -> Starlette:
         return _json({"error": error.detail}, error.status_code)
 
     routes = [
-        *(Route(path, page) for path in _PAGES),
+        *(Route(path, page) for path in pages),
         Route("/api/study", study),
         Route("/api/task", task),
         Route("/video/{name}", video),

@@ -16,6 +16,7 @@ from ...models import ModelFamily
 TemporalTarget = Literal["teacher", "student"]
 Projector = Literal["mlp", "linear", "none"]
 SpatialPooling = Literal["area", "conv"]
+SpatialTarget = Literal["coarser", "teacher", "student"]
 
 FRAMES_PER_LATENT = 4  # of the VAEs of all supported families; used where there is no pipeline to ask
 
@@ -77,7 +78,7 @@ class AlignmentPlan:
 
     @property
     def stride(self) -> tuple[int, int]:
-        """Rows and columns of the student's grid that make one of the common grid."""
+        """Rows and columns of the student's grid that make one of the common grid; 0 where that is the finer one."""
         return self.student.grid[1] // self.height, self.student.grid[2] // self.width
 
     def to(self, device: torch.device) -> "AlignmentPlan":
@@ -88,23 +89,29 @@ class AlignmentPlan:
     def align_teacher(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, F', N', D)` of the teacher on the common grid: `(B, F, N, D)`, float32."""
         tokens = tokens.float().unflatten(2, self.teacher.grid[1:])
-        return _mix_frames(pool_area(tokens, self.height, self.width), self.teacher_frames)
+        return _mix_frames(to_grid(tokens, self.height, self.width), self.teacher_frames)
 
 
 def plan_alignment(
-    student: TokenGeometry, teacher: TokenGeometry, *, temporal_target: TemporalTarget = "teacher"
+    student: TokenGeometry,
+    teacher: TokenGeometry,
+    *,
+    temporal_target: TemporalTarget = "teacher",
+    spatial_target: SpatialTarget = "coarser",
 ) -> AlignmentPlan:
     """
     Decide on a common grid. The first latent frame, which shows pixel frame 0 alone, is left out on both sides.
 
-    In space the finer grid is pooled to the coarser one. In time either the student is interpolated linearly to the
-    centres of the teacher's token frames (beyond its own first and last centre it is held constant), or the teacher's
-    token frames are averaged over the span of each of the student's.
+    In space the finer grid is pooled to the coarser one, or the one that is not the target is pooled or interpolated
+    to the other. In time either the student is interpolated linearly to the centres of the teacher's token frames
+    (beyond its own first and last centre it is held constant), or the teacher's token frames are averaged over the
+    span of each of the student's.
 
     Args:
         student (`TokenGeometry`): Of the transformer's hidden states.
         teacher (`TokenGeometry`): Of the teacher's tokens for the same clip.
         temporal_target (`"teacher"` or `"student"`, defaults to `"teacher"`): Whose token frames are kept.
+        spatial_target (`"coarser"`, `"teacher"` or `"student"`, defaults to `"coarser"`): Whose rows and columns.
 
     Returns:
         [`AlignmentPlan`]: For all clips of this geometry.
@@ -114,7 +121,7 @@ def plan_alignment(
             the teacher has no token frame behind the first pixel frame or, with `"student"`, none in some span.
     """
     height, width = (
-        _common_side(name, ours, theirs)
+        {"coarser": _common_side(name, ours, theirs), "teacher": theirs, "student": ours}[spatial_target]
         for name, ours, theirs in zip(("rows", "columns"), student.grid[1:], teacher.grid[1:], strict=True)
     )
     ours = list(student.frame_times[1:])
@@ -182,6 +189,19 @@ def pool_area(tokens: Tensor, height: int, width: int) -> Tensor:
     """Means over areas: `(B, F, H, W, D)` to `(B, F, height, width, D)`; `height` divides H, `width` divides W."""
     tokens = tokens.unflatten(3, (width, -1)).unflatten(2, (height, -1))  # (B, F, height, rows, width, columns, D)
     return tokens.mean(dim=(3, 5))
+
+
+def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    """
+    `(B, F, H, W, D)` to `(B, F, height, width, D)`: means over areas where the grid gets coarser, bilinear
+    interpolation where it gets finer. One of a side and its new length divides the other.
+    """
+    tokens = pool_area(tokens, min(height, tokens.shape[2]), min(width, tokens.shape[3]))
+    if tokens.shape[2:4] == (height, width):
+        return tokens
+    images = tokens.flatten(0, 1).permute(0, 3, 1, 2)  # (B * F, D, H, W)
+    images = nn.functional.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+    return images.permute(0, 2, 3, 1).unflatten(0, tokens.shape[:2])
 
 
 def _mix_frames(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -263,7 +283,7 @@ class AlignmentHead(nn.Module):
             )
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float().unflatten(1, plan.student.grid)
-            pooled = pool_area(tokens, plan.height, plan.width)
+            pooled = to_grid(tokens, plan.height, plan.width)
             if self.downsample is None:
                 projected = self.projector(pooled)
             else:

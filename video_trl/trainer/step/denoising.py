@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...diffusion import TimestepSampling
+from ...diffusion import TimestepSampling, bell_weights
 from ...models import ModelFamily
 
 
@@ -194,6 +194,11 @@ class DenoisingStep:
             timestep_range=self.timestep_range,
         )
         return to_device(self.device, timesteps)[0]
+
+    def bell_weights(self, timesteps: Tensor) -> Tensor:
+        """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.bell_weights`]."""
+        shift = self.shift if self.sampling == "shifted" else 1.0
+        return bell_weights(timesteps / self.family.noise_process.num_train_timesteps, shift=shift)
 
     def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""

@@ -1,0 +1,134 @@
+"""The marking page's server over real sockets: pairs of a run, marks on the disk, a dataset of them."""
+
+import http.client
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.support.paths import ROOT
+from video_trl.cli import main
+from video_trl.curation.annotated import DIMENSIONS, annotated_pairs, read_votes
+from video_trl.data import write_video
+from video_trl.evaluation.votes.marks import MARKED, MarkingServer, read_pairs
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for name in ("a0", "b0", "a1", "b1"):
+        write_video(tmp_path / f"{name}.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8.0)
+    rows = [
+        {"pair_id": f"p{n}", "prompt": f"ball {n}", "video_a": f"a{n}.mp4", "video_b": f"b{n}.mp4"} for n in range(2)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ask(server, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    host = f"127.0.0.1:{server.port}"
+    headers = {"Host": host, "Origin": f"http://{host}", "Content-Type": "application/json"}
+    connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    is_json = response.headers["Content-Type"].startswith("application/json")
+    return response.status, json.loads(content) if is_json else content
+
+
+def marks(left, right):
+    return {"left": dict.fromkeys(MARKED, left), "right": dict.fromkeys(MARKED, right)}
+
+
+def bytes_of(server, task, side):
+    return ask(server, task[side])[1]
+
+
+def test_raters_mark_every_pair_and_the_marks_become_a_dataset(pairs, tmp_path):
+    write_video(tmp_path / "a0.mp4", np.full((5, 32, 32, 3), 200, np.uint8), 8.0)  # the better one, by its look
+    write_video(tmp_path / "a1.mp4", np.full((5, 32, 32, 3), 200, np.uint8), 8.0)
+    good = (tmp_path / "a0.mp4").read_bytes()
+    sides = set()
+    with MarkingServer(pairs, tmp_path / "marks.jsonl", port=0) as server:
+        assert [q["key"] for q in ask(server, "/api/study")[1]["questions"]] == list(DIMENSIONS) == list(MARKED)
+        for rater in ("anna", "ben", "chris", "dora"):
+            for done in range(2):
+                shown = ask(server, f"/api/task?rater={rater}")[1]
+                assert (shown["done"], shown["total"]) == (done, 2)
+                task = shown["task"]
+                first = bytes_of(server, task, "left") == good
+                sides.add(first)
+                answer = {"rater": rater, "task": task["task"], "answers": marks(5, 2) if first else marks(2, 5)}
+                assert ask(server, "/api/vote", answer) == (200, {"saved": True})
+            assert ask(server, f"/api/task?rater={rater}")[1]["task"] is None
+    assert sides == {True, False}  # neither video stands on one side for all
+    votes = read_votes(tmp_path / "marks.jsonl")
+    assert len(votes) == 4 * 2 * 2
+    dataset, _ = annotated_pairs(votes)
+    assert {row["chosen"]["path"] for row in dataset} == {str(tmp_path / f"a{n}.mp4") for n in range(2)}
+    out = tmp_path / "out"
+    assert main(["curate", "annotated", "--votes", str(tmp_path / "marks.jsonl"), "--output_dir", str(out)]) == 0
+    assert (out / "pairs" / "train.parquet").is_file()
+
+
+def test_marks_survive_a_restart_and_can_be_changed(pairs, tmp_path):
+    path = tmp_path / "marks.jsonl"
+    with MarkingServer(pairs, path, port=0) as server:
+        first = ask(server, "/api/task?rater=anna")[1]["task"]
+        ask(server, "/api/vote", {"rater": "anna", "task": first["task"], "answers": marks(1, 1)})
+    with MarkingServer(pairs, path, port=0) as server:
+        with pytest.raises(ValueError, match="in use by another program"):
+            MarkingServer(pairs, path, port=0)
+        shown = ask(server, "/api/task?rater=anna")[1]
+        assert shown["done"] == 1 and shown["task"]["prompt"] != first["prompt"]
+        again = ask(server, "/api/task?rater=anna&back=1")[1]["task"]
+        assert again["prompt"] == first["prompt"]
+        ask(server, "/api/vote", {"rater": "anna", "task": again["task"], "answers": marks(4, 3)})
+    assert sorted(vote["overall_quality"] for vote in read_votes(path)) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"answers": {"left": dict.fromkeys(MARKED, 3)}}, 400),
+        ({"answers": {"left": dict.fromkeys(MARKED, 3), "right": dict.fromkeys(MARKED, 6)}}, 400),
+        ({"answers": {"left": dict.fromkeys(MARKED, 3), "right": dict.fromkeys(MARKED, True)}}, 400),
+        ({"answers": {"left": {}, "right": {}}}, 400),
+        ({"task": "nonsense"}, 409),
+        ({"rater": ""}, 400),
+    ],
+)
+def test_what_is_no_mark_changes_nothing(pairs, tmp_path, change, status):
+    with MarkingServer(pairs, tmp_path / "marks.jsonl", port=0) as server:
+        task = ask(server, "/api/task?rater=anna")[1]["task"]
+        answer = {"rater": "anna", "task": task["task"], "answers": marks(3, 3)} | change
+        assert ask(server, "/api/vote", answer)[0] == status
+        assert ask(server, "/video/../pairs.jsonl")[0] == 404
+    assert not (tmp_path / "marks.jsonl").exists()
+
+
+def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
+    for name, content, message in (
+        ("none.csv", "pair_id,prompt,video_a,video_b\n", "at least one pair"),
+        ("gone.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,no.mp4\n", "there is no file"),
+        ("half.csv", "pair_id,prompt,video_a\np,x,a0.mp4\n", r"expected values for \['video_b'\]"),
+        ("twice.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,b0.mp4\np,x,a1.mp4,b1.mp4\n", "stands there twice"),
+        ("pairs.txt", "", "in a .csv or .jsonl file"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_pairs(tmp_path / name)
+    with pytest.raises(ValueError, match="Expected dimensions among"):
+        MarkingServer(pairs, tmp_path / "m.jsonl", dimensions=["beauty"], port=0)
+    (tmp_path / "other.jsonl").write_text('{"annotator": "a", "pair_id": "p"}\n')
+    with pytest.raises(ValueError, match="line 1: no mark of these dimensions"):
+        MarkingServer(pairs, tmp_path / "other.jsonl", port=0)
+
+
+def test_the_page_names_only_ids_that_it_has():
+    folder = ROOT / "video_trl" / "templates"
+    page, script = (folder / "marks.html").read_text(), (folder / "marks.js").read_text()
+    used = set(re.findall(r'byId\("(\w+)"\)', script)) | {"welcome", "marking", "finished", "left", "right"}
+    assert used <= set(re.findall(r'id="(\w+)"', page))

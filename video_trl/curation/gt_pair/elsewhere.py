@@ -1,0 +1,134 @@
+"""Rejected videos that were made elsewhere, by a service or another program: brought to the format of the pairs."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ...data.buckets import AspectBucket
+from ...data.video_io import VideoDecodeError, video_hash
+from ..clips.normalise import normalise_video
+from ..clips.sources import VIDEO_SUFFIXES
+from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
+from ..generate import GENERATED, JOB, VideoModel
+
+
+ELSEWHERE_VERSION = 1
+# Ending of a table -> what reads it.
+_TABLES = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
+
+
+def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
+    """
+    Videos of a generator, by the clip that each belongs to.
+
+    Args:
+        source (`str` or `Path`): A folder, whose videos are named as the clips are (`clip7.mp4` for
+            `my/clips/clip7.webm`, or the content hash that the manifest has); or a table (.csv, .jsonl, .parquet) with
+            the columns `source` (path, name or content hash of a clip) and `video` (a path, relative to the table).
+
+    Returns:
+        `dict[str, Path]`: Name of a clip without folders and ending, or its content hash, to the file.
+
+    Raises:
+        ValueError: Neither, no video in it, a column that is missing, or two videos for one clip.
+    """
+    place = Path(source)
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        named = [(path.stem, path) for path in files]
+    elif place.suffix in _TABLES and place.is_file():
+        named = []
+        for number, row in enumerate(_TABLES[place.suffix](place).to_pylist()):
+            if not row.get("source") or not row.get("video"):
+                raise ValueError(f"{place}, row {number}: expected 'source' and 'video', got {row}.")
+            named.append((Path(str(row["source"])).stem, place.parent / str(row["video"])))
+    else:
+        raise ValueError(f"{place}: expected a folder with videos, or a table ({', '.join(_TABLES)}).")
+    if not named:
+        raise ValueError(f"{place}: no video in it. Expected files named as the clips are.")
+    found: dict[str, Path] = {}
+    for name, path in named:
+        if name in found:
+            raise ValueError(f"{place}: two videos for the clip {name!r}, {found[name]} and {path}. Keep one.")
+        found[name] = path
+    return found
+
+
+def jobs_elsewhere(clips: Batch, generator: str, videos: Mapping[str, Path]) -> pa.Table:
+    """
+    A row for each clip that the generator has a video of, as [`~video_trl.curation.generate.job_table`] makes them.
+
+    Args:
+        clips (`dict`): Columns `source_id`, `path`, `content`, `prompt`, `reference_image`, `bucket`.
+        generator (`str`): Its name, such as "kling-2.1".
+        videos (`dict[str, Path]`): From [`find_videos`].
+
+    Raises:
+        ValueError: If no video belongs to any clip.
+    """
+    columns: Batch = {name: [] for name in (*JOB, "made")}
+    for row in zip(*clips.values(), strict=True):
+        clip = dict(zip(clips, row, strict=True))
+        made = videos.get(clip["content"]) or videos.get(Path(clip["path"]).stem)
+        if made is None:
+            continue
+        try:
+            content = video_hash(made)
+        except VideoDecodeError:
+            content = "unreadable"  # the stage drops it, by name
+        clip |= {"model": generator, "revision": None, "seed": None, "made": os.fspath(made.absolute())}
+        clip["job"] = digest("\0".join([generator, clip["content"], clip["bucket"], content, str(made)]))
+        clip["source_id"] = f"{clip['source_id']} x {generator}"
+        for name, values in columns.items():
+            values.append(clip[name])
+    if not columns["job"]:
+        names = sorted(videos)[:3]
+        raise ValueError(
+            f"{generator}: none of its {len(videos)} videos ({', '.join(names)}, ...) is named as a clip that is "
+            "left. Name them as the clips, or list them in a table with the columns source and video."
+        )
+    made = columns.pop("made")
+    return with_columns(new_manifest(columns, JOB), {"made": made}, {"made": pa.string()})
+
+
+def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, shard: Shard | None) -> pa.Table:
+    """
+    Writes the videos of [`jobs_elsewhere`] in the format of the pairs; what cannot be used is dropped by name.
+
+    Returns:
+        `pyarrow.Table`: Columns as of [`~video_trl.curation.generate.run_jobs`].
+    """
+
+    def convert(batch: Batch) -> Batch:
+        added: Batch = {name: [] for name in (*GENERATED, "dropped_by", "detail")}
+        names = ("made", "job", "model", "bucket")
+        for made, job, generator, bucket in zip(*(batch[name] for name in names), strict=True):
+            size = AspectBucket.parse(bucket)
+            file = Path("generated") / VideoModel(generator).slug / f"{job}.mp4"
+            row: dict[str, Any] = dict.fromkeys(added)
+            try:
+                frames = normalise_video(
+                    made, root / file, height=size.height, width=size.width, fps=fps, num_frames=num_frames
+                )
+            except VideoDecodeError as error:
+                row |= {"dropped_by": error.kind, "detail": str(error)}
+            else:
+                if frames < num_frames - 1:
+                    words = f"{made} has {frames} frames at {fps:g} fps, pairs have {num_frames}"
+                    row |= {"dropped_by": "too_short", "detail": words}
+                else:
+                    row |= {"rejected": file.as_posix(), "generation": json.dumps({"model": generator, "made": made})}
+            for name, values in added.items():
+                values.append(row[name])
+        return added
+
+    settings = {"version": ELSEWHERE_VERSION, "fps": fps, "num_frames": num_frames}
+    stage = Stage("elsewhere", convert, GENERATED, "job", settings, 8)
+    return run_stage(jobs, stage, root / "stages", shard).drop_columns("made")
