@@ -184,7 +184,7 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
         UsageError: If there is neither a row nor an option that says how large videos are.
     """
     from ..data.columns import as_tensor
-    from ..data.video_io import read_video
+    from ..data.video_io import video_shape
 
     latents = next((row[key] for key in ("latents", "chosen_latents") if key in row), None)
     if latents is not None:
@@ -198,7 +198,7 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
             size = (required("num_frames", args.num_frames, "81"), required("height", height, "480"), width)
         else:
             options = {"num_frames": args.num_frames, "fps": args.fps, "height": height, "width": width}
-            size = tuple(read_video(video, **options).shape[:3])
+            size = video_shape(video, **options)
         shapes[" x ".join(map(str, size))] = latents_shape(family, vae, size)
     return shapes
 

@@ -39,9 +39,10 @@ class MapDataset(Protocol):
 
 
 def column_names(dataset: MapDataset) -> list[str]:
-    """Columns of a dataset; for anything but a `datasets.Dataset`, the keys of its first row."""
+    """Columns that a dataset shows; for anything but a `datasets.Dataset`, the keys of its first row."""
     if isinstance(dataset, datasets.Dataset):
-        return list(dataset.column_names)
+        shown = dataset.format
+        return list(dataset.column_names if shown["output_all_columns"] else shown["columns"])
     _check_kind(dataset)
     return list(dataset[0]) if len(dataset) else []
 
@@ -76,12 +77,16 @@ def group_features(*optional: str) -> datasets.Features:
 def undecoded(dataset: MapDataset) -> MapDataset:
     """
     The same rows with videos and images as `{"path", "bytes"}`: decoding is up to `read_video` and `read_image`, and
-    formats are dropped.
+    formats are dropped, but for the choice of columns.
+
+    Raises:
+        ValueError: If the dataset has a transform, which would be dropped too.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
-    plain = dataset.with_format(None)
-    for column, feature in dataset.features.items():
+    _refuse_transform(dataset)
+    plain = dataset.with_format(None).select_columns(column_names(dataset))
+    for column, feature in plain.features.items():
         if isinstance(feature, datasets.Video) and feature.decode:
             plain = plain.cast_column(column, datasets.Video(decode=False))
         elif isinstance(feature, datasets.Image) and feature.decode:
@@ -179,7 +184,9 @@ def _check_kind(dataset: Any) -> None:
             f"Expected a dataset, got the name {name!r}. Load it first: `datasets.load_dataset({name!r}, "
             'split="train")`, or `datasets.load_from_disk` for a folder written by `save_to_disk`.'
         )
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+    if isinstance(dataset, datasets.Dataset):
+        _refuse_transform(dataset)
+    if isinstance(dataset, dict):  # a `DatasetDict` is one
         splits = list(dataset)
         example = splits[0] if splits else "train"
         raise ValueError(
@@ -190,6 +197,14 @@ def _check_kind(dataset: Any) -> None:
         raise ValueError(
             "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
             "encoded once, before training, and a run can then be resumed exactly."
+        )
+
+
+def _refuse_transform(dataset: datasets.Dataset) -> None:
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`set_transform` or `with_transform`), which is a function of the rows that "
+            "are shown, and not of those that are encoded and checked. Apply it for good: `dataset.map(function)`."
         )
 
 

@@ -14,14 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..files import write_atomically
-from .lora import PREFIX, expert_of, load_lora_state, read_tensors, write_lora
+from .lora import PREFIX, expert_of, load_lora_state, read_tensors, write_lora, write_tensors
 
 
 _CONFIG_KEY = "video_trl_adapter"  # the adapter's configuration, for the way back
@@ -129,7 +127,7 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
         path = path.with_stem(f"{path.stem}_{expert}")
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
-    return write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(settings)}))
+    return write_tensors(path, tensors, {"format": "pt", _CONFIG_KEY: json.dumps(settings)})
 
 
 def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:

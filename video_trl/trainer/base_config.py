@@ -351,6 +351,30 @@ class VideoConfig(TrainingArguments):
                 "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
             )
 
+    def options_without_effect(self) -> dict[str, str]:
+        """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
+        optimizer = self.optim.value
+        has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion", "schedule_free"))
+        reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
+        causes = (
+            (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
+            (not reads_more, ("optim_args",), f"`optim={optimizer!r}` reads none"),
+            (self.timestep_sampling != "shifted", ("timestep_shift",), "`timestep_sampling` is not 'shifted'"),
+            (
+                self.timestep_sampling != "logit_normal",
+                ("timestep_logit_mean", "timestep_logit_std"),
+                "`timestep_sampling` is not 'logit_normal'",
+            ),
+            (not self.resolution_buckets, ("resolution_max_crop",), "there are no `resolution_buckets`"),
+            (not self.gradient_checkpointing, ("checkpointing_policy",), "`activation_checkpointing` is off"),
+            (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
+            (not self.use_peft, ("lora_rank", "lora_alpha", "lora_target_modules"), "`use_peft` is off"),
+            (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (self.eval_strategy == "no", ("eval_steps", "eval_delay"), "`eval_strategy` is 'no'"),
+            (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
+        )
+        return {name: why for holds, names, why in causes if holds for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""
         values: dict[str, Any] = super().to_dict()

@@ -11,10 +11,13 @@ from video_trl.curation.clips.measures import (
     find_cuts,
     measure_batch,
     measure_clip,
+    measure_pictures,
+    tick_numbers,
 )
 from video_trl.curation.clips.text_overlay import StrokeDetector
 from video_trl.curation.engine.manifest import OUTCOME, apply_rules
 from video_trl.curation.gt_pair.pipeline import GTPairConfig
+from video_trl.data import VideoLimits
 from video_trl.sandbox.data.labelled_clips import KINDS, make_footage
 
 
@@ -75,6 +78,65 @@ def test_clips_of_a_few_frames_are_measured_without_a_fault(tmp_path, frames):
     assert (
         measures["decoded_frames"] == frames and measures["cuts"] == 0 and np.isfinite(list(measures.values())).all()
     )
+
+
+RATES = (8.0, 10.0, 16.0, 23.976, 25.0, 29.97, 30.0, 60.0)
+
+
+@pytest.mark.parametrize("fps", [*range(10, 61), 23.976, 29.97, 59.94])
+def test_ticks_are_frames_that_are_there_for_every_length_and_rate(fps):
+    """The last of a row of tenths may lie past the last frame by a rounding: 160 frames at 30 fps, 141 at 25, ..."""
+    for frames in range(1, 401):
+        clock = np.arange(frames) / fps
+        ticks = tick_numbers(clock)
+        assert ticks[0] == 0 and ticks[-1] <= frames - 1 and (np.diff(ticks) > 0).all()
+        assert clock[-1] - clock[ticks[-1]] < 0.1 + 1e-5
+
+
+def test_pictures_of_every_length_are_measured():
+    """Few ticks leave little to compare: each measure has its own shortest clip."""
+    pictures = np.random.default_rng(0).uniform(0, 255, (400, 16, 20)).astype(np.float32)
+    for fps in (1.0, *RATES):
+        for frames in (*range(1, 14), 16, 19, 24, 39):
+            clock = np.arange(frames) / fps
+            measures = measure_pictures(pictures[:frames], clock, frames / fps)
+            assert np.isfinite(list(measures.values())).all() and measures["decoded_frames"] == frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fps", RATES)
+def test_pictures_of_every_length_and_rate_are_measured(fps):
+    """All filters but that for text, which sees one picture at a time."""
+    noise = np.random.default_rng(0).uniform(-8, 8, (400, 16, 20))
+    y, x = np.mgrid[:16, :20]
+    film = [100 + 100 * (np.hypot(y - 8, x - 10 - 9 * np.sin(t / 9)) < 4) + 60 * (t % 90 == 50) for t in range(400)]
+    pictures = (np.stack(film) + noise).clip(0, 255).astype(np.float32)
+    for frames in range(1, 401):
+        measures = measure_pictures(pictures[:frames], np.arange(frames) / fps, frames / fps)
+        assert np.isfinite(list(measures.values())).all()
+
+
+def test_a_fault_of_a_measure_costs_its_row(tmp_path, caplog):
+    """What no test foresaw must not stop a run of thousands, nor be met again by the next one."""
+
+    class Broken:
+        name = "broken"
+
+        def __call__(self, frames):
+            return np.zeros(0)[3]
+
+    path = str(write_clip(tmp_path / "clip.mp4"))
+    row = measure_batch({"path": [path], "offset": [None], "length": [None]}, Broken())
+    assert row["dropped_by"] == ["unmeasured"] and "clip.mp4: IndexError: index 3" in row["detail"][0]
+    assert "clip.mp4 could not be measured" in caplog.text
+
+
+def test_a_clip_of_very_many_frames_is_left(tmp_path):
+    row = measure_batch(
+        {"path": [str(write_clip(tmp_path / "clip.mp4"))], "offset": [None], "length": [None]},
+        limits=VideoLimits(max_frames=20),
+    )
+    assert row["dropped_by"] == ["too_large"] and "at most 20 frames" in row["detail"][0]
 
 
 def test_a_very_flat_strip_asks_for_no_more_memory_than_a_picture(tmp_path):

@@ -13,6 +13,7 @@ from tests.support.tiny import PROMPTS, tiny_encoded_group, tiny_group_dataset, 
 from tests.support.trainer.runs import StopAfter, config, disturb_adapter, trainer
 from video_trl import hub
 from video_trl.data import probe_video
+from video_trl.files import write_checksums
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.publishing.run_card import (
     TrainingData,
@@ -132,6 +133,7 @@ def test_time_is_added_up_over_interruptions(tmp_path):
     spent = json.loads(path.read_text())
     assert spent["seconds"] > 0
     path.write_text(json.dumps(spent | {"seconds": 7200.0}))
+    write_checksums(path.parent)
     made = trainer(args)
     made.train(resume_from_checkpoint=True)
     assert json.loads((tmp_path / "checkpoint-4" / path.name).read_text())["seconds"] > 7200.0

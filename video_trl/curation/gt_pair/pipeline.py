@@ -7,11 +7,10 @@ generation, pair construction.
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -21,13 +20,14 @@ import datasets
 import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
+from ...data.video_file import DEFAULT_LIMITS, VideoLimits
 from ...files import write_atomically
 from ...load import SANDBOX
 from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
-from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
+from ..clips.measures import MEASURE_LIMITS, MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import list_clips
+from ..clips.sources import ClipSource, list_clips
 from ..clips.text_overlay import StrokeDetector, TextDetector
 from ..engine.manifest import (
     Rule,
@@ -98,6 +98,10 @@ class GTPairConfig:
     max_crop: float = field(
         default=0.15,
         metadata={"help": "Acquisition: largest proportion of the picture that the nearest ratio cuts off."},
+    )
+    max_pixels: int = field(
+        default=DEFAULT_LIMITS.max_pixels,
+        metadata={"help": "Acquisition: most pixels of a frame (8K); a file with more is not decoded."},
     )
 
     min_motion: float = field(default=2.0, metadata={"help": "Filter 'static': least `motion` (grey levels)."})
@@ -191,6 +195,7 @@ class GTPairConfig:
                 f"Expected `short_edge` in multiples of 16, `fps` > 0 and `batch_size` >= 1, got {self.short_edge}, "
                 f"{self.fps} and {self.batch_size}."
             )
+        VideoLimits(max_pixels=self.max_pixels)  # raises where it is not positive
         if self.side_multiple < 1:
             raise ValueError(f"`side_multiple` must be at least 1, got {self.side_multiple}.")
         if (self.num_frames - 2) / self.fps >= self.max_seconds + DURATION_TOLERANCE:
@@ -285,7 +290,7 @@ class GTPairResult:
 
 def run_gt_pair(
     config: GTPairConfig,
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    sources: Sequence[ClipSource] = (),
     *,
     captioner: Captioner | None = None,
     text_detector: TextDetector | None = None,
@@ -299,7 +304,7 @@ def run_gt_pair(
 
     Args:
         config ([`GTPairConfig`]): Everything but objects.
-        sources (`list`, *optional*): Further sources, also `datasets.Dataset` objects.
+        sources (`list`, *optional*): Further sources, also `datasets.Dataset` and `IterableDataset` objects.
         captioner ([`Captioner`], *optional*): For clips without a prompt, instead of the one that the configuration
             names.
         text_detector ([`TextDetector`], *optional*): Instead of the heuristic that needs no download.
@@ -362,7 +367,9 @@ def run_gt_pair(
 
 def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *, needs_prompt: bool) -> pa.Table:
     """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
-    stage = Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, config.batch_size)
+    function = partial(read_containers, limits=VideoLimits(max_pixels=config.max_pixels))
+    settings = {"version": CONTAINER_VERSION, "max_pixels": config.max_pixels}
+    stage = Stage("probe", function, CONTAINER, "listing", settings, config.batch_size)
     table = run_stage(table, stage, stores, shard)
     sizes = table.select(["width", "height"]).to_pydict()
     added = {"bucket": pa.string(), "crop_proportion": pa.float64()}
@@ -390,7 +397,7 @@ def filter_clips(
     detector = text_detector or StrokeDetector()
     stage = Stage(
         "measure",
-        partial(measure_batch, text_detector=detector),
+        partial(measure_batch, text_detector=detector, limits=replace(MEASURE_LIMITS, max_pixels=config.max_pixels)),
         MEASURES,
         "content",
         {"version": MEASURES_VERSION, "text": detector.name},
@@ -409,7 +416,14 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
     }
     # A clip's bucket depends on which ratios there are, so they belong to the name as well.
     folder = f"videos/{config.short_edge}p-{config.fps:g}fps-{config.num_frames}f-{digest(str(settings), 6)}"
-    function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
+    function = partial(
+        normalise_batch,
+        root=root,
+        folder=folder,
+        fps=config.fps,
+        num_frames=config.num_frames,
+        limits=VideoLimits(max_pixels=config.max_pixels),
+    )
     stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
     return run_stage(table, stage, root / "stages", shard)
 

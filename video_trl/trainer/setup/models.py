@@ -216,9 +216,34 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     # The base class would load a component all the same that is optional for this one and given as `None`.
     pipeline_class = getattr(diffusers, index["_class_name"])
     try:
-        return pipeline_class.from_pretrained(name, **(options | dict.fromkeys(left_out) | kwargs))
+        return pipeline_class.from_pretrained(name, **(options | dict.fromkeys(left_out) | _with_dtypes(kwargs)))
     except OSError as error:
         raise ValueError(f"Could not load the pipeline {name!r}: {error}") from error
+
+
+def _with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with dtypes in place of their names, which diffusers would pass over."""
+    for key in ("dtype", "torch_dtype"):
+        value = kwargs.get(key)
+        if isinstance(value, Mapping):
+            kwargs = kwargs | {key: {part: _dtype(key, each) for part, each in value.items()}}
+        elif value is not None:
+            kwargs = kwargs | {key: _dtype(key, value)}
+    if "torch_dtype" in kwargs:  # the older name; ours comes first otherwise
+        kwargs = {"dtype": kwargs["torch_dtype"]} | {
+            name: each for name, each in kwargs.items() if name != "torch_dtype"
+        }
+    return kwargs
+
+
+def _dtype(key: str, value: Any) -> torch.dtype:
+    dtype = torch.__dict__.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"`{key}` in `model_init_kwargs` must be a floating dtype such as 'bfloat16', or a mapping of components "
+            f"to such, got {value!r}."
+        )
+    return dtype
 
 
 def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
