@@ -107,15 +107,13 @@ def model_card(
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
         expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
-        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model.
-        call_kwargs (`dict`, *optional*): Further arguments of the snippet's call.
+        dtype (`str`), revision (`str`, *optional*), call_kwargs (`dict`, *optional*): Of the base model and its call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
         log (list of `dict`, *optional*): Rows of the training log; columns are the keys of the first one.
         evaluation (list of [`Measurement`] or `dict`, *optional*): Table; the former are the `model-index` as well.
         videos (list of (`str`, `str`), *optional*): Prompt and path in the repository of generated videos.
         dataset (`str` or [`DatasetFacts`], *optional*): What was trained on.
-        resources_used (`dict`, *optional*): Table of hardware, time and energy.
-        citation (`str`, *optional*): BibTeX.
+        resources_used (`dict`, *optional*), citation (`str`, *optional*): Hardware, time and energy; BibTeX.
         license (`str` or `dict`, *optional*): Identifier, or the entries `license`, `license_name`, `license_link`.
 
     Returns:
