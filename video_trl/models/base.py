@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import PIL.Image
 import torch
@@ -116,6 +116,9 @@ class ModelFamily(Protocol):
     def guidance(self) -> float | None:
         """Guidance scale that a transformer is told which was distilled to guide itself; `None` for the others."""
 
+    def with_guidance(self, guidance: float) -> "ModelFamily":
+        """The same family with another `guidance`."""
+
     @property
     def published_prompt_tokens(self) -> int:
         """Tokens to which the pipeline's call pads prompts if it is told no other number."""
@@ -218,6 +221,9 @@ class FamilyDefaults:
     def row_columns(self) -> tuple[str, ...]:
         rate = (FRAME_RATE,) if FRAME_RATE in self.condition_columns else ()
         return (*self.prompt_columns, *self.image_columns, *rate)
+
+    def with_guidance(self, guidance: float) -> Self:
+        return replace(self, guidance=guidance)
 
     @property
     def text_encoders(self) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,7 @@ def find_family(
             raise ValueError(
                 f"`embedded_guidance={guidance}` is for transformers that are told one; {family.name!r} is not."
             )
-        family = replace(family, guidance=guidance)
+        family = family.with_guidance(guidance)
     if index is not None and index["_class_name"] not in family.pipeline_classes:
         raise ValueError(
             f"This transformer is trained for {' or '.join(family.pipeline_classes)}, got it in a "
