@@ -107,15 +107,13 @@ def model_card(
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
         expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
-        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model.
-        call_kwargs (`dict`, *optional*): Further arguments of the snippet's call.
+        dtype (`str`), revision (`str`, *optional*), call_kwargs (`dict`, *optional*): Of the base model and its call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
         log (list of `dict`, *optional*): Rows of the training log; columns are the keys of the first one.
         evaluation (list of [`Measurement`] or `dict`, *optional*): Table; the former are the `model-index` as well.
         videos (list of (`str`, `str`), *optional*): Prompt and path in the repository of generated videos.
         dataset (`str` or [`DatasetFacts`], *optional*): What was trained on.
-        resources_used (`dict`, *optional*): Table of hardware, time and energy.
-        citation (`str`, *optional*): BibTeX.
+        resources_used (`dict`, *optional*), citation (`str`, *optional*): Hardware, time and energy; BibTeX.
         license (`str` or `dict`, *optional*): Identifier, or the entries `license`, `license_name`, `license_link`.
 
     Returns:
@@ -138,7 +136,7 @@ def model_card(
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
         title=Path(repo_id).name,
         adapter=transformer_class is None,
-        base_model_link=("" if expert is None else f"the `{expert[0]}` transformer of ") + _link(base_model),
+        base_model_link=_link(base_model, expert),
         revision=revision,
         method_name=method_name,
         dataset=facts,
@@ -236,8 +234,10 @@ def _model_index(repo_id: str, measurements: Sequence[Measurement], task: str | 
     return {"model_name": Path(repo_id).name, "eval_results": [_eval_result(row, task) for row in measurements]}
 
 
-def _link(base_model: str) -> str:
-    return f"[{base_model}](https://huggingface.co/{base_model})" if is_repo_id(base_model) else f"`{base_model}`"
+def _link(base_model: str, expert: tuple[str, str] | None) -> str:
+    is_repo = is_repo_id(base_model)
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo else f"`{base_model}`"
+    return link if expert is None else f"the `{expert[0]}` transformer of {link}"
 
 
 def _eval_result(row: Measurement, task: str | None) -> EvalResult:

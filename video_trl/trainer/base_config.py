@@ -35,6 +35,9 @@ _UNSUPPORTED = {
 }
 
 
+_POSITIVE_OR_UNSET = (
+    "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
+)  # fmt: skip
 _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -203,6 +206,13 @@ class VideoConfig(TrainingArguments):
         metadata={
             "help": "Distribution of the noise level. 'uniform' on [0, 1]; 'logit_normal': sigmoid of a normal draw; "
             "'shifted': uniform, then bent towards more noise as the sampler bends it."
+        },
+    )
+    embedded_guidance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale that a transformer is told which was distilled to guide itself (HunyuanVideo). "
+            "Unset: 6, the pipeline's default. Sample with what it was trained with."
         },
     )
     timestep_shift: float | None = field(
@@ -391,7 +401,7 @@ class VideoConfig(TrainingArguments):
     def _check_base_values(self) -> None:
         for name in _POSITIVE:
             check_positive(self, name)
-        for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
+        for name in _POSITIVE_OR_UNSET:
             if self.__dict__[name] is not None:
                 check_positive(self, name)
         if not math.isfinite(self.timestep_logit_mean):
