@@ -165,6 +165,58 @@ def test_parameters_of_the_laws_must_be_positive(arguments):
         FLOW.sample_timesteps(torch.rand(2), **arguments)
 
 
+# --- a part of the timesteps ---
+
+SCHEMES = [
+    {"scheme": "uniform"},
+    {"scheme": "shifted", "shift": 3.0},
+    {"scheme": "shifted", "shift": 0.5},
+    {"scheme": "logit_normal", "logit_mean": 0.5, "logit_std": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", SCHEMES, ids=str)
+@pytest.mark.parametrize("timestep_range", [(750.0, 995.0), (0.0, 300.0), (400.0, 1000.0)])
+def test_a_range_restricts_the_distribution_and_keeps_its_shape(options, timestep_range):
+    """What is drawn in the range is distributed as what the whole distribution draws there."""
+    low, high = timestep_range
+    whole = FLOW.sample_timesteps(grid(400_000), **options).double()
+    inside = whole[(whole >= low) & (whole <= high)]
+    part = FLOW.sample_timesteps(grid(1000), timestep_range=timestep_range, **options).double()
+    assert part.min() >= low and part.max() <= high and (part.diff() >= 0).all()
+    levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    torch.testing.assert_close(
+        part.quantile(levels), inside[:: len(inside) // 20_000].quantile(levels), rtol=0, atol=1
+    )
+
+
+@pytest.mark.parametrize("options", SCHEMES, ids=str)
+def test_the_whole_range_is_no_range(options):
+    u = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for process in (FLOW, VPrediction()):
+        expected = process.sample_timesteps(u, **options)
+        assert torch.equal(process.sample_timesteps(u, timestep_range=None, **options), expected)
+        assert torch.equal(process.sample_timesteps(u, timestep_range=(0, 1000), **options), expected)
+
+
+def test_integer_timesteps_are_drawn_from_a_range_too():
+    timesteps = VPrediction().sample_timesteps(grid(2450), timestep_range=(750, 995))
+    assert timesteps.dtype == torch.int64 and torch.bincount(timesteps).tolist() == [0] * 750 + [10] * 245
+
+
+@pytest.mark.parametrize("timestep_range", [(500.0, 500.0), (800.0, 700.0), (-1.0, 500.0), (0.0, 1001.0)])
+def test_an_impossible_range_is_refused(timestep_range):
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        FLOW.sample_timesteps(torch.rand(2), timestep_range=timestep_range)
+
+
+def test_a_range_without_any_probability_is_refused():
+    with pytest.raises(ValueError, match=r"draws no noise level in \[0.9, 1.0\]: `logit_mean=-50"):
+        FLOW.sample_timesteps(
+            torch.rand(2), scheme="logit_normal", logit_mean=-50.0, logit_std=0.1, timestep_range=(900.0, 1000.0)
+        )
+
+
 # --- VPrediction ----------------------------------------------------------------------------------------------------
 
 

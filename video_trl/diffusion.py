@@ -1,7 +1,7 @@
 """How latents get noisy and which velocity a transformer regresses. Schedule arithmetic is float32, never lower."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
@@ -34,6 +34,7 @@ class NoiseProcess(Protocol):
         shift: float = 1.0,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        timestep_range: Sequence[float] | None = None,
     ) -> Tensor:
         """Timesteps `(B,)`, as the transformer takes them, from uniform numbers `(B,)`; see [`noise_levels`]."""
 
@@ -100,11 +101,13 @@ class FlowMatching:
         shift: float = 1.0,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        timestep_range: Sequence[float] | None = None,
     ) -> Tensor:
         """
         Timesteps from uniform random numbers. A pure function: the same `u` gives the same timesteps.
 
-        Takes what [`noise_levels`] takes, whose result is multiplied by `num_train_timesteps`.
+        Takes what [`noise_levels`] takes, whose result is multiplied by `num_train_timesteps`; the range is one of
+        timesteps here.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Timesteps on [0, `num_train_timesteps`], float32.
@@ -112,7 +115,7 @@ class FlowMatching:
         Raises:
             ValueError: As [`noise_levels`].
         """
-        levels = noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+        levels = _restricted_levels(self, u, timestep_range, scheme, shift, logit_mean, logit_std)
         return levels * self.num_train_timesteps
 
 
@@ -212,13 +215,14 @@ class VPrediction:
         shift: float = 1.0,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        timestep_range: Sequence[float] | None = None,
     ) -> Tensor:
         """
         Timesteps from uniform random numbers. A pure function: the same `u` gives the same timesteps.
 
         Takes what [`noise_levels`] takes; its result, multiplied by `num_train_timesteps`, is rounded down. The
         schemes are distributions of the timestep here: the shift of the signal-to-noise ratio is in the schedule
-        already.
+        already. The range is one of timesteps.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Timesteps in [0, `num_train_timesteps`), int64.
@@ -226,7 +230,7 @@ class VPrediction:
         Raises:
             ValueError: As [`noise_levels`].
         """
-        levels = noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+        levels = _restricted_levels(self, u, timestep_range, scheme, shift, logit_mean, logit_std)
         return (levels * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def _scales(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,6 +276,7 @@ def noise_levels(
     shift: float = 1.0,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    level_range: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     r"""
     Timesteps as proportions of their scale, from uniform random numbers.
@@ -289,13 +294,16 @@ def noise_levels(
             Mean of the logit, read by `"logit_normal"` only.
         logit_std (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the logit, positive, read by `"logit_normal"` only.
+        level_range (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            Lowest and highest level. The distribution of the scheme is restricted to it: `u` is first brought to what
+            lies between the values of its distribution function at both ends, so no draw is thrown away.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Levels in [0, 1], float32.
 
     Raises:
-        ValueError: If `scheme` is unknown, `u` is no vector or outside [0, 1], or `shift` or `logit_std` is not
-            positive.
+        ValueError: If `scheme` is unknown, `u` is no vector or outside [0, 1], `shift` or `logit_std` is not
+            positive, or the range is empty, outside [0, 1], or one that the scheme never draws from.
     """
     if u.ndim != 1 or not bool(((u >= 0) & (u <= 1)).all()):
         raise ValueError(f"`u` must have shape (B,) with values in [0, 1], got shape {tuple(u.shape)}: {u}.")
@@ -304,12 +312,43 @@ def noise_levels(
         raise ValueError(f"`scheme` must be one of {schemes}, got {scheme!r}.")
     if not shift > 0 or not logit_std > 0:
         raise ValueError(f"`shift` and `logit_std` must be positive, got {shift} and {logit_std}.")
+    low, high = level_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"A range of noise levels must be (low, high) with 0 <= low < high <= 1, got {level_range}.")
+    if (low, high) != (0, 1):
+        ends = torch.tensor([low, high], dtype=torch.float64)
+        if scheme == "logit_normal":
+            ends = torch.special.ndtr((torch.logit(ends) - logit_mean) / logit_std)
+        elif scheme == "shifted":
+            ends = ends / (shift - (shift - 1) * ends)
+        first, last = ends.tolist()
+        if not first < last:
+            raise ValueError(
+                f"The scheme {scheme!r} draws no noise level in [{low}, {high}]: `logit_mean={logit_mean}`, "
+                f"`logit_std={logit_std}`. Choose another range or scheme."
+            )
+        u = first + (last - first) * u.double()
     u = u.float()
     if scheme == "uniform":
         return u
     if scheme == "logit_normal":
         return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
     return shift * u / (1 + (shift - 1) * u)
+
+
+def _restricted_levels(
+    process: NoiseProcess,
+    u: Tensor,
+    timestep_range: Sequence[float] | None,
+    scheme: TimestepSampling,
+    shift: float,
+    logit_mean: float,
+    logit_std: float,
+) -> Tensor:
+    """[`noise_levels`] within a range of timesteps of a process."""
+    low, high = (0, process.num_train_timesteps) if timestep_range is None else timestep_range
+    levels = (low / process.num_train_timesteps, high / process.num_train_timesteps)
+    return noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std, level_range=levels)
 
 
 def bell_weights(levels: Tensor, *, shift: float = 1.0) -> Tensor:

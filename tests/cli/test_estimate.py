@@ -41,6 +41,12 @@ def test_a_file_of_a_training_is_read_and_options_win(folder, tmp_path, capsys):
     assert "step_mode=sequential" in eight
     assert main(["estimate", "gdpo", f"--config={file}", "--lora_rank", "4", "--num_rejected", "2"]) == 0
     assert capsys.readouterr().out != eight
+    printed = []
+    for targets in (None, "all-linear", ["attn1.to_q", "ffn.net.2"]):
+        file.write_text(yaml.safe_dump(run | {"lora_target_modules": targets, "lora_rank": 100_000}))
+        assert main(["estimate", "gdpo", "--config", str(file)]) == 0
+        printed.append(re.search(r"adapter: .*", capsys.readouterr().out)[0])
+    assert len(set(printed)) == 3
     file.write_text(yaml.safe_dump(run | {"lora_rnk": 8}))
     assert main(["estimate", "gdpo", "--config", str(file)]) == 2
     assert "no option 'lora_rnk' (did you mean 'lora_rank'?)" in capsys.readouterr().err

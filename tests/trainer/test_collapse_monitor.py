@@ -121,6 +121,34 @@ def test_a_second_event_needs_a_further_rise():
     assert find_collapse(entries, BETA, since=550) is None  # only five entries since
 
 
+def evaluated(entries, win, lose, every=100, prefix="eval_"):
+    """The log with held-out gaps, `win` and `lose` of the step, every so many steps."""
+    log = []
+    for entry in entries:
+        log.append(entry)
+        if "win_gap" in entry and entry["step"] % every == 0:
+            gaps = {f"{prefix}win_gap": win(entry["step"]), f"{prefix}lose_gap": lose(entry["step"])}
+            log.append({"step": entry["step"], f"{prefix}loss": 0.1, **gaps})
+    return log
+
+
+def test_held_out_rows_show_a_collapse_that_training_rows_hide():
+    """The model remembers its training rows: their win gap falls, while both gaps of other rows rise."""
+    entries = history(win=-0.02, lose=0.05)
+    for prefix in ("eval_", "eval_other_"):
+        log = evaluated(entries, lambda step: step * 1e-4, lambda step: step * 2e-4, prefix=prefix)
+        found = find_collapse(log, BETA)
+        assert found.rows == "held-out rows" and found.win_gap == pytest.approx(0.055)  # of steps 500 and 600
+        assert "on held-out rows" in str(found) and found.lose_gap == pytest.approx(0.11)
+        assert first_found(log) == 200
+        assert find_collapse(log, BETA, since=500) is None  # one evaluation since
+    healthy = evaluated(entries, lambda step: -step * 1e-4, lambda step: step * 2e-4)
+    once = evaluated(entries, lambda step: 0.1 if step == 600 else -0.01, lambda step: 0.1)
+    assert first_found(entries) is None and first_found(healthy) is None and first_found(once) is None
+    nothing_learned = history(win=-0.02, lose=0.05, falls=False)
+    assert first_found(evaluated(nothing_learned, lambda step: 0.1, lambda step: 0.1)) is None
+
+
 # ---- In training ----------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +187,17 @@ def run(sandbox, pairs, tmp_path):
 
 
 def collapsing_run(
-    transformer, pairs, directory, monitor, *, kind="dpo", resume=None, train=True, callbacks=(), **changes
+    transformer,
+    pairs,
+    directory,
+    monitor,
+    *,
+    kind="dpo",
+    resume=None,
+    train=True,
+    callbacks=(),
+    eval_dataset=None,
+    **changes,
 ):
     trainer_class, config_class, own = TRAINERS[kind]
     settings = {
@@ -179,7 +217,8 @@ def collapsing_run(
         **changes,
     }
     model = copy.deepcopy(transformer)
-    trainer = trainer_class(model, config_class(**settings), pairs, callbacks=[monitor, *callbacks])
+    callbacks = [monitor, *callbacks]
+    trainer = trainer_class(model, config_class(**settings), pairs, eval_dataset, callbacks=callbacks)
     if train:
         trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -195,7 +234,12 @@ def test_a_run_that_collapses_is_told_so_once(run, kind, caplog):
     entry = made.state.log_history[monitor.events[0] - 1]
     assert entry["win_gap"] > 0 and entry["lose_gap"] > 0
     assert f"step {monitor.events[0]}:" in warnings[0] and "from 125 to" in warnings[0]
-    assert ("raise `sft_coefficient`" if kind == "reg-dpo" else "use `VideoRegDPOTrainer`") in warnings[0]
+    cures = {
+        "reg-dpo": "raise `sft_coefficient`",
+        "group-dpo": "raise `sft_weight`",
+        "dpo": "use `VideoRegDPOTrainer`",
+    }
+    assert cures[kind] in warnings[0]
 
 
 def test_stop_ends_training_at_the_event(run):
@@ -220,6 +264,27 @@ def test_raise_multiplies_the_coefficient_and_resumes_exactly(run, tmp_path):
     assert again.events == monitor.events
     assert resumed.state.log_history[8:12] == whole.state.log_history[8:12]
     assert_equal_weights(trained_weights(resumed), trained_weights(whole))
+
+
+def test_raise_multiplies_the_weight_of_a_group_loss(run):
+    """r is a number times the ratio of the loss; the text in the configuration is multiplied."""
+    monitor = CollapseMonitor("raise", window=3, min_rise=0.5)
+    made = run(monitor, kind="group-dpo", sft_weight="1e-4*dgr")
+    assert monitor.events and made.args.sft_weight == "1e-4*dgr"
+    for entry in made.state.log_history[:12]:
+        raised = sum(event < entry["step"] for event in monitor.events)
+        ratio = entry["chosen_weight"] - entry["sft_weight"]
+        assert entry["sft_weight"] == pytest.approx(1e-4 * 2**raised * ratio, rel=1e-3)
+
+
+def test_the_monitor_acts_on_an_evaluation(run, pairs, caplog):
+    """Nothing is to be seen on training rows; the evaluations that a run makes by itself are looked at too."""
+    monitor = CollapseMonitor()
+    made = run(monitor, eval_dataset=pairs, train=False)
+    log = [{"step": step, "loss": 0.01, "dgr": 1.0, "win_gap": -1.0, "lose_gap": 1.0} for step in range(100)]
+    made.state.log_history[:] = [*log, *({"step": 99, "eval_win_gap": 1.0, "eval_lose_gap": 1.0} for _ in range(2))]
+    monitor.on_log(made.args, made.state, made.control)
+    assert monitor.events == [0] and "on held-out rows" in caplog.text
 
 
 def test_a_run_can_be_resumed_with_a_monitor_that_it_did_not_have(run, tmp_path):

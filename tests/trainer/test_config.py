@@ -12,6 +12,7 @@ from trl import TrlParser
 from tests.support.trainer.runs import config
 from video_trl import VideoGroupDPOConfig, VideoSFTConfig
 from video_trl.losses import physics_weights
+from video_trl.trainer.group_dpo_config import as_sft_weight
 
 
 CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
@@ -37,6 +38,17 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"loss_type": "plackett_luce", "physics_rewarding": True}, "does not have. Use `loss_type='sampled'`"),
         ({"timestep_sampling": "cosine"}, "`timestep_sampling` must be one of"),
         ({"timestep_shift": 0.0}, "`timestep_shift` must be positive and finite, got 0.0"),
+        ({"timestep_range": (995, 750)}, r"must be two timesteps, low < high, .* got \(995, 750\)"),
+        ({"timestep_range": [500.0]}, "`timestep_range` must be two timesteps"),
+        ({"timestep_range": (math.nan, 900)}, "`timestep_range` must be two timesteps"),
+        ({"sft_weight": -0.1}, "`sft_weight` must be a number that is not negative, 'dgr', .* got -0.1"),
+        ({"sft_weight": "0.1 dgr"}, "got '0.1 dgr'"),
+        ({"sft_weight": "-1*dgr"}, "got '-1\\*dgr'"),
+        ({"sft_weight": "sometimes"}, "got 'sometimes'"),
+        ({"sft_weight": math.inf}, "got inf"),
+        ({"rejected_score_below": 0.0}, r"`rejected_score_below` must be in \(0, 1\], where scores lie, got 0.0"),
+        ({"rejected_score_below": 40.0}, "got 40.0"),
+        ({"heldout_evaluations": 1}, "`heldout_evaluations` must be 0 or at least 2, got 1"),
         ({"timestep_logit_std": -1.0}, "`timestep_logit_std` must be positive"),
         ({"on_bad_video": "replace"}, "`on_bad_video` must be one of 'raise', 'skip', got 'replace'"),
         ({"lora_rank": 0}, "`lora_rank` must be positive and finite, got 0"),
@@ -112,8 +124,11 @@ def test_every_field_explains_itself(config_class):
 def test_the_command_line_sets_every_kind_of_field(tmp_path, parser):
     line = ["--output_dir", str(tmp_path), "--beta", "100", "--loss_type", "sum", "--shared_noise", "False"]
     line += ["--timestep_shift", "5", "--model_init_kwargs", json.dumps({"revision": "abc"}), "--bf16", "--use_cpu"]
-    line += ["--physics_rewarding"]
+    line += ["--physics_rewarding", "--lora_target_modules", "attn1.to_q", "ffn.net.2", "--timestep_range", "750"]
+    line += ["995", "--sft_weight", "0.4*dgr", "--rejected_score_below", "0.4", "--heldout_evaluations", "4"]
     args = parser(VideoGroupDPOConfig).parse_args_into_dataclasses(line)[0]
+    assert args.lora_target_modules == ["attn1.to_q", "ffn.net.2"] and args.timestep_range == [750.0, 995.0]
+    assert (args.sft_weight, args.rejected_score_below, args.heldout_evaluations) == ("0.4*dgr", 0.4, 4)
     assert (args.beta, args.loss_type, args.shared_noise, args.timestep_shift) == (100.0, "sum", False, 5.0)
     assert args.model_init_kwargs == {"revision": "abc"}
     assert args.bf16 is True and args.physics_rewarding is True
@@ -133,3 +148,28 @@ def test_a_yaml_file_sets_the_values_and_a_typo_is_refused(tmp_path):
     assert (args.beta, args.lam) == (250.0, 0.8)
     with pytest.raises(ValueError, match="betta"):
         TrlParser(VideoGroupDPOConfig).parse_args_and_config(["--config", str(bad)])
+
+
+def test_a_file_sets_the_options_that_are_lists_or_words(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "lora_target_modules: all-linear\ntimestep_range: [750, 995]\nsft_weight: 0.5\nrejected_score_below: 0.4\n"
+    )
+    line = ["--config", str(file), "--output_dir", str(tmp_path)]
+    (args,) = TrlParser(VideoGroupDPOConfig).parse_args_and_config(line)
+    assert (args.lora_target_modules, args.timestep_range) == ("all-linear", [750.0, 995.0])
+    assert (args.sft_weight, args.rejected_score_below) == (0.5, 0.4)
+    (unset,) = TrlParser(VideoGroupDPOConfig).parse_args_and_config(["--output_dir", str(tmp_path)])
+    assert unset.lora_target_modules is unset.timestep_range is unset.rejected_score_below is None
+    assert (unset.sft_weight, unset.heldout_evaluations) == (0.0, 10)
+    (args,) = TrlParser(VideoGroupDPOConfig).parse_args_and_config([*line, "--lora_target_modules", "attention+ffn"])
+    assert args.lora_target_modules == ["attention+ffn"]
+    assert dataclasses.replace(args, sft_weight="dgr").sft_weight == "dgr"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, 0.0), ("0.5", 0.5), (50, 50.0), ("dgr", ("dgr", 1.0)), ("0.4*dgr", ("dgr", 0.4)), ("0*dgr", 0.0)],
+)
+def test_a_weight_of_the_chosen_error_is_a_number_or_a_multiple_of_the_ratio(value, expected):
+    assert as_sft_weight(value) == expected

@@ -20,7 +20,8 @@ from tests.support.trainer.runs import (
     trained_weights,
     trainer,
 )
-from video_trl import VideoGroupDPOConfig, VideoGroupDPOTrainer
+from video_trl import VideoGroupDPOConfig, VideoGroupDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
+from video_trl.trainer.group_dpo_config import as_sft_weight
 
 
 LOSS_TYPES = ("sampled", "sum", "plackett_luce")
@@ -55,6 +56,7 @@ def error_by_hand(transformer, latents, noise, sigma, prompt_embeds) -> torch.Te
 def loss_by_hand(made, rows: list[dict], beta: float) -> torch.Tensor:
     """Loss of a batch at step 0, group by group and video by video; gradients reach the adapter."""
     args, transformer, total = made.args, made.model, torch.zeros(())
+    weight = as_sft_weight(args.sft_weight)
     for index, row in enumerate(rows):
         generator = generator_of(args.seed, 0, index)
         sigma = torch.rand((), generator=generator, dtype=torch.float64).float().item()
@@ -62,7 +64,7 @@ def loss_by_hand(made, rows: list[dict], beta: float) -> torch.Tensor:
         compared = [drawn] if args.loss_type == "sampled" else [0, 1, 2]
         videos = [row["chosen_latents"], *(row["rejected_latents"][j] for j in compared)]
         noises = [torch.randn(*SHAPE, generator=generator) for _ in videos]
-        rewards = []
+        rewards, errors = [], []
         for video, own_noise in zip(videos, noises, strict=True):
             noise = noises[0] if args.shared_noise else own_noise
             policy = error_by_hand(transformer, video, noise, sigma, row["prompt_embeds"])
@@ -71,15 +73,22 @@ def loss_by_hand(made, rows: list[dict], beta: float) -> torch.Tensor:
                 reference = error_by_hand(transformer, video, noise, sigma, row["prompt_embeds"])
             transformer.enable_adapters()
             rewards.append(-(beta / 2) * (policy - reference))
+            errors.append(policy)
         margins = [rewards[0] - reward for reward in rewards[1:]]
         if args.loss_type == "plackett_luce":
             total = total + torch.log1p(sum(torch.exp(-margin) for margin in margins))
+            others = sum(math.exp(-margin.item()) for margin in margins)
+            ratio = beta / 2 * others / (1 + others)  # probability that the chosen video is not the first
         else:
             weights = weights_of(row) if args.physics_rewarding else [(1.0, 1.0)] * 3
             factor = 3 if args.loss_type == "sampled" else 1
+            ratio = 0.0
             for j, margin in zip(compared, margins, strict=True):
                 alpha, gamma = weights[j]
                 total = total + factor * gamma * torch.log1p(torch.exp(-alpha * margin))
+                ratio += beta / 2 * factor * gamma * alpha / (1 + math.exp(alpha * margin.item()))
+        r = weight[1] * ratio if isinstance(weight, tuple) else weight
+        total = total + r * errors[0]
     return total / len(rows)
 
 
@@ -122,6 +131,79 @@ def test_loss_and_gradients_equal_the_computation_by_hand(tmp_path, loss_type, s
     assert largest > 0.1
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert (gradient - expected_gradient).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("sft_weight", [30.0, "dgr", "0.4*dgr"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_regularised_loss_equals_the_computation_by_hand(tmp_path, loss_type, sft_weight):
+    """r * error of the chosen video: r a number, or the ratio that the loss weighs that error's gradient by."""
+    rows = tiny_encoded_group(2)
+    args = config(tmp_path, loss_type=loss_type, sft_weight=sft_weight, beta=50.0)
+    made = trainer(args, model=double(tiny_wan_pipeline()), train_dataset=rows)
+    disturb_adapter(made)
+    parameters = [weight for weight in made.model.parameters() if weight.requires_grad]
+    loss = made.compute_loss(made.model, first_batch(made, 0, 1))
+    expected = loss_by_hand(made, rows, beta=50.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=rounding.by_hand(beta=50.0))
+    gradients = torch.autograd.grad(loss, parameters)
+    expected_gradients = torch.autograd.grad(expected, parameters)
+    largest = max(gradient.abs().max() for gradient in expected_gradients)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - expected_gradient).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_weight_of_zero_is_no_weight(tmp_path, loss_type):
+    weights = []
+    for changes in ({}, {"sft_weight": 0}, {"sft_weight": "0*dgr"}):
+        made = trainer(config(tmp_path, loss_type=loss_type, max_steps=3, **changes))
+        made.train()
+        weights.append((trained_weights(made), made.state.log_history[:-1]))
+    for trained, log in weights[1:]:
+        assert_equal_weights(trained, weights[0][0])
+        assert log == weights[0][1]
+
+
+@pytest.mark.parametrize("sft_weight", ["dgr", "0.4*dgr", 20.0])
+def test_with_one_rejected_video_it_is_reg_dpo(tmp_path, sft_weight):
+    """Without physics weights and with m = 1 the regularised group loss is Reg-DPO's, in loss and metrics."""
+    mode, coefficient = ("fixed", 20.0) if sft_weight == 20.0 else ("dgr", 0.4 if "*" in sft_weight else 1.0)
+    rows = tiny_encoded_group(2, m=1)
+    ours = trainer(config(tmp_path, sft_weight=sft_weight, physics_rewarding=False), train_dataset=rows)
+    args = VideoRegDPOConfig(
+        str(tmp_path), use_cpu=True, lora_rank=4, lora_alpha=4, sft_weight_mode=mode, sft_coefficient=coefficient
+    )
+    theirs = VideoRegDPOTrainer(tiny_wan_pipeline(), args, rows)
+    values, recorded = [], []
+    for made in (ours, theirs):
+        disturb_adapter(made)
+        made.record = recorded.append
+        values.append(made.compute_loss(made.model, first_batch(made, 0, 1)).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    for name in ("loss/dpo", "loss/sft", "sft_weight", "chosen_weight", "win_gap"):
+        torch.testing.assert_close(recorded[0][name], recorded[1][name])
+
+
+def test_held_out_gaps_are_logged_where_there_are_rows_to_evaluate_on(tmp_path):
+    """Ten times a run unless it is said otherwise; the training is the same to the last bit."""
+    runs = {}
+    for name, changes, extra in (
+        ("default", {}, {"eval_dataset": tiny_encoded_group(2, seed=5)}),
+        ("four", {"heldout_evaluations": 4}, {"eval_dataset": tiny_encoded_group(2, seed=5)}),
+        ("off", {"heldout_evaluations": 0}, {"eval_dataset": tiny_encoded_group(2, seed=5)}),
+        ("own", {"eval_strategy": "epoch"}, {"eval_dataset": tiny_encoded_group(2, seed=5)}),
+        ("none", {}, {}),
+    ):
+        args = config(tmp_path, max_steps=20, **changes)
+        made = trainer(args, rows=20, **extra)
+        assert args.eval_strategy == changes.get("eval_strategy", "no")  # the caller's configuration stays as it was
+        made.train()
+        steps = [entry["step"] for entry in made.state.log_history if "eval_win_gap" in entry]
+        runs[name] = (steps, trained_weights(made))
+    assert runs["default"][0] == list(range(2, 21, 2)) and runs["four"][0] == [5, 10, 15, 20]
+    assert runs["off"][0] == runs["none"][0] == [] and runs["own"][0] == [10, 20]
+    for _, weights in runs.values():
+        assert_equal_weights(weights, runs["none"][1])
 
 
 def test_one_rejected_video_without_weights_is_diffusion_dpo(tmp_path):

@@ -53,6 +53,10 @@ class EstimateArguments:
     )
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; off: all weights."})
     lora_rank: int = field(default=48, metadata={"help": "Rank of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Its layers: 'attention' (if unset), 'attention+ffn', 'all-linear', or names."},
+    )
     bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16."})
     quantization: Literal["nf4", "int8", "fp8"] | None = field(
         default=None, metadata={"help": "What frozen weights are kept in: 'nf4', 'int8' or 'fp8'."}
@@ -175,7 +179,10 @@ def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
         number, engine = launched(["--config_file", words[words.index("--accelerate_config") + 1]])
         content |= {"num_gpus": number, "engine": engine}
     known = {item.name for item in fields(kind)}
-    words = [*(f"--{key}={value}" for key, value in content.items() if key in known and value is not None), *words]
+    for key, value in content.items():
+        if key in known and value is not None:
+            given = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            words = [*given, *words]
     (args,) = parse(f"estimate {method.name}", __doc__, [kind], words)
     for key in ("num_rejected", "per_device_train_batch_size", "relation_tokens", "gpu_gib", "group_parallel_size"):
         if not 0 < vars(args)[key] < math.inf:

@@ -5,12 +5,14 @@ from .preference import (
     check_physics_weights,
     dgr,
     dpo_loss,
+    group_dgr,
     group_dpo_bound,
     group_dpo_loss,
     group_dpo_sampled_bound,
     implicit_reward,
     physics_weights,
     reg_dpo_loss,
+    sft_weights,
     velocity_error,
 )
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_physics_weights",
     "dgr",
     "dpo_loss",
+    "group_dgr",
     "group_dpo_bound",
     "group_dpo_loss",
     "group_dpo_sampled_bound",
@@ -26,6 +29,7 @@ __all__ = [
     "physics_weights",
     "reg_dpo_loss",
     "repa_loss",
+    "sft_weights",
     "trd_loss",
     "velocity_error",
 ]

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 AlphaMode = Literal["sigmoid", "tanh"]
 GammaMode = Literal["paper", "official"]
 SFTWeightMode = Literal["dgr", "fixed"]
+SFTWeight = float | tuple[Literal["dgr"], float]
 
 
 def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def group_dpo_bound(chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Ten
 
 
 def group_dpo_sampled_bound(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Tensor, gamma: Tensor, *, num_rejected: int
+    chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Tensor, gamma: Tensor, *, num_rejected: int | Tensor
 ) -> Tensor:
     r"""
     One-sample estimate of [`group_dpo_bound`]: one rejected video stands for all `m` of its group.
@@ -202,8 +203,8 @@ def group_dpo_sampled_bound(
             Slope of the drawn pair.
         gamma (`torch.Tensor` of shape `(B,)`):
             Weight of the drawn pair.
-        num_rejected (`int`):
-            Size `m` of the set that the rejected video was drawn from, uniformly. At least 1.
+        num_rejected (`int`, or integer `torch.Tensor` of shape `(B,)`):
+            Size `m` of the set that the rejected video was drawn from, uniformly, of each group or of all. At least 1.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Loss of each group; `m * gamma * log(2)` when policy and reference agree.
@@ -213,9 +214,71 @@ def group_dpo_sampled_bound(
     """
     _check_pair(chosen_rewards, rejected_rewards)
     _check_weights(rejected_rewards, alpha, gamma)
-    if num_rejected < 1:
+    if isinstance(num_rejected, int) and num_rejected < 1:
         raise ValueError(f"`num_rejected` must be at least 1, got {num_rejected}.")
     return -num_rejected * gamma * F.logsigmoid(alpha * (chosen_rewards - rejected_rewards))
+
+
+def group_dgr(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    beta: float,
+    alpha: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    r"""
+    What a group loss multiplies the gradient of the chosen video's error by: [`dgr`] of a group.
+
+    For [`group_dpo_bound`] \\( \frac{\beta}{2} \sum_j \gamma_{ij} \alpha_{ij} \,
+    \sigma(-\alpha_{ij} (r^w_i - r^{l_j}_i)) \\), for [`group_dpo_loss`] \\( \frac{\beta}{2} \\) times the probability
+    that another video than the chosen one ranks first. With `m = 1` and `alpha = gamma = 1` both are [`dgr`].
+
+    Args:
+        chosen_rewards (`torch.Tensor` of shape `(B,)`):
+            Implicit reward of the chosen video, from [`implicit_reward`].
+        rejected_rewards (`torch.Tensor` of shape `(B, m)`):
+            Implicit rewards of the rejected videos.
+        beta (`float`):
+            As in [`implicit_reward`], positive.
+        alpha (`torch.Tensor` of shape `(B, m)`, *optional*), gamma (same shape, *optional*):
+            Slopes and weights of the bound; without them the ratio is that of the exact loss. For
+            [`group_dpo_sampled_bound`] pass the drawn video alone and its gamma times `num_rejected`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Ratios, positive. Detached, as in [`dgr`].
+
+    Raises:
+        ValueError: If the shapes are not as above.
+    """
+    _check_group(chosen_rewards, rejected_rewards)
+    margins = (chosen_rewards[:, None] - rejected_rewards).detach()  # (B, m)
+    if alpha is None or gamma is None:
+        return (beta / 2) * torch.sigmoid(torch.logsumexp(-margins, dim=1))
+    _check_weights(rejected_rewards, alpha, gamma)
+    return (beta / 2) * (gamma * alpha * torch.sigmoid(-alpha * margins)).sum(dim=1)
+
+
+def sft_weights(sft_weight: SFTWeight, ratio: Tensor) -> Tensor:
+    """
+    The weight r of the chosen video's error beside a preference loss (Reg-DPO, Eq. 6).
+
+    Args:
+        sft_weight (`float` or `("dgr", c)`):
+            r itself, or c of r = c * `ratio`.
+        ratio (`torch.Tensor` of shape `(B,)`):
+            [`dgr`] or [`group_dgr`] of each row.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: r of each row.
+
+    Raises:
+        ValueError: If the weight is negative, not finite, or of another mode.
+    """
+    mode, coefficient = sft_weight if isinstance(sft_weight, tuple) else ("fixed", sft_weight)
+    _check_mode("sft_weight", mode, get_args(SFTWeightMode))
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"`sft_weight` must not be negative and must be finite, got {sft_weight}.")
+    return coefficient * (ratio if mode == "dgr" else torch.ones_like(ratio))
 
 
 def dgr(s: Tensor, beta: float) -> Tensor:
@@ -248,7 +311,7 @@ def reg_dpo_loss(
     rejected_reference_error: Tensor,
     *,
     beta: float,
-    sft_weight: float | tuple[Literal["dgr"], float],
+    sft_weight: SFTWeight,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""
     DPO with the error of the chosen video as a regulariser.
@@ -284,16 +347,12 @@ def reg_dpo_loss(
         ValueError: If the errors are not of one shape `(B,)` or in half precision, or the weight is negative, not
             finite, or of another mode.
     """
-    mode, coefficient = sft_weight if isinstance(sft_weight, tuple) else ("fixed", sft_weight)
-    _check_mode("sft_weight", mode, get_args(SFTWeightMode))
-    if not 0 <= coefficient < math.inf:
-        raise ValueError(f"`sft_weight` must not be negative and must be finite, got {sft_weight}.")
     chosen_rewards = implicit_reward(chosen_error, chosen_reference_error, beta)
     rejected_rewards = implicit_reward(rejected_error, rejected_reference_error, beta)
     dpo = dpo_loss(chosen_rewards, rejected_rewards)  # (B,); also checks the shapes
     win_gap, lose_gap = chosen_error - chosen_reference_error, rejected_error - rejected_reference_error
     ratio = dgr(win_gap - lose_gap, beta)
-    weight = coefficient * (ratio if mode == "dgr" else torch.ones_like(ratio))
+    weight = sft_weights(sft_weight, ratio)
     metrics = {
         "loss/dpo": dpo,
         "loss/sft": chosen_error,

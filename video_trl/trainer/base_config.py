@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -39,6 +39,12 @@ _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
 )  # fmt: skip
+
+# One name may be given without a list; the command line makes a list of it, which is all its parser knows.
+if TYPE_CHECKING:
+    LoraTargets = list[str] | str | None
+else:
+    LoraTargets = list[str] | None
 
 # A bare `--bf16` on the command line means true, also where "not given" is told apart from false.
 _FLAG: dict[str, Any] = {"nargs": "?", "const": True}
@@ -155,9 +161,24 @@ class VideoConfig(TrainingArguments):
             "help": "Train a LoRA adapter, the frozen weights underneath being the reference. Off: all weights."
         },
     )
+    expert: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer to train of a pipeline that has one for high and one for low noise "
+            "(Wan2.2-A14B): 'high_noise' or 'low_noise'. The other one is not loaded; timesteps are those of this one."
+        },
+    )
     lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
+    )
+    lora_target_modules: LoraTargets = field(
+        default=None,
+        metadata={
+            "help": "Layers of the default LoRA adapter. 'attention', if unset: query, key, value and output of every "
+            "self-attention (PhyGDPO's LoRA-SR). 'attention+ffn': the feed-forward networks too. 'all-linear': every "
+            "linear layer of the blocks, cross-attention too. Or names of layers, such as 'attn1.to_q' 'attn2.to_q'."
+        },
     )
 
     # Parameters that control several processes
@@ -193,6 +214,13 @@ class VideoConfig(TrainingArguments):
     )
     timestep_logit_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of the normal draw of 'logit_normal' timestep sampling."}
+    )
+    timestep_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest and highest timestep, on the model's scale of 0 (the video) to 1000 (noise): the "
+            "distribution of `timestep_sampling` restricted to it, in evaluation too. Unset: all."
+        },
     )
 
     # Parameters that control the data
@@ -288,6 +316,13 @@ class VideoConfig(TrainingArguments):
         """The options that `processes_per_row` is the product of."""
         return f"`context_parallel_size={self.context_parallel_size}`"
 
+    def with_evaluations(self, *, due: bool) -> Self:
+        """
+        The configuration of a trainer. A method may let it evaluate where nothing is said; `due`: there are rows, and
+        no evaluator, which may take long and is asked for by name.
+        """
+        return self
+
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
         check_quantised_engine(self.quantization, engine)
@@ -305,6 +340,30 @@ class VideoConfig(TrainingArguments):
                 "weights inside checkpointed blocks, and not by the same operations the second time. Use 'full' or "
                 "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
             )
+
+    def options_without_effect(self) -> dict[str, str]:
+        """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
+        optimizer = self.optim.value
+        has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion", "schedule_free"))
+        reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
+        causes = (
+            (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
+            (not reads_more, ("optim_args",), f"`optim={optimizer!r}` reads none"),
+            (self.timestep_sampling != "shifted", ("timestep_shift",), "`timestep_sampling` is not 'shifted'"),
+            (
+                self.timestep_sampling != "logit_normal",
+                ("timestep_logit_mean", "timestep_logit_std"),
+                "`timestep_sampling` is not 'logit_normal'",
+            ),
+            (not self.resolution_buckets, ("resolution_max_crop",), "there are no `resolution_buckets`"),
+            (not self.gradient_checkpointing, ("checkpointing_policy",), "`activation_checkpointing` is off"),
+            (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
+            (not self.use_peft, ("lora_rank", "lora_alpha", "lora_target_modules"), "`use_peft` is off"),
+            (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (self.eval_strategy == "no", ("eval_steps", "eval_delay"), "`eval_strategy` is 'no'"),
+            (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
+        )
+        return {name: why for holds, names, why in causes if holds for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""
@@ -350,6 +409,7 @@ class VideoConfig(TrainingArguments):
         if not 0 <= self.resolution_max_crop <= 1:
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
         check_policy(self.checkpointing_policy)
         check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
@@ -369,6 +429,16 @@ class VideoConfig(TrainingArguments):
                 f"`compile_blocks` with `checkpointing_policy={self.checkpointing_policy!r}` is not supported: it "
                 "decides within a block, which is compiled as a whole. Use 'full'."
             )
+
+    def _check_timestep_range(self) -> None:
+        if self.timestep_range is None:
+            return
+        if len(self.timestep_range) != 2 or not 0 <= self.timestep_range[0] < self.timestep_range[1] < math.inf:
+            raise ValueError(
+                "`timestep_range` must be two timesteps, low < high, such as (750, 995), neither negative; got "
+                f"{self.timestep_range}. Leave it unset for all of them."
+            )
+        self.timestep_range = [float(end) for end in self.timestep_range]
 
 
 def check_positive(config: VideoConfig, name: str) -> None:

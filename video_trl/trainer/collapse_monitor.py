@@ -35,6 +35,7 @@ class Collapse:
         dgr (`float`), initial_dgr (`float`): DPO gradient ratio now and at step 0 (beta / 4).
         loss (`float`), initial_loss (`float`): DPO loss at its lowest and at first.
         win_gap (`float`), lose_gap (`float`): Gaps now; they start at 0.
+        rows (`str`): Those on which both gaps rose: "training rows", or "held-out rows".
     """
 
     step: int
@@ -44,12 +45,13 @@ class Collapse:
     initial_loss: float
     win_gap: float
     lose_gap: float
+    rows: str = "training rows"
 
     def __str__(self) -> str:
         return (
             f"the DPO gradient ratio fell from {self.initial_dgr:.4g} to {self.dgr:.4g} and the DPO loss from "
             f"{self.initial_loss:.4g} to {self.loss:.4g} at its lowest, while both gaps rose from 0: win_gap to "
-            f"{self.win_gap:.4g}, lose_gap to {self.lose_gap:.4g}"
+            f"{self.win_gap:.4g}, lose_gap to {self.lose_gap:.4g}, on {self.rows}"
         )
 
 
@@ -71,6 +73,9 @@ def find_collapse(
     last: once the gaps are wide, a few pairs in the wrong order can lift its mean above the start again, while the
     ratio, which is bounded, stays low. A log without `dgr` (GroupDPO's) is read with the ratio at the logged margin.
 
+    Training rows flatter a model that remembers them. Where the log has evaluations, it is enough that both gaps of
+    one evaluation dataset rise in each of its last two: every evaluation sees the same noise.
+
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`; entries without `win_gap` are passed over.
         beta (`float`): Of the configuration.
@@ -91,17 +96,36 @@ def find_collapse(
     initial_dgr, ratio = beta / 4, fmean(_dgr(entry, beta) for entry in recent)
     # Every loss starts at log 2 or above; the first entry may be a mean over steps in which it has fallen already.
     initial_loss, loss = max(_loss(entries[0]), math.log(2)), min(_loss(entry) for entry in entries)
-    gaps = []
-    for name in ("win_gap", "lose_gap"):
-        before = [entry[name] for entry in entries if entry["step"] <= since][-window:]
-        level = fmean(before) if before else 0.0
-        values = [entry[name] for entry in recent]
-        if min(values) <= level or beta / 2 * (fmean(values) - level) < min_rise:
-            return None
-        gaps.append(fmean(values))
     if ratio > (1 - fall) * initial_dgr or loss > (1 - fall) * initial_loss:
         return None
-    return Collapse(recent[-1]["step"], ratio, initial_dgr, loss, initial_loss, *gaps)
+    for prefix in ("", *_evaluation_prefixes(log_history)):
+        gaps = _risen_gaps(log_history, prefix, 2 if prefix else window, 2 * min_rise / beta, since)
+        if gaps is not None:
+            rows = "held-out rows" if prefix else "training rows"
+            return Collapse(recent[-1]["step"], ratio, initial_dgr, loss, initial_loss, *gaps, rows)
+    return None
+
+
+def _evaluation_prefixes(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the metrics of each evaluation dataset begin with, of those that log a `win_gap`."""
+    names = {name for entry in log_history for name in entry if name.startswith("eval_") and name.endswith("_win_gap")}
+    return sorted(name.removesuffix("win_gap") for name in names)
+
+
+def _risen_gaps(
+    log_history: Sequence[Mapping[str, Any]], prefix: str, window: int, rise: float, since: int
+) -> tuple[float, float] | None:
+    """Mean gaps over the last `window` entries, if all are above their level at step `since`, the means by `rise`."""
+    gaps = []
+    for name in (f"{prefix}win_gap", f"{prefix}lose_gap"):
+        entries = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        before = [value for step, value in entries if step <= since][-window:]
+        values = [value for step, value in entries if step > since][-window:]
+        level = fmean(before) if before else 0.0
+        if len(values) < window or min(values) <= level or fmean(values) - level < rise:
+            return None
+        gaps.append(fmean(values))
+    return gaps[0], gaps[1]
 
 
 class CollapseMonitor(TrainerCallback, ExportableState):
@@ -120,8 +144,8 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         action (`str`, *optional*, defaults to `"warn"`):
             `"warn"`: log the numbers and the remedy, once. `"stop"`: also end training after the step. `"raise"`:
             also multiply the coefficient that the configuration names as `regulariser_field` (`sft_coefficient` of
-            RegDPO) by `factor`, again whenever both gaps have risen further over a whole window since. The
-            configuration gets its own value back when training ends.
+            RegDPO, `sft_weight` of GroupDPO) by `factor`, again whenever both gaps have risen further over a whole
+            window since. The configuration gets its own value back when training ends.
         window (`int`, *optional*, defaults to `10`): Log entries that are averaged.
         fall (`float`, *optional*, defaults to `0.5`): Relative fall of gradient ratio and loss, in (0, 1).
         min_rise (`float`, *optional*, defaults to `2.0`): Rise of both gaps in units of reward, not negative.
@@ -158,7 +182,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         self.min_rise = min_rise
         self.factor = factor
         self.events: list[int] = []
-        self._coefficient: float | None = None  # the configuration's own, while training may have raised it
+        self._coefficient: float | str | None = None  # the configuration's own, while training may have raised it
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the arguments, and the steps at which the signature was found."""
@@ -186,10 +210,11 @@ class CollapseMonitor(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         entry = state.log_history[-1]
-        if "loss" not in entry or (self.action == "warn" and self.events):  # others are of evaluations, or the last
+        of_training, of_evaluation = "loss" in entry, bool(_evaluation_prefixes([entry]))
+        if not (of_training or of_evaluation) or (self.action == "warn" and self.events):
             return
         config = self._check(args)
-        missing = [name for name in ("win_gap", "lose_gap") if name not in entry]
+        missing = [name for name in ("win_gap", "lose_gap") if of_training and name not in entry]
         if missing:
             raise ValueError(
                 f"{type(config).__name__} says `logs_gaps`, but its trainer did not log {' and '.join(missing)}. "
@@ -235,7 +260,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     def _apply(self, config: VideoConfig) -> None:
         """Set the coefficient to what the events say. Always from the first value: a resumed run rounds alike."""
         if self._coefficient is not None:
-            _set_coefficient(config, self._coefficient * self.factor ** len(self.events))
+            _set_coefficient(config, _scaled(self._coefficient, self.factor ** len(self.events)))
 
     def _restore(self, config: TrainingArguments) -> None:
         if self._coefficient is not None:
@@ -244,18 +269,25 @@ class CollapseMonitor(TrainerCallback, ExportableState):
 
     def _remedy(self, config: VideoConfig) -> str:
         if self.action == "raise":
-            return f"`{config.regulariser_field}` is now {_coefficient(config):.4g}."
+            return f"`{config.regulariser_field}` is now {_coefficient(config)}."
         ending = "Training stops." if self.action == "stop" else "Training goes on; look at sample videos."
         cure = f"raise `{config.regulariser_field}`" if config.regulariser_field else "use `VideoRegDPOTrainer`"
         return f"The model gets worse at both videos of a pair: {cure}, or lower the learning rate. {ending}"
 
 
-def _coefficient(config: VideoConfig) -> float | None:
-    """Of the method's regulariser, where it has one."""
+def _coefficient(config: VideoConfig) -> float | str | None:
+    """Of the method's regulariser, where it has one: a number, or as in "0.4*dgr" a number times a ratio."""
     return None if config.regulariser_field is None else vars(config)[config.regulariser_field]
 
 
-def _set_coefficient(config: TrainingArguments, value: float) -> None:
+def _scaled(coefficient: float | str, factor: float) -> float | str:
+    if not isinstance(coefficient, str):
+        return coefficient * factor
+    number, _, ratio = coefficient.rpartition("*")
+    return f"{float(number or 1) * factor:g}*{ratio}"
+
+
+def _set_coefficient(config: TrainingArguments, value: float | str) -> None:
     assert isinstance(config, VideoConfig) and config.regulariser_field is not None
     setattr(config, config.regulariser_field, value)
 

@@ -43,6 +43,7 @@ class VideoDPOTrainer(PreferenceTrainer):
     collator_class = GroupCollator
 
     def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
         check_columns(dataset, self.row_type, pair_weights=self.args.pair_weights)
 
     def compute_loss(
@@ -57,7 +58,8 @@ class VideoDPOTrainer(PreferenceTrainer):
 
         # The pair shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 2
-        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        choices = inputs.get("num_rejected", num_rejected)  # fewer where the score decides which stay
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=choices)
         rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
 
         latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side

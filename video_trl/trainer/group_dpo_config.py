@@ -2,15 +2,21 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..losses.preference import AlphaMode, GammaMode, check_physics_weights
+from ..losses.preference import AlphaMode, GammaMode, SFTWeight, check_physics_weights
 from .base_config import _FLAG, check_choice
 from .preference_config import PreferenceConfig
 
 
 LossType = Literal["sampled", "sum", "plackett_luce"]
 TimestepWeighting = Literal["none", "bell"]
+
+# A number or a text in Python; on the command line and in files a text, which is made a number where it is one.
+if TYPE_CHECKING:
+    SFTWeightOption = float | str
+else:
+    SFTWeightOption = str
 
 
 @dataclass
@@ -24,6 +30,7 @@ class VideoGroupDPOConfig(PreferenceConfig):
     """
 
     logs_gaps = True
+    regulariser_field = "sft_weight"
     reference_error_options = (*PreferenceConfig.reference_error_options, "shared_noise")
 
     # Defaults of TrainingArguments that are replaced
@@ -65,6 +72,14 @@ class VideoGroupDPOConfig(PreferenceConfig):
         },
     )
 
+    sft_weight: SFTWeightOption = field(
+        default=0.0,
+        metadata={
+            "help": "Weight r of the chosen video's error beside the loss, as in Reg-DPO: a number; 'dgr', the ratio "
+            "by which the loss itself weighs the gradient of that error; or a multiple of it, such as '0.4*dgr'. "
+            "Without it (0) the loss can be met by making the rejected videos worse alone."
+        },
+    )
     scale_by_group: bool = field(
         default=True,
         metadata={
@@ -122,6 +137,8 @@ class VideoGroupDPOConfig(PreferenceConfig):
                 f"`beta` must be positive and finite, got {self.beta}. Zero would remove the preference, a "
                 "negative value would reverse it; published values are 500 to 5000."
             )
+        weight = as_sft_weight(self.sft_weight)
+        self.sft_weight = weight if isinstance(weight, float) else self.sft_weight
         check_choice(self, "loss_type", get_args(LossType))
         check_choice(self, "alpha_mode", get_args(AlphaMode))
         check_choice(self, "gamma_mode", get_args(GammaMode))
@@ -143,7 +160,33 @@ class VideoGroupDPOConfig(PreferenceConfig):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
 
+    def options_without_effect(self) -> dict[str, str]:
+        why = "`physics_rewarding` is off"
+        weights = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
+        return super().options_without_effect() | weights
+
     def physics_weight_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.physics_weights`] that stand here."""
         names = ("alpha_min", "lam", "kappa_gamma", "b_gamma", "kappa_alpha", "b_alpha", "alpha_mode", "gamma_mode")
         return {name: self.__dict__[name] for name in names}
+
+
+def as_sft_weight(value: float | str) -> SFTWeight:
+    """
+    What `sft_weight` means to the losses: `0.5` and `"0.5"` are 0.5, `"dgr"` and `"0.4*dgr"` are ("dgr", 1) and
+    ("dgr", 0.4).
+
+    Raises:
+        ValueError: If it is none of these, or negative.
+    """
+    number, star, rest = str(value).rpartition("*")
+    try:
+        weight = float((number if star else "1") if rest.strip() == "dgr" else value)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise ValueError(
+            f"`sft_weight` must be a number that is not negative, 'dgr', or a multiple of it such as '0.4*dgr', got "
+            f"{value!r}. A negative weight would train the model away from the chosen videos; 0 is off."
+        )
+    return ("dgr", weight) if rest.strip() == "dgr" and weight > 0 else weight

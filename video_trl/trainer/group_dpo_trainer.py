@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from ..data import GroupCollator, check_columns
 from ..data.columns import MapDataset
 from ..losses.preference import (
+    group_dgr,
     group_dpo_bound,
     group_dpo_loss,
     group_dpo_sampled_bound,
     implicit_reward,
     physics_weights,
+    sft_weights,
 )
-from .group_dpo_config import VideoGroupDPOConfig
+from .group_dpo_config import VideoGroupDPOConfig, as_sft_weight
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import PHYGDPO
+from .step.denoising import to_device
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -50,6 +53,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
     workload_options = ("loss_type",)
 
     def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
         check_columns(dataset, self.row_type, physics_rewarding=self.args.physics_rewarding)
 
     @classmethod
@@ -69,12 +73,14 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
 
         # The whole group shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 1 + num_compared
-        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        counts = inputs.get("num_rejected", [num_rejected] * batch_size)  # fewer where the score decides which stay
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=counts)
         compared = torch.arange(num_rejected, device=rejected.device).expand(batch_size, -1)  # (B, m)
         if self.args.loss_type == "sampled":
             compared = draw.choice[:, None]
         rows = torch.arange(batch_size, device=rejected.device)[:, None]
         rejected = rejected[rows, compared]  # (B, k, C, F, H, W)
+        (sizes,) = to_device(rejected.device, torch.as_tensor(counts))  # (B,)
 
         group_size = 1 + num_compared
         latents = torch.cat([chosen[:, None], rejected], dim=1).flatten(0, 1)  # (B * (1 + k), C, F, H, W)
@@ -96,31 +102,55 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         if self.args.physics_rewarding:
             sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
             alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
-        if self.args.loss_type == "plackett_luce":
-            losses = group_dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
-        elif self.args.loss_type == "sum":
-            losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma)
-        else:
-            losses = group_dpo_sampled_bound(
-                chosen_rewards,
-                rejected_rewards[:, 0],
-                alpha[:, 0],
-                gamma[:, 0],
-                num_rejected=num_rejected if self.args.scale_by_group else 1,
-            )
+        losses, ratio = self._group_loss(chosen_rewards, rejected_rewards, alpha, gamma, sizes)  # (B,) each
+
+        regulariser: dict[str, Tensor] = {}
+        sft_weight = as_sft_weight(self.args.sft_weight)
+        if sft_weight != 0:
+            chosen_error = weighted[0].view(batch_size, group_size)[:, 0]
+            weight = sft_weights(sft_weight, ratio)  # (B,)
+            regulariser = {"loss/dpo": losses, "loss/sft": chosen_error, "sft_weight": weight}
+            regulariser["chosen_weight"] = ratio + weight
+            losses = losses + weight * chosen_error
         loss = losses.mean()
 
         gap = (policy_error - reference_error).view(batch_size, group_size)
+        counted: Any = (
+            _first(rejected_rewards, sizes) if "num_rejected" in inputs else ...
+        )  # all of them, without asking the device
         self.record(
             {
-                **({"alpha": alpha, "gamma": gamma} if self.args.physics_rewarding else {}),
+                **({"alpha": alpha[counted], "gamma": gamma[counted]} if self.args.physics_rewarding else {}),
+                **regulariser,
                 "rewards/chosen": chosen_rewards,
-                "rewards/rejected": rejected_rewards,
-                "rewards/margins": chosen_rewards[:, None] - rejected_rewards,
-                "rewards/accuracies": chosen_rewards[:, None] > rejected_rewards,
+                "rewards/rejected": rejected_rewards[counted],
+                "rewards/margins": (chosen_rewards[:, None] - rejected_rewards)[counted],
+                "rewards/accuracies": (chosen_rewards[:, None] > rejected_rewards)[counted],
                 "win_gap": gap[:, 0],
-                "lose_gap": gap[:, 1:],
+                "lose_gap": gap[:, 1:][counted],
             }
         )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss
+
+    def _group_loss(
+        self, chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Tensor, gamma: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss `(B,)` of groups, and what it multiplies the gradient of the chosen video's error by `(B,)`."""
+        beta, stays = self.args.beta, _first(rejected_rewards, sizes)
+        if self.args.loss_type == "plackett_luce":
+            ranked = rejected_rewards.where(stays, -torch.inf)
+            return group_dpo_loss(chosen_rewards, ranked), group_dgr(chosen_rewards, ranked, beta)
+        if self.args.loss_type == "sum":
+            losses = group_dpo_bound(chosen_rewards, rejected_rewards, alpha, gamma * stays)
+            return losses, group_dgr(chosen_rewards, rejected_rewards, beta, alpha, gamma * stays)
+        times = sizes if self.args.scale_by_group else torch.ones_like(sizes)
+        losses = group_dpo_sampled_bound(
+            chosen_rewards, rejected_rewards[:, 0], alpha[:, 0], gamma[:, 0], num_rejected=times
+        )
+        return losses, group_dgr(chosen_rewards, rejected_rewards, beta, alpha, gamma * times[:, None])
+
+
+def _first(values: Tensor, sizes: Tensor) -> Tensor:
+    """Mask `(B, k)` of the first `sizes` `(B,)` of each row: the rejected videos that a group compares with."""
+    return torch.arange(values.shape[1], device=values.device) < sizes[:, None]

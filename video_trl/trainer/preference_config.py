@@ -1,7 +1,10 @@
 """The arguments of every trainer whose loss compares videos."""
 
+import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
+
+from transformers.trainer_utils import IntervalStrategy
 
 from .base_config import VideoConfig, check_choice, check_positive
 from .parallel.engines import SHARDED, Engine
@@ -23,6 +26,8 @@ class PreferenceConfig(VideoConfig):
         "timestep_sampling",
         "timestep_logit_mean",
         "timestep_logit_std",
+        "timestep_range",
+        "rejected_score_below",
         "per_device_train_batch_size",
         "bf16",
         "fp16",
@@ -53,6 +58,23 @@ class PreferenceConfig(VideoConfig):
         },
     )
 
+    rejected_score_below: float | None = field(
+        default=None,
+        metadata={
+            "help": "Compare only with rejected videos whose judged physics, `pc` of their `rejected_scores`, is "
+            "below this; rows without one are left out. A generated video that obeys the law like the chosen one "
+            "teaches nothing about it. Unset: all."
+        },
+    )
+
+    heldout_evaluations: int = field(
+        default=10,
+        metadata={
+            "help": "Evaluations in a run where there is an `eval_dataset` and `eval_strategy` is 'no', for the gaps "
+            "on held-out rows: those on training rows flatter a model that remembers them. 0: none."
+        },
+    )
+
     group_parallel_size: int = field(
         default=1,
         metadata={
@@ -74,6 +96,14 @@ class PreferenceConfig(VideoConfig):
     def describe_processes_per_row(self) -> str:
         return f"{super().describe_processes_per_row()}, `group_parallel_size={self.group_parallel_size}`"
 
+    def with_evaluations(self, *, due: bool) -> Self:
+        """This configuration, or where `heldout_evaluations` are made a copy that says so."""
+        if not due or self.eval_strategy != IntervalStrategy.NO or self.heldout_evaluations == 0:
+            return self
+        args = copy.copy(self)
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, 1 / self.heldout_evaluations
+        return args
+
     def check_engine(self, engine: Engine) -> None:
         super().check_engine(engine)
         # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
@@ -88,6 +118,16 @@ class PreferenceConfig(VideoConfig):
         super()._check_base_values()
         check_positive(self, "group_parallel_size")
         check_choice(self, "step_mode", get_args(StepMode))
+        if self.rejected_score_below is not None and not 0 < self.rejected_score_below <= 1:
+            raise ValueError(
+                f"`rejected_score_below` must be in (0, 1], where scores lie, got {self.rejected_score_below}. Leave "
+                "it unset to compare with every rejected video."
+            )
+        if self.heldout_evaluations < 0 or self.heldout_evaluations == 1:
+            raise ValueError(
+                f"`heldout_evaluations` must be 0 or at least 2, got {self.heldout_evaluations}. For a single "
+                "evaluation call `trainer.evaluate()`."
+            )
         if self.precompute_ref_errors is not None and self.precompute_ref_errors < 1:
             raise ValueError(
                 f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.columns import MapDataset
 from .base_trainer import VideoTrainer
 from .parallel.engines import SHARDED
 from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
 from .preference_config import PreferenceConfig
-from .setup.rows import encoded_cache_dir
+from .setup.rows import IndexedDataset, encoded_cache_dir
+from .setup.scored_rows import check_rejected_scores, keep_low_scores
 from .step.group import GroupParallel
 from .step.passes import (
     AdapterReference,
@@ -53,6 +56,15 @@ class PreferenceTrainer(VideoTrainer):
         mode = "concat" if memory is None else fitting_step_mode(self.workload(), super().placement(), memory)
         logger.info("`step_mode='auto'` is '%s'.", mode)
         return mode
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
+        if self.args.rejected_score_below is not None:
+            check_rejected_scores(dataset, self.args.rejected_score_below)
+
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        rows, below = super().prepare_dataset(dataset, transformer), self.args.rejected_score_below
+        return rows if below is None else keep_low_scores(rows, below)
 
     @classmethod
     def videos_per_row(cls, args: Any, num_rejected: int) -> int:
@@ -155,6 +167,7 @@ class PreferenceTrainer(VideoTrainer):
             **{name: self.checkpointer.description[name] for name in names},
             **{name: arguments[name] for name in options},
             "timestep_shift": self.timestep_shift,
+            "timestep_range": self.timestep_range,
             "max_sequence_length": self.max_sequence_length,
             "scheduler": scheduler,
             "step_mode": self.step_mode,

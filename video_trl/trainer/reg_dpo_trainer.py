@@ -52,7 +52,8 @@ class VideoRegDPOTrainer(PreferenceTrainer):
 
         # The pair shares one timestep and, by default, one noise: only the videos differ.
         num_noises = 1 if self.args.shared_noise else 2
-        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=num_rejected)
+        choices = inputs.get("num_rejected", num_rejected)  # fewer where the score decides which stay
+        draw = self.step.draw(inputs["index"], chosen.shape[1:], num_noises=num_noises, num_choices=choices)
         rejected = rejected[torch.arange(batch_size, device=rejected.device), draw.choice]  # (B, C, F, H, W)
 
         latents = torch.stack([chosen, rejected], dim=1).flatten(0, 1)  # (2B, C, F, H, W), pairs side by side

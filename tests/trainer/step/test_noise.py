@@ -94,9 +94,40 @@ def test_the_group_shares_a_timestep_and_noise_only_if_asked_to(tmp_path, monkey
             {"timestep_sampling": "logit_normal", "timestep_logit_mean": 0.5, "timestep_logit_std": 2.0},
             lambda u: torch.sigmoid(0.5 + 2.0 * torch.special.ndtri(u)),
         ),
+        ({"timestep_range": (750, 995)}, lambda u: 0.75 + 0.245 * u),
+        (
+            {"timestep_sampling": "shifted", "timestep_range": [500.0, 1000.0]},
+            lambda u: (lambda v: 3 * v / (1 + 2 * v))(0.25 + 0.75 * u),  # 0.25 is where the shifted level is 0.5
+        ),
     ],
 )
 def test_the_configured_timestep_law_is_used(tmp_path, changes, expected):
     made = trainer(config(tmp_path, **changes))
     u = torch.linspace(0.01, 0.99, 50)
     torch.testing.assert_close(made.step.timesteps(u), 1000 * expected(u), rtol=1e-5, atol=1e-3)
+
+
+def test_a_range_of_timesteps_leaves_noise_and_choices_as_they_are(tmp_path):
+    whole, part = trainer(config(tmp_path)), trainer(config(tmp_path, timestep_range=(750, 995)))
+    left, right = (made.step.draw([3, 5], SHAPE, num_choices=3) for made in (whole, part))
+    assert all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("u", "choice", "noise"))
+    assert (part.step.timesteps(right.u) >= 750).all()
+
+
+def test_a_sample_chooses_among_its_own_number(tmp_path):
+    """Another number of options moves neither timestep nor noise, and one number for all is that number for each."""
+    numbers = list(range(200))
+    for_all, each = draw(numbers, num_choices=3), draw(numbers, num_choices=[3] * 200)
+    assert torch.equal(for_all.choice, each.choice) and torch.equal(for_all.noise, each.noise)
+    mixed = draw(numbers, num_choices=[1, 2] * 100)
+    assert torch.equal(mixed.noise, for_all.noise) and torch.equal(mixed.u, for_all.u)
+    assert not mixed.choice[0::2].any() and 70 < mixed.choice[1::2].sum() * 2 < 130
+
+
+def test_a_range_that_the_model_does_not_have_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"ends beyond the model's last timestep, 1000"):
+        trainer(config(tmp_path, timestep_range=(500, 1200)))
+    with pytest.raises(ValueError, match="draws no noise level"):
+        trainer(
+            config(tmp_path, timestep_sampling="logit_normal", timestep_logit_mean=-90.0, timestep_range=(900, 1000))
+        )

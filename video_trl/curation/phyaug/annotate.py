@@ -18,8 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...data.video_io import VideoDecodeError
 from ...judges.answers import AnswerError, read_answer
-from ...judges.chat import ChatClient, ChatError, ChatQuestion, InvalidAnswerError
-from ...judges.frames import evenly_spaced, frame_rate, sample_frames, size_within
+from ...judges.chat import (
+    ChatClient,
+    ChatError,
+    ChatQuestion,
+    ChatRefusedError,
+    ChatUnavailableError,
+    InvalidAnswerError,
+)
+from ...judges.frames import evenly_spaced, frame_rate, quoted, sample_frames, size_within
 from ...judges.weights import text_hash
 from ...load import SANDBOX, annotation_rules
 from ..clips.sources import open_clip
@@ -113,7 +120,7 @@ SYSTEM = (
     "usually happens, and you answer with one JSON object."
 )
 QUESTION = """These are {count} frames of one video, in order, at these seconds: {seconds}.
-Its caption: "{caption}"
+Its caption: {caption}
 
 Work through these steps.
 1. parse: list the entities with their materials, the actions (agent, verb, target), the forces and the outcomes that
@@ -138,7 +145,7 @@ def question_for(clip: "SeenClip") -> str:
     return QUESTION.format(
         count=len(clip.frames),
         seconds=", ".join(f"{time:.2f}" for time in clip.seconds),
-        caption=clip.prompt,
+        caption=quoted(clip.prompt),
         words=MAX_EXTENDED_WORDS,
         schema=json.dumps(Annotation.model_json_schema()),
     )
@@ -223,6 +230,9 @@ class RemoteAnnotator:
             ChatUnavailableError: the server cannot be used at all: better to stop than to drop every clip.
         """
         replies = self.client.ask_all([partial(self._question, clip) for clip in clips])
+        for reply in replies:
+            if isinstance(reply, ChatUnavailableError) and not isinstance(reply, ChatRefusedError):
+                raise reply
         return [_failure(reply) if isinstance(reply, ChatError) else reply.answer for reply in replies]
 
     def _question(self, clip: SeenClip) -> ChatQuestion[Annotation]:

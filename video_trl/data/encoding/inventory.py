@@ -91,6 +91,16 @@ class Inventory:
         """The cell in which a video or image was found first."""
         return self.places[digest].read(self.dataset)
 
+    def check_unchanged(self, digest: str) -> None:
+        """Raise a `ValueError` if the file of a video or image has other content than when it was hashed."""
+        place, source = self.places[digest], self.read(digest)
+        now, _ = _hash_or_reason(place, source)
+        if now != digest.partition("@")[0]:
+            raise ValueError(
+                f"{self.names[digest]}: the file has changed since encoding began, so what it was encoded to would be "
+                "kept under the hash of another one. Start again when nothing writes to it."
+            )
+
     def pixels_of(self, digest: str, pixels: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments `pixels` of `read_video`, with the video's own size where it has one."""
         size = self.sizes.get(digest)

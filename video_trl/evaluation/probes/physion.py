@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.probe_clips import ProbeClip
-from ...models import family_for, tap_block
+from ...models import family_of, tap_block
 from ...teachers import VideoTeacher
 from ..statistics import wilson_interval
 from .physion_stimuli import BAD_STIMULI
@@ -150,7 +150,7 @@ class DiffusionFeatures:
         if not noise_levels or not all(0 < level < 1 for level in noise_levels):
             raise ValueError(f"`noise_levels` are fractions of the schedule in (0, 1), got {list(noise_levels)}.")
         self.pipeline, self.transformer = pipeline, pipeline.transformer
-        self.family = family_for(pipeline.transformer, pipeline.scheduler)
+        self.family = family_of(pipeline)
         num_blocks = len(self.family.blocks(self.transformer))
         if not 1 <= block <= num_blocks:
             raise ValueError(f"`block` must be in [1, {num_blocks}], got {block}.")

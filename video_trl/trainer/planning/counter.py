@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for
+from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for, lora_targets
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.denoising import Denoising
@@ -26,6 +27,7 @@ from ..step.passes import SequentialErrors, forward_errors
 
 
 _DEPTHS = (3, 4)  # numbers of blocks that are counted
+_IN_ONE_BLOCK = re.compile(r"^\w+\.\d+\.")  # what the name of a layer of a single block begins with
 _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
 
@@ -122,6 +124,7 @@ def count_step(
     checkpointing: bool = True,
     checkpointing_policy: str = "full",
     lora_rank: int | None = 48,
+    lora_target_modules: str | Sequence[str] | None = None,
     bf16: bool = True,
     quantization: Quantization | None = None,
     prompt_tokens: int | None = None,
@@ -143,6 +146,8 @@ def count_step(
         checkpointing (`bool`, defaults to `True`): Whether activations are checkpointed.
         checkpointing_policy (`str`, defaults to `"full"`): Which activations; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
+        lora_target_modules (`str` or list of `str`, *optional*): Its layers, as the trainers take them;
+            layers of a single block count as those of every block.
         bf16 (`bool`, defaults to `True`): Compute in bfloat16, with frozen weights in bfloat16.
         quantization (`str`, *optional*): Format of frozen weights: `"nf4"`, `"int8"` or `"fp8"`.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
@@ -162,14 +167,17 @@ def count_step(
     check_policy(checkpointing_policy)
     policy = checkpointing_policy if checkpointing else None
     shape = (latents_shape[0], latents_shape[1], latents_shape[2], latents_shape[3])
-    settings = (shape, num_videos, reference, step_mode, policy, lora_rank, bf16, prompt_tokens)
+    targets = lora_target_modules or "attention"
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    adapter = None if lora_rank is None else (lora_rank, targets)
+    settings = (shape, num_videos, reference, step_mode, policy, adapter, bf16, prompt_tokens)
     cost = _count_all_blocks(config, settings)
     if quantization is None:
         return cost
     layers, saved = [], 0
     for option in _depths(config):  # a block of each kind
         others = {other: 0 for other in _depths(config) if other != option}
-        one_block, _ = _without_contents({**config, **others, option: 1}, lora_rank, _frozen_dtype(bf16))
+        one_block, _ = _without_contents({**config, **others, option: 1}, adapter, _frozen_dtype(bf16))
         kind = list(quantised_layers(one_block))
         saved += config[option] * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in kind)
         layers += kind
@@ -214,11 +222,11 @@ def _count(
     reference: str,
     step_mode: str,
     policy: str | None,
-    lora_rank: int | None,
+    adapter: tuple[int, tuple[str, ...]] | None,
     bf16: bool,
     prompt_tokens: int | None,
 ) -> StepCost:
-    transformer, family = _without_contents(json.loads(config), lora_rank, _frozen_dtype(bf16))
+    transformer, family = _without_contents(json.loads(config), adapter, _frozen_dtype(bf16))
     family.check_latents(transformer, latents_shape)
     if policy is not None:
         enable_recompute(transformer, policy, host=_on_host)
@@ -285,10 +293,10 @@ def _errors(
 
 
 def _without_contents(
-    config: Mapping[str, Any], lora_rank: int | None, frozen: torch.dtype
+    config: Mapping[str, Any], adapter: tuple[int, tuple[str, ...]] | None, frozen: torch.dtype
 ) -> tuple[ModelMixin, ModelFamily]:
     """A transformer with its LoRA on the meta device, in the dtypes of training, and its family."""
-    kind = TRANSFORMERS.get(config.get("_class_name", ""))
+    kind: Any = TRANSFORMERS.get(config.get("_class_name", ""))
     if kind is None:
         raise ValueError(
             f"Expected the config.json of one of {', '.join(TRANSFORMERS)}, got `_class_name` "
@@ -297,12 +305,13 @@ def _without_contents(
     with torch.device("meta"):
         transformer = kind.from_config({**config})
         family = family_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
-        if lora_rank is not None:
+        if adapter is not None:
+            rank, choice = adapter
             transformer.requires_grad_(False)
             for weight in transformer.parameters():
                 weight.data = weight.data.to(frozen)
-            targets = family.lora_target_modules
-            transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
+            targets = lora_targets(family, transformer, [_IN_ONE_BLOCK.sub("", name) for name in choice])
+            transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
             for weight in transformer.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()

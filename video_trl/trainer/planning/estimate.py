@@ -42,6 +42,7 @@ class Workload:
         num_videos (`int`): Videos in a micro-batch on one GPU.
         reference (`"none"`, `"adapter"` or `"copy"`): The reference: none, the policy with its adapter off, or a copy.
         lora_rank (`int`, *optional*): Rank of the adapter; `None` trains all weights.
+        lora_target_modules (`str` or list of `str`, *optional*): Its layers, as the trainers take them.
         bf16 (`bool`): Compute in bfloat16.
         quantization (`str`, *optional*): Format of frozen weights.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; those of the published checkpoints if not given.
@@ -54,6 +55,7 @@ class Workload:
     num_videos: int
     reference: ReferencePass = "none"
     lora_rank: int | None = 48
+    lora_target_modules: str | Sequence[str] | None = None
     bf16: bool = True
     quantization: Quantization | None = None
     prompt_tokens: int | None = None
@@ -77,6 +79,7 @@ class Workload:
             num_videos=videos_of_row * options.per_device_train_batch_size,
             reference=reference,
             lora_rank=options.lora_rank if options.use_peft else None,
+            lora_target_modules=options.lora_target_modules,
             bf16=bool(options.bf16),
             quantization=options.quantization,
             prompt_tokens=options.max_sequence_length,
@@ -89,6 +92,10 @@ class WorkloadOptions(Protocol):
     per_device_train_batch_size: int
     use_peft: bool
     lora_rank: int
+
+    @property
+    def lora_target_modules(self) -> str | list[str] | None: ...
+
     bf16: bool
     quantization: Quantization | None
     max_sequence_length: int | None
@@ -195,6 +202,7 @@ def _count(workload: Workload, placement: Placement) -> StepCost:
         checkpointing=policy is not None,
         checkpointing_policy=policy or "full",
         lora_rank=workload.lora_rank,
+        lora_target_modules=workload.lora_target_modules,
         bf16=workload.bf16,
         quantization=workload.quantization,
         prompt_tokens=workload.prompt_tokens,

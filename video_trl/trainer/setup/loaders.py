@@ -20,7 +20,7 @@ BATCH_WEIGHT = "batch_weight"
 """Key of a batch under which its `BatchWeight` stands."""
 
 # What the host itself decides by, such as which noise to draw. On a device it would have to wait to read it back.
-_HOST_COLUMNS = ("index", "teacher_grid", "teacher_frame_times")
+_HOST_COLUMNS = ("index", "num_rejected", "teacher_grid", "teacher_frame_times")
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 

@@ -11,9 +11,12 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ...hub import check_lora_config
+from ...models import ModelFamily, lora_targets
+from ..base_config import VideoConfig
 
 
 logger = logging.getLogger(__name__)
@@ -26,21 +29,32 @@ def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
     return getattr(transformer, "peft_config", {})  # PEFT sets the attribute with the first adapter
 
 
-def check_adapters(transformer: ModelMixin, peft_config: PeftConfig | None, *, use_peft: bool) -> None:
+def check_adapters(
+    transformer: ModelMixin, family: ModelFamily, peft_config: PeftConfig | None, args: VideoConfig
+) -> None:
     """
     Check that it is clear what is to be trained, and that it could be saved and loaded again faithfully.
 
     Args:
         transformer (`ModelMixin`): Transformer as the user passed it.
+        family ([`ModelFamily`]): Its family.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
-        use_peft (`bool`): Whether an adapter or all weights are trained.
+        args (`VideoConfig`): Says whether an adapter or all weights are trained, and describes the default adapter.
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
-            weights are to be trained; or if the adapter is of an unsupported kind, is switched off, merged into the
-            base or scaled; or a target module of `peft_config` does not exist; or if projections have been fused.
+            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the base
+            or scaled, or a target module does not exist; if projections have been fused; or if `lora_target_modules`
+            describes an adapter that is not made.
     """
-    existing = adapter_configs(transformer)
+    existing, use_peft = adapter_configs(transformer), args.use_peft
+    if args.lora_target_modules is not None and (existing or peft_config or not use_peft):
+        reason = "`use_peft=False` trains all weights"
+        if existing or peft_config:
+            reason = "`peft_config` describes another" if peft_config else "the transformer already carries one"
+        raise ValueError(
+            f"`lora_target_modules={args.lora_target_modules!r}` describes an adapter to make, but {reason}. Drop one."
+        )
     fuse = "fuse it into the base first (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`)"
     if existing and not use_peft:
         raise ValueError(
@@ -64,6 +78,8 @@ def check_adapters(transformer: ModelMixin, peft_config: PeftConfig | None, *, u
     _check_projections(transformer)
     if peft_config is not None:
         _check_target_modules(transformer, peft_config)
+    elif use_peft and not existing:
+        lora_targets(family, transformer, args.lora_target_modules)
 
 
 def attach_lora(
@@ -193,6 +209,18 @@ def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
             f"`target_modules` of `peft_config` must name modules of {type(transformer).__name__}, got "
             f"{missing or targets}, which match none. Its linear layers are named {known[:20]}."
         )
+    if not any(check_target_module_exists(config, name) for name in names):
+        raise ValueError(
+            f"`peft_config` leaves no layer of {type(transformer).__name__} to train, with "
+            f"exclude_modules={config.exclude_modules}, layers_to_transform={config.layers_to_transform} and "
+            f"layers_pattern={config.layers_pattern}. Blocks are counted from 0, and `layers_pattern` is the name "
+            f"that stands before their number, such as {_numbered(names)!r}."
+        )
+
+
+def _numbered(names: Sequence[str]) -> str:
+    """What stands before the first number in names of modules."""
+    return next((name.rpartition(".")[0] for name in names if name.rpartition(".")[2].isdigit()), "")
 
 
 def _cast_adapters(transformer: nn.Module) -> None:

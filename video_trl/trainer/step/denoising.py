@@ -68,7 +68,7 @@ def draw_noise(
     latents_shape: Sequence[int],
     *,
     num_noises: int,
-    num_choices: int,
+    num_choices: int | Sequence[int] | Tensor,
 ) -> NoiseDraw:
     """
     Draw what a training step needs, for each sample from its own generator, in the order u, choice, noise.
@@ -79,16 +79,18 @@ def draw_noise(
         indices (`Iterable[int]`): Indices of the B samples of the batch in their dataset.
         latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
         num_noises (`int`): Independent noises K per sample.
-        num_choices (`int`): Number of options that `choice` selects from.
+        num_choices (`int`, or one of each sample): Number of options that `choice` selects from.
 
     Returns:
         [`NoiseDraw`]: The numbers, on the CPU. The first noise of a sample does not depend on `num_noises`.
     """
     us, choices, noises = [], [], []
-    for step, index in zip(steps, indices, strict=True):
+    numbers = list(indices)
+    options = [num_choices] * len(numbers) if isinstance(num_choices, int) else map(int, num_choices)
+    for step, index, number in zip(steps, numbers, options, strict=True):
         generator = sample_generator(seed, step, index)
         us.append(torch.rand((), generator=generator, dtype=torch.float64))
-        choices.append(torch.randint(num_choices, (), generator=generator))
+        choices.append(torch.randint(number, (), generator=generator))
         # One call per noise: a single call for all would hand out its numbers in another order.
         noises.append(torch.stack([torch.randn(*latents_shape, generator=generator) for _ in range(num_noises)]))
     return NoiseDraw(torch.stack(us), torch.stack(choices), torch.stack(noises))
@@ -130,7 +132,8 @@ class DenoisingStep:
         seed (`int`): Seed of the run.
         device (`torch.device`): Where the results are needed.
         now (`Callable`): The step under which samples draw: optimizer steps done so far, or `EVALUATION_STEP`.
-        sampling (`str`), shift (`float`), logit_mean (`float`), logit_std (`float`): Distribution of the timesteps.
+        sampling (`str`), shift (`float`), logit_mean (`float`), logit_std (`float`), timestep_range (`(float, float)`,
+            *optional*): Distribution of the timesteps, and the part of their scale that it is restricted to.
 
     Attributes:
         noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
@@ -148,13 +151,20 @@ class DenoisingStep:
         shift: float = 1.0,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        timestep_range: Sequence[float] | None = None,
     ) -> None:
         self.family, self.seed, self.device, self.now = family, seed, device, now
         self.sampling, self.shift, self.logit_mean, self.logit_std = sampling, shift, logit_mean, logit_std
+        self.timestep_range = timestep_range
         self.noise_steps: Callable[[Sequence[int]], list[int]] = lambda indices: [now()] * len(indices)
 
     def draw(
-        self, indices: Iterable[int], latents_shape: Sequence[int], *, num_noises: int = 1, num_choices: int = 1
+        self,
+        indices: Iterable[int],
+        latents_shape: Sequence[int],
+        *,
+        num_noises: int = 1,
+        num_choices: int | Sequence[int] | Tensor = 1,
     ) -> NoiseDraw:
         """
         Random numbers of a batch, a function of (seed, step, sample index) only.
@@ -163,7 +173,7 @@ class DenoisingStep:
             indices (`Iterable[int]`): Positions of the B samples in their dataset; a tensor must be on the CPU.
             latents_shape (`Sequence[int]`): Shape `(C, F, H, W)` of the latents of one video.
             num_noises (`int`, defaults to `1`): Independent noises per sample.
-            num_choices (`int`, defaults to `1`): Number of options that `choice` selects from.
+            num_choices (`int`, or one of each sample, defaults to `1`): Number of options of `choice`.
 
         Returns:
             [`NoiseDraw`]: Choice and noise on the trainer's device, u on the CPU, where timesteps are made of it.
@@ -176,7 +186,12 @@ class DenoisingStep:
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps `(B,)` on the model's scale and the trainer's device, from u `(B,)`, as configured."""
         timesteps = self.family.noise_process.sample_timesteps(
-            u, scheme=self.sampling, shift=self.shift, logit_mean=self.logit_mean, logit_std=self.logit_std
+            u,
+            scheme=self.sampling,
+            shift=self.shift,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            timestep_range=self.timestep_range,
         )
         return to_device(self.device, timesteps)[0]
 
