@@ -35,7 +35,7 @@ class TextDetector(Protocol):
 TEXT_SHORT_EDGE = 480  # pixels: letters of 5 % of the height have strokes of 2 to 4
 
 # Of a logistic regression on lines found in rendered subtitles and in textures without any text
-# (examples/studies/text_rule.py): weight of each number that `_describe` gives, in its order.
+# (drawn as in examples/studies/text_rule.py, and photographs): weight of each number of `_describe`, in its order.
 _WEIGHTS = np.array([1.86, 1.44, -0.51, -0.63, -0.34, 1.59, -14.36, 0.74, -0.28, -3.22, -1.1, 3.63, -10.3, 0.04, -2.35, -2.25])  # fmt: skip  # noqa: E501
 _BIAS = -4.79
 
