@@ -148,7 +148,7 @@ def _list_source(
     if path.suffix.lower() == ".tar" and path.is_file():
         return _list_tar(path)
     if path.is_file():
-        return iter([_file_row(path, str(path), _caption_beside(path, path.parent.iterdir()))])
+        return iter([_file_row(path, str(path), _caption_beside(path, path.parent.iterdir(), path.parent))])
     try:
         loaded = datasets.load_dataset(str(source), split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
@@ -171,7 +171,7 @@ def _list_folder(root: Path) -> Iterator[Row]:
     for path in files:
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
-            caption = captions.get(name) or _caption_beside(path, sidecars.get(path.with_suffix(""), ()))
+            caption = captions.get(name) or _caption_beside(path, sidecars.get(path.with_suffix(""), ()), root)
             yield _file_row(path, f"{root}/{name}", caption)
         elif suffix == ".tar":
             yield from _list_tar(path)
@@ -198,11 +198,24 @@ def _file_row(path: Path, source_id: str, caption: str | None) -> Row:
     }
 
 
-def _caption_beside(path: Path, others: Iterable[Path]) -> str | None:
+def _caption_beside(path: Path, others: Iterable[Path], root: Path) -> str | None:
     """`clip.txt` or `clip.json` (WebDataset's layout) beside `clip.mp4`, in capitals or not."""
     found = {other.suffix.lower(): other for other in others if other.with_suffix("") == path.with_suffix("")}
     sidecar = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), None)
-    return None if sidecar is None else _caption_in(sidecar.read_bytes(), sidecar.suffix.lower())
+    if sidecar is None or not _is_inside(sidecar, root):
+        return None
+    return _caption_in(sidecar.read_bytes(), sidecar.suffix.lower())
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    """Whether a file of captions lies below the folder, links followed: what is trained on can be published."""
+    target = path.resolve()
+    # Of a repository that huggingface_hub fetched, every file is a link into the folder `blobs` beside its snapshots.
+    blobs = [parent / "blobs" for parent in root.absolute().parents if (parent / "snapshots").is_dir()]
+    if any(target.is_relative_to(folder.resolve()) for folder in (root, *blobs)):
+        return True
+    logger.warning("%s leads out of %s and is not read.", path, root)
+    return False
 
 
 def _caption_in(data: bytes, suffix: str) -> str | None:
@@ -228,7 +241,7 @@ def _metadata_captions(root: Path) -> dict[str, str]:
     """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
     captions: dict[str, str | None] = {}
     for name in _METADATA_NAMES:
-        if (root / name).is_file():
+        if (root / name).is_file() and _is_inside(root / name, root):
             with open(root / name, encoding="utf-8-sig", errors="replace", newline="") as file:
                 try:
                     records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))
