@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import numpy as np
@@ -36,6 +36,30 @@ class MapDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class IndexedRows(Protocol):
+    """Rows with an index, which says without a tensor how many rejected videos they have, and the judge's scores."""
+
+    def rejected_counts(self) -> list[int]: ...
+
+    def rejected_scores(self) -> list[Any]: ...
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Rows that are named by a hash of all that they depend on; none where that is not known."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+
+def fingerprint_of(dataset: MapDataset) -> str | None:
+    """A name for the content of a dataset: equal ones have equal rows. `None` where it has none."""
+    if isinstance(dataset, datasets.Dataset):
+        return dataset._fingerprint
+    return dataset.fingerprint if isinstance(dataset, Fingerprinted) else None
 
 
 def column_names(dataset: MapDataset) -> list[str]:
@@ -211,6 +235,8 @@ def _refuse_transform(dataset: datasets.Dataset) -> None:
 def _cells(dataset: MapDataset, column: str) -> Iterator[Any]:
     if isinstance(dataset, datasets.Dataset):
         yield from dataset.select_columns(column)[column]
+    elif isinstance(dataset, IndexedRows) and column == "rejected_scores":
+        yield from dataset.rejected_scores()
     else:
         for row in range(len(dataset)):
             yield dataset[row].get(column)
@@ -246,9 +272,12 @@ def _check_prompts(dataset: MapDataset) -> None:
 
 def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
     """Number of rejected videos of each row."""
-    if isinstance(dataset, datasets.Dataset) and column == "rejected":
-        if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
-            return [1] * len(dataset)
+    if isinstance(dataset, IndexedRows):
+        return dataset.rejected_counts()
+    feature = dataset.features[column] if isinstance(dataset, datasets.Dataset) else None
+    if column == "rejected" and feature and not isinstance(feature, (datasets.List, datasets.LargeList)):
+        return [1] * len(dataset)
+    if isinstance(dataset, datasets.Dataset) and isinstance(feature, (datasets.List, datasets.LargeList)):
         chunks = _arrow_cells(dataset, column)
         return [length or 0 for chunk in chunks for length in chunk.value_lengths().to_pylist()]
     if column == "rejected":

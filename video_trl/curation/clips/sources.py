@@ -4,19 +4,26 @@ List the clips of folders, WebDataset tars and `datasets`. Listing reads names a
 Every source becomes rows of the same columns (`SOURCE`); [`open_clip`] gets a row's bytes back.
 """
 
-import csv
-import json
 import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
 
+from ...data.folders import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    VIDEO_SUFFIXES,
+    caption_for,
+    caption_in,
+    captions_below,
+    files_below,
+)
 from ...data.video_file import open_bytes
 from ...data.video_io import video_hash
 from ...files import write_atomically
@@ -35,13 +42,6 @@ SOURCE: dict[str, pa.DataType] = {
     "prompt": pa.string(),
     "listing": pa.string(),
 }
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .webm .wmv".split()
-)
-CAPTION_KEYS = ("prompt", "caption", "text")
-CAPTION_SUFFIXES = (".txt", ".json")
-_METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-
 Row = dict[str, Any]
 
 
@@ -148,7 +148,9 @@ def _list_source(
     if path.suffix.lower() == ".tar" and path.is_file():
         return _list_tar(path)
     if path.is_file():
-        return iter([_file_row(path, str(path), _caption_beside(path, path.parent.iterdir(), path.parent))])
+        folder = path.parent
+        beside = [other for other in folder.iterdir() if other.stem == path.stem]
+        return iter([_file_row(path, str(path), caption_for(path, folder, captions_below(folder, beside)))])
     try:
         loaded = datasets.load_dataset(str(source), split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
@@ -161,29 +163,19 @@ def _list_source(
 
 def _list_folder(root: Path) -> Iterator[Row]:
     """Videos and tars below a folder, in the order of their names; hidden ones and other files are left out."""
-    captions = _metadata_captions(root)
+    captions = captions_below(root)
     ignored: Counter[str] = Counter()
-    files = [path for path in sorted(root.rglob("*")) if _is_visible(path.relative_to(root)) and path.is_file()]
-    sidecars: dict[Path, list[Path]] = {}
-    for path in files:
-        if path.suffix.lower() in CAPTION_SUFFIXES:
-            sidecars.setdefault(path.with_suffix(""), []).append(path)
-    for path in files:
+    for path in files_below(root):
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
-            caption = captions.get(name) or _caption_beside(path, sidecars.get(path.with_suffix(""), ()), root)
-            yield _file_row(path, f"{root}/{name}", caption)
+            yield _file_row(path, f"{root}/{name}", caption_for(path, root, captions))
         elif suffix == ".tar":
             yield from _list_tar(path)
-        elif suffix not in CAPTION_SUFFIXES and path.name not in _METADATA_NAMES:
+        elif suffix not in CAPTION_SUFFIXES and path.name not in METADATA_NAMES:
             ignored[path.suffix] += 1
     if ignored:
         kinds = ", ".join(f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(ignored.items()))
         logger.warning("%s: files that are no videos by their suffix are left out: %s", root, kinds)
-
-
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
 
 
 def _file_row(path: Path, source_id: str, caption: str | None) -> Row:
@@ -198,70 +190,6 @@ def _file_row(path: Path, source_id: str, caption: str | None) -> Row:
     }
 
 
-def _caption_beside(path: Path, others: Iterable[Path], root: Path) -> str | None:
-    """`clip.txt` or `clip.json` (WebDataset's layout) beside `clip.mp4`, in capitals or not."""
-    found = {other.suffix.lower(): other for other in others if other.with_suffix("") == path.with_suffix("")}
-    sidecar = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), None)
-    if sidecar is None or not _is_inside(sidecar, root):
-        return None
-    return _caption_in(sidecar.read_bytes(), sidecar.suffix.lower())
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    """Whether a file of captions lies below the folder, links followed: what is trained on can be published."""
-    target = path.resolve()
-    # Of a repository that huggingface_hub fetched, every file is a link into the folder `blobs` beside its snapshots.
-    blobs = [parent / "blobs" for parent in root.absolute().parents if (parent / "snapshots").is_dir()]
-    if any(target.is_relative_to(folder.resolve()) for folder in (root, *blobs)):
-        return True
-    logger.warning("%s leads out of %s and is not read.", path, root)
-    return False
-
-
-def _caption_in(data: bytes, suffix: str) -> str | None:
-    text = data.decode("utf-8-sig", "replace")
-    if suffix == ".txt":
-        return text.strip() or None
-    try:
-        return _caption_of(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        logger.warning("A caption is no JSON and is not used (%s): %.60r", error, text)
-        return None
-
-
-def _caption_of(record: Any) -> str | None:
-    """The first of the usual keys that holds a text."""
-    if not isinstance(record, Mapping):
-        return None
-    texts = (str(record[key]).strip() for key in CAPTION_KEYS if record.get(key))
-    return next((text for text in texts if text), None)
-
-
-def _metadata_captions(root: Path) -> dict[str, str]:
-    """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
-    captions: dict[str, str | None] = {}
-    for name in _METADATA_NAMES:
-        if (root / name).is_file() and _is_inside(root / name, root):
-            with open(root / name, encoding="utf-8-sig", errors="replace", newline="") as file:
-                try:
-                    records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))
-                except csv.Error as error:
-                    raise ValueError(f"{root / name}: expected a table of captions, got no CSV ({error}).") from error
-            named = (record for record in records if isinstance(record, Mapping) and record.get("file_name"))
-            captions |= {str(record["file_name"]): _caption_of(record) for record in named}
-    return {name: caption for name, caption in captions.items() if caption}
-
-
-def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
-    """The records of a file; a line that is none costs the captions in it, not the run."""
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                logger.warning("%s, line %d is no JSON and is not used (%s)", path, number, error)
-
-
 def _list_tar(path: Path) -> Iterator[Row]:
     """Members of a WebDataset tar: `key.mp4` with an optional `key.txt` or `key.json`. Nothing is unpacked."""
     status = path.stat()
@@ -273,7 +201,7 @@ def _list_tar(path: Path) -> Iterator[Row]:
                 stem, suffix = os.path.splitext(member.name)
                 data = tar.extractfile(member) if suffix.lower() in CAPTION_SUFFIXES else None
                 if data is not None:
-                    captions[stem] = _caption_in(data.read(), suffix.lower())
+                    captions[stem] = caption_in(data.read(), suffix.lower())
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not an uncompressed tar, or cut off ({error}). Fetch it again.") from error
     for member in members:

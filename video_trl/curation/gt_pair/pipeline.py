@@ -57,14 +57,11 @@ RATIOS = tuple(f"{across}:{down}" for across, down in ASPECT_RATIOS)
 
 
 class Captioner(Protocol):
-    """
-    Writes captions for clips that have none.
+    """Writes captions for clips that have none."""
 
-    Attributes:
-        name: model and version; another name makes new captions.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Model and version; another name makes new captions."""
 
     def __call__(self, videos: Sequence[str]) -> list[str]:
         """One caption for each file."""

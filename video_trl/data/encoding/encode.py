@@ -4,10 +4,9 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-import torch.distributed as dist
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -32,6 +30,7 @@ from ..images import read_image
 from ..video_io import probe_video, read_video
 from .identity import module_settings, tokenizer_settings
 from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
+from .processes import default_device, first_on_each_machine
 from .store import EncodedDataset, EncodedWriter
 
 
@@ -141,10 +140,10 @@ def encode_dataset(
         max_crop=max_crop,
         batch_size=batch_size,
         on_bad_video=on_bad_video,
-        device=_default_device() if device is None else torch.device(device),
+        device=default_device() if device is None else torch.device(device),
     )
     _check_job(job)
-    encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(partial(_build, job, Path(cache_dir))))
+    encoded = EncodedDataset(Path(cache_dir) / first_on_each_machine(partial(_build, job, Path(cache_dir))))
     if encoded.skipped:
         videos = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
         logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), videos)
@@ -423,37 +422,3 @@ def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to("cpu")
         if device.type != "cpu":
             torch.accelerator.empty_cache()
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _first_on_each_machine(work: Callable[[], str]) -> str:
-    """
-    Run `work` in one process of each machine while the others wait, and give all of them its result.
-
-    The group is its own because encoding may take longer than the time limit of the default group. An error raises in
-    every process, so that none waits for one that has given up.
-    """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return work()
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    result: str | None = None
-    failure: Exception | None = None
-    if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    reports: list[Any] = [None] * dist.get_world_size()
-    message = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
-    dist.all_gather_object(reports, (result, message), group=group)
-    dist.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    for _, reported in reports:
-        if reported is not None:
-            is_value_error, text = reported
-            raise ValueError(text) if is_value_error else RuntimeError(text)
-    return next(name for name, _ in reports if name is not None)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,15 +129,35 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             example["weight"] = row["weight"]
         return example
 
-    def latents_shapes(self) -> list[list[tuple[int, ...]]]:
-        """The shapes `(C, F, H, W)` of the latents in every row, chosen ones first, from the headers of the files."""
-        shape_of: dict[str, tuple[int, ...]] = {}
+    def shapes(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """
+        The shapes in every row, from the headers of the files: under `"latents"` those of its videos, the only or
+        chosen one first, and under each of `columns` that of its tensor.
+        """
+        shape_of: dict[str, list[int]] = {}
         for shard in sorted(set(self._shard_of.values())):
             file = self._open(shard)
-            shape_of.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-        of_one = self.row_type == "video"
-        keys_of_rows = [[row["video"]] if of_one else [row["chosen"], *row["rejected"]] for row in self._rows]
-        return [[shape_of[key] for key in keys] for keys in keys_of_rows]
+            shape_of.update({key: list(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        shapes = []
+        for row in self._rows:
+            keys = {"prompt_embeds": row["prompt_embeds"], **row.get("conditions", {})}
+            videos = [row["video"]] if self.row_type == "video" else [row["chosen"], *row["rejected"]]
+            shapes.append(
+                {"latents": [shape_of[key] for key in videos]} | {name: shape_of[keys[name]] for name in columns}
+            )
+        return shapes
+
+    def twins(self) -> list[int]:
+        """Rows in which a rejected video is the chosen one."""
+        return [number for number, row in enumerate(self._rows) if row.get("chosen") in row.get("rejected", ())]
+
+    def rejected_counts(self) -> list[int]:
+        """Number of rejected videos of each row; no tensor is read."""
+        return [len(row["rejected"]) for row in self._rows]
+
+    def rejected_scores(self) -> list[Any]:
+        """The judge's scores of each row, or none; no tensor is read."""
+        return [row.get("rejected_scores") for row in self._rows]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -288,7 +308,7 @@ class EncodedWriter:
         if size >= self._shard_bytes or now - self._written >= at_stake:
             self._flush()
 
-    def finish(self, rows: list[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
+    def finish(self, rows: Sequence[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
         """Write the rest and the index."""
         if self._pending:
             self._flush()

@@ -14,8 +14,8 @@ from ...files import fingerprint
 from ...teachers.base import TeacherTokens, VideoTeacher
 from ..columns import MapDataset, column_names, undecoded
 from ..video_io import read_video, source_name, video_hash
-from .encode import _default_device, _first_on_each_machine
 from .inventory import in_threads
+from .processes import default_device, first_on_each_machine
 from .store import EncodedDataset, EncodedWriter
 
 
@@ -103,12 +103,12 @@ def encode_teacher(
         raise ValueError(f"The dataset has no column {column!r}, only {', '.join(column_names(dataset))}.")
     pixels = {"num_frames": num_frames, "fps": fps, "height": height, "width": width}
     plain = undecoded(dataset)
-    where = _default_device() if device is None else torch.device(device)
+    where = default_device() if device is None else torch.device(device)
 
     def build() -> str:
         return _build(plain, teacher, column, Path(cache_dir), pixels, batch_size, where)
 
-    return TeacherTokenDataset(Path(cache_dir) / _first_on_each_machine(build))
+    return TeacherTokenDataset(Path(cache_dir) / first_on_each_machine(build))
 
 
 def quantise_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
 from torch.utils.data import Dataset
 
-from ...data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
+from ...data import encode_dataset, is_encoded
 from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
 from ..base_config import VideoConfig
+from .encoded_rows import check_encoded_rows
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -71,7 +73,7 @@ def prepare_rows(
     max_sequence_length: int,
 ) -> IndexedDataset:
     """
-    Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows.
+    Encode a raw dataset, or take an encoded one as it is; check all its rows, and number them.
 
     Raises:
         ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
@@ -101,37 +103,15 @@ def prepare_rows(
             device=args.device,
         )
     check_conditions(dataset, family)
-    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, family))
-
-
-def _checked_shapes(
-    dataset: MapDataset, row_type: str, transformer: ModelMixin, family: ModelFamily
-) -> list[tuple[int, ...]]:
-    """Shape `(C, F, H, W)` of the latents in each row."""
-    checked: list[tuple[int, ...]] = []
-    known: set[tuple[int, ...]] = set()
-    for number, shapes in enumerate(_latents_shapes(dataset, row_type)):
-        if len(set(shapes)) > 1:
-            raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
-        if shapes[0] not in known:
-            try:
-                family.check_latents(transformer, shapes[0])
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
-            known.add(shapes[0])
-        checked.append(shapes[0])
-    return checked
-
-
-def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes `(C, F, H, W)` in every row; of an `EncodedDataset` from the headers of its files."""
-    if isinstance(dataset, EncodedDataset):
-        yield from dataset.latents_shapes()
-        return
-    columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
-    for number in range(len(dataset)):
-        row = dataset[number]
-        yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
+    shapes = check_encoded_rows(
+        dataset,
+        row_type,
+        transformer,
+        family,
+        max_sequence_length=max_sequence_length,
+        cache_dir=Path(encoded_cache_dir(args)),
+    )
+    return IndexedDataset(dataset, shapes)
 
 
 def resolve_max_sequence_length(
