@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -60,6 +61,26 @@ _SECONDS_TO_WARN, _SECONDS_TO_WAIT = 5.0, 600.0
 _PIECE = 16 << 20  # bytes of a file that are hashed at a time
 _NAME_BYTES = 220  # of a target's name that a temporary name repeats: file systems allow 255 in all
 _ATTEMPTS = 20
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of names_like_this, like-this, likeThis and LIKE_THIS
+_SECRET = {
+    "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "apikey", "authorization", "auth",
+    "credential", "credentials", "bearer", "cookie", "signature", "sas",
+}  # fmt: skip
+_SECRET_PAIRS = {"api key", "access key", "private key", "account key", "session key", "encryption key"}
+_ALL_SECRET = {"headers", "header", "cookies", "env", "environ"}
+_SECRET_TEXT = re.compile(
+    r"(://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"|(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"
+    r"|([\w-]*(?:token|secret|password|api[_-]?key|signature|authorization|credential)[\w-]*[\"']?\s*[=:]\s*"
+    r"[\"']?(?:bearer\s+|basic\s+)?)[^\s\"'&,;}]{4,}"
+    r"|\b(?:hf_|sk-|gh[opsu]_|xox[abp]-|AKIA)[\w-]{12,}",
+    re.IGNORECASE,
+)
+# What Markdown, HTML or a formula between dollars begins with; an underscore only at the edge of a word.
+_MARKUP = re.compile(
+    r"[<>&`*\\~$@\x00-\x1f\x7f]|\](?=[\[(:])|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE
+)
+_FORMULA = re.compile(r"\s*'*[\s']*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms too
 _IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -447,6 +468,53 @@ def tensor_checksum(*parts: "str | Tensor") -> str:
         digest.update(f"{part.dtype} {list(part.shape)}".encode())
         digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """
+    A configuration as it may be written to a file, a card or a tracker.
+
+    Args:
+        value: Anything; dicts, lists and tuples are gone through at every depth.
+        name (`str`): What it is called.
+
+    Returns:
+        The same, with `"<NAME>"` in place of what is called a token, key, password and so on, of every HTTP header and
+        cookie, and of passwords, keys and signatures inside texts, such as those of addresses.
+    """
+    words = {word.lower() for word in _WORDS.findall(name)}
+    if value is None or isinstance(value, bool):
+        return value
+    if words & _SECRET or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}:
+        return f"<{name.upper()}>"
+    if isinstance(value, Mapping):
+        inner = {key: f"{key} secret" if words & _ALL_SECRET else str(key) for key in value}
+        return {key: without_secrets(item, inner[key]) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], str):  # as headers are also given
+            return [value[0], without_secrets(value[1], f"{value[0]} secret" if words & _ALL_SECRET else value[0])]
+        return [without_secrets(item, name) for item in value]
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(lambda found: next(filter(None, found.groups()), "") + "<SECRET>", value)
+    return value
+
+
+def unmarked(text: str) -> str:
+    """A text as a line of Markdown that shows it as it is: no markup, no HTML, no link, no comment."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split())).replace("|", "\\|")
+
+
+def formula_free(value: Any) -> Any:
+    """
+    The value as a cell of a CSV that no spreadsheet runs: a text that one would take for a formula gets an apostrophe
+    in front. [`with_formula`] takes it away again.
+    """
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def with_formula(text: str) -> str:
+    """What [`formula_free`] made the cell of."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:

@@ -9,15 +9,17 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 
-from ..files import write_atomically
+from ..files import unmarked, without_secrets, write_atomically
 from ..load import SANDBOX
 from .lora import LORA_FILE_NAME
 
 
 CARD_NAME = "README.md"
 _PACKAGES = ("video-trl", "torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
-_EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- end of evaluation -->", re.DOTALL)
+# At the start of a line, where no prompt of a card stands.
+_EVALUATION = re.compile(r"^<!-- evaluation -->.*?<!-- end of evaluation -->$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -203,19 +205,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def settings_table(settings: Mapping[str, Any] | None) -> str:
     """A table of names and values."""
-    return table([{"setting": name, "value": value} for name, value in (settings or {}).items()])
+    shown = without_secrets(dict(settings or {}))
+    return table([{"setting": name, "value": value} for name, value in shown.items()])
 
 
 def cell(value: Any) -> str:
-    """A value as the cell of a table: one line, bars escaped, floats to four digits."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A value as the cell of a table: one line, floats to four digits; a text is shown as it is, `Markup` is used."""
+    if isinstance(value, Markup):
+        return value
+    return unmarked(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def fence(text: str) -> str:
+    """Marks of a code block that no line of the text can end."""
+    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def render(template: str, **values: Any) -> str:
     text = resources.files("video_trl").joinpath(f"templates/{template}").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "fence": fence}
     return environment.from_string(text).render(**values)
 
 

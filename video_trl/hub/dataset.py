@@ -10,9 +10,22 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
+from markupsafe import Markup
 
 from ..data.columns import undecoded
-from ..files import LOCK_NAME, atomic_file, fingerprint, hash_bytes, remove_leftovers, resumable_folder
+from ..data.images import read_image
+from ..data.video_io import iterate_video
+from ..files import (
+    LOCK_NAME,
+    atomic_file,
+    fingerprint,
+    hash_bytes,
+    read_json,
+    remove_leftovers,
+    resumable_folder,
+    unmarked,
+    write_json,
+)
 from .card import CARD_NAME, render, settings_table, table
 from .upload import explained, without_conflict
 
@@ -36,6 +49,7 @@ _MEANING = {
     "provenance": "where the row comes from",
 }
 _SHOWN_ROWS = 3
+_LIST = "export.json"
 _ROWS_PER_FILE, _BYTES_PER_FILE = 256, 400_000_000
 
 
@@ -48,6 +62,7 @@ def export_dataset(
     license: str | None = None,
     description: str = "",
     details: Mapping[str, Any] | None = None,
+    media_folders: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Path:
     """
     Write a dataset as a folder that can go anywhere: `data/*.parquet` with the bytes of the videos in them, a card,
@@ -62,19 +77,25 @@ def export_dataset(
         license (`str`, *optional*): Licence identifier.
         description (`str`, *optional*): How the dataset was made.
         details (`dict`, *optional*): Table of settings and counts of that.
+        media_folders (list of `str` or `Path`, *optional*): Folders that the files must lie under, links followed. By
+            default all files must lie under one folder, which is neither the home folder nor one above or beside it.
 
     Returns:
-        `Path`: The folder.
+        `Path`: The folder. `export.json` in it lists the files and their hashes; [`push_dataset`] sends nothing else.
 
     Raises:
-        ValueError: There are no rows, no videos, or a file is gone; or the folder holds anything but an export.
+        ValueError: There are no rows, no videos, a file is gone, is no readable video or image, or lies elsewhere; or
+            the folder holds anything but an export.
     """
     folder = Path(folder)
     features = _features(dataset)
     media = {column for column, feature in features.items() if _media_type(feature) is not None}
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
-    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME)]
+    _check_places(dataset, media, media_folders)
+    strange = [
+        path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME, _LIST)
+    ]
     if strange:
         raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
     remove_leftovers(folder.parent)
@@ -86,6 +107,7 @@ def export_dataset(
             details=details,
         )  # fmt: skip
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
+        write_json(partial / _LIST, {"rows": len(dataset), "files": _hashes(partial)}, indent=1)
     return folder
 
 
@@ -110,20 +132,22 @@ def push_dataset(
         folder (`str` or `Path`, *optional*): Where to write the files, and to leave them; a temporary one by default.
         private (`bool`, *optional*): Visibility of a new repository; the account's default.
         token (`str`, *optional*): Access token; the one logged in with.
-        **card: `split`, `license`, `description` and `details` of [`export_dataset`].
+        **card: `split`, `license`, `description`, `details` and `media_folders` of [`export_dataset`].
 
     Returns:
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: As [`export_dataset`], or the folder holds no dataset. Raised before anything is sent.
+        ValueError: As [`export_dataset`], the folder holds no dataset, or an export that is not whole or was changed.
+            Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
         if isinstance(dataset, datasets.Dataset):
             exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)
-        elif (Path(dataset) / "data").is_dir() and (Path(dataset) / CARD_NAME).is_file():
+        elif (Path(dataset) / _LIST).is_file() or (Path(dataset) / CARD_NAME).is_file():
             exported = Path(dataset)
+            _check_export(exported)
         elif (Path(dataset) / "state.json").is_file():
             rows = datasets.load_from_disk(str(dataset))
             exported = export_dataset(rows, folder or temporary, name=repo_id, **card)
@@ -148,6 +172,59 @@ def push_dataset(
 
         place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
         return explained(send, f"{place}Call `push_dataset` again later; what was sent is not sent twice.")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != _LIST and not path.name.startswith(".")
+    )
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+
+
+def _check_export(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: The folder is not what [`export_dataset`] wrote.
+    """
+    listed = read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+    found = _hashes(folder)
+    wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    if wrong or not listed:
+        raise ValueError(
+            f"{folder} is no whole export: {wrong[0] if wrong else _LIST} is missing, was changed, or does not belong "
+            f"to it ({len(wrong)} files in all). Call `export_dataset` again."
+        )
+
+
+def _check_places(
+    dataset: datasets.Dataset, media: set[str], folders: Sequence[str | os.PathLike[str]] | None
+) -> None:
+    """
+    Raises:
+        ValueError: A file that a row names lies outside the folders, or the files have no folder of their own.
+    """
+    paths: dict[Path, tuple[int, Path]] = {}  # by folder, one file of each
+    for number, row in enumerate(undecoded(dataset.select_columns(sorted(media)))):
+        for cell in (cell for value in row.values() for cell in (value if isinstance(value, list) else [value])):
+            path, content = (cell, None) if not isinstance(cell, Mapping) else (cell["path"], cell["bytes"])
+            if path and content is None:
+                real = Path(path).resolve()
+                paths.setdefault(real.parent, (number, real))
+    if not paths:
+        return
+    if folders is None:
+        shared = Path(os.path.commonpath(paths))
+        if Path.home().is_relative_to(shared) or len(shared.parts) < 3:
+            places = ", ".join(f"{path} (row {row})" for row, path in list(paths.values())[:5])
+            raise ValueError(
+                f"The files have no folder of their own: {places}. If all of them are to be published, name their "
+                "folders in `media_folders`."
+            )
+        return
+    allowed = [Path(folder).resolve() for folder in folders]
+    for number, path in paths.values():
+        if not any(path.is_relative_to(folder) for folder in allowed):
+            raise ValueError(f"Row {number}: {path} lies outside {[str(folder) for folder in allowed]}.")
 
 
 def dataset_card(
@@ -180,7 +257,7 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"}]}],
     )
     kinds = [
-        {"column": f"`{column}`", "type": _kind(feature), "what": _MEANING.get(column, "")}
+        {"column": Markup(f"`{unmarked(column)}`"), "type": _kind(feature), "what": _MEANING.get(column, "")}
         for column, feature in features.items()
     ]
     return render(
@@ -298,14 +375,14 @@ def _embed(row: Mapping[str, Any], number: int, media: set[str]) -> dict[str, An
     for column in media & row.keys():
         several = isinstance(row[column], list)
         cells = [
-            _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number)
+            _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number, column)
             for k, cell in enumerate(row[column] if several else [row[column]])
         ]
         embedded[column] = cells if several else cells[0]
     return embedded
 
 
-def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
+def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | None:
     """A file as its bytes and a name that ends as the file does; none of the machine's folders."""
     if cell is None:
         return None
@@ -315,6 +392,16 @@ def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
             content = Path(path).read_bytes()
         except OSError as error:
             raise _unreadable(path, row, error) from error
+    try:
+        if column in _IMAGE_COLUMNS:
+            read_image({"bytes": content, "path": path})
+        else:
+            next(iterate_video({"bytes": content, "path": path}))
+    except (ValueError, StopIteration) as error:
+        raise ValueError(
+            f"Row {row}: {path or 'the content'} of the column {column!r} is no readable video or image, and is not "
+            f"published ({error}). Drop the row."
+        ) from error
     ending = Path(path).suffix if path else (".mp4" if content[4:8] == b"ftyp" else ".png")
     return {"bytes": content, "path": name + ending}
 

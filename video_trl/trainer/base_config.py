@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
+from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
 from .setup.activation_checkpointing import check_policy
@@ -377,13 +378,7 @@ class VideoConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""
-        values: dict[str, Any] = super().to_dict()
-        options = values["model_init_kwargs"]
-        if isinstance(options, dict):
-            values["model_init_kwargs"] = {
-                name: "<TOKEN>" if "token" in name and isinstance(value, str) else value
-                for name, value in options.items()
-            }
+        values: dict[str, Any] = without_secrets(super().to_dict())
         return values
 
     def __str__(self) -> str:
