@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -22,10 +23,13 @@ from video_trl.files import (
     atomic_folder,
     fingerprint,
     hash_bytes,
+    lock,
     partial_path,
     publish_folder,
     read_json,
+    remove_folder,
     remove_leftovers,
+    resumable_folder,
     write_atomically,
     write_json,
 )
@@ -278,6 +282,79 @@ def test_the_first_writer_wins_where_nothing_is_replaced(tmp_path):
             fill(fast, "first")
     assert (tmp_path / "file").read_bytes() == b"first" and contents(tmp_path / "folder") == {"first"}
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def fill_pieces(folder: Path) -> None:
+    with resumable_folder(folder) as partial:
+        if partial is not None:
+            for number in range(3):
+                if not (partial / str(number)).exists():
+                    write_atomically(partial / str(number), NEW)
+
+
+def test_a_kill_at_any_moment_leaves_the_pieces_of_a_folder_to_the_next_process(tmp_path):
+    path, pieces = tmp_path / "cache" / "folder", set()
+
+    def check(done: bool) -> None:
+        assert path.exists() or not done
+        pieces.update(len(list(each.glob("[0-9]"))) for each in path.parent.glob(".folder.unfinished"))
+        fill_pieces(path)
+        assert {each.name for each in path.iterdir()} - {".lock"} == {"0", "1", "2"}
+        assert os.listdir(path.parent) == ["folder"]
+        shutil.rmtree(path)
+
+    assert kill_at_each_step(lambda: fill_pieces(path), check) > 20
+    assert pieces == {0, 1, 2, 3}
+
+
+def test_a_failed_process_leaves_pieces_and_no_empty_folder(tmp_path):
+    for number in range(2):
+        with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "folder") as partial:
+            for piece in range(number):
+                write_atomically(partial / str(piece), NEW)
+            raise KeyboardInterrupt
+        assert len(list(tmp_path.iterdir())) == number
+    fill_pieces(tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["0", "1", "2"] and os.listdir(tmp_path) == ["folder"]
+
+
+def test_of_many_processes_one_fills_the_folder_and_the_others_wait(tmp_path):
+    def fill_slowly() -> None:
+        with resumable_folder(tmp_path / "folder") as partial:
+            if partial is not None:
+                (tmp_path / str(os.getpid())).touch()
+                time.sleep(0.5)
+
+    processes = run_together(*[fill_slowly] * 4)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_lock_names_who_has_it(tmp_path):
+    held = lock(tmp_path / "lock", waiting="")
+    with pytest.raises(TimeoutError, match=rf"lock is locked by pid {os.getpid()} on "):
+        lock(tmp_path / "lock", seconds=0.1, waiting="Waiting.")
+    held.release()
+    lock(tmp_path / "lock", seconds=0, waiting="").release()
+
+
+def test_a_removed_folder_is_whole_or_gone(tmp_path):
+    """Half a checkpoint under its name would be taken for one."""
+
+    def check(done: bool) -> None:
+        assert not (tmp_path / "folder").exists() or len(list((tmp_path / "folder").rglob("*"))) == 3
+        remove_leftovers(tmp_path)
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        assert not os.listdir(tmp_path)
+        prepare()
+
+    def prepare() -> None:
+        (tmp_path / "folder").mkdir()
+        fill(tmp_path / "folder", "x")
+
+    prepare()
+    assert kill_at_each_step(lambda: remove_folder(tmp_path / "folder"), check) > 5
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

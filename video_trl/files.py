@@ -19,7 +19,8 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,11 @@ PARTIAL_PATTERN = "*.partial"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>partial|replaced)", re.DOTALL)
 #: Lists the files of a folder with their sizes and checksums.
 CHECKSUMS_NAME = "checksums.json"
+#: In a folder that is filled piece by piece.
+LOCK_NAME = ".lock"
 _UNFINISHED = ".unfinished"
-_LOCK_NAME = ".lock"
+# Seconds that a process gives others of its launch to show up: before the log says so, and before it gives up.
+_SECONDS_TO_WARN, _SECONDS_TO_WAIT = 5.0, 600.0
 _PIECE = 16 << 20  # bytes of a file that are hashed at a time
 _NAME_BYTES = 220  # of a target's name that a temporary name repeats: file systems allow 255 in all
 _ATTEMPTS = 20
@@ -216,7 +220,7 @@ def publish_folder(partial: str | os.PathLike[str], final: str | os.PathLike[str
 
 
 @contextlib.contextmanager
-def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
+def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path | None]:
     """
     A folder that is filled piece by piece, by one process at a time, and gets its own name on leaving.
 
@@ -225,32 +229,34 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
 
     Args:
         path (`str` or `Path`): Folder to write.
+        replace (`bool`, defaults to `False`): Whether an older folder is replaced, with all that is in it.
 
     Yields:
         `Path` or `None`: The folder under its temporary name, with what is there already; none when the whole folder
-            is there under its own name, also if another process has finished it while this one waited.
+            is there under its own name and is not to be replaced, also if another process has finished it meanwhile.
 
     Raises:
         OSError: The folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f".{target.name}{_UNFINISHED}")
-    while not target.exists():
+    (target / LOCK_NAME).unlink(missing_ok=True)  # of a process that was killed when all but this was done
+    while replace or not target.exists():
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock(unfinished / _LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
+            held = lock(unfinished / LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
         except FileNotFoundError:  # that process has finished the folder, or given up
             continue
         try:
-            if not (unfinished / _LOCK_NAME).exists():
+            if not (unfinished / LOCK_NAME).exists():
                 continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished
-            publish_folder(unfinished, target, replace=False)
-            (target / _LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
+            publish_folder(unfinished, target, replace=replace)
+            (target / LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
             return
         except BaseException:
-            if unfinished.is_dir() and os.listdir(unfinished) == [_LOCK_NAME]:
+            if unfinished.is_dir() and os.listdir(unfinished) == [LOCK_NAME]:
                 shutil.rmtree(unfinished, ignore_errors=True)
             elif unfinished.is_dir():
                 logger.warning("%s stays: the same work will go on from there. Delete it to begin anew.", unfinished)
@@ -293,6 +299,62 @@ def lock(path: str | os.PathLike[str], *, seconds: float = -1, waiting: str) -> 
     if type(held) is FileLock:  # else the file system has no locks, and what stands in the file is the lock
         Path(path).write_text(f"pid {os.getpid()} on {socket.gethostname()}")
     return held
+
+
+@functools.cache
+def announce(folder: Path, rank: int) -> FileLock:
+    """Show the other processes of a launch that this one works in a folder, until it ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / f".process-{rank}.lock", thread_local=False)
+    with contextlib.suppress(Timeout):  # then another process of that number lives, which is as good
+        held.acquire(timeout=0)
+    return held
+
+
+class Absence:
+    """
+    Notices that processes of a launch which others wait for do not run, or no more.
+
+    Args:
+        folder (`Path`): Where they [`announce`] themselves.
+        rank (`int`), num_ranks (`int`): Number of this process, and of all.
+    """
+
+    def __init__(self, folder: Path, rank: int, num_ranks: int) -> None:
+        self._folder, self._rank, self._num_ranks = folder, rank, num_ranks
+        self._since, self._warned = time.monotonic(), False
+
+    def check(self, awaited: Iterable[int]) -> None:
+        """
+        To be called again and again while waiting for the processes of these numbers.
+
+        Raises:
+            RuntimeError: One of them has not been there for ten minutes. The log has said so after five seconds.
+        """
+        absent = [rank for rank in sorted(set(awaited)) if rank != self._rank and not self._is_there(rank)]
+        seconds = time.monotonic() - self._since
+        if not absent:
+            self._since, self._warned = time.monotonic(), False
+        elif seconds > (_SECONDS_TO_WAIT if self._warned else _SECONDS_TO_WARN):
+            message = (
+                f"This process, RANK={self._rank} of WORLD_SIZE={self._num_ranks}, waits for others that do "
+                f"not run (RANK {', '.join(map(str, absent))}). If only one was started, unset RANK and WORLD_SIZE, "
+                "which an earlier launch has left in the environment; if one has died, start all of them again."
+            )
+            if self._warned:
+                raise RuntimeError(f"{message} What is done stays.")
+            logger.warning("%s Giving up in %.0f minutes.", message, _SECONDS_TO_WAIT / 60)
+            self._warned = True
+
+    def _is_there(self, rank: int) -> bool:
+        path = self._folder / f".process-{rank}.lock"
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0, thread_local=False):
+                return False
+        except Timeout:
+            return True
 
 
 def remove_folder(path: Path) -> None:

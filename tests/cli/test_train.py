@@ -77,9 +77,11 @@ def test_evaluation_holds_rows_out_and_lets_the_judge_choose_the_best_step(group
     assert 0 <= entry["eval_pc"] <= 1 and 0 <= entry["eval_sa"] <= 1 and entry["eval_joint"] in (0.0, 1.0)
     assert state["best_metric"] == entry["eval_pc"]
     assert (tmp_path / "evaluation" / "step-1" / "videos" / "00000-0.mp4").is_file()
-    # An evaluation of another training in the same folder is no reason to stop this one.
-    assert main(["train", "sft", *options("sft", groups, cache, tmp_path), *sizes, *when, "--seed", "1"]) == 0
-    assert main(["train", "sft", *options("sft", groups, cache, tmp_path), "--eval_rows", "3"]) == 2
+    # Another training in the same folder is refused before anything is loaded; its evaluations are no reason to.
+    again = ["train", "sft", *options("sft", groups, cache, tmp_path), *sizes, *when, "--seed", "1"]
+    assert main(again) == 1
+    assert main([*again, "--overwrite_output_dir"]) == 0
+    assert main(["train", "sft", *options("sft", groups, cache, tmp_path / "new"), "--eval_rows", "3"]) == 2
 
 
 @pytest.mark.parametrize(("name", "lora"), [("gdpo", True), ("sft", False)])

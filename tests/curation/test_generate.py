@@ -4,12 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline, tiny_wan_ti2v_pipeline
+from tests.support.cells import CELLS
+from tests.support.tiny import (
+    MAX_SEQUENCE_LENGTH,
+    TINY_FAMILIES,
+    tiny_pipeline,
+    tiny_wan_i2v_pipeline,
+    tiny_wan_pipeline,
+    tiny_wan_ti2v_pipeline,
+)
 from video_trl.curation.engine.manifest import Shard, kept_rows
 from video_trl.curation.generate import GENERATED, BatchGenerator, VideoModel, check_model, job_table, run_jobs
 from video_trl.data import probe_video, read_video
 from video_trl.data.buckets import AspectBucket
-from video_trl.models import GenerationRules, generation_rules
+from video_trl.models import GenerationRules, family_of, generation_rules, pipeline_index
 
 
 CALL = {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
@@ -165,6 +173,27 @@ def test_image_to_video_in_batches_makes_what_single_calls_make(models, tmp_path
         jobs = run_jobs(job_table(clips, model, [0], FORMAT), model, root, **FORMAT)
         runs.append([(root / path).read_bytes() for path in jobs["rejected"].to_pylist()])
     assert runs[0] == runs[1] and len(set(runs[0])) == 2
+
+
+@pytest.mark.parametrize("name", CELLS["GT-Pair"])
+def test_every_family_makes_losers(name, tmp_path):
+    """Two videos in a batch, each of its own prompt, noise and first frame, of the size and length asked for."""
+    tiny, pipeline = TINY_FAMILIES[name], tiny_pipeline(name)
+    pipeline.save_pretrained(tmp_path / "model")
+    for index, level in enumerate((40, 210)):
+        picture = np.full((tiny.side, tiny.side, 3), level, dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    clips = clips_of(2, f"{tiny.side}x{tiny.side}") | {"prompt": ["a red ball falls", "a blue ball rolls"]}
+    clips["reference_image"] = ["0.png", "1.png"]
+    length = family_of(pipeline).prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
+    call = {"num_frames": tiny.frames, "num_inference_steps": 1, "max_sequence_length": length, **tiny.call}
+    model = VideoModel(str(tmp_path / "model"), dtype="float32", call_kwargs=call, batch_size=2)
+    rules = generation_rules(pipeline_index(pipeline), pipeline.transformer.config)
+    clock = {"fps": rules.fps, "num_frames": tiny.frames}
+    jobs = run_jobs(job_table(clips, model, [0], clock), model, tmp_path, **clock)
+    videos = made(jobs, tmp_path)
+    assert [video.shape for video in videos] == [(tiny.frames, tiny.side, tiny.side, 3)] * 2
+    assert (videos[0] != videos[1]).any()
 
 
 def test_another_size_than_the_one_asked_for_is_refused_not_scaled(tmp_path):

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,16 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_mp4, tiny_video
-from video_trl.data import VideoDecodeError, probe_video, read_video, video_hash, video_io, write_video
+from video_trl.data import (
+    VideoDecodeError,
+    VideoLimits,
+    probe_video,
+    read_video,
+    video_hash,
+    video_io,
+    video_shape,
+    write_video,
+)
 
 
 def noise_video(num_frames: int = 13, height: int = 32, width: int = 48) -> np.ndarray:
@@ -386,3 +396,92 @@ def test_playlist_does_not_open_other_files(tmp_path, monkeypatch):
         assert len(list(container.decode(video=0))) == 5
     with pytest.raises(VideoDecodeError, match=r"clip\.mp4"):
         read_video(playlist)
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_frames(tmp_path_factory):
+    """A few kilobytes on the disk, 27 MB in memory."""
+    video = np.zeros((12, 768, 1024, 3), dtype=np.uint8)
+    return write_video(tmp_path_factory.mktemp("large") / "large.mp4", video, fps=8)
+
+
+def peak(function, *arguments, **options):
+    tracemalloc.start()
+    try:
+        function(*arguments, **options)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_pixels": 768 * 1024 - 1}, r"at most 786431 pixels in a frame, got 786432\. Raise `max_pixels`"),
+        ({"max_frames": 11}, r"at most 11 frames, got more\. Raise `max_frames`"),
+        ({"max_seconds": 1.2}, r"at most 1\.2 s, got a frame at 1 s\. Raise `max_seconds`"),
+        (
+            {"max_bytes": 12 * 768 * 1024 * 3 - 1},
+            r"more than 28311551 bytes.*Ask for `num_frames`, `height` and `width`",
+        ),
+    ],
+)
+def test_a_file_beyond_a_limit_is_named_with_the_way_out(large_frames, limits, message):
+    for read in (read_video, video_shape):
+        with pytest.raises(VideoDecodeError, match=rf"large\.mp4: .*{message}") as error:
+            read(large_frames, limits=VideoLimits(**limits))
+        assert error.value.kind == "too_large"
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        VideoLimits(**dict.fromkeys(limits, 0))
+
+
+def test_what_the_caller_asks_for_is_not_limited_and_what_is_left_out_costs_nothing(large_frames):
+    limits = VideoLimits(max_frames=3, max_bytes=1000)
+    assert read_video(large_frames, num_frames=2, height=96, width=128, limits=limits).shape == (2, 96, 128, 3)
+    with pytest.raises(VideoDecodeError, match="at most 3 frames"):
+        read_video(large_frames, num_frames=5, height=96, width=128, limits=limits)
+
+
+def test_frames_are_in_memory_once_and_a_survey_keeps_none(large_frames):
+    size = 12 * 768 * 1024 * 3
+    assert video_shape(large_frames) == (12, 768, 1024)
+    assert peak(read_video, large_frames) < 2.3 * size  # the array is reserved while the frames are still there
+    assert peak(video_shape, large_frames) < 0.1 * size
+    assert peak(probe_video, large_frames) < 0.1 * size
+
+
+@pytest.mark.parametrize("options", [{}, {"num_frames": 7}, {"fps": 3}, {"fps": 19.0, "height": 20, "width": 24}])
+def test_the_shape_is_that_of_what_is_read(tmp_path, options):
+    path = write_video(tmp_path / "clip.mp4", tiny_video(0, num_frames=9, height=32, width=48), fps=8)
+    assert video_shape(path, **options) == read_video(path, **options).shape[:3]
+    assert video_shape(read_video(path), **options) == read_video(read_video(path), **options).shape[:3]
+    with pytest.raises(VideoDecodeError, match="expected at least 10 frames, got 9"):
+        video_shape(path, num_frames=10)
+
+
+def test_a_gap_of_weeks_asks_for_no_memory(tmp_path):
+    """Two frames 23 days apart: at 16 fps they would be 32 million."""
+    path = tmp_path / "gap.mkv"
+    write_container(path, numbered_video(2), codec="libx264", times_ms=[0, 23 * 86_400_000])
+    for read in (read_video, video_shape):
+        with pytest.raises(VideoDecodeError, match=r"gap\.mkv: expected at most 3600 s, got a frame at 1987200 s"):
+            read(path, fps=16)
+    assert probe_video(path).duration > 1e6
+    with pytest.raises(VideoDecodeError, match=r"more than 10000000 bytes"):  # an hour's gap is within the limit
+        write_container(path, numbered_video(2), codec="libx264", times_ms=[0, 3_000_000])
+        read_video(path, fps=16, limits=VideoLimits(max_bytes=10_000_000))
+
+
+def test_whatever_the_libraries_raise_names_the_file(tmp_path, monkeypatch):
+    """A stream without a decoder, a tag, a size: no exception of theirs gets past, and none of ours is lost."""
+    path = write_video(tmp_path / "clip.mp4", tiny_video(0), fps=8)
+    for error, kind in ((AttributeError("codec_context"), "damaged"), (MemoryError(), "too_large")):
+        monkeypatch.setattr(video_io, "read_timeline", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(VideoDecodeError, match=r"clip\.mp4: ") as caught:
+            read_video(path)
+        assert caught.value.kind == kind
+    with pytest.raises(VideoDecodeError, match="cannot open the file"):
+        read_video("null\0byte.mp4")

@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from tests.support import rounding
+from tests.support.cells import CELLS
 from tests.support.distributed.engine_runs import precision, run
 from tests.support.distributed.launch import launch
 from tests.support.trainer.runs import SMOOTH_ADAM
@@ -35,6 +36,8 @@ QUICK = [
     "banked+tokens+ddp",
 ]
 SLOW = [
+    *(f"{family}+rows+ddp" for family in CELLS["processes"]),
+    *(f"{family}+tokens+ddp" for family in CELLS["context parallel"]),
     "full+rows+fsdp2",
     "checkpointed+sequential+fsdp2",
     "mixed+rows+fsdp2",
@@ -50,7 +53,6 @@ SLOW = [
     "checkpointed+tokens+fsdp2",
     "mixed+tokens+ddp",
     "wan-t2v-full+tokens+ddp",
-    "wan-i2v+tokens+ddp",
     "wan-i2v-full+tokens+ddp",
     "cogvideox-t2v+tokens-sequential+fsdp2",
     "cogvideox-i2v-full+tokens+ddp",

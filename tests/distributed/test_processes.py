@@ -155,7 +155,8 @@ def test_resuming_on_another_number_of_processes_agrees_to_rounding(two_processe
 
 def test_checkpoints_and_videos_are_written_once_and_whole(two_processes):
     run = two_processes / "watched"
-    assert {path.name for path in run.iterdir()} == {"checkpoint-3", "checkpoint-6", "samples"}
+    own = {"video_trl_output.json", ".video_trl.lock"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint-3", "checkpoint-6", "samples"} | own
     names = {path.name for path in (run / "checkpoint-6").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "pytorch_lora_weights.safetensors"} <= names
     assert {path.name for path in (run / "samples").iterdir()} == {"step_0", "step_3", "step_6"}
@@ -168,3 +169,14 @@ def test_a_bad_sample_of_one_process_stops_both(two_processes):
     reports = [json.loads(path.read_text()) for path in sorted((two_processes / "bad").glob("non_finite_*.json"))]
     assert [report["process"] for report in reports] == [0, 1]
     assert 5 in [sample["index"] for report in reports for sample in report["samples"]]
+
+
+def test_a_signal_to_one_process_ends_both_after_one_step_and_nothing_is_lost(two_processes):
+    assert sorted(path.name for path in two_processes.glob("ended-*")) == ["ended-0-4-75", "ended-1-4-75"]
+    assert [path.name for path in (two_processes / "ended").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert_equal_weights(weights_of(two_processes, "continued"), weights_of(two_processes, "watched"))
+
+
+def test_all_processes_refuse_the_folder_of_another_run(two_processes):
+    texts = [path.read_text() for path in two_processes.glob("refused-*")]
+    assert len(texts) == 2 and all("holds another run (checkpoint-6)" in text for text in texts)

@@ -224,7 +224,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
             assert (adapter.parent / "README.md").is_file()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 5 * 5  # of the base, and of the arms of the first seed
-    order = ["videos of sentences that no model was trained on", "<h2>Videos", "<h2>Scores", "<h2>Comparison"]
+    order = ["sentences that no model was trained on", "<h2>Videos", "<h2>Scores", "<h2>Comparison"]
     order += ["Which way the clips went", "Diversity over noises", "<h2>Training curves", "eval_prompts: 5"]
     assert sorted(order, key=page.index) == order
     results = json.loads((tmp_path / "results.json").read_text())

@@ -9,7 +9,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Video, load_dataset
 
 from tests.support.hub_server import TOKEN, USER, serving, use
 from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_mp4
@@ -132,7 +132,42 @@ def test_an_export_that_fails_half_way_leaves_the_older_one(pairs, tmp_path, mon
     with pytest.raises(ValueError, match="Row 2: .*rejected2.mp4 cannot be read"):
         hub.export_dataset(pairs, tmp_path / "export", name="second")
     assert {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()} == before
+    hub.export_dataset(pairs.select([0, 1]), tmp_path / "export", name="third")  # clears it
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_export_goes_on_with_what_it_has_written(pairs, tmp_path, monkeypatch):
+    """But for files that have changed since."""
+    monkeypatch.setattr(hub.dataset, "_ROWS_PER_FILE", 1)
+    folder, write, embed, written = tmp_path / "export", hub.dataset.pq.write_table, hub.dataset._embed, []
+
+    def count(table, path, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(table, path, **options)
+
+    monkeypatch.setattr(hub.dataset.pq, "write_table", count)
+    with pytest.raises(KeyboardInterrupt):
+        hub.export_dataset(pairs, folder, name="pairs")
+    assert not folder.exists()
+    (tmp_path / "chosen1.mp4").write_bytes(tiny_mp4(5))
+    monkeypatch.setattr(hub.dataset.pq, "write_table", write)
+    kept = {path.name for path in tmp_path.glob(".export.unfinished/data/*")}
+    rewritten = []
+
+    def note(row, number, media):
+        rewritten.append(number)
+        return embed(row, number, media)
+
+    monkeypatch.setattr(hub.dataset, "_embed", note)
+    hub.export_dataset(pairs, folder, name="pairs")
+    assert len(kept) == 2 and rewritten == [0, 1, 2]  # row 0 for the card; 1 has changed, 2 was not written
+    assert not list(tmp_path.glob(".export*")) and not list(folder.rglob(".*"))
+    rows = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["chosen"]["bytes"] for row in rows.cast_column("chosen", Video(decode=False))] == [
+        (tmp_path / f"chosen{number}.mp4").read_bytes() for number in range(3)
+    ]
 
 
 def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_path):

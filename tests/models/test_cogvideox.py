@@ -11,6 +11,9 @@ from tests.support.tiny import (
     COGVIDEOX_LATENTS_SHAPE,
     MAX_SEQUENCE_LENGTH,
     PROMPTS,
+    TEXT_DIM,
+    tiny_cogvideox15_i2v_pipeline,
+    tiny_cogvideox15_pipeline,
     tiny_cogvideox_i2v_pipeline,
     tiny_cogvideox_pipeline,
     tiny_cogvideox_scheduler,
@@ -103,7 +106,6 @@ def test_2b_and_5b_are_noised_differently():
     ("transformer", "with_scheduler", "message"),
     [
         ({}, False, "Pass the pipeline instead of the bare transformer"),
-        ({"patch_size_t": 2}, True, "CogVideoX 1.5"),
         ({"in_channels": 5}, True, "takes 5 channels and returns 4"),
     ],
 )
@@ -367,3 +369,25 @@ def test_lora_targets_are_the_projections_of_every_block():
     names = [name for name, module in tiny_cogvideox_transformer().named_modules() if isinstance(module, nn.Linear)]
     found = [name for name in names if any(name.endswith(f".{target}") for target in ADAPTER.lora_target_modules)]
     assert len(found) == 2 * 4 and all(".attn1." in name for name in found)
+
+
+# --- CogVideoX 1.5 --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_cogvideox15_pipeline, tiny_cogvideox15_i2v_pipeline])
+def test_an_odd_number_of_latent_frames_is_made_even_in_front(make):
+    """The pipeline puts a frame of noise there; here it is a copy of the first one, and the image is where it was."""
+    pipeline = make()
+    family = family_for(pipeline.transformer, pipeline.scheduler)
+    latents, timesteps = torch.randn(1, 4, 3, 4, 4), torch.tensor([400])
+    embeds = torch.ones(1, MAX_SEQUENCE_LENGTH, TEXT_DIM)
+    conditions = {"prompt_embeds": embeds, "first_frame_latents": latents[:, :, :1]}
+    with recorded_calls(pipeline.transformer) as calls, torch.no_grad():
+        velocity = family.predict(pipeline.transformer, latents, timesteps, conditions)
+        padded = torch.cat([latents[:, :, :1], latents], dim=2)
+        even = family.predict(pipeline.transformer, padded, timesteps, conditions)
+    assert torch.equal(velocity, even[:, :, 1:]) and velocity.shape == latents.shape
+    assert all(torch.equal(calls[0][0]["hidden_states"], kwargs["hidden_states"]) for kwargs, _ in calls)
+    assert family.token_grid(pipeline.transformer, latents.shape) == (2, 2, 2)
+    with pytest.raises(ValueError, match="no larger than 4x4"):
+        family.check_latents(pipeline.transformer, (4, 3, 6, 4))

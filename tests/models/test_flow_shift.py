@@ -41,9 +41,11 @@ def test_a_dynamic_shift_gives_the_levels_that_the_scheduler_samples_at(tokens, 
 
 def test_a_dynamic_shift_of_several_sizes_is_refused(tmp_path, tiny_dynamic_pipeline):
     args = VideoSFTConfig(output_dir=str(tmp_path), timestep_sampling="shifted", use_cpu=True)
-    assert resolve_timestep_shift(args, tiny_dynamic_pipeline, FAMILY, {4096}) == pytest.approx(math.exp(1.15))
+    large, small = (4, 4, 64, 64), (4, 1, 32, 32)  # 4096 and 256 tokens
+    models = (tiny_dynamic_pipeline, FAMILY, tiny_dynamic_pipeline.transformer)
+    assert resolve_timestep_shift(args, *models, {large}) == pytest.approx(math.exp(1.15))
     with pytest.raises(ValueError, match=r"the videos have \[256, 4096\].*Set `timestep_shift`"):
-        resolve_timestep_shift(args, tiny_dynamic_pipeline, FAMILY, {4096, 256})
+        resolve_timestep_shift(args, *models, {large, small})
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Tiny instances of the real classes. Everything is seeded and built in process: no file, no download, no mock."""
 
+import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,21 @@ import torch
 from datasets import Dataset, Features, List, Value, Video
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     ModelMixin,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -37,7 +46,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from video_trl.models import ModelFamily, family_for
+from video_trl.models import ModelFamily, family_of
 from video_trl.models.base import FRAME_RATE
 
 
@@ -134,6 +143,7 @@ class TinyFamily:
         make: Its tiny pipeline, by seed.
         frames, side: Frames and pixels of a side of the smallest video that is none of an image alone.
         noisy: The noisy latents `(B, C, F, H, W)` in the keyword arguments of a transformer call of its pipeline.
+        options: Of a trainer, without which it would be refused.
         call: Arguments of the pipeline's call that switch guidance off, so that each step is one transformer call.
     """
 
@@ -141,6 +151,7 @@ class TinyFamily:
     frames: int = 5
     side: int = 32
     noisy: Callable[[dict[str, Any]], torch.Tensor] = lambda kwargs: kwargs["hidden_states"]
+    options: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
 
@@ -153,7 +164,7 @@ def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
 def _family_of(name: str) -> tuple[ModelFamily, ModelMixin, tuple[int, int, int, int]]:
     """Family and transformer of a tiny pipeline, neither to be changed, and the latents of its smallest video."""
     pipeline, tiny = tiny_pipeline(name), TINY_FAMILIES[name]
-    family = family_for(pipeline.transformer, pipeline.scheduler)
+    family = family_of(pipeline)
     joined, side = family.compression(pipeline.vae)
     config = pipeline.transformer.config
     channels = config.out_channels or config.in_channels
@@ -212,6 +223,50 @@ def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
         scale_factor_spatial=16,
         scale_factor_temporal=4,
     )
+
+
+def tiny_wan_a14b_pipeline(seed: int = 0) -> WanPipeline:
+    """Text-to-video pipeline laid out as Wan 2.2's A14B: a transformer for high and one for low noise."""
+    return _with_experts(tiny_wan_pipeline(seed), tiny_transformer(seed + 1), 0.875)
+
+
+def tiny_wan_a14b_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same from a first frame, which reaches the transformers as latents alone."""
+    return _with_experts(tiny_wan_i2v_pipeline(seed, False), tiny_transformer(seed + 1, in_channels=12), 0.9)
+
+
+def _with_experts(wan: DiffusionPipeline, second: WanTransformer3DModel, boundary_ratio: float) -> Any:
+    pipeline = type(wan)(**wan.components | {"transformer_2": second}, boundary_ratio=boundary_ratio)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_ti2v_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_wan_ti2v_pipeline(seed, WanImageToVideoPipeline)
+
+
+def tiny_skyreels_pipeline(seed: int = 0) -> SkyReelsV2Pipeline:
+    """Text-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_pipeline(seed), SkyReelsV2Pipeline, seed)
+
+
+def tiny_skyreels_i2v_pipeline(seed: int = 0) -> SkyReelsV2ImageToVideoPipeline:
+    """Image-to-video pipeline laid out as SkyReels-V2's."""
+    return _as_skyreels(tiny_wan_i2v_pipeline(seed), SkyReelsV2ImageToVideoPipeline, seed)
+
+
+def _as_skyreels(wan: DiffusionPipeline, pipeline_class: type[DiffusionPipeline], seed: int) -> Any:
+    """The other parts are those of Wan 2.1."""
+    names = set(inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters)
+    config = {name: value for name, value in wan.transformer.config.items() if name in names}
+    torch.manual_seed(seed)
+    transformer = SkyReelsV2Transformer3DModel(**config).eval()
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    parts = {name: part for name, part in wan.components.items() if name in taken}
+    pipeline = pipeline_class(**parts | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_wan_ti2v_pipeline(
@@ -311,6 +366,59 @@ def tiny_cogvideox_i2v_pipeline(seed: int = 0, **components: Any) -> CogVideoXIm
     )
 
 
+def tiny_cogvideox15_pipeline(seed: int = 0) -> CogVideoXPipeline:
+    """Text-to-video pipeline laid out as CogVideoX 1.5's: latent frames in pairs."""
+    return tiny_cogvideox_pipeline(seed, transformer=tiny_cogvideox_transformer(seed, patch_size_t=2))
+
+
+def tiny_cogvideox15_i2v_pipeline(seed: int = 0) -> CogVideoXImageToVideoPipeline:
+    """Image-to-video pipeline laid out as CogVideoX 1.5's: with one more embedding."""
+    transformer = tiny_cogvideox_transformer(seed, in_channels=8, patch_size_t=2, ofs_embed_dim=16)
+    return tiny_cogvideox_pipeline(seed, pipeline_class=CogVideoXImageToVideoPipeline, transformer=transformer)
+
+
+def tiny_ltx_pipeline(
+    seed: int = 0, pipeline_class: type[LTXPipeline] | type[LTXImageToVideoPipeline] = LTXPipeline
+) -> LTXPipeline | LTXImageToVideoPipeline:
+    """A pipeline laid out as LTX-Video's: 8 times in time, 32 times in height and width, one token a latent pixel."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+    ).eval()
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+    ).eval()
+    pipeline = pipeline_class(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+        vae=vae,
+        text_encoder=tiny_t5_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
+    """The same model in its image-to-video pipeline."""
+    return tiny_ltx_pipeline(seed, LTXImageToVideoPipeline)
+
+
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
     """A falling square on a plain background, uint8 `(T, H, W, 3)`; its colours and column depend on the seed."""
     generator = np.random.default_rng(seed)
@@ -370,7 +478,9 @@ def tiny_encoded_group(
         prompt = PROMPTS[row % len(PROMPTS)]
         of_family, transformer, _ = _family_of(family)
         length, width = of_family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)["prompt_embeds"]
-        if family == "wan-i2v" or of_family.prompt_length(transformer) is None:  # stored without the padding
+        if (
+            "image_embeds" in of_family.row_columns or of_family.prompt_length(transformer) is None
+        ):  # stored without the padding
             length = len(prompt.split()) + 1
         rows.append(
             {
@@ -389,7 +499,7 @@ def _tiny_conditions(name: str, latents_shape: Sequence[int], generator: torch.G
     """What rows carry besides videos and their first embedding of the prompt."""
     family, transformer, _ = _family_of(name)
     shapes = family.condition_shapes(transformer, latents_shape, MAX_SEQUENCE_LENGTH)
-    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if name == "wan-i2v" else {}
+    shapes |= {"image_embeds": (IMAGE_TOKENS, TEXT_DIM)} if "image_embeds" in shapes else {}
     columns = [column for column in family.row_columns[1:] if column != FRAME_RATE]
     rate = {FRAME_RATE: torch.tensor(8.0)} if FRAME_RATE in family.row_columns else {}
     return {column: torch.randn(*shapes[column], generator=generator) for column in columns} | rate
@@ -405,6 +515,11 @@ def tiny_encoded_video(
     return [{names.get(key, key): value for key, value in row.items() if key not in left_out} for row in rows]
 
 
+def _unpacked(tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Tokens `(B, N, C)` as latents."""
+    return tokens.transpose(1, 2).unflatten(2, (kwargs["num_frames"], kwargs["height"], kwargs["width"]))
+
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "wan-t2v": TinyFamily(tiny_wan_pipeline),
     "wan-i2v": TinyFamily(tiny_wan_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
@@ -413,6 +528,38 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     ),
     "cogvideox-i2v": TinyFamily(
         tiny_cogvideox_i2v_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4]
+    ),
+    "wan-a14b-t2v": TinyFamily(tiny_wan_a14b_pipeline, options={"expert": "high_noise"}),
+    "wan-a14b-i2v": TinyFamily(
+        tiny_wan_a14b_i2v_pipeline,
+        noisy=lambda kwargs: kwargs["hidden_states"][:, :4],
+        options={"expert": "high_noise"},
+    ),
+    "wan-5b-t2v": TinyFamily(tiny_wan_ti2v_pipeline, side=64),
+    "wan-5b-i2v": TinyFamily(tiny_wan_ti2v_i2v_pipeline, side=64),
+    "skyreels-t2v": TinyFamily(tiny_skyreels_pipeline),
+    "skyreels-i2v": TinyFamily(tiny_skyreels_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4]),
+    "cogvideox1.5-t2v": TinyFamily(
+        tiny_cogvideox15_pipeline, frames=9, noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)
+    ),
+    "cogvideox1.5-i2v": TinyFamily(
+        tiny_cogvideox15_i2v_pipeline,
+        frames=9,
+        noisy=lambda kwargs: kwargs["hidden_states"].transpose(1, 2)[:, :4],
+    ),
+    "ltx-t2v": TinyFamily(
+        tiny_ltx_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
+    ),
+    "ltx-i2v": TinyFamily(
+        tiny_ltx_i2v_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        call={"guidance_scale": 1.0, "frame_rate": 8.0},
     ),
 }
 """Every family, by the name that its tests have. A new one is an entry here."""

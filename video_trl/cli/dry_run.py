@@ -28,7 +28,9 @@ def describe(
     rows, row = training_rows(trainer_class, data)
     if rows is not None:
         rows -= data.eval_rows
-    family, transformer, vae = empty_models(data.model_name_or_path, (args.model_init_kwargs or {}).get("revision"))
+    revision = (args.model_init_kwargs or {}).get("revision")
+    check_expert(data.model_name_or_path, revision, args.expert)
+    family, transformer, vae = empty_models(data.model_name_or_path, revision)
     shapes = _shapes(family, vae, row, args)
     facts = {
         "rows": _rows(rows, data.eval_rows),
@@ -63,9 +65,19 @@ def _configuration(data: DataArguments, args: Any) -> str:
     return yaml.safe_dump(changes, sort_keys=False)
 
 
+def check_expert(name: str, revision: str | None, expert: str | None) -> None:
+    """Raise a `ValueError` unless an expert is chosen where a pipeline has several transformers, and only there."""
+    from ..trainer.setup.models import choose_expert
+
+    kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
+    # Of the checkpoints whose configurations ship with the package each has one transformer.
+    index = {} if _known(name, revision) is not None else _index(pipeline_source(name), kwargs)
+    choose_expert(index, expert, repr(name))
+
+
 def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "ModelMixin"]:
     """
-    Adapter, transformer and VAE of a pipeline, the networks without memory (on the device `meta`).
+    Family, transformer and VAE of a pipeline, the networks without memory (on the device `meta`).
 
     Of a checkpoint whose configurations ship with the package nothing is asked of the Hub.
     """
@@ -85,11 +97,12 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     name = pipeline_source(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.
-    scheduler_class = _diffusers_class({"_class_name": _index(name, kwargs)["scheduler"][1]})
+    index = _index(name, kwargs)
+    scheduler_class = _diffusers_class({"_class_name": index["scheduler"][1]})
     scheduler = scheduler_class.from_pretrained(name, subfolder="scheduler", **kwargs)
     with torch.device("meta"):
         transformer, vae = (AutoModel.from_config(name, subfolder=part, **kwargs) for part in ("transformer", "vae"))
-    return family_for(transformer, scheduler), transformer, vae
+    return family_for(transformer, scheduler, index), transformer, vae
 
 
 def empty_text_encoder(name: str, revision: str | None) -> Any:
@@ -171,7 +184,7 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
         UsageError: If there is neither a row nor an option that says how large videos are.
     """
     from ..data.columns import as_tensor
-    from ..data.video_io import read_video
+    from ..data.video_io import video_shape
 
     latents = next((row[key] for key in ("latents", "chosen_latents") if key in row), None)
     if latents is not None:
@@ -185,7 +198,7 @@ def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -
             size = (required("num_frames", args.num_frames, "81"), required("height", height, "480"), width)
         else:
             options = {"num_frames": args.num_frames, "fps": args.fps, "height": height, "width": width}
-            size = tuple(read_video(video, **options).shape[:3])
+            size = video_shape(video, **options)
         shapes[" x ".join(map(str, size))] = latents_shape(family, vae, size)
     return shapes
 

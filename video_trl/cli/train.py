@@ -29,6 +29,7 @@ from .parser import check, read_yaml, say
 
 logger = logging.getLogger(__name__)
 
+BOTH = "both"  # of --expert: a run each
 _ACCELERATE_CONFIG = re.compile(r"^--accelerate[_-]config(?==|$)")  # as the command of TRL calls it
 
 
@@ -42,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         os.execv(sys.executable, [*command, "-m", "video_trl", "train", method.name, *ours])
     data, args = parse_training("train", method, ours, __doc__)
+    if args.expert == BOTH:
+        return _train_both(argv, args)
     if data.dry_run:
         from .dry_run import describe
 
@@ -61,6 +64,17 @@ def run(argv: Sequence[str]) -> int:
         from ..trainer.publishing.progress import where_everything_is
 
         say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
+    return 0
+
+
+def _train_both(argv: Sequence[str], args: Any) -> int:
+    """A run for each transformer, one after the other, in folders (and repositories) of their own."""
+    for name in ("high_noise", "low_noise"):
+        own = ["--expert", name, "--output_dir", str(Path(args.output_dir) / name)]
+        repository = [] if args.hub_model_id is None else ["--hub_model_id", f"{args.hub_model_id}-{name}"]
+        code = run([*argv, *own, *repository])
+        if code:
+            return code
     return 0
 
 

@@ -151,7 +151,7 @@ def run_self_pairs(config: SelfPairsConfig, *, shard: Shard | None = None) -> Se
     (root / "stages").mkdir(parents=True, exist_ok=True)
 
     size = f"{config.height}x{config.width}"
-    clips = {
+    clips: dict[str, list[Any]] = {
         "source_id": [f"prompt {number}" for number in range(len(prompts))],
         "content": [digest(prompt) for prompt in prompts],
         "prompt": prompts,

@@ -5,7 +5,8 @@ from .columns import ENCODED_COLUMNS, ROW_TYPES, check_columns, column_names, gr
 from .encoding.encode import encode_dataset
 from .encoding.store import EncodedDataset, SkippedRow
 from .encoding.teacher_tokens import TeacherTokenDataset, dequantise_tokens, encode_teacher, quantise_tokens
-from .video_io import VideoDecodeError, VideoInfo, probe_video, read_video, video_hash, write_video
+from .video_file import VideoDecodeError, VideoLimits
+from .video_io import VideoInfo, probe_video, read_video, video_hash, video_shape, write_video
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "VideoCollator",
     "VideoDecodeError",
     "VideoInfo",
+    "VideoLimits",
     "check_columns",
     "column_names",
     "dequantise_tokens",
@@ -29,5 +31,6 @@ __all__ = [
     "quantise_tokens",
     "read_video",
     "video_hash",
+    "video_shape",
     "write_video",
 ]

@@ -49,13 +49,13 @@ class GroupCollator:
     Returns, from `__call__(rows)`:
         `dict`: `chosen_latents` float32 `(B, C, F, H, W)`, `rejected_latents` float32 `(B, m, C, F, H, W)`,
         `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the family's further `condition_columns` float32,
-        `sa` and `pc` float32 `(B, m)` when the rows carry `rejected_scores`, `num_rejected` int64 `(B,)` when only the
+        `sa` and `pc` float32 `(B, m)` when all rows carry `rejected_scores`, `num_rejected` int64 `(B,)` when only the
         first so many rejected videos of each row are to be compared with, `weight` float32 `(B,)` when they carry
         one, `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
-        ValueError: The rows differ in the shape of their latents or in their number of rejected videos, only some of
-            them have scores, or a prompt has more than `max_sequence_length` tokens.
+        ValueError: The rows differ in the shape of their latents or in their number of rejected videos, or a prompt
+            has more than `max_sequence_length` tokens.
     """
 
     family: ModelFamily
@@ -72,13 +72,8 @@ class GroupCollator:
                 f"latents of shape {tuple(batch['rejected_latents'].shape[2:])}; expected the same. Encode them "
                 "at one size."
             )
-        scored = [row.get("rejected_scores") is not None for row in rows]
-        if any(scored) != all(scored):
-            unscored = [index for index, has in zip(_indices(rows), scored, strict=True) if not has]
-            raise ValueError(
-                f"Rows {unscored} lack 'rejected_scores' while others in the batch have them. Score all rows."
-            )
-        if all(scored):
+        # Who needs scores has checked that all rows have them; others are not to stop for a row that lacks them.
+        if all(row.get("rejected_scores") is not None for row in rows):
             scores = torch.stack([torch.from_numpy(as_scores(row["rejected_scores"])) for row in rows])  # (B, m, 2)
             batch["sa"], batch["pc"] = scores[..., 0].contiguous(), scores[..., 1].contiguous()
         if "num_rejected" in rows[0]:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import numpy as np
@@ -38,10 +38,35 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
-def column_names(dataset: MapDataset) -> list[str]:
-    """Columns of a dataset; for anything but a `datasets.Dataset`, the keys of its first row."""
+@runtime_checkable
+class IndexedRows(Protocol):
+    """Rows with an index, which says without a tensor how many rejected videos they have, and the judge's scores."""
+
+    def rejected_counts(self) -> list[int]: ...
+
+    def rejected_scores(self) -> list[Any]: ...
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Rows that are named by a hash of all that they depend on; none where that is not known."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+
+def fingerprint_of(dataset: MapDataset) -> str | None:
+    """A name for the content of a dataset: equal ones have equal rows. `None` where it has none."""
     if isinstance(dataset, datasets.Dataset):
-        return list(dataset.column_names)
+        return dataset._fingerprint
+    return dataset.fingerprint if isinstance(dataset, Fingerprinted) else None
+
+
+def column_names(dataset: MapDataset) -> list[str]:
+    """Columns that a dataset shows; for anything but a `datasets.Dataset`, the keys of its first row."""
+    if isinstance(dataset, datasets.Dataset):
+        shown = dataset.format
+        return list(dataset.column_names if shown["output_all_columns"] else shown["columns"])
     _check_kind(dataset)
     return list(dataset[0]) if len(dataset) else []
 
@@ -76,12 +101,16 @@ def group_features(*optional: str) -> datasets.Features:
 def undecoded(dataset: MapDataset) -> MapDataset:
     """
     The same rows with videos and images as `{"path", "bytes"}`: decoding is up to `read_video` and `read_image`, and
-    formats are dropped.
+    formats are dropped, but for the choice of columns.
+
+    Raises:
+        ValueError: If the dataset has a transform, which would be dropped too.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset
-    plain = dataset.with_format(None)
-    for column, feature in dataset.features.items():
+    _refuse_transform(dataset)
+    plain = dataset.with_format(None).select_columns(column_names(dataset))
+    for column, feature in plain.features.items():
         if isinstance(feature, datasets.Video) and feature.decode:
             plain = plain.cast_column(column, datasets.Video(decode=False))
         elif isinstance(feature, datasets.Image) and feature.decode:
@@ -179,7 +208,9 @@ def _check_kind(dataset: Any) -> None:
             f"Expected a dataset, got the name {name!r}. Load it first: `datasets.load_dataset({name!r}, "
             'split="train")`, or `datasets.load_from_disk` for a folder written by `save_to_disk`.'
         )
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+    if isinstance(dataset, datasets.Dataset):
+        _refuse_transform(dataset)
+    if isinstance(dataset, dict):  # a `DatasetDict` is one
         splits = list(dataset)
         example = splits[0] if splits else "train"
         raise ValueError(
@@ -193,9 +224,19 @@ def _check_kind(dataset: Any) -> None:
         )
 
 
+def _refuse_transform(dataset: datasets.Dataset) -> None:
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`set_transform` or `with_transform`), which is a function of the rows that "
+            "are shown, and not of those that are encoded and checked. Apply it for good: `dataset.map(function)`."
+        )
+
+
 def _cells(dataset: MapDataset, column: str) -> Iterator[Any]:
     if isinstance(dataset, datasets.Dataset):
         yield from dataset.select_columns(column)[column]
+    elif isinstance(dataset, IndexedRows) and column == "rejected_scores":
+        yield from dataset.rejected_scores()
     else:
         for row in range(len(dataset)):
             yield dataset[row].get(column)
@@ -231,9 +272,12 @@ def _check_prompts(dataset: MapDataset) -> None:
 
 def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
     """Number of rejected videos of each row."""
-    if isinstance(dataset, datasets.Dataset) and column == "rejected":
-        if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
-            return [1] * len(dataset)
+    if isinstance(dataset, IndexedRows):
+        return dataset.rejected_counts()
+    feature = dataset.features[column] if isinstance(dataset, datasets.Dataset) else None
+    if column == "rejected" and feature and not isinstance(feature, (datasets.List, datasets.LargeList)):
+        return [1] * len(dataset)
+    if isinstance(dataset, datasets.Dataset) and isinstance(feature, (datasets.List, datasets.LargeList)):
         chunks = _arrow_cells(dataset, column)
         return [length or 0 for chunk in chunks for length in chunk.value_lengths().to_pylist()]
     if column == "rejected":

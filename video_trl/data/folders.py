@@ -3,8 +3,7 @@
 import csv
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,67 @@ VIDEO_SUFFIXES = frozenset(
 )
 #: Where a caption stands in a record, the first that holds a text.
 CAPTION_KEYS = ("prompt", "caption", "text")
+CAPTION_SUFFIXES = (".txt", ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 
-def videos_below(root: Path) -> list[Path]:
-    """Video files of a folder and its subfolders by their suffix, in the order of their names; hidden ones are not."""
+def files_below(root: Path) -> list[Path]:
+    """Files of a folder and its subfolders in the order of their names; hidden ones are left out."""
+    paths = sorted(root.rglob("*"))
     return [
         path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in VIDEO_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
     ]
+
+
+def videos_below(root: Path) -> list[Path]:
+    """Video files of a folder and its subfolders, by their suffix."""
+    return [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+def captions_below(root: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
+    """
+    Captions of the videos of a folder: `"sub/clip"` -> text of `sub/clip.txt` or `sub/clip.json` (WebDataset's
+    layout), in capitals or not, and `file_name` -> text of its `metadata.jsonl` or `metadata.csv`. With `files`, only
+    these are read beside the metadata.
+
+    A file that is a link out of `root` is not read: what is trained on can be published.
+    """
+    captions = _metadata_captions(root)
+    files = files_below(root) if files is None else list(files)
+    for suffix in reversed(CAPTION_SUFFIXES):  # the text wins
+        for path in files:
+            if path.suffix.lower() != suffix:
+                continue
+            if not path.resolve().is_relative_to(root.resolve()):
+                logger.warning("%s leads out of %s and is not read.", path, root)
+            elif caption := caption_in(path.read_bytes(), suffix):
+                captions[stem_below(path, root)] = caption
+    return captions
+
+
+def stem_below(path: Path, root: Path) -> str:
+    """`"sub/clip"` for `root/sub/clip.mp4`."""
+    return path.relative_to(root).with_suffix("").as_posix()
+
+
+def caption_for(path: Path, root: Path, captions: Mapping[str, str]) -> str | None:
+    """Caption of a video out of [`captions_below`]; the metadata table wins over a file beside the video."""
+    return captions.get(path.relative_to(root).as_posix()) or captions.get(stem_below(path, root))
 
 
 def captioned_rows(root: Path) -> list[dict[str, str]]:
     """
-    `prompt` and `video` of each video of a folder, with the caption from `clip.txt` or `clip.json` beside `clip.mp4`
-    or from the folder's `metadata.jsonl` or `metadata.csv`.
+    `prompt` and `video` of each video of a folder, with the captions of [`captions_below`].
 
     Raises:
         ValueError: If a video has no caption; names the first one.
     """
-    captions = metadata_captions(root)
+    captions = captions_below(root)
     rows, without = [], []
     for path in videos_below(root):
-        caption = captions.get(path.relative_to(root).as_posix()) or caption_beside(path, root)
+        caption = caption_for(path, root, captions)
         rows.append({"prompt": caption or "", "video": str(path)})
         without += [] if caption else [path]
     _refuse_uncaptioned(root, without, len(rows))
@@ -56,11 +90,11 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If a chosen video has no rejected one or no caption, or a rejected one belongs to none.
     """
-    captions = metadata_captions(root)
+    captions = captions_below(root)
     rejected: dict[str, list[Path]] = {}
-    chosen = {_key(path, root / "chosen"): path for path in videos_below(root / "chosen")}
+    chosen = {stem_below(path, root / "chosen"): path for path in videos_below(root / "chosen")}
     for path in videos_below(root / "rejected"):
-        key = _key(path, root / "rejected")
+        key = stem_below(path, root / "rejected")
         rejected.setdefault(key if key in chosen else key.rpartition("/")[0], []).append(path)
     alone = [str(path) for key, path in chosen.items() if key not in rejected]
     alone += [str(paths[0]) for key, paths in rejected.items() if key not in chosen]
@@ -71,20 +105,13 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
         )
     rows, without = [], []
     for key, path in chosen.items():
-        names = [f"chosen/{path.relative_to(root / 'chosen').as_posix()}", path.name]
         places = [path, *rejected[key], root / path.relative_to(root / "chosen")]
-        caption = next((captions[name] for name in names if name in captions), None)
-        caption = caption or next(filter(None, (caption_beside(place, root) for place in places)), None)
-        rows.append(
-            {"prompt": caption or "", "chosen": str(path), "rejected": [str(video) for video in rejected[key]]}
-        )
+        caption = next(filter(None, (caption_for(place, root, captions) for place in places)), None)
+        others = [str(video) for video in rejected[key]]
+        rows.append({"prompt": caption or "", "chosen": str(path), "rejected": others})
         without += [] if caption else [path]
     _refuse_uncaptioned(root, without, len(rows))
     return rows
-
-
-def _key(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _refuse_uncaptioned(root: Path, without: list[Path], total: int) -> None:
@@ -95,60 +122,46 @@ def _refuse_uncaptioned(root: Path, without: list[Path], total: int) -> None:
         )
 
 
-def caption_beside(path: Path, root: Path) -> str | None:
-    """
-    Caption in `clip.txt` or `clip.json` (WebDataset's layout) beside `clip.mp4`, in any case of letters. A link that
-    leads out of `root` is not followed: what is trained on can be published.
-    """
-    if not path.parent.is_dir():
-        return None
-    for suffix in (".txt", ".json"):
-        for name in (path.stem + suffix, path.stem + suffix.upper()):
-            sidecar = path.parent / name
-            if not sidecar.is_file():
-                continue
-            if not sidecar.resolve().is_relative_to(root.resolve()):
-                logger.warning("%s leads out of %s and is not read.", sidecar, root)
-                continue
-            return caption_in(sidecar.read_bytes(), suffix)
-    return None
-
-
 def caption_in(data: bytes, suffix: str) -> str | None:
     """Caption in the bytes of a `.txt` or `.json` file; None if there is none."""
     text = data.decode("utf-8-sig", "replace")
     if suffix == ".txt":
         return text.strip() or None
     try:
-        return caption_of(json.loads(text))
-    except json.JSONDecodeError as error:
+        return _caption_of(json.loads(text))
+    except (ValueError, RecursionError) as error:
         logger.warning("A caption is no JSON and is not used (%s): %.60r", error, text)
         return None
 
 
-def caption_of(record: Any) -> str | None:
-    """The first of `CAPTION_KEYS` that holds a text."""
+def _caption_of(record: Any) -> str | None:
+    """The first of the usual keys that holds a text."""
     if not isinstance(record, Mapping):
         return None
     texts = (str(record[key]).strip() for key in CAPTION_KEYS if record.get(key))
     return next((text for text in texts if text), None)
 
 
-def metadata_captions(root: Path) -> dict[str, str]:
+def _metadata_captions(root: Path) -> dict[str, str]:
     """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
-    return {
-        record["file_name"]: caption
-        for name in METADATA_NAMES
-        for record in _records(root / name)
-        if record.get("file_name") and (caption := caption_of(record))
-    }
+    captions: dict[str, str | None] = {}
+    for name in METADATA_NAMES:
+        if (root / name).is_file():
+            with open(root / name, encoding="utf-8-sig", errors="replace", newline="") as file:
+                try:
+                    records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))
+                except csv.Error as error:
+                    raise ValueError(f"{root / name}: expected a table of captions, got no CSV ({error}).") from error
+            named = (record for record in records if isinstance(record, Mapping) and record.get("file_name"))
+            captions |= {str(record["file_name"]): _caption_of(record) for record in named}
+    return {name: caption for name, caption in captions.items() if caption}
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-        else:
-            yield from (json.loads(line) for line in file if line.strip())
+def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
+    """The records of a file; a line that is none costs the captions in it, not the run."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                logger.warning("%s, line %d is no JSON and is not used (%s)", path, number, error)

@@ -1,10 +1,8 @@
 """Read and write video files with PyAV. A damaged or incomplete file raises an error; no frame is invented."""
 
-import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -13,16 +11,25 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video.stream import VideoStream
 
 from ..files import atomic_file, fingerprint, hash_bytes
+from .video_file import (
+    DEFAULT_LIMITS,
+    Timeline,
+    VideoDecodeError,
+    VideoLimits,
+    VideoSource,
+    decode_frames,
+    naming,
+    open_bytes,
+    open_stream,
+    orientation,
+    read_timeline,
+    source_name,
+    upright,
+)
 
 
-VideoSource = str | os.PathLike[str] | Mapping[str, Any] | np.ndarray | list[Any]
-
-# Playlists and `concat` scripts may name other files or URLs; a video from a stranger's dataset must not open them.
-_OPEN_OPTIONS = {"protocol_whitelist": "none"}
 _BT601_LIMITED = {
     "colorspace": 6,
     "color_range": 1,
@@ -30,32 +37,20 @@ _BT601_LIMITED = {
 # x264's macroblock tree has a routine for each instruction set, and they round differently. That for AVX-512 also lets
 # in what happens to lie in memory: without this option equal frames give other bytes in every process.
 _X264_PARAMS = "cpu-independent=1"
-
-
-class VideoDecodeError(ValueError):
-    """
-    A video cannot be read, or not wholly. The message names the file, what failed and the way out.
-
-    Attributes:
-        kind (`str`): One word for tables: "missing", "empty", "no_video_stream", "truncated", "damaged", "too_short",
-            and "unreadable" for the rest.
-    """
-
-    def __init__(self, message: str, kind: str = "unreadable") -> None:
-        super().__init__(message)
-        self.kind = kind
+# Times that fit no grid are only as exact as Matroska's and FLV's clock.
+_ROUNDING, _EXACT = 1e-3, 1e-6  # seconds
 
 
 @dataclass(frozen=True)
 class VideoInfo:
     """
-    What a video declares about itself.
+    What a video is, without its pixels.
 
     Attributes:
-        num_frames (`int`): Number of frames.
-        fps (`float`): Average frames per second; `nan` for an array, which has no clock.
+        num_frames (`int`): Number of frames that are shown.
+        fps (`float`): Average frames per second, `num_frames / duration`; `nan` for an array, which has no clock.
         height, width (`int`): Size in pixels as displayed, after the rotation that phones write into the file.
-        duration (`float`): Length in seconds, `num_frames / fps`.
+        duration (`float`): Length in seconds, from the first frame to the end of the last.
     """
 
     num_frames: int
@@ -65,17 +60,6 @@ class VideoInfo:
     duration: float
 
 
-def source_name(source: VideoSource | None) -> str:
-    """How messages call a video: its path, or what is known when it has none."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    if isinstance(source, Mapping):
-        return str(source.get("path") or "<video bytes without a path>")
-    if source is None:
-        return "<no video>"
-    return "<video array>"
-
-
 def read_video(
     source: VideoSource,
     *,
@@ -83,13 +67,15 @@ def read_video(
     fps: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
 ) -> np.ndarray:
     """
     Decode a video into RGB frames. With all options left out: every frame, at its own size.
 
     Time is never stretched, since that would change the physics: `fps` picks, for every tick of the new clock, the
     last frame shown at that moment (frames are dropped or repeated by their timestamps), and `num_frames` then keeps
-    the first frames of what is left.
+    the first frames of what is left. Containers round times. Those that fit a constant rate are made exact again; in a
+    clip of variable rate a frame that comes up to 1 ms after a tick counts as shown.
 
     Args:
         source (`str`, `Path`, `dict` or `numpy.ndarray`):
@@ -98,31 +84,89 @@ def read_video(
         num_frames (`int`, *optional*): Number of frames to return.
         fps (`float`, *optional*): Frames per second to return. An array has no clock: `fps` is ignored for it.
         height, width (`int`, *optional*): Size in pixels, given together: scaled to cover it, then centre-cropped.
+        limits ([`VideoLimits`], *optional*): How large a file may be, and what is made of it.
 
     Returns:
-        `numpy.ndarray` of shape `(T, H, W, 3)`, uint8.
+        `numpy.ndarray` of shape `(T, H, W, 3)`, uint8. Where frames of a file differ in size, that of the first.
 
     Raises:
-        VideoDecodeError: The file is missing, empty, damaged, truncated, has no video stream, or has too few frames.
+        VideoDecodeError: The file is missing, empty, damaged, truncated, has no video stream, has too few frames, or
+            is beyond `limits`.
         ValueError: Only one of `height` and `width` is given, or an array has another shape or dtype.
     """
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"`num_frames` must be positive, got {num_frames}.")
-    name = source_name(source)
-    frames = islice(iterate_video(source, fps=fps, height=height, width=width), num_frames)
-    video = np.stack(list(frames))
-    if num_frames is not None and len(video) < num_frames:
-        clock = "" if fps is None else f" at {fps:g} fps"
-        raise VideoDecodeError(
-            f"{name}: expected at least {num_frames} frames{clock}, got {len(video)}. Use a longer video, or ask for "
-            f"fewer frames (`num_frames={max(len(video), 1)}`).",
-            kind="too_short",
-        )
+    _check_size(num_frames, fps, height, width)
+    bounded = None in (num_frames, height, width)
+    frames: list[Any] = []
+    for image in islice(iterate_video(source, fps=fps, height=height, width=width, limits=limits), num_frames):
+        frames.append(image)
+        if bounded:
+            _check_bytes(source, len(frames) * image.nbytes, limits)
+    _check_length(source, len(frames), num_frames, fps)
+    video = np.empty((len(frames), *frames[0].shape), dtype=np.uint8)
+    for number in range(len(frames)):
+        video[number], frames[number] = frames[number], None  # not `np.stack`: it holds all frames twice
     return video
 
 
+def video_shape(
+    source: VideoSource,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
+) -> tuple[int, int, int]:
+    """
+    (T, H, W) of what [`read_video`] returns for the same arguments, in the memory of a few frames.
+
+    Every frame that it would return is decoded, which finds damage; none is converted or kept.
+
+    Raises:
+        What [`read_video`] raises.
+    """
+    _check_size(num_frames, fps, height, width)
+    count, size = 0, (0, 0)
+    for picture in islice(_pictures(source, fps, None, limits), num_frames):
+        if not count:
+            size = _shown_size(picture) if height is None or width is None else (height, width)
+        count += 1
+        if None in (num_frames, height, width):
+            _check_bytes(source, count * size[0] * size[1] * 3, limits)
+    _check_length(source, count, num_frames, fps)
+    return count, *size
+
+
+def _check_bytes(source: VideoSource, size: int, limits: VideoLimits) -> None:
+    if size > limits.max_bytes and not isinstance(source, (np.ndarray, list)):
+        raise VideoDecodeError(
+            f"{source_name(source)}: its frames take more than {limits.max_bytes} bytes (`max_bytes` of "
+            "`VideoLimits`). Ask for `num_frames`, `height` and `width`, or raise the limit.",
+            kind="too_large",
+        )
+
+
+def _check_length(source: VideoSource, count: int, num_frames: int | None, fps: float | None) -> None:
+    if num_frames is not None and count < num_frames:
+        clock = "" if fps is None else f" at {fps:g} fps"
+        raise VideoDecodeError(
+            f"{source_name(source)}: expected at least {num_frames} frames{clock}, got {count}. Use a longer video, "
+            f"or ask for fewer frames (`num_frames={max(count, 1)}`).",
+            kind="too_short",
+        )
+
+
+def _check_size(num_frames: int | None, fps: float | None, height: int | None, width: int | None) -> None:
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"`num_frames` must be positive, got {num_frames}.")
+    if (height is None) != (width is None):
+        raise ValueError(f"`height` and `width` go together, got height={height}, width={width}. Pass both or none.")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"`fps` must be positive, got {fps}.")
+
+
 def read_frames_squashed(
-    source: VideoSource, numbers: Sequence[int], height: int, width: int
+    source: VideoSource, numbers: Sequence[int], height: int, width: int, limits: VideoLimits = DEFAULT_LIMITS
 ) -> tuple[np.ndarray, int]:
     """
     Some frames of a video at one size, the aspect ratio not kept: how video judges were trained to see.
@@ -135,6 +179,7 @@ def read_frames_squashed(
         source (`str`, `Path`, `dict` or `numpy.ndarray`): As for [`read_video`].
         numbers (sequence of `int`): Which frames, from 0, in any order and as often as wanted.
         height, width (`int`): Size in pixels.
+        limits ([`VideoLimits`], *optional*): How large a file may be.
 
     Returns:
         `numpy.ndarray` of shape `(len(numbers), height, width, 3)`, uint8, and the `int` number of frames that the
@@ -148,13 +193,15 @@ def read_frames_squashed(
         arrays = _check_array(source)
         frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in arrays)
     else:
-        frames = (frame for _, _, frame in decode_video(source))
+        frames = (frame for _, _, frame in decode_video(source, limits))
     numbers_left, small, count = set(numbers), {}, 0
     for count, frame in enumerate(frames, start=1):
         if count - 1 in numbers_left:
-            small[count - 1] = _squash(frame, height, width)
+            with naming(source):
+                small[count - 1] = _squash(frame, height, width)
     if max(numbers) >= count:
-        small[count - 1] = _squash(frame, height, width)
+        with naming(source):
+            small[count - 1] = _squash(frame, height, width)
     return np.stack([small[min(number, count - 1)] for number in numbers]), count
 
 
@@ -165,12 +212,13 @@ def iterate_video(
     height: int | None = None,
     width: int | None = None,
     source_fps: float | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
 ) -> Iterator[np.ndarray]:
     """
     The frames that `read_video` returns, one at a time; those that a slower clock skips are not converted.
 
     Args:
-        source, fps, height, width: As for [`read_video`].
+        source, fps, height, width, limits: As for [`read_video`].
         source_fps (`float`, *optional*): The clock of an array, which has none of its own: with it `fps` applies.
 
     Yields:
@@ -180,29 +228,50 @@ def iterate_video(
         VideoDecodeError: As for [`read_video`], where reading gets to; what was yielded before is good.
         ValueError: As for [`read_video`].
     """
-    if (height is None) != (width is None):
-        raise ValueError(f"`height` and `width` go together, got height={height}, width={width}. Pass both or none.")
-    if fps is not None and fps <= 0:
-        raise ValueError(f"`fps` must be positive, got {fps}.")
-    pictures: Iterator[av.VideoFrame | np.ndarray]
+    _check_size(None, fps, height, width)
+    last, image, own_size = None, np.empty(0), (0, 0)
+    for picture in _pictures(source, fps, source_fps, limits):
+        if picture is not last:  # a faster clock shows a frame more than once
+            own_size = own_size if last is not None else _shown_size(picture)
+            last = picture
+            with naming(source):
+                image = picture if isinstance(picture, np.ndarray) else _rgb(picture, own_size)
+                if height is not None and width is not None:
+                    image = _cover(image, height, width)
+        yield image
+
+
+def _pictures(
+    source: VideoSource, fps: float | None, source_fps: float | None, limits: VideoLimits
+) -> Iterator[av.VideoFrame | np.ndarray]:
+    """What is shown at every tick of the clock, not converted yet; the same object where it is shown again."""
     if isinstance(source, (np.ndarray, list)):
         array = _check_array(source)
         step = 1 / source_fps if source_fps else math.nan
         clocked = ((index * step, step, frame) for index, frame in enumerate(array))
-        pictures = _resample(clocked, fps) if fps and source_fps else iter(array)
-    else:
-        decoded = decode_video(source)
-        pictures = _resample(decoded, fps) if fps else (frame for _, _, frame in decoded)
-    last, image = None, np.empty(0)
-    for picture in pictures:
-        if picture is not last:  # a faster clock shows a frame more than once
-            last, image = picture, picture if isinstance(picture, np.ndarray) else _rgb(picture)
-            if height is not None and width is not None:
-                image = _cover(image, height, width)
-        yield image
+        return _resample(clocked, fps, _EXACT) if fps and source_fps else iter(array)
+    timeline = _timeline(source, limits)
+    decoded = _decoded(source, timeline, limits)
+    if not fps:
+        return (frame for _, _, frame in decoded)
+    return _resample(decoded, fps, _ROUNDING if timeline.grid is None else _EXACT)
 
 
-def decode_video(source: VideoSource) -> Iterator[tuple[float, float, av.VideoFrame]]:
+def _timeline(source: VideoSource, limits: VideoLimits) -> Timeline:
+    with open_stream(source, limits) as (container, stream):
+        return read_timeline(container, stream)
+
+
+def _decoded(
+    source: VideoSource, timeline: Timeline, limits: VideoLimits
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    with open_stream(source, limits) as (container, stream):
+        yield from decode_frames(container, stream, timeline, source_name(source), limits)
+
+
+def decode_video(
+    source: VideoSource, limits: VideoLimits = DEFAULT_LIMITS
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """
     (time, duration, frame) of each frame of a file in display order; times in seconds, frames as the decoder left
     them (see [`upright`]). For readers that want no more than part of a frame.
@@ -210,38 +279,27 @@ def decode_video(source: VideoSource) -> Iterator[tuple[float, float, av.VideoFr
     Raises:
         VideoDecodeError: As for [`read_video`], where reading gets to.
     """
-    with _open(source) as (container, stream):
-        yield from _decode(container, stream, source_name(source))
+    yield from _decoded(source, _timeline(source, limits), limits)
 
 
-def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """An image made from `frame`, `(H, W)` or `(H, W, C)`, turned as the file says that it is to be shown."""
-    return np.rot90(image, k=frame.rotation // 90) if frame.rotation else image
-
-
-def probe_video(source: VideoSource) -> VideoInfo:
+def probe_video(source: VideoSource, limits: VideoLimits = DEFAULT_LIMITS) -> VideoInfo:
     """
-    Frame count, frame rate and size of a video from its header, without decoding more than the first frame.
+    Frame count, frame rate, length and size of a video from the time stamps of all its packets and its first frame.
 
-    A format whose header has no frame count (Matroska, for one) is demuxed to count. Damage inside a frame goes
-    unnoticed here; `read_video` finds it.
+    The file is read, and no frame but the first is decoded. Damage inside a frame goes unnoticed here; `read_video`
+    finds it.
 
     Raises:
-        VideoDecodeError: The file is missing, empty, truncated, has no video stream, or its first frame is damaged.
+        VideoDecodeError: The file is missing, empty, truncated, has no video stream, its first frame is damaged, or
+            larger than `limits` allow.
     """
     if isinstance(source, (np.ndarray, list)):
         video = _check_array(source)
         return VideoInfo(video.shape[0], math.nan, video.shape[1], video.shape[2], math.nan)
-    name = source_name(source)
-    with _open(source) as (container, stream):
-        _, _, first = next(_decode(container, stream, name))
-        height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
-        rate = float(stream.average_rate or stream.guessed_rate or 0) or math.nan
-        num_frames = stream.frames
-    if num_frames == 0:
-        with _open(source) as (container, stream):
-            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-    return VideoInfo(num_frames, rate, height, width, num_frames / rate)
+    timeline = _timeline(source, limits)
+    _, _, first = next(_decoded(source, timeline, limits))
+    height, width = _shown_size(first)
+    return VideoInfo(timeline.num_frames, timeline.fps, height, width, timeline.end - timeline.start)
 
 
 def write_video(
@@ -302,7 +360,7 @@ def video_hash(source: VideoSource) -> str:
     """
     if isinstance(source, (np.ndarray, list)):
         return fingerprint(np.ascontiguousarray(_check_array(source)).data)
-    with _open_bytes(source) as file:
+    with open_bytes(source) as file:
         return hash_bytes(file)
 
 
@@ -317,131 +375,23 @@ def _check_array(video: np.ndarray | list[Any]) -> np.ndarray:
     return video
 
 
-@contextmanager
-def _open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
-    """The bytes of a source as a binary file."""
-    name = source_name(source)
-    if isinstance(source, Mapping) and source.get("bytes") is not None:
-        yield io.BytesIO(source["bytes"])
-        return
-    path = source.get("path") if isinstance(source, Mapping) else source
-    if not isinstance(path, (str, os.PathLike)):
-        raise VideoDecodeError(
-            f"{name}: expected a path, a dict with 'path' or 'bytes', or a uint8 array, got {type(path).__name__}."
-        )
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise VideoDecodeError(
-            f"{name}: cannot open the file ({error.strerror}). Check the path (relative paths start at {os.getcwd()}) "
-            "and that the file is on this machine.",
-            kind="missing",
-        ) from error
-    with file:
-        yield file
+def _shown_size(picture: av.VideoFrame | np.ndarray) -> tuple[int, int]:
+    """(height, width) as displayed."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    size = picture.height, picture.width
+    return size[::-1] if orientation(picture)[0] else size
 
 
-@contextmanager
-def _open(source: VideoSource) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream; raises when the header promises more than the file holds."""
-    name = source_name(source)
-    with _open_bytes(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if size == 0:
-            words = f"{name}: the file is empty (0 bytes). Fetch or render it again, or drop its row."
-            raise VideoDecodeError(words, kind="empty")
-        try:
-            container = av.open(file, "r", options=_OPEN_OPTIONS)
-        except (av.error.FFmpegError, OSError) as error:
-            raise VideoDecodeError(
-                f"{name}: not a video file that FFmpeg can open, or its index is cut off ({_reason(error)}). Fetch or "
-                "render it again, or drop its row."
-            ) from error
-        with container:
-            if not container.streams.video:
-                kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
-                words = f"{name}: expected a video stream, got {kinds}. Drop its row."
-                raise VideoDecodeError(words, kind="no_video_stream")
-            stream = container.streams.video[0]
-            _check_whole(stream, size, name)
-            yield container, stream
-
-
-def _check_whole(stream: VideoStream, size: int, name: str) -> None:
-    """Compare the index with the file size: an mp4 with its index in front opens, and partly plays, when cut off."""
-    if not stream.frames:
-        return
-    present = sum(entry.pos + entry.size <= size for entry in stream.index_entries)
-    if present < len(stream.index_entries):
-        raise VideoDecodeError(
-            f"{name}: truncated. The header declares {stream.frames} frames, the file ends after {present}. Fetch or "
-            "render it again, or drop its row.",
-            kind="truncated",
-        )
-
-
-def _decode(container: InputContainer, stream: VideoStream, name: str) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """(time, duration, frame) of each frame, in display order; raises on damage instead of concealing it."""
-    stream.codec_context.options = {"err_detect": "explode"}  # the default paints over damaged blocks and says nothing
-    count, end = 0, -math.inf
-    step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-    try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise VideoDecodeError(_damaged(name, count, "a packet is marked as corrupt"), kind="damaged")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise VideoDecodeError(_damaged(name, count, "a frame is marked as corrupt"), kind="damaged")
-                start = frame.time if frame.time is not None else count * step
-                duration = float(frame.duration * frame.time_base) if frame.duration else step
-                end = max(end, start + duration)
-                yield start, duration, frame
-                count += 1
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoDecodeError(_damaged(name, count, _reason(error)), kind="damaged") from error
-    if count == 0:
-        words = f"{name}: the video stream holds no frame; the file may be cut off. Drop its row."
-        raise VideoDecodeError(words, kind="truncated")
-    # An edit list (a clip cut without re-encoding) hides frames on purpose: only then may fewer frames come out.
-    if stream.frames and len(stream.index_entries) == stream.frames and count < stream.frames:
-        raise VideoDecodeError(_damaged(name, count, f"the header declares {stream.frames} frames"), kind="damaged")
-    declared_end = _declared_end(container, stream)
-    if declared_end is not None and end < declared_end - max(2 * step, 0.1):
-        raise VideoDecodeError(
-            f"{name}: truncated. The header declares {declared_end:.2f} s, the last frame ends at {end:.2f} s. Fetch "
-            "or render it again, or drop its row.",
-            kind="truncated",
-        )
-
-
-def _declared_end(container: InputContainer, stream: VideoStream) -> float | None:
-    """
-    Second before which the video of a container without a frame count cannot end; None where it does not say. Matroska
-    counts from 0 and not from the first frame; where a format counts from there, the video ends later still.
-    """
-    if stream.frames or container.duration is None or container.streams.audio:
-        return None
-    return container.duration / av.time_base
-
-
-def _damaged(name: str, count: int, what: str) -> str:
-    return f"{name}: damaged after {count} good frames ({what}). Fetch or render it again, or drop its row."
-
-
-def _reason(error: Exception) -> str:
-    """FFmpeg's own words, without the name of the internal call."""
-    return error.strerror if isinstance(error, OSError | av.error.FFmpegError) and error.strerror else str(error)
-
-
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 (H, W, 3), upright."""
-    return upright(frame.to_ndarray(format="rgb24"), frame)
+def _rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3), upright; scaled to `size` where the frames of a file differ in it, as players do."""
+    height, width = size[::-1] if orientation(frame)[0] else size
+    return upright(frame.to_ndarray(format="rgb24", width=width, height=height), frame)
 
 
 def _squash(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
     """uint8 (height, width, 3), upright."""
-    if frame.rotation % 180:
+    if orientation(frame)[0]:
         height, width = width, height
     image = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR").to_ndarray()
     return upright(image, frame)
@@ -450,14 +400,14 @@ def _squash(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
 _Picture = TypeVar("_Picture")
 
 
-def _resample(decoded: Iterable[tuple[float, float, _Picture]], fps: float) -> Iterator[_Picture]:
-    """The frame on screen at `start + k / fps`, for k = 0, 1, ... while the video lasts."""
-    start, end, tick = 0.0, 0.0, 0
+def _resample(decoded: Iterable[tuple[float, float, _Picture]], fps: float, rounding: float) -> Iterator[_Picture]:
+    """The frame on screen at `start + k / fps`, for k = 0, 1, ... while the video lasts; `rounding` of times, in s."""
+    start, end, tick, tolerance = 0.0, 0.0, 0, 0.0
     shown: _Picture | None = None
-    tolerance = 1e-3 / fps  # timestamps are rounded to the container's clock
     for time, duration, frame in decoded:
         if shown is None:
             start = time
+        tolerance = min(rounding, duration / 2, 0.25 / fps)
         while shown is not None and start + tick / fps < time - tolerance:
             yield shown
             tick += 1

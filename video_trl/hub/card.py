@@ -80,6 +80,7 @@ def model_card(
     fps: float,
     pipeline_class: str = "WanPipeline",
     transformer_class: str | None = None,
+    expert: tuple[str, str] | None = None,
     dtype: str = "bfloat16",
     revision: str | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
@@ -105,8 +106,9 @@ def model_card(
         fps (`float`): Frames per second of the snippet's video.
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
-        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model, to load it.
-        call_kwargs (`dict`, *optional*): Further arguments of the pipeline's call in the snippet.
+        expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
+        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model.
+        call_kwargs (`dict`, *optional*): Further arguments of the snippet's call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
         log (list of `dict`, *optional*): Rows of the training log; columns are the keys of the first one.
         evaluation (list of [`Measurement`] or `dict`, *optional*): Table; the former are the `model-index` as well.
@@ -136,11 +138,11 @@ def model_card(
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
         title=Path(repo_id).name,
         adapter=transformer_class is None,
-        base_model_link=_link(base_model),
+        base_model_link=("" if expert is None else f"the `{expert[0]}` transformer of ") + _link(base_model),
         revision=revision,
         method_name=method_name,
         dataset=facts,
-        snippet=_snippet(repo_id, base_model, pipeline_class, transformer_class, dtype, revision, call, fps),
+        snippet=_snippet(repo_id, base_model, pipeline_class, transformer_class, expert, dtype, revision, call, fps),
         videos=videos,
         evaluation=evaluation_section(evaluation),
         loss_parameters=settings_table(loss_parameters),
@@ -258,11 +260,13 @@ def _snippet(
     base_model: str,
     pipeline_class: str,
     transformer_class: str | None,
+    expert: tuple[str, str] | None,
     dtype: str,
     revision: str | None,
     call: Mapping[str, Any],
     fps: float,
 ) -> str:
+    component = "transformer" if expert is None else expert[1]
     pinned = "" if revision is None else f", revision={revision!r}"
     classes = pipeline_class if transformer_class is None else f"{pipeline_class}, {transformer_class}"
     if base_model == SANDBOX:
@@ -277,10 +281,14 @@ def _snippet(
         imports += "\nfrom diffusers.utils import load_image"
         arguments = f"image=load_image('first_frame.png'), {arguments}"
     if transformer_class is None:
-        use = f"pipeline.load_lora_weights({repo_id!r}, weight_name={LORA_FILE_NAME!r}, adapter_name='default')"
+        # Without the flag diffusers puts every adapter into the first transformer, without a warning.
+        second = "" if component == "transformer" else ", load_into_transformer_2=True"
+        use = (
+            f"pipeline.load_lora_weights({repo_id!r}, weight_name={LORA_FILE_NAME!r}, adapter_name='default'{second})"
+        )
     else:
         trained = f"{transformer_class}.from_pretrained({repo_id!r}, subfolder='transformer')"
-        use = f"pipeline.transformer = {trained}.to(pipeline.dtype)"
+        use = f"pipeline.{component} = {trained}.to(pipeline.dtype)"
     return "\n".join(
         [
             imports,

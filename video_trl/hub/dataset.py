@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
 
 from ..data.columns import undecoded
-from ..files import atomic_folder, remove_leftovers
+from ..files import LOCK_NAME, atomic_file, fingerprint, hash_bytes, remove_leftovers, resumable_folder
 from .card import CARD_NAME, render, settings_table, table
 from .upload import explained, without_conflict
 
@@ -51,7 +51,7 @@ def export_dataset(
 ) -> Path:
     """
     Write a dataset as a folder that can go anywhere: `data/*.parquet` with the bytes of the videos in them, a card,
-    and the videos of the first rows for it.
+    and the videos of the first rows for it. An export that was killed goes on with the files that it has written.
 
     Args:
         dataset (`datasets.Dataset`): Rows with videos as features of that type, or as paths in the columns `video`,
@@ -74,23 +74,13 @@ def export_dataset(
     media = {column for column, feature in features.items() if _media_type(feature) is not None}
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
-    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME)]
+    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME)]
     if strange:
         raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
     remove_leftovers(folder.parent)
-    with atomic_folder(folder) as partial:
-        (partial / "data").mkdir()
-        shards = 0
-        samples: list[dict[str, Any]] = []
-        for rows in _shards(undecoded(dataset), media):
-            shards += 1
-            if not samples:
-                samples = [_show(row, number, media, partial) for number, row in enumerate(rows[:_SHOWN_ROWS])]
-            content = datasets.Dataset.from_list(rows, features=features)
-            pq.write_table(content.with_format("arrow")[:], _shard(partial, split, shards), row_group_size=16)
-        for number in range(1, shards + 1):
-            name_of_all = f"{split}-{number - 1:05d}-of-{shards:05d}.parquet"
-            _shard(partial, split, number).rename(partial / "data" / name_of_all)
+    with resumable_folder(folder, replace=True) as partial:
+        assert partial is not None
+        samples = _write_shards(undecoded(dataset), features, media, partial, split)
         card = dataset_card(
             dataset, features, name=name, split=split, samples=samples, license=license, description=description,
             details=details,
@@ -231,25 +221,88 @@ def _media_type(feature: Any) -> datasets.Video | datasets.Image | None:
     return inner if isinstance(inner, datasets.Video | datasets.Image) else None
 
 
-def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[list[dict[str, Any]]]:
-    """Rows with the bytes of their files, as many at a time as one parquet file should hold."""
+def _write_shards(
+    dataset: datasets.Dataset, features: datasets.Features, media: set[str], folder: Path, split: str
+) -> list[dict[str, Any]]:
+    """
+    Write the rows with the bytes of their files, as many in a file as it should hold. What an export before this one
+    has written of the same rows and files stays as it is. Returns what the card shows of the first rows.
+    """
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    samples: list[dict[str, Any]] = []
+    written: list[Path] = []
+    for first, rows in _shards(dataset, media):
+        path = data / f"{split}-{len(written):05d}.{_identity(rows, media, features)}.parquet"
+        if not samples:
+            shown = [_embed(row, number, media) for number, row in enumerate(rows[:_SHOWN_ROWS])]
+            samples = [_show(row, number, media, folder) for number, row in enumerate(shown)]
+        if not path.exists():
+            embedded = [_embed(row, first + number, media) for number, row in enumerate(rows)]
+            content = datasets.Dataset.from_list(embedded, features=features)
+            with atomic_file(path) as partial:
+                pq.write_table(content.with_format("arrow")[:], partial, row_group_size=16)
+        written.append(path)
+    for other in set(data.iterdir()) - set(written):
+        other.unlink()
+    for number, path in enumerate(written):
+        path.rename(data / f"{split}-{number:05d}-of-{len(written):05d}.parquet")
+    return samples
+
+
+def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Rows, as many at a time as one parquet file should hold with their files, and the number of the first."""
     rows: list[dict[str, Any]] = []
-    size = 0
+    first = size = 0
     for number, row in enumerate(dataset):
-        for column in media & row.keys():
-            several = isinstance(row[column], list)
-            cells = [
-                _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number)
-                for k, cell in enumerate(row[column] if several else [row[column]])
-            ]
-            size += sum(len(cell["bytes"]) for cell in cells if cell is not None)
-            row[column] = cells if several else cells[0]
         rows.append(row)
+        size += sum(_file_state(cell, number)[1] for cell in _cells(row, media))
         if len(rows) == _ROWS_PER_FILE or size > _BYTES_PER_FILE:
-            yield rows
-            rows, size = [], 0
+            yield first, rows
+            first, rows, size = number + 1, [], 0
     if rows:
-        yield rows
+        yield first, rows
+
+
+def _cells(row: Mapping[str, Any], media: set[str]) -> list[Any]:
+    """The files of a row, as the dataset has them."""
+    columns = [row[column] for column in sorted(media & row.keys())]
+    cells = [cell for column in columns for cell in (column if isinstance(column, list) else [column])]
+    return [cell for cell in cells if cell is not None]
+
+
+def _identity(rows: Sequence[Mapping[str, Any]], media: set[str], features: datasets.Features) -> str:
+    """Hash of rows: equal ones, with files that have not changed since, give equal parquet files."""
+    plain = [{name: value for name, value in row.items() if name not in media} for row in rows]
+    states = [_file_state(cell, number) for number, row in enumerate(rows) for cell in _cells(row, media)]
+    return fingerprint(str(features), plain, states)
+
+
+def _file_state(cell: Any, row: int) -> tuple[str, int, int]:
+    """Name or hash, size, and time of change of a file."""
+    path, content = (cell, None) if isinstance(cell, str) else (cell["path"], cell["bytes"])
+    if content is not None:
+        return hash_bytes(content), len(content), 0
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError(
+            f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
+        ) from error
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+def _embed(row: Mapping[str, Any], number: int, media: set[str]) -> dict[str, Any]:
+    """A row with the bytes of its files."""
+    embedded = dict(row)
+    for column in media & row.keys():
+        several = isinstance(row[column], list)
+        cells = [
+            _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number)
+            for k, cell in enumerate(row[column] if several else [row[column]])
+        ]
+        embedded[column] = cells if several else cells[0]
+    return embedded
 
 
 def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
@@ -261,11 +314,13 @@ def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
-            ) from error
+            raise _unreadable(path, row, error) from error
     ending = Path(path).suffix if path else (".mp4" if content[4:8] == b"ftyp" else ".png")
     return {"bytes": content, "path": name + ending}
+
+
+def _unreadable(path: str, row: int, error: OSError) -> ValueError:
+    return ValueError(f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row.")
 
 
 def _show(row: Mapping[str, Any], number: int, media: set[str], folder: Path) -> dict[str, Any]:
@@ -281,10 +336,6 @@ def _show(row: Mapping[str, Any], number: int, media: set[str], folder: Path) ->
             path.write_bytes(cell["bytes"])
             paths[label] = str(path.relative_to(folder))
     return {"prompt": row.get("prompt", ""), "videos": paths}
-
-
-def _shard(folder: Path, split: str, number: int) -> Path:
-    return folder / "data" / f"{split}-{number:05d}.parquet"
 
 
 def _kind(feature: Any) -> str:

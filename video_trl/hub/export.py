@@ -14,14 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..files import write_atomically
-from .lora import PREFIX, load_lora_state, read_tensors, write_lora
+from .lora import PREFIX, expert_of, load_lora_state, read_tensors, write_lora, write_tensors
 
 
 _CONFIG_KEY = "video_trl_adapter"  # the adapter's configuration, for the way back
@@ -86,7 +84,8 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
     Args:
         source (`str` or `Path`): Folder with `pytorch_lora_weights.safetensors`, or that file.
-        target (`str` or `Path`): The file to write.
+        target (`str` or `Path`): The file to write. Of an adapter of one of Wan 2.2's two experts, `"_high_noise"` or
+            `"_low_noise"` is added to its name, unless it is there: each goes into a loader of its own.
 
     Returns:
         `Path`: The file.
@@ -123,10 +122,12 @@ def export_lora(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
             )
     _check_with_diffusers(tensors, set(weights), source)
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    path = Path(target)
+    path, expert = Path(target), expert_of(source)
+    if expert is not None and expert not in path.stem:  # ComfyUI's users tell the two by their names
+        path = path.with_stem(f"{path.stem}_{expert}")
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
-    return write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", _CONFIG_KEY: json.dumps(settings)}))
+    return write_tensors(path, tensors, {"format": "pt", _CONFIG_KEY: json.dumps(settings)})
 
 
 def import_lora(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:

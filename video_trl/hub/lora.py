@@ -12,11 +12,13 @@ from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors import safe_open
 
-from ..files import write_atomically
+from ..files import tensor_checksum, write_atomically
 
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+CHECKSUM_KEY = "checksum"  # of all tensors with their names
+EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
 
@@ -141,6 +143,7 @@ def write_lora(
     weights: Mapping[str, torch.Tensor],
     config: LoraConfig,
     base_model: str | None = None,
+    expert: str | None = None,
 ) -> Path:
     """
     Write weights and configuration of an adapter as `save_lora` does.
@@ -150,6 +153,7 @@ def write_lora(
         weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
         config (`peft.LoraConfig`): Configuration, with rank and alpha.
         base_model (`str`, *optional*): Repository id or path of the base model, recorded in the file.
+        expert (`str`, *optional*): Which of the base model's several transformers it is for, recorded too.
 
     Returns:
         `Path`: The file.
@@ -168,7 +172,8 @@ def write_lora(
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
-    return write_atomically(Path(directory) / LORA_FILE_NAME, safetensors.torch.save(tensors, header))
+    header |= {} if expert is None else {EXPERT_KEY: expert}
+    return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
 
 
 def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -202,15 +207,41 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors on the CPU and their checksum as a safetensors file, whole or not at all."""
+    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    # safetensors writes metadata in another order each time; equal tensors are to make equal files.
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def expert_of(directory: str | os.PathLike[str]) -> str | None:
+    """The transformer that an adapter's file says it is for; `None` where a pipeline has one."""
+    path = Path(directory)
+    with safe_open(path / LORA_FILE_NAME if path.is_dir() else path, framework="pt") as file:
+        return (file.metadata() or {}).get(EXPERT_KEY)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     Tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        ValueError: The file is incomplete, or is no such file.
+        ValueError: The file is incomplete or is no such file, or its tensors are not those of the checksum in it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+            tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
+    if header.get(CHECKSUM_KEY, checksum := _checksum(tensors)) != checksum:
+        raise ValueError(f"{path} is damaged: its tensors are not those of its checksum. Fetch or save it again.")
+    return tensors, header
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    return tensor_checksum(*(part for item in sorted(tensors.items()) for part in item))

@@ -1,14 +1,23 @@
-"""Model families: Wan and CogVideoX. A new one is a file here and a line in `_FAMILIES`."""
+"""Model families. A new one is a file here and a line in `_FAMILIES`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import CogVideoXTransformer3DModel, SchedulerMixin, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    LTXVideoTransformer3DModel,
+    SchedulerMixin,
+    SkyReelsV2Transformer3DModel,
+    WanTransformer3DModel,
+)
 from torch import nn
 
-from .base import BlockTap, GenerationRules, ModelFamily, lora_targets, tap_block
+from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
-from .wan import WanFamily, WanImageToVideoFamily, wan_family
+from .ltx import LTXFamily, LTXImageToVideoFamily, ltx_family
+from .skyreels import SkyReelsFamily, SkyReelsImageToVideoFamily, skyreels_family
+from .wan import WanFamily, WanFirstFrameFamily, WanImageToVideoFamily, wan_family
 
 
 __all__ = [
@@ -16,24 +25,34 @@ __all__ = [
     "BlockTap",
     "CogVideoXFamily",
     "CogVideoXImageToVideoFamily",
+    "Expert",
     "GenerationRules",
+    "LTXFamily",
+    "LTXImageToVideoFamily",
     "ModelFamily",
+    "SkyReelsFamily",
+    "SkyReelsImageToVideoFamily",
     "WanFamily",
+    "WanFirstFrameFamily",
     "WanImageToVideoFamily",
     "depth_options",
+    "experts_of",
     "family_for",
+    "family_of",
     "generation_rules",
     "lora_targets",
+    "pipeline_index",
     "supported_pipelines",
     "tap_block",
 ]
 
 # Class of the transformer -> what makes its family object, and the forms (text, image to video) that this may be.
-_FAMILIES: dict[type[nn.Module], tuple[Callable[[Any, SchedulerMixin | None], ModelFamily], tuple[Any, ...]]] = {
-    WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily)),
+_FAMILIES: dict[type[nn.Module], tuple[Callable[..., ModelFamily], tuple[Any, ...]]] = {
+    WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily, WanFirstFrameFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
+    LTXVideoTransformer3DModel: (ltx_family, (LTXFamily, LTXImageToVideoFamily)),
+    SkyReelsV2Transformer3DModel: (skyreels_family, (SkyReelsFamily, SkyReelsImageToVideoFamily)),
 }
-
 
 TRANSFORMERS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _FAMILIES}
 """The classes of transformers that have a family, by name."""
@@ -45,12 +64,29 @@ def depth_options(transformer_class: str) -> tuple[str, ...]:
     return forms[0].depth_options
 
 
-def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) -> ModelFamily:
+def family_of(pipeline: DiffusionPipeline) -> ModelFamily:
+    """[`family_for`] the transformer of a pipeline, or the first one that it has of several."""
+    index = pipeline_index(pipeline)
+    names = [expert.component for expert in experts_of(index)] or ["transformer"]
+    transformer = next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
+    return family_for(transformer, pipeline.scheduler, index)
+
+
+def pipeline_index(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What the `model_index.json` of a pipeline says of it; a derived class has the name of the one known here."""
+    classes = [parent.__name__ for parent in type(pipeline).__mro__]
+    known = next((name for name in classes if name in supported_pipelines()), classes[0])
+    return {**pipeline.config, "_class_name": known}
+
+
+def family_for(
+    transformer: nn.Module, scheduler: SchedulerMixin | None = None, index: Mapping[str, Any] | None = None
+) -> ModelFamily:
     """
     Family of a transformer, by its class and the inputs it takes.
 
     ```python
-    family = family_for(pipeline.transformer, pipeline.scheduler)
+    family = family_for(pipeline.transformer, pipeline.scheduler, pipeline_index(pipeline))
     ```
 
     Args:
@@ -59,6 +95,9 @@ def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) 
         scheduler (`SchedulerMixin`, *optional*):
             Scheduler of the same pipeline. Needed where checkpoints of a family differ in their noise schedule
             (CogVideoX); Wan's family is the same without.
+        index (`Mapping`, *optional*):
+            Content of the `model_index.json` of the same pipeline. Some transformers (Wan 2.2's 5B,
+            LTX-Video) are those of a text-to-video and of an image-to-video pipeline: without it, the former is meant.
 
     Returns:
         [`ModelFamily`]: Its family, in its form (text or image to video).
@@ -69,14 +108,24 @@ def family_for(transformer: nn.Module, scheduler: SchedulerMixin | None = None) 
     """
     for transformer_class, (make_family, _) in _FAMILIES.items():
         if isinstance(transformer, transformer_class):
-            return make_family(transformer, scheduler)
+            return make_family(transformer, scheduler, index or {})
     supported = ", ".join(transformer_class.__name__ for transformer_class in _FAMILIES)
     raise ValueError(f"`transformer` must be one of {supported}, got {type(transformer).__name__}.")
 
 
 def supported_pipelines() -> list[str]:
     """Class names of the diffusers pipelines whose transformer has a family here."""
-    return [name for _, forms in _FAMILIES.values() for family in forms for name in family.pipeline_classes]
+    names = (name for _, forms in _FAMILIES.values() for family in forms for name in family.pipeline_classes)
+    return list(dict.fromkeys(names))  # two forms of a family may share a pipeline
+
+
+def experts_of(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+    """Transformers of a pipeline, from its `model_index.json` (or [`pipeline_index`]), if it has several."""
+    for _, forms in _FAMILIES.values():
+        for family in forms:
+            if index.get("_class_name") in family.pipeline_classes:
+                return family.experts(index)
+    return ()
 
 
 def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules | None:

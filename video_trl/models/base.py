@@ -35,6 +35,26 @@ class GenerationRules:
     one_video_a_call: bool = False
 
 
+@dataclass(frozen=True)
+class Expert:
+    """
+    One of the transformers of a pipeline that has several, each for a part of the noise.
+
+    Args:
+        name (`str`): What the option `expert` calls it.
+        component (`str`): Component of the pipeline.
+        low, high (`float`): The timesteps that the pipeline gives it.
+    """
+
+    name: str
+    component: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (`{self.component}`, timesteps {self.low:g} to {self.high:g})"
+
+
 class ModelFamily(Protocol):
     """
     Differences between model families, as a small frozen object without weights.
@@ -50,6 +70,10 @@ class ModelFamily(Protocol):
     @property
     def pipeline_classes(self) -> tuple[str, ...]:
         """Names of the diffusers pipelines whose transformer this family has."""
+
+    @staticmethod
+    def experts(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """Transformers of a pipeline, from its `model_index.json`, if it has several; highest noise first."""
 
     @staticmethod
     def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
@@ -87,6 +111,10 @@ class ModelFamily(Protocol):
     @property
     def image_encoders(self) -> dict[str, str]:
         """Components, besides the VAE, that encode first frames, each with the component that prepares its input."""
+
+    @property
+    def published_prompt_tokens(self) -> int:
+        """Tokens to which the pipeline's call pads prompts if it is told no other number."""
 
     def compression(self, vae: ModelMixin) -> tuple[int, int]:
         """Frames and pixels of a side that make one of a latent, apart from the first frame, which is one alone."""
@@ -168,8 +196,14 @@ class FamilyDefaults:
     image_columns: tuple[str, ...] = ()
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
+    published_prompt_tokens: int = 512
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Options of the transformer's configuration that are its numbers of blocks."""
+
+    @staticmethod
+    def experts(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """None: the pipeline has one transformer."""
+        return ()
 
     @property
     def condition_columns(self) -> tuple[str, ...]:
@@ -254,6 +288,15 @@ def check_channels(shape: Sequence[int], channels: int) -> None:
         )
 
 
+def check_frames_behind_the_first(shape: Sequence[int]) -> None:
+    """Raise a `ValueError` if latents `(..., C, F, H, W)` are one frame, where the first one is given."""
+    if shape[-3] < 2:
+        raise ValueError(
+            f"Latents must have at least two frames, got {tuple(shape)}: the first one is given, and nothing would be "
+            "left to learn. Raise `num_frames`."
+        )
+
+
 def check_patches(shape: Sequence[int], patch: Sequence[int]) -> None:
     """Raise a `ValueError` unless frames, height and width of latents are divisible by a transformer's patch."""
     sizes = tuple(shape[-3:])
@@ -310,9 +353,9 @@ def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequ
     """
     names = [choice or "attention"] if choice is None or isinstance(choice, str) else list(choice)
     if names == ["attention"]:
-        return family.lora_target_modules
+        return _in_blocks(family, transformer, family.lora_target_modules)
     if names == ["attention+ffn"]:
-        return family.lora_target_modules + family.ffn_target_modules
+        return _in_blocks(family, transformer, family.lora_target_modules + family.ffn_target_modules)
     linear = {
         name for block in family.blocks(transformer) for name, layer in block.named_modules() if _is_linear(layer)
     }
@@ -327,6 +370,15 @@ def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequ
             f"layers of {type(transformer).__name__}, got {choice!r}. Those of a block are {sorted(linear)}."
         )
     return names
+
+
+def _in_blocks(family: ModelFamily, transformer: nn.Module, suffixes: list[str]) -> list[str]:
+    """The suffixes; the whole names of layers of the blocks where other layers would match the suffixes too."""
+    blocks = [f"{name}." for name, module in transformer.named_modules() if module in set(family.blocks(transformer))]
+    names = [name for name, module in transformer.named_modules() if _is_linear(module)]
+    matching = [name for name in names if any(name.endswith(f".{suffix}") for suffix in suffixes)]
+    inside = [name for name in matching if name.startswith(tuple(blocks))]
+    return suffixes if inside == matching else inside
 
 
 def _is_linear(module: nn.Module) -> bool:

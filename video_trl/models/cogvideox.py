@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 (2B, 5B and 5B-I2V), text to video and image to video."""
+"""CogVideoX 1.0 (2B, 5B and 5B-I2V) and 1.5, text to video and image to video."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,8 +190,8 @@ class CogVideoXFamily(FamilyDefaults):
         """Tokens `(F', H', W')` of latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`."""
         self.check_latents(transformer, latents_shape)
         frames, height, width = latents_shape[-3:]
-        patch = unwrap(transformer).config.patch_size
-        return frames, height // patch, width // patch
+        config = unwrap(transformer).config
+        return -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size
 
     def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
         """Let the processes of `config` share the tokens of videos in every forward; see `context_parallel_size`."""
@@ -212,6 +212,11 @@ class CogVideoXFamily(FamilyDefaults):
             raise ValueError(
                 f"Latents must have an odd number of frames, and height and width divisible by {patch} (the patch of "
                 f"the transformer), got {shape[-3:]}. Change `num_frames`, `height` or `width` of the videos."
+            )
+        if config.patch_size_t is not None and (height > config.sample_height or width > config.sample_width):
+            raise ValueError(
+                f"Latents must be no larger than {config.sample_height}x{config.sample_width} (height x width), the "
+                f"largest for which this transformer has positions, got {height}x{width}. Use smaller videos."
             )
         learned_for = (
             (config.sample_frames - 1) // config.temporal_compression_ratio + 1,
@@ -259,10 +264,8 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         Takes and returns what [`CogVideoXFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in
         `conditions` too.
         """
-        first = conditions["first_frame_latents"].to(noisy_latents.dtype)
-        image = torch.zeros_like(noisy_latents)
-        image[:, :, :1] = first
-        return _call(transformer, torch.cat([noisy_latents, image], dim=1), timesteps, conditions["prompt_embeds"])
+        first = conditions["first_frame_latents"]
+        return _call(transformer, noisy_latents, timesteps, conditions["prompt_embeds"], first)
 
     @torch.no_grad()
     def encode_image(
@@ -287,7 +290,9 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         return {"first_frame_latents": 1 / factor * mode if vae.config.invert_scale_latents else factor * mode}
 
 
-def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None) -> CogVideoXFamily:
+def cogvideox_family(
+    transformer: CogVideoXTransformer3DModel, scheduler: SchedulerMixin | None, index: Mapping[str, Any]
+) -> CogVideoXFamily:
     """
     Adapter of a CogVideoX transformer, with the noise schedule of its scheduler.
 
@@ -302,35 +307,44 @@ def cogvideox_family(transformer: CogVideoXTransformer3DModel, scheduler: Schedu
             "for encoded data, `CogVideoXPipeline.from_pretrained(..., text_encoder=None, vae=None)` is enough."
         )
     config, noise_process = transformer.config, VPrediction.from_config(scheduler.config)
-    if config.patch_size_t is not None:
-        # Its pipeline puts a latent frame of noise before the video and throws it away in the end.
-        raise ValueError(
-            f"`patch_size_t={config.patch_size_t}`: CogVideoX 1.5, which joins latent frames in pairs, is not "
-            "supported. Use CogVideoX-2b, CogVideoX-5b or CogVideoX-5b-I2V."
-        )
+    name = "cogvideox" if config.patch_size_t is None else "cogvideox1.5"
     if config.in_channels == config.out_channels:
-        return CogVideoXFamily(noise_process=noise_process)
+        return CogVideoXFamily(noise_process=noise_process, name=name)
     if config.in_channels == 2 * config.out_channels:
-        return CogVideoXImageToVideoFamily(noise_process=noise_process)
+        return CogVideoXImageToVideoFamily(noise_process=noise_process, name=f"{name}-i2v")
     raise ValueError(
         f"The transformer takes {config.in_channels} channels and returns {config.out_channels}: it is neither "
         "CogVideoX's text-to-video nor its image-to-video model. Use one of those."
     )
 
 
-def _call(transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+def _call(
+    transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, first: Tensor | None = None
+) -> Tensor:
     """The transformer's output `(B, C, F, H, W)` for inputs in the same layout, as its pipelines call it."""
     base = unwrap(transformer)
-    latents = latents.to(base.dtype).transpose(1, 2)  # (B, F, C, H, W)
-    frames, _, height, width = latents.shape[1:]
+    config = base.config
+    # CogVideoX 1.5 joins latent frames in pairs. What its pipeline puts before an odd number of them, and throws away
+    # in the end, is a copy of the first one here: nothing that the others do not show.
+    padding = -latents.shape[2] % (config.patch_size_t or 1)
+    inputs = torch.cat([latents[:, :, :padding], latents], dim=2)
+    if first is not None:
+        image = torch.zeros_like(inputs)
+        image[:, :, :1] = first.to(inputs.dtype)
+        inputs = torch.cat([inputs, image], dim=1)
+    inputs = inputs.to(base.dtype).transpose(1, 2)  # (B, F, C, H, W)
+    frames, _, height, width = inputs.shape[1:]
+    # A constant that the image-to-video checkpoints of 1.5 were trained with.
+    extra = {} if config.ofs_embed_dim is None else {"ofs": inputs.new_full((1,), 2.0)}
     velocity = transformer(
-        hidden_states=latents,
+        hidden_states=inputs,
         encoder_hidden_states=prompt_embeds.to(base.dtype),
         timestep=timesteps,
-        image_rotary_emb=_rotary_embeddings(base, frames, height, width, latents.device),
+        image_rotary_emb=_rotary_embeddings(base, frames, height, width, inputs.device),
         return_dict=False,
+        **extra,
     )[0]
-    return velocity.transpose(1, 2)
+    return velocity.transpose(1, 2)[:, :, padding:]
 
 
 def _rotary_embeddings(
@@ -343,6 +357,16 @@ def _rotary_embeddings(
     patch = config.patch_size
     base_grid = (config.sample_height // patch, config.sample_width // patch)
     grid = (height // patch, width // patch)
+    if config.patch_size_t is not None:  # CogVideoX 1.5: a part of the largest grid
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim,
+            crops_coords=None,
+            grid_size=grid,
+            temporal_size=frames // config.patch_size_t,
+            grid_type="slice",
+            max_size=base_grid,
+            device=device,
+        )
     # The positions of another size are scaled to those of the size that the transformer was trained for.
     region = get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])
     return get_3d_rotary_pos_embed(

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, text to video, and Wan 2.1, image to video."""
+"""Wan 2.1 and 2.2, text to video and image to video."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
-    WanTransformer3DModel,
 )
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
@@ -20,9 +19,11 @@ from torch import Tensor, nn
 from ..diffusion import FlowMatching, NoiseProcess
 from .attention.ulysses import share_tokens_of_wan
 from .base import (
+    Expert,
     FamilyDefaults,
     GenerationRules,
     check_channels,
+    check_frames_behind_the_first,
     check_patches,
     check_pixels,
     check_video_size,
@@ -53,6 +54,15 @@ class WanFamily(FamilyDefaults):
     pipeline_classes: tuple[str, ...] = ("WanPipeline",)
     noise_process: NoiseProcess = FlowMatching()
     context_parallel_methods: tuple[str, ...] = ("ulysses", "ring")
+
+    @staticmethod
+    def experts(index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """Two in Wan 2.2's A14B, which share no weight: `boundary_ratio` of the timesteps lies below the first."""
+        if index.get("boundary_ratio") is None:
+            return ()
+        steps = FlowMatching().num_train_timesteps
+        boundary = index["boundary_ratio"] * steps
+        return Expert("high_noise", "transformer", boundary, steps), Expert("low_noise", "transformer_2", 0, boundary)
 
     @staticmethod
     def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
@@ -317,18 +327,84 @@ class WanImageToVideoFamily(WanFamily):
         return conditions
 
 
-def wan_family(transformer: WanTransformer3DModel, scheduler: SchedulerMixin | None) -> WanFamily:
+@dataclass(frozen=True)
+class WanFirstFrameFamily(WanFamily):
     """
-    Adapter of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
+    [`ModelFamily`] of `WanTransformer3DModel` where a first frame takes the place of the first latent frame, as in the
+    image-to-video form of Wan 2.2's 5B.
+
+    Rows carry `first_frame_latents` `(C, 1, H, W)`. The transformer sees them without noise and at timestep 0, and
+    predicts nothing for them: the loss is that of the frames behind.
+    """
+
+    name: str = "wan-ti2v"
+    pipeline_classes: tuple[str, ...] = ("WanImageToVideoPipeline",)
+    image_columns: tuple[str, ...] = ("first_frame_latents",)
+    given_frames: int = 1
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Velocity predicted by one transformer call, the one that `WanImageToVideoPipeline` makes for Wan 2.2's 5B.
+
+        Takes and returns what [`WanFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` in `conditions`
+        too. The noise of the first latent frame is not looked at, and its velocity has no meaning.
+        """
+        base = unwrap(transformer)
+        frames, height, width = self.token_grid(transformer, noisy_latents.shape)
+        first = conditions["first_frame_latents"].to(noisy_latents.dtype)
+        is_noisy = timesteps.new_ones(frames, height * width)
+        is_noisy[0] = 0
+        return transformer(
+            hidden_states=torch.cat([first, noisy_latents[:, :, 1:]], dim=2).to(base.dtype),
+            timestep=timesteps[:, None] * is_noisy.flatten(),  # (B, tokens)
+            encoder_hidden_states=conditions["prompt_embeds"].to(base.dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """
+        `first_frame_latents` `(B, C, 1, H, W)`, float32, on the device of the VAE: the images as videos of one frame.
+
+        Args:
+            pipeline (`WanImageToVideoPipeline`): Pipeline with its VAE.
+            images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
+            num_frames (`int`): Not needed: an image's latents do not depend on what follows.
+        """
+        pixels = pipeline.video_processor.preprocess(images)[:, :, None]
+        return {"first_frame_latents": self.encode_video(pipeline.vae, pixels)}
+
+    def condition_shapes(
+        self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """As in text to video, and one latent frame."""
+        channels, _, height, width = latents_shape[-4:]
+        shapes = {"first_frame_latents": (channels, 1, height, width)}
+        return WanFamily().condition_shapes(transformer, latents_shape, prompt_tokens) | shapes
+
+    def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
+        """As in text to video, and there must be a frame behind the first one."""
+        super().check_latents(transformer, shape)
+        check_frames_behind_the_first(shape)
+
+
+def wan_family(transformer: nn.Module, scheduler: SchedulerMixin | None, index: Mapping[str, Any]) -> WanFamily:
+    """
+    Family of a Wan transformer. Rectified flow has no constants that checkpoints differ in, so that a scheduler is
     not needed.
 
     Raises:
         ValueError: If the transformer takes other inputs than those of Wan's text or image to video.
     """
-    config = transformer.config
+    config = unwrap(transformer).config
     extra = config.in_channels - (config.out_channels or config.in_channels)  # channels beside the noisy latents
     if not extra and config.image_dim is None:
-        return WanFamily()
+        first_frame = index.get("_class_name") == "WanImageToVideoPipeline" and index.get("expand_timesteps")
+        return WanFirstFrameFamily() if first_frame else WanFamily()
     if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "

@@ -161,6 +161,13 @@ class VideoConfig(TrainingArguments):
             "help": "Train a LoRA adapter, the frozen weights underneath being the reference. Off: all weights."
         },
     )
+    expert: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer to train of a pipeline that has one for high and one for low noise "
+            "(Wan2.2-A14B): 'high_noise' or 'low_noise'. The other one is not loaded; timesteps are those of this one."
+        },
+    )
     lora_rank: int = field(default=48, metadata={"help": "Rank of the default LoRA adapter; 48 is PhyGDPO's."})
     lora_alpha: int = field(
         default=48, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
@@ -333,6 +340,30 @@ class VideoConfig(TrainingArguments):
                 "weights inside checkpointed blocks, and not by the same operations the second time. Use 'full' or "
                 "'offload', or shard by FSDP2 (`fsdp2.yaml`)."
             )
+
+    def options_without_effect(self) -> dict[str, str]:
+        """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
+        optimizer = self.optim.value
+        has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion", "schedule_free"))
+        reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
+        causes = (
+            (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
+            (not reads_more, ("optim_args",), f"`optim={optimizer!r}` reads none"),
+            (self.timestep_sampling != "shifted", ("timestep_shift",), "`timestep_sampling` is not 'shifted'"),
+            (
+                self.timestep_sampling != "logit_normal",
+                ("timestep_logit_mean", "timestep_logit_std"),
+                "`timestep_sampling` is not 'logit_normal'",
+            ),
+            (not self.resolution_buckets, ("resolution_max_crop",), "there are no `resolution_buckets`"),
+            (not self.gradient_checkpointing, ("checkpointing_policy",), "`activation_checkpointing` is off"),
+            (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
+            (not self.use_peft, ("lora_rank", "lora_alpha", "lora_target_modules"), "`use_peft` is off"),
+            (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (self.eval_strategy == "no", ("eval_steps", "eval_delay"), "`eval_strategy` is 'no'"),
+            (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
+        )
+        return {name: why for holds, names, why in causes if holds for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""

@@ -19,16 +19,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput, TrainOutput
 
 from ..data import check_columns
-from ..data.columns import MapDataset
+from ..data.columns import MapDataset, is_encoded
 from ..files import write_atomically
 from ..hub import Measurement
 from ..models import lora_targets
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
+from .checkpoints.settings import (
+    ARGUMENTS_NAME,
+    METHOD,
+    check_optimizer_state,
+    check_resumable,
+    check_settings,
+)
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
@@ -57,14 +65,15 @@ from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_
 from .setup.adapt import adapt_for_trainer
 from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
+from .setup.idle_options import idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .setup.models import find_family, load_model
+from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
 from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
     IndexedDataset,
-    check_timestep_shift,
+    check_timesteps,
     datasets_in,
     for_each,
     prepare_rows,
@@ -92,7 +101,7 @@ class VideoTrainer(Trainer):
         model (`str`, `DiffusionPipeline` or `ModelMixin`):
             `"sandbox"`, a repository id or path of a pipeline in diffusers layout, a pipeline, or a bare transformer
             (then the datasets must be encoded already). Its transformer is trained in place: `trainer.model` is
-            `pipeline.transformer`.
+            `pipeline.transformer`, or the one that the option `expert` chooses.
         args (`VideoConfig`, *optional*):
             Arguments; the trainer's own config class with its defaults.
         train_dataset (`datasets.Dataset`, `EncodedDataset` or list of dicts, *optional*):
@@ -116,6 +125,7 @@ class VideoTrainer(Trainer):
     Attributes:
         pipeline (`DiffusionPipeline`, *optional*): The pipeline; none for a bare transformer.
         family ([`ModelFamily`]): What differs between families of models.
+        expert ([`~video_trl.models.Expert`], *optional*): Which one is trained of a pipeline's several transformers.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
         reference ([`Reference`], *optional*): Context manager factory: `with trainer.reference() as module`.
         step ([`DenoisingStep`]): Draws timesteps and noise, makes noisy latents and their target.
@@ -160,11 +170,10 @@ class VideoTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         evaluator: Evaluator | None = None,
     ) -> None:
-        args, engine = check_arguments(
-            type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers
+        args, self.engine = check_arguments(
+            type(self), model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers, evaluator
         )
-        args = args.with_evaluations(due=eval_dataset is not None and evaluator is None)
-        self.args, self.engine = args, engine
+        self.args = args = args.with_evaluations(due=eval_dataset is not None and evaluator is None)
         check_generation(self.engine, args, evaluator, callbacks)
         datasets = datasets_in(train_dataset, eval_dataset)
         for dataset in datasets:
@@ -178,14 +187,12 @@ class VideoTrainer(Trainer):
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
-            self.pipeline, transformer = load_model(model, args)
+            self.pipeline, transformer, self.expert = load_model(model, args)
         self.family = find_family(self.pipeline, transformer)
-        self.max_sequence_length = resolve_max_sequence_length(
-            args, self.pipeline, self.family.prompt_length(transformer)
-        )
-        check_timestep_shift(args, self.pipeline, self.family)
-        if evaluator is not None and self.pipeline is None:
-            raise ValueError("`evaluator` needs a pipeline to generate with; pass one as `model`, not a transformer.")
+        self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
+        self.timestep_range = resolve_timestep_range(args, self.expert)
+        check_timesteps(args, self.pipeline, self.family, self.timestep_range)
+        check_can_generate(self.pipeline, "`evaluator`", needed=evaluator is not None)
         check_adapters(transformer, self.family, peft_config, args)
         check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)
@@ -197,14 +204,15 @@ class VideoTrainer(Trainer):
             half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
         check_ref_model(transformer, ref_model, use_peft=args.use_peft)
+        has_adapter = bool(peft_config or adapter_configs(transformer))
+        tell_idle_options(args, self.idle_options(datasets, has_adapter, optimizers[0] is not None))
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         rows = datasets_in(prepared_train, prepared_eval)
         shapes = {shape for each in rows for shape in each.shapes}
         check_context_parallelism(transformer, self.family, shapes, args)
-        tokens = {math.prod(self.family.token_grid(transformer, shape)) for shape in shapes}
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, tokens)
+        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, transformer, shapes)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, ref_model, peft_config, order)
@@ -262,6 +270,7 @@ class VideoTrainer(Trainer):
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         check_trained(transformer, trained_weights(transformer, self.adapter_name).values())
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
+        description[METHOD] = self.method_name
         self.trained_head = self.make_head(transformer)
         if self.trained_head is not None:
             attach_head(transformer, self.trained_head)
@@ -302,7 +311,7 @@ class VideoTrainer(Trainer):
             shift=self.timestep_shift,
             logit_mean=args.timestep_logit_mean,
             logit_std=args.timestep_logit_std,
-            timestep_range=args.timestep_range,
+            timestep_range=self.timestep_range,
         )
         self.checkpointer = Checkpointer(
             transformer,
@@ -310,6 +319,7 @@ class VideoTrainer(Trainer):
             trained_head=self.trained_head,
             engine=self.engine,
             base_model=base_model,
+            expert=None if self.expert is None else self.expert.name,
             folder=RunFolder(Path(args.output_dir)),
             description=description,
             should_save=args.should_save,
@@ -330,7 +340,9 @@ class VideoTrainer(Trainer):
         self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
         all_weights = type(transformer).__name__ if self.adapter_name is None else None
         pipeline_class = self.family.pipeline_classes[0]
-        facts = RunFacts(self.tag, self.summary, self.citation, base_model, pipeline_class, all_weights, data)
+        facts = RunFacts(
+            self.tag, self.summary, self.citation, base_model, pipeline_class, all_weights, data, self.expert
+        )
         self._card = ModelCardCallback(args, facts, self.sampler, self.uploader)
 
     def make_passes(self) -> Passes:
@@ -352,6 +364,11 @@ class VideoTrainer(Trainer):
     def check_dataset(self, dataset: MapDataset) -> None:
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
         check_columns(dataset, self.row_type)
+
+    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+        """Options that this run, with these datasets, leaves without effect, and why; see [`idle_in_run`]."""
+        encoded = all(is_encoded(dataset, self.row_type) for dataset in datasets)
+        return idle_in_run(encoded=encoded, has_adapter=has_adapter, has_optimizer=has_optimizer)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
@@ -426,6 +443,8 @@ class VideoTrainer(Trainer):
         opened = self.checkpointer.opened(resume_from_checkpoint, overwrite=self.args.overwrite_output_dir)
         with opened as checkpoint, self._signals.caught():
             if checkpoint is not None:
+                check_resumable(checkpoint, self.engine)
+                check_settings(checkpoint, self.args, self.method_name)
                 self._card.restore(checkpoint)
             try:
                 return super().train(checkpoint and str(checkpoint), *args, **kwargs)
@@ -558,6 +577,19 @@ class VideoTrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return metrics | measured
 
+    def predict(
+        self, test_dataset: MapDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Loss and metrics on a dataset, raw or encoded, under `metrics`. There are no predictions beside them."""
+        if not isinstance(test_dataset, IndexedDataset):
+            self.check_dataset(test_dataset)
+            test_dataset = self.prepare_dataset(test_dataset, self.model)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def get_test_dataloader(self, test_dataset: IndexedDataset) -> DataLoader:
+        """Batches of one shape of the dataset."""
+        return make_loader(test_dataset, self.data_collator, self.args, training=False)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check(self.args, self.state)
         # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
@@ -593,6 +625,12 @@ class VideoTrainer(Trainer):
             self._load_scaler(resume_from_checkpoint)
         return model, loader
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.engine == "ddp":
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            check_optimizer_state(state, self.optimizer, Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in `transformers.Trainer`, which takes a step before it sees that a resumed run has done all of them."""
         if self.state.global_step >= self.state.max_steps:
@@ -623,7 +661,7 @@ class VideoTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         self.checkpointer.save(directory)
         if self.args.should_save:
-            write_atomically(directory / "training_args.json", self.args.to_json_string())
+            write_atomically(directory / ARGUMENTS_NAME, self.args.to_json_string())
             self._card.write(directory, self.state)
         if self.args.push_to_hub and not _internal_call:
             with self.uploader.forgiving():

@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data import write_video
 from .publishing.sampling import Sampler, SamplingCallback
+from .setup.models import check_can_generate
 
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,7 @@ class LogVideosCallback(SamplingCallback):
 
     def use(self, sampler: Sampler) -> None:
         """Called by the trainer that the callback is given to."""
-        if sampler.pipeline is None:
-            raise ValueError(
-                "`LogVideosCallback` generates with the trainer's pipeline, but the trainer was given a bare "
-                "transformer. Pass the pipeline as `model`."
-            )
+        check_can_generate(sampler.pipeline, "`LogVideosCallback`")
         if self.images is not None and "first_frame_latents" not in sampler.family.condition_columns:
             raise ValueError(
                 f"`LogVideosCallback` was given images, but a {type(sampler.pipeline).__name__} takes none. Leave "

@@ -160,6 +160,11 @@ class VideoGroupDPOConfig(PreferenceConfig):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
 
+    def options_without_effect(self) -> dict[str, str]:
+        why = "`physics_rewarding` is off"
+        weights = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
+        return super().options_without_effect() | weights
+
     def physics_weight_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.physics_weights`] that stand here."""
         names = ("alpha_min", "lam", "kappa_gamma", "b_gamma", "kappa_alpha", "b_alpha", "alpha_mode", "gamma_mode")

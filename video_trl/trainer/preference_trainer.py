@@ -167,6 +167,7 @@ class PreferenceTrainer(VideoTrainer):
             **{name: self.checkpointer.description[name] for name in names},
             **{name: arguments[name] for name in options},
             "timestep_shift": self.timestep_shift,
+            "timestep_range": self.timestep_range,
             "max_sequence_length": self.max_sequence_length,
             "scheduler": scheduler,
             "step_mode": self.step_mode,

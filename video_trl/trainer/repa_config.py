@@ -218,6 +218,19 @@ class VideoREPAConfig(VideoConfig):
         if self.coefficient_cutoff is not None and not 0 < self.coefficient_cutoff < math.inf:
             raise ValueError(f"`coefficient_cutoff` must be positive and finite, got {self.coefficient_cutoff}.")
 
+    def options_without_effect(self) -> dict[str, str]:
+        relations = ("margin", "margin_mode", "relation_weighting", "relations", "norm")
+        causes = (
+            (self.alignment_loss != "trd", relations, "`alignment_loss='repa'` compares tokens, not relations"),
+            (self.relations != "all", ("relation_weighting",), "`relations` are of one kind"),
+            (self.projector != "mlp", ("projector_width",), "`projector` is not 'mlp'"),
+            (self.projector == "none", ("head_learning_rate",), "`projector='none'` has no weights"),
+            (not self.precompute_teacher, ("teacher_batch_size",), "`precompute_teacher` is off"),
+        )
+        return super().options_without_effect() | {
+            name: why for holds, names, why in causes if holds for name in names
+        }
+
     def coefficient_at(self, step: int, max_steps: int) -> float:
         """
         Weight of the alignment loss in a step.

@@ -127,6 +127,16 @@ class VideoREPATrainer(VideoTrainer):
                 "'facebook/vjepa2-vitl-fpc64-256'), or pass an object: `VideoREPATrainer(..., teacher=teacher)`."
             )
 
+    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+        videos = [chosen_as_video(dataset) for dataset in datasets]
+        idle = super().idle_options(videos, has_adapter, has_optimizer)
+        if self._given_teacher is not None:
+            idle["teacher_kwargs"] = "the teacher was passed as an object"
+        if all(map(has_teacher_tokens, videos)):
+            names = ("teacher_kwargs", "teacher_batch_size", "precompute_teacher")
+            idle |= dict.fromkeys(names, "the rows carry the teacher's tokens")
+        return idle
+
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         videos = undecoded(chosen_as_video(dataset))
         with_tokens = has_teacher_tokens(videos)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from tests.support.curation.clips import SIZE, encode, moving_video, write_clip
+from tests.support.curation.clips import encode, moving_video, write_clip
 from video_trl.curation.clips.camera_motion import register, warp
 from video_trl.curation.clips.measures import (
     MEASURES,
@@ -11,10 +12,13 @@ from video_trl.curation.clips.measures import (
     find_cuts,
     measure_batch,
     measure_clip,
+    measure_pictures,
+    tick_numbers,
 )
-from video_trl.curation.clips.text_overlay import StrokeDetector
+from video_trl.curation.clips.text_overlay import TEXT_SHORT_EDGE, LineDetector
 from video_trl.curation.engine.manifest import OUTCOME, apply_rules
 from video_trl.curation.gt_pair.pipeline import GTPairConfig
+from video_trl.data import VideoLimits
 from video_trl.sandbox.data.labelled_clips import KINDS, make_footage
 
 
@@ -57,7 +61,12 @@ def test_another_text_detector_decides_the_column(tmp_path):
         name = "reader"
 
         def __call__(self, frames):
-            assert frames.dtype == np.uint8 and frames.shape == (2, 256, 256, 3)  # one a second
+            assert frames.dtype == np.uint8 and frames.shape == (
+                2,
+                TEXT_SHORT_EDGE,
+                TEXT_SHORT_EDGE,
+                3,
+            )  # one a second
             return 0.25
 
     assert measure_clip(write_clip(tmp_path / "clip.mp4"), Reader())["text"] == 0.25
@@ -75,6 +84,65 @@ def test_clips_of_a_few_frames_are_measured_without_a_fault(tmp_path, frames):
     assert (
         measures["decoded_frames"] == frames and measures["cuts"] == 0 and np.isfinite(list(measures.values())).all()
     )
+
+
+RATES = (8.0, 10.0, 16.0, 23.976, 25.0, 29.97, 30.0, 60.0)
+
+
+@pytest.mark.parametrize("fps", [*range(10, 61), 23.976, 29.97, 59.94])
+def test_ticks_are_frames_that_are_there_for_every_length_and_rate(fps):
+    """The last of a row of tenths may lie past the last frame by a rounding: 160 frames at 30 fps, 141 at 25, ..."""
+    for frames in range(1, 401):
+        clock = np.arange(frames) / fps
+        ticks = tick_numbers(clock)
+        assert ticks[0] == 0 and ticks[-1] <= frames - 1 and (np.diff(ticks) > 0).all()
+        assert clock[-1] - clock[ticks[-1]] < 0.1 + 1e-5
+
+
+def test_pictures_of_every_length_are_measured():
+    """Few ticks leave little to compare: each measure has its own shortest clip."""
+    pictures = np.random.default_rng(0).uniform(0, 255, (400, 16, 20)).astype(np.float32)
+    for fps in (1.0, *RATES):
+        for frames in (*range(1, 14), 16, 19, 24, 39):
+            clock = np.arange(frames) / fps
+            measures = measure_pictures(pictures[:frames], clock, frames / fps)
+            assert np.isfinite(list(measures.values())).all() and measures["decoded_frames"] == frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fps", RATES)
+def test_pictures_of_every_length_and_rate_are_measured(fps):
+    """All filters but that for text, which sees one picture at a time."""
+    noise = np.random.default_rng(0).uniform(-8, 8, (400, 16, 20))
+    y, x = np.mgrid[:16, :20]
+    film = [100 + 100 * (np.hypot(y - 8, x - 10 - 9 * np.sin(t / 9)) < 4) + 60 * (t % 90 == 50) for t in range(400)]
+    pictures = (np.stack(film) + noise).clip(0, 255).astype(np.float32)
+    for frames in range(1, 401):
+        measures = measure_pictures(pictures[:frames], np.arange(frames) / fps, frames / fps)
+        assert np.isfinite(list(measures.values())).all()
+
+
+def test_a_fault_of_a_measure_costs_its_row(tmp_path, caplog):
+    """What no test foresaw must not stop a run of thousands, nor be met again by the next one."""
+
+    class Broken:
+        name = "broken"
+
+        def __call__(self, frames):
+            return np.zeros(0)[3]
+
+    path = str(write_clip(tmp_path / "clip.mp4"))
+    row = measure_batch({"path": [path], "offset": [None], "length": [None]}, Broken())
+    assert row["dropped_by"] == ["unmeasured"] and "clip.mp4: IndexError: index 3" in row["detail"][0]
+    assert "clip.mp4 could not be measured" in caplog.text
+
+
+def test_a_clip_of_very_many_frames_is_left(tmp_path):
+    row = measure_batch(
+        {"path": [str(write_clip(tmp_path / "clip.mp4"))], "offset": [None], "length": [None]},
+        limits=VideoLimits(max_frames=20),
+    )
+    assert row["dropped_by"] == ["too_large"] and "at most 20 frames" in row["detail"][0]
 
 
 def test_a_very_flat_strip_asks_for_no_more_memory_than_a_picture(tmp_path):
@@ -151,8 +219,58 @@ def test_a_body_that_moves_on_its_own_does_not_pull_the_camera():
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def test_lettering_is_seen_and_texture_is_not():
-    detector = StrokeDetector()
-    clip = make_footage("text", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
-    plain = make_footage("sensor_noise", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
-    assert detector(clip.video[:2]) > 0.08 and detector(plain.video[:2]) == 0
+def lettered(texture, size, colour=(250, 250, 250)):
+    """Two words of subtitle, `size` of the height, with a dark outline, on a picture `(H, W)` of any resolution."""
+    height, width = texture.shape
+    picture = Image.fromarray(np.stack([texture] * 3, axis=-1).clip(0, 255).astype(np.uint8))
+    font = ImageFont.load_default(size * height)
+    place = (width * 0.2, height * 0.8)
+    ImageDraw.Draw(picture).text(
+        place, "nobody saw it fall", font=font, fill=colour, stroke_width=round(0.06 * size * height), stroke_fill=0
+    )
+    return picture
+
+
+def at_text_scale(picture):
+    scale = TEXT_SHORT_EDGE / min(picture.size)
+    return np.asarray(picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("height", [270, 540, 1080])
+def test_subtitles_are_seen_on_texture_at_every_resolution_and_texture_alone_is_not(height):
+    rng, width = np.random.default_rng(0), height * 16 // 9
+    rows, columns = np.mgrid[:height, :width] / height
+    leaves = 110 + 420 * ndimage.gaussian_filter(rng.normal(size=(height, width)), height / 120) * height / 300
+    bricks = np.where((rows * 16 % 1 < 0.15) | ((columns * 6 + (rows * 16 // 1) % 2 / 2) % 1 < 0.06), 190.0, 90.0)
+    waves = 90 + 70 * np.sin(120 * rows + 3 * np.sin(40 * columns)) * np.sin(25 * columns)
+    detector, limit = LineDetector(), GTPairConfig(sources=["x"]).max_text
+    for texture in (leaves, bricks, waves):
+        plain = Image.fromarray(np.stack([texture] * 3, axis=-1).clip(0, 255).astype(np.uint8))
+        assert detector(at_text_scale(plain)[None]) <= limit
+        assert detector(at_text_scale(lettered(texture, 0.05))[None]) > limit
+        assert detector(at_text_scale(lettered(texture, 0.05, (240, 210, 60)))[None]) > limit
+
+
+def test_text_is_a_proportion_and_nothing_is_no_text():
+    detector = LineDetector()
+    blank = np.full((1, TEXT_SHORT_EDGE, TEXT_SHORT_EDGE, 3), 128, dtype=np.uint8)
+    assert detector(blank) == 0
+    page = at_text_scale(lettered(np.full((480, 854), 60.0), 0.05))
+    assert 0.005 < detector(page[None]) < 0.05  # a box of about 2 % of the picture
+    assert detector(np.stack([page, page])) == detector(page[None])
+
+
+def test_what_passes_close_to_the_lens_is_no_flash():
+    """It darkens the whole picture, and comes in from one side; a flash is everywhere at once."""
+    clock = np.arange(120) / 30
+    scene = np.repeat(noise_pictures(1), 120, axis=0)
+    passing = scene.copy()
+    for frame in range(50, 66):  # in from the left within a quarter of a second, and out to the right
+        left, right = max(round(12 * (frame - 58)), 0), min(round(12 * (frame - 50)), 96)
+        passing[frame, :, left:right] = 10
+    assert count_flashes(passing.mean(axis=(1, 2)), clock) == 1  # by brightness alone it is one
+    assert count_flashes(passing.mean(axis=(1, 2)), clock, passing) == 0
+    for level, length in ((255, 1), (255, 3), (0, 2)):
+        flash = scene.copy()
+        flash[50 : 50 + length] = level
+        assert count_flashes(flash.mean(axis=(1, 2)), clock, flash) == 1

@@ -48,9 +48,7 @@ def test_a_clip_that_starts_late_is_whole(tmp_path, name):
     assert normalised(path, tmp_path / "out.mp4") == 13 and len(read_video(path)) == 32
     if name == "in.mkv":
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
-        with pytest.raises(
-            VideoDecodeError, match=r"truncated\. The header declares 5\.00 s, the last frame ends at 4"
-        ):
+        with pytest.raises(VideoDecodeError, match=r"truncated\. The header declares \d+ bytes, the file has \d+"):
             read_video(path)
 
 

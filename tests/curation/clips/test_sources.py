@@ -57,6 +57,27 @@ def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
     assert "A caption is no JSON" in caplog.text
 
 
+def test_captions_are_found_in_capitals_and_a_bad_line_costs_its_own(folder, tmp_path, caplog):
+    (folder / "a.TXT").write_bytes(b"\xef\xbb\xbfa ball falls")  # with the mark that Windows writes
+    (folder / "b.Json").write_text(json.dumps({"text": "a ball rolls"}))
+    (folder / "metadata.jsonl").write_text('{"file_name": "deep/er/a.MP4", "text": "einen"}\n\n{broken\n"text"\n[1]\n')
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for name, content in (("0.MP4", b"x"), ("0.TXT", b"in a tar")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    prompts = {row["source_id"].rsplit("clips/")[-1]: row["prompt"] for row in rows_of(folder, tmp_path=tmp_path)}
+    assert prompts.pop("Prüfung 视频 🎈.mkv") is None
+    assert prompts == {
+        "a.MP4": "a ball falls",
+        "b.mp4": "a ball rolls",
+        "deep/er/a.MP4": "einen",
+        "shard.tar/0.MP4": "in a tar",
+    }
+    assert "metadata.jsonl, line 3 is no JSON" in caplog.text
+    assert rows_of(folder / "a.MP4", tmp_path=tmp_path)[0]["prompt"] == "a ball falls"
+
+
 def test_a_name_that_is_no_text_is_dropped_by_name(folder, tmp_path):
     """Names are bytes on Linux, and parquet holds texts."""
     with open(os.fsencode(folder) + b"/bad\xff.mp4", "wb") as file:
@@ -87,6 +108,14 @@ def test_tars_are_read_in_place(tmp_path):
         clip = open_clip(row["path"], row["offset"], row["length"])
         assert clip["bytes"] == content and len(read_video(clip)) == 5
     assert not (tmp_path / "spool").exists()
+
+
+def test_a_tar_that_goes_away_costs_its_rows_and_no_run(tmp_path):
+    from video_trl.curation.clips.container import read_containers
+    from video_trl.curation.clips.measures import measure_batch
+
+    batch = {"path": [str(tmp_path / "gone.tar")], "offset": [512], "length": [100]}
+    assert read_containers(batch)["dropped_by"] == measure_batch(batch)["dropped_by"] == ["missing"]
 
 
 def test_a_tar_that_is_cut_off_is_refused_by_name(tmp_path):
@@ -132,6 +161,28 @@ def test_a_clip_is_the_same_from_every_kind_of_source(tmp_path):
         assert row["dropped_by"] is None and row["prompt"] == "a red ball falls"
         made.append([(tmp_path / name / row[column]).read_bytes() for column in ("video", "reference_image")])
     assert made == [made[0]] * 4
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_streams_are_read_to_their_end(tmp_path, known):
+    """An `IterableDataset`, with columns that it knows or that its first row tells."""
+    path = str(write_clip(tmp_path / "clip.mp4"))
+    rows = [{"video": path, "prompt": "one"}, {"video": {"path": "x.mp4", "bytes": tiny_mp4(1)}, "prompt": None}]
+    if known:
+        cells = [{"path": path, "bytes": None}, rows[1]["video"]]
+        features = datasets.Features({"video": datasets.Video(), "prompt": datasets.Value("string")})
+        columns = {"video": cells, "prompt": ["one", None]}
+        stream = datasets.Dataset.from_dict(columns, features=features).to_iterable_dataset()
+    else:
+        rows[1] = {"video": str(tmp_path / "gone.mp4"), "prompt": None}
+        stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    listed = rows_of(stream, tmp_path=tmp_path)
+    assert [row["source_id"] for row in listed] == ["stream 0[0]", "stream 0[1]"]
+    assert [row["prompt"] for row in listed] == ["one", None] and listed[0]["path"] == path
+    if known:
+        assert video_hash(listed[1]["path"]) == video_hash({"path": None, "bytes": tiny_mp4(1)})
+    with pytest.raises(ValueError, match="got DatasetDict. Of a `DatasetDict`, pass one of its splits"):
+        rows_of(datasets.DatasetDict(), tmp_path=tmp_path)
 
 
 def test_saved_datasets_with_splits_are_taken_apart(tmp_path):

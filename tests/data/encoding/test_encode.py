@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 
 from tests.support import rounding
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
+from video_trl.data.encoding import store
 from video_trl.data.encoding.store import EncodedWriter
 from video_trl.models import WanFamily
 
@@ -363,19 +366,6 @@ def test_folder_that_lost_a_piece_is_not_read(pipeline, tmp_path):
         EncodedDataset(tmp_path)
 
 
-def test_another_process_that_finishes_first_wins(tmp_path):
-    target = tmp_path / "video-x"
-    row = {"prompt": "a", "video": "videos/0", "prompt_embeds": "videos/0"}
-    with EncodedWriter(target, "video", "x") as slow:
-        slow.add("videos/0", torch.zeros(1))
-        with EncodedWriter(target, "video", "x") as fast:
-            fast.add("videos/0", torch.ones(1))
-            fast.finish([row], [])
-        slow.finish([row], [])
-    assert EncodedDataset(target)[0]["latents"].item() == 1
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """A process of its own, forked: importing everything again would take longer than the test."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
@@ -387,25 +377,118 @@ def video_rows(n: int) -> list[dict]:
     return [{"prompt": "a ball falls", "video": tiny_video(seed, num_frames=9)} for seed in range(n)]
 
 
-def encode_slowly(cache_dir: Path) -> None:
-    encode(video_rows(3000), tiny_wan_pipeline(), cache_dir, row_type="video", batch_size=1)
+@dataclasses.dataclass(frozen=True)
+class DyingFamily(CountingFamily):
+    """Kills its process when it is asked to encode the videos of a batch."""
+
+    batch: int = 0
+
+    def encode_video(self, vae, video):
+        if len(self.videos) == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_video(vae, video)
 
 
-def test_kill_in_the_middle_leaves_no_cache(tmp_path):
-    process = start(encode_slowly, tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.is_alive():
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert process.is_alive()
-    process.kill()
-    process.join()
-    (leftover,) = tmp_path.iterdir()
-    target = tmp_path / leftover.name.removeprefix(".").split(".")[0]
-    assert leftover.name.startswith(".video-") and not target.exists()
-    with EncodedWriter(target, "video", "x") as writer:
-        writer.finish([], [])
-    assert list(tmp_path.iterdir()) == [target]  # the leftover is gone: the kernel says that its writer is
+def encode_until(batch: int, cache_dir: Path, rows: list[dict]) -> None:
+    store._SECONDS_AT_STAKE = 0  # every tensor is written at once
+    store._PROPORTION_AT_STAKE = 0
+    encode(rows, tiny_wan_pipeline(), cache_dir, family=DyingFamily(batch=batch), row_type="video", batch_size=2)
+
+
+def test_a_killed_encoding_goes_on_where_it_was_and_leaves_nothing(pipeline, tmp_path):
+    rows = video_rows(6)
+    for batch in (0, 1, 1):
+        process = start(encode_until, batch, tmp_path / "cache", rows)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (unfinished,) = (tmp_path / "cache").iterdir()
+        assert unfinished.name.endswith(".unfinished")
+    last = max(unfinished.glob("*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])  # a power cut on a disk that does not keep its word
+    family = CountingFamily()
+    encoded = encode(rows, pipeline, tmp_path / "cache", family=family, row_type="video", batch_size=2)
+    assert family.videos == [2, 2] and family.prompts == []  # batches stay whole, so that no bit depends on the kill
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [encoded.directory.name]
+    assert not [path for path in encoded.directory.iterdir() if path.name.startswith(".")]
+    straight = encode(rows, pipeline, tmp_path / "straight", row_type="video", batch_size=2)
+    for example, expected in zip(encoded, straight, strict=True):
+        assert torch.equal(example["latents"], expected["latents"])
+        assert torch.equal(example["prompt_embeds"], expected["prompt_embeds"])
+
+
+def encode_and_count(number: int, folder: Path, rows: list[dict]) -> None:
+    family = CountingFamily()
+    encoded = encode(rows, tiny_wan_pipeline(), folder / "cache", family=family, row_type="video", batch_size=1)
+    (folder / f"{number}.json").write_text(json.dumps([len(family.videos), encoded[0]["latents"].sum().item()]))
+
+
+def test_of_two_runs_in_one_cache_one_encodes_and_the_other_waits_for_it(tmp_path):
+    processes = [start(encode_and_count, number, tmp_path, video_rows(4)) for number in range(2)]
+    for process in processes:
+        process.join()
+    counts, sums = zip(*(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)), strict=True)
+    assert sorted(counts) == [0, 4] and sums[0] == sums[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SwappingFamily(CountingFamily):
+    """Exchanges a file when all are hashed and checked, and none is encoded."""
+
+    path: Path = Path()
+
+    def encode_prompt(self, pipeline, prompts, max_sequence_length):
+        write_video(self.path, tiny_video(7), fps=8)
+        return super().encode_prompt(pipeline, prompts, max_sequence_length)
+
+
+def test_a_file_that_is_exchanged_while_it_is_encoded_is_noticed(pipeline, tmp_path):
+    paths = [write_video(tmp_path / f"{number}.mp4", tiny_video(number), fps=8) for number in range(2)]
+    rows = [{"prompt": "a ball falls", "video": path} for path in paths]
+    family = SwappingFamily(path=paths[1])
+    with pytest.raises(ValueError, match=r"row 1, video \(.*1\.mp4\): the file has changed since encoding began"):
+        encode(rows, pipeline, tmp_path / "cache", family=family, row_type="video")
+    encoded = encode(rows, pipeline, tmp_path / "cache", row_type="video")
+    rounding.assert_close(encoded[1]["latents"], by_hand(pipeline, paths[1]), rounding.SINGLE)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 64
+    path.write_bytes(content)
+
+
+def test_damage_is_noticed_when_it_is_read(pipeline, tmp_path):
+    encoded = encode(video_rows(2), pipeline, tmp_path, row_type="video")
+    (shard,) = encoded.directory.glob("*.safetensors")
+    whole = shard.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    for position in (0, 9, header - 2, header, len(whole) - 1):  # its length, its text, first and last byte of tensors
+        flip(shard, position)
+        with pytest.raises(ValueError, match=rf"{shard.name} is damaged: .*Delete .* and encode again"):
+            for _ in EncodedDataset(encoded.directory):
+                pass
+        shard.write_bytes(whole)
+    shard.write_bytes(whole[:header] + bytes(len(whole) - header))  # as a file system leaves it that lost the content
+    with pytest.raises(ValueError, match="is damaged: the checksum of"):
+        EncodedDataset(encoded.directory)[0]
+
+
+def test_a_damaged_index_and_one_of_another_version_are_refused(pipeline, tmp_path):
+    encoded = encode(video_rows(1), pipeline, tmp_path, row_type="video")
+    index = encoded.directory / "index.json"
+    text = index.read_text()
+    for broken, words in (
+        (text.replace("a ball falls", "a bell falls"), "is damaged: its checksum differs"),
+        (text[:100], "cannot be read as JSON"),
+        (text.replace('"format": 2', '"format": 1'), "is not in format 2"),
+        ("[]", "is not in format 2"),
+    ):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match=rf"{words}.* Delete .* and encode again"):
+            EncodedDataset(encoded.directory)
+    index.write_text(text)
+    assert len(EncodedDataset(encoded.directory)) == 1
 
 
 def encode_on_a_full_disk(folder: Path) -> None:
@@ -473,3 +556,72 @@ def test_embedded_parquet_of_a_stranger_trains_as_it_is(pipeline, tmp_path):
     dataset = datasets.Dataset.from_list([row], features=features).with_format("numpy")
     example = encode(dataset, pipeline, tmp_path)[0]
     rounding.assert_close(example["chosen_latents"], by_hand(pipeline, row["chosen"]), rounding.SINGLE)
+
+
+# ---- The key of the cache, and numbers that are not finite ----
+
+
+def tile(pipeline):
+    pipeline.vae.enable_tiling(16, 16, 8, 8)
+
+
+def cut_from_the_left(pipeline):
+    pipeline.tokenizer.truncation_side = "left"
+
+
+def fill_on_the_left(pipeline):
+    pipeline.tokenizer.padding_side = "left"
+
+
+def lower_case(pipeline):
+    pipeline.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def scale_attribute(pipeline):
+    pipeline.vae.encoder.mid_block.attentions[0].norm.scale *= 2
+
+
+def text_encoder_eps(pipeline):
+    pipeline.text_encoder.encoder.final_layer_norm.variance_epsilon = 1e-3
+
+
+@pytest.mark.parametrize(
+    "change", [tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps]
+)
+def test_what_decides_the_numbers_is_in_the_key(tmp_path, change):
+    """Also where neither weights nor configuration say it; what does not, is not."""
+    rows = [{"prompt": "A red ball falls", "video": tiny_video(0)}]
+    pipeline = tiny_wan_pipeline()
+    first = encode(rows, pipeline, tmp_path, row_type="video")
+    pipeline.vae.train()
+    pipeline.text_encoder.name_or_path = "elsewhere"
+    assert encode(rows, pipeline, tmp_path, row_type="video").directory == first.directory
+    change(pipeline)
+    assert encode(rows, pipeline, tmp_path, row_type="video").directory != first.directory
+
+
+def test_prompts_that_are_not_finite_are_not_cached(tmp_path):
+    pipeline = tiny_wan_pipeline()
+    pipeline.text_encoder.encoder.final_layer_norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="The prompt 'a red ball falls': encoding it .*text encoder in float32"):
+        encode(array_rows(1), pipeline, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_writer_takes_finite_numbers_only(tmp_path, value):
+    with pytest.raises(ValueError, match="a/b: encoding it returned numbers that are not finite"):
+        with EncodedWriter(tmp_path / "data", "video", "0") as writer:
+            writer.add("a/b", torch.tensor([0.0, value]))
+    assert not (tmp_path / "data").exists()
+
+
+def test_prompts_that_are_cut_are_told(tmp_path, caplog):
+    rows = [{"prompt": prompt, "video": tiny_video(0)} for prompt in ("a red ball", " ".join(["a red ball"] * 4))]
+    with caplog.at_level(logging.WARNING):
+        encode(rows, tiny_wan_pipeline(), tmp_path, row_type="video", max_sequence_length=8)
+    assert "1 of 2 prompts are longer than 8 tokens" in caplog.text and "the longest has 13" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        encode(rows[:1], tiny_wan_pipeline(), tmp_path, row_type="video", max_sequence_length=8)
+    assert "longer than" not in caplog.text

@@ -8,7 +8,16 @@ from datasets import Dataset, Features, Value, Video
 
 from tests.support.teachers import models
 from tests.support.tiny import tiny_mp4, tiny_video
-from video_trl.data import VideoDecodeError, dequantise_tokens, encode_teacher, quantise_tokens, read_video
+from video_trl.data import (
+    VideoDecodeError,
+    dequantise_tokens,
+    encode_teacher,
+    quantise_tokens,
+    read_video,
+    write_video,
+)
+from video_trl.data.encoding import store
+from video_trl.data.encoding.store import EncodedWriter
 from video_trl.data.encoding.teacher_tokens import TeacherTokenDataset
 from video_trl.load import load_teacher
 from video_trl.teachers import TeacherTokens, VideoMAETeacher
@@ -160,8 +169,32 @@ def test_tokens_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_another_kind_of_folder_is_refused(tmp_path):
-    encoded = encode_teacher(rows(0), teacher(), cache_dir=tmp_path)
-    index = encoded.directory / "index.json"
-    index.write_text(index.read_text().replace('"teacher"', '"video"'))
+    with EncodedWriter(tmp_path / "video-x", "video", "x") as writer:
+        writer.finish([], [])
     with pytest.raises(ValueError, match="type 'video', not a teacher's tokens"):
-        TeacherTokenDataset(encoded.directory)
+        TeacherTokenDataset(tmp_path / "video-x")
+
+
+def test_an_interrupted_encoding_goes_on_and_an_exchanged_file_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_SECONDS_AT_STAKE", 0)
+    monkeypatch.setattr(store, "_PROPORTION_AT_STAKE", 0)
+    path = write_video(tmp_path / "2.mp4", tiny_video(2), fps=8)
+
+    original = path.read_bytes()
+
+    class Swaps(CountingTeacher):
+        def __call__(self, video):
+            write_video(path, tiny_video(3), fps=8)
+            return super().__call__(video)
+
+    clips, options = [*rows(0, 1), {"video": path}], {"cache_dir": tmp_path / "cache", "batch_size": 1}
+    with pytest.raises(ValueError, match=r"row 2, video \(.*2\.mp4\): the file has changed since encoding began"):
+        encode_teacher(clips, Swaps(), **options)
+    path.write_bytes(original)
+    counting = CountingTeacher()
+    encoded = encode_teacher(clips, counting, **options)
+    assert counting.seen == 2  # the first, which says what the grid is, and the one that is missing
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == [encoded.directory.name]
+    straight = encode_teacher(clips, teacher(), cache_dir=tmp_path / "straight", batch_size=1)
+    for row, expected in zip(encoded, straight, strict=True):
+        assert all(torch.equal(row[name], expected[name]) for name in row)

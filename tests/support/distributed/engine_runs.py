@@ -20,6 +20,7 @@ from tests.support.distributed.cpu_attention import register_cpu_attention
 from tests.support.distributed.cpu_engines import FSDP2, engine, zero
 from tests.support.tiny import (
     FAMILIES,
+    TINY_FAMILIES,
     tiny_cogvideox_pipeline,
     tiny_cogvideox_transformer,
     tiny_encoded_group,
@@ -67,7 +68,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "save_steps": 2,
         "use_peft": False,
     },
-    **{family: {"family": family} for family in FAMILIES},
+    **{family: {"family": family} for family in TINY_FAMILIES},
     **{f"{family}-full": {"family": family, "use_peft": False, "learning_rate": 1e-3} for family in FAMILIES},
     "cogvideox-2b-full": {"family": "cogvideox-2b", "use_peft": False, "learning_rate": 1e-3},
     "mixed": {"max_steps": 4, "mixed": True},
@@ -149,7 +150,7 @@ def run(
         family, transformer = "cogvideox-t2v", tiny_cogvideox_transformer(use_rotary_positional_embeddings=False)
         pipeline = tiny_cogvideox_pipeline(transformer=transformer)
     else:
-        pipeline = tiny_pipeline(family)
+        pipeline, settings = tiny_pipeline(family), {**settings, **TINY_FAMILIES[family].options}
     if "heads" in settings:
         pipeline.transformer = tiny_transformer(num_attention_heads=settings.pop("heads"))
     pipeline.transformer.to(dtype)

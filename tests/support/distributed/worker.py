@@ -4,12 +4,15 @@ Run by `torchrun --nproc_per_node 2`. The first process writes what it has seen 
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 from tests.support.tiny import PROMPTS, tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
@@ -27,14 +30,14 @@ from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.step.nan_guard import NonFiniteLossError
 
 
-def train(name: str, directory: Path, resume: Path | None = None, **settings: Any) -> None:
-    """Train on eight groups and keep the gradients, the final weights and the log."""
+def train(name: str, directory: Path, resume: Path | str | None = None, output: str = "", **settings: Any) -> None:
+    """Train on eight groups, in a folder of that name or `output`; keep gradients, final weights and the log."""
     recorder, arguments = RecordGradients(), {}
     for argument in ("callbacks", "eval_dataset", "train_dataset"):
         if argument in settings:
             arguments[argument] = settings.pop(argument)
     arguments["callbacks"] = [recorder, *arguments.get("callbacks", [])]
-    args = config(directory / name, ddp_backend="gloo", max_grad_norm=0.0, **SMOOTH_ADAM, **settings)
+    args = config(directory / (output or name), ddp_backend="gloo", max_grad_norm=0.0, **SMOOTH_ADAM, **settings)
     made = trainer(args, rows=8, model=double(tiny_wan_pipeline()), **arguments)
     made.train(resume_from_checkpoint=resume and str(resume))
     keep(name, directory, made, recorder)
@@ -68,6 +71,28 @@ def stop_together(directory: Path) -> None:
         made.train()
     except NonFiniteLossError:
         (directory / f"stopped-{dist.get_rank()}-{made.state.global_step}").touch()
+
+
+def end_together(directory: Path) -> None:
+    """The second process gets a signal in the third step; then the run goes on."""
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 2 and args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    settings = {"max_steps": 6, "max_grad_norm": 0.0, "ddp_backend": "gloo", **SMOOTH_ADAM}
+    model = {"rows": 8, "model": double(tiny_wan_pipeline())}
+    made = trainer(config(directory / "ended", **settings), callbacks=[Signal()], **model)
+    try:
+        made.train()
+    except SystemExit as ended:
+        (directory / f"ended-{dist.get_rank()}-{made.state.global_step}-{ended.code}").touch()
+    try:
+        trainer(config(directory / "watched", ddp_backend="gloo"), **model).train()
+    except ValueError as error:
+        (directory / f"refused-{dist.get_rank()}").write_text(str(error))
+    train("continued", directory, "auto", output="ended", per_device_train_batch_size=2, max_steps=6)
 
 
 def main() -> None:
@@ -120,6 +145,7 @@ def main() -> None:
     )
     train_head(directory)
     stop_together(directory)
+    end_together(directory)
 
 
 if __name__ == "__main__":

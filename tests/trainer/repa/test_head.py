@@ -11,6 +11,7 @@ from tests.support.tiny import tiny_wan_pipeline
 from tests.support.trainer.heads import HeadTrainer, head_trainer
 from tests.support.trainer.runs import RecordGradients, StopAfter, assert_equal_weights, losses, trained_weights
 from video_trl import VideoSFTTrainer
+from video_trl.files import write_checksums
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -91,6 +92,7 @@ def test_another_head_or_none_is_refused(tmp_path):
         plain = VideoSFTTrainer(tiny_wan_pipeline(), made.args, made.train_dataset.rows)
         plain.train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-2" / "head.safetensors").unlink()
+    write_checksums(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="Expected head.safetensors in .*, for the Head .*, got"):
         head_trainer(tmp_path / "lost").train(resume_from_checkpoint=checkpoint)
 

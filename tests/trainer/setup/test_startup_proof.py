@@ -157,6 +157,13 @@ def test_fused_projections_are_refused_and_can_be_undone(tmp_path):
     trainer(config(tmp_path, max_steps=1), model=pipeline).train()
 
 
+def test_a_choice_of_layers_that_leaves_none_is_refused_before_anything_is_encoded(tmp_path):
+    for options in ({"layers_to_transform": [0]}, {"exclude_modules": ".*"}, {"layers_pattern": "layers"}):
+        peft_config = LoraConfig(target_modules=ATTENTION, **({"layers_to_transform": [1]} | options))
+        with pytest.raises(ValueError, match=r"leaves no layer of WanTransformer3DModel to train.*such as 'blocks'"):
+            trainer(config(tmp_path), peft_config=peft_config)
+
+
 # ---- Gradients ----
 
 

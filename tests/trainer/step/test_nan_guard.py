@@ -70,7 +70,11 @@ def run_into_bad_row(tmp_path, **changes):
     """A run of six steps that raises because of the second, and how many of them went through the loop."""
     rows, counted = tiny_encoded_group(6), StopAfter(100)
     rows[BAD_ROW]["chosen_latents"][0, 0, 0, 0] = float("nan")
-    made = trainer(config(tmp_path / "bad", **changes), train_dataset=rows, eval_dataset=tiny_encoded_group(1))
+    made = trainer(
+        config(tmp_path / "bad", heldout_evaluations=0, **changes),
+        train_dataset=rows,
+        eval_dataset=tiny_encoded_group(1),
+    )
     made.add_callback(counted)
     with pytest.raises(NonFiniteLossError, match=f"Step {BAD_STEP}:"):
         made.train()

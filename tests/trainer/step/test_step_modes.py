@@ -11,8 +11,9 @@ import torch
 
 import video_trl
 from tests.support import rounding
+from tests.support.cells import CELLS, later_ones_slow
 from tests.support.rounding import assert_close_weights
-from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
+from tests.support.tiny import TINY_FAMILIES, tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import SMOOTH_ADAM, RecordGradients, disturb_adapter, double, losses, mixed_shapes
 from tests.trainer.test_families import rows_for, tiny_pipeline
 from video_trl.trainer.planning.estimate import HEADROOM, Placement, Workload, estimate, fitting_step_mode
@@ -101,11 +102,12 @@ def test_accumulated_and_uneven_steps_are_weighed_alike(accumulation, tmp_path):
         assert_close_weights(ours, theirs, 1e-4)  # rounding grows with every update
 
 
-@pytest.mark.parametrize("family", ["wan-i2v", "cogvideox-t2v", "cogvideox-i2v"])
+@pytest.mark.parametrize("family", later_ones_slow(CELLS["one by one"]))
 def test_conditions_of_every_family_follow_their_video(family, tmp_path):
     """A first frame belongs to its row, not to the batch."""
+    options = TINY_FAMILIES[family].options
     steps = [
-        run(tmp_path / mode, "DPO", mode, model=tiny_pipeline(family), rows=rows_for(family, "DPO"))[1]
+        run(tmp_path / mode, "DPO", mode, model=tiny_pipeline(family), rows=rows_for(family, "DPO"), **options)[1]
         for mode in ("concat", "sequential")
     ]
     assert_close_weights(steps[1][0], steps[0][0], rounding.DOUBLE)

@@ -5,6 +5,7 @@ The numbers go into the manifest; rules are thresholds on them (`GTPairConfig.fi
 new pass, and the manifest shows why a clip was dropped.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,15 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ...data.video_io import VideoDecodeError, VideoSource, decode_video, upright
+from ...data.video_file import VideoDecodeError, VideoLimits, VideoSource, naming, upright
+from ...data.video_io import decode_video
 from ..engine.manifest import Batch
 from .camera_motion import register, warp
 from .sources import open_clip
-from .text_overlay import TEXT_SHORT_EDGE, StrokeDetector, TextDetector
+from .text_overlay import TEXT_SHORT_EDGE, LineDetector, TextDetector
 
+
+logger = logging.getLogger(__name__)
 
 Pictures = NDArray[np.float32]
 
@@ -39,68 +43,95 @@ MEASURES: dict[str, pa.DataType] = {
     "flashes": pa.int64(),  # moments at which the whole picture is brighter or darker than before and after
     "text": pa.float64(),  # proportion of the picture covered by text
 }
-MEASURES_VERSION = 1  # part of the store's name: raise it with every change of a number
+MEASURES_VERSION = 2  # part of the store's name: raise it with every change of a number
 
 SHORT_EDGE = 64  # cells: 4 pixels at 256, 11 at 720. Sensor noise averages out, a ball of 5 % of the height does not
 _BLUR = 1.0  # cells; then pictures can be warped by fractions of a cell
 _TICK = 0.1  # seconds between the pictures that motion and blending are measured on
+_ONSET = 0.05  # seconds
 _LAG = 4  # ticks between pictures that are compared: a body that rolls slowly must have left its place
 _SLACK = 0.15  # cells by which the camera's motion may be wrong: what a strong edge leaves then is no body
+_MAX_LARGE = 64  # pictures of a clip that are searched for text
 _CELLS = 4  # a measure of "the busiest cells" takes the 4th largest: one flickering cell is no motion
 
+#: Minutes, where the clips of a run last seconds: a longer one must not take the memory of all others.
+MEASURE_LIMITS = VideoLimits(max_frames=3000)
 
-def measure_batch(batch: Batch, text_detector: TextDetector | None = None) -> Batch:
+
+def measure_batch(
+    batch: Batch, text_detector: TextDetector | None = None, limits: VideoLimits = MEASURE_LIMITS
+) -> Batch:
     """
     Stage "measure" as a batch function.
 
     Args:
         batch (`dict`): Columns `path`, `offset`, `length`.
-        text_detector ([`TextDetector`], *optional*): Instead of the `StrokeDetector`.
+        text_detector ([`TextDetector`], *optional*): Instead of the `LineDetector`.
+        limits ([`VideoLimits`], *optional*): How large and long a file may be.
 
     Returns:
-        `dict`: The columns `MEASURES`; a clip that cannot be decoded to its end is dropped, by the kind of its fault.
+        `dict`: The columns `MEASURES`; a clip that cannot be decoded to its end is dropped, by the kind of its fault,
+            and one whose pictures are beyond the arithmetic of a measure by "unmeasured".
     """
     added: Batch = {name: [] for name in (*MEASURES, "dropped_by", "detail")}
     for path, offset, length in zip(batch["path"], batch["offset"], batch["length"], strict=True):
         row: dict[str, Any] = dict.fromkeys(added)
         try:
-            row |= measure_clip(open_clip(path, offset, length), text_detector)
+            row |= measure_clip(open_clip(path, offset, length), text_detector, limits)
         except VideoDecodeError as error:
             row |= {"dropped_by": error.kind, "detail": str(error)}
+        except (ArithmeticError, LookupError, ValueError) as error:
+            # A fault of ours, and still no reason to stop a run of thousands: the row says what to report.
+            logger.exception("%s could not be measured", path)
+            row |= {"dropped_by": "unmeasured", "detail": f"{path}: {type(error).__name__}: {error}"}
         for name, values in added.items():
             values.append(row[name])
     return added
 
 
-def measure_clip(source: VideoSource, text_detector: TextDetector | None = None) -> dict[str, float]:
+def measure_clip(
+    source: VideoSource, text_detector: TextDetector | None = None, limits: VideoLimits = MEASURE_LIMITS
+) -> dict[str, float]:
     """
     The numbers of one clip, by the names of `MEASURES`.
 
     Raises:
-        VideoDecodeError: The clip cannot be decoded to its end.
+        VideoDecodeError: The clip cannot be decoded to its end, or is beyond `limits`.
     """
-    detector = text_detector or StrokeDetector()
     times: list[float] = []
-    ends: list[float] = []
     small: list[NDArray[np.uint8]] = []
     large: list[NDArray[np.uint8]] = []
-    reader = _SmallPictures()
-    for time, duration, frame in decode_video(source):
+    apart = 1.0  # seconds: a picture a second is enough for text
+    reader, end = _SmallPictures(), 0.0
+    for time, duration, frame in decode_video(source, limits):
         times.append(time)
-        ends.append(time + duration)
-        small.append(reader.grey(frame))
-        if time >= times[0] + len(large):  # a picture a second is enough for text
-            large.append(reader.colour(frame))
-    pictures = np.stack(small).astype(np.float32)
-    clock = np.array(times)
+        end = time + duration
+        with naming(source):
+            small.append(reader.grey(frame))
+            if time >= times[0] + apart * len(large):
+                large.append(reader.colour(frame))
+        if len(large) == _MAX_LARGE:
+            large, apart = large[::2], 2 * apart
+    text = float((text_detector or LineDetector())(np.stack(large)))
+    return measure_pictures(np.stack(small).astype(np.float32), np.array(times), end) | {"text": text}
+
+
+def measure_pictures(pictures: Pictures, clock: NDArray[np.float64], end: float) -> dict[str, float]:
+    """
+    All but the text.
+
+    Args:
+        pictures: `(n, H, W)` grey levels, n >= 1, sides of at least 16 cells.
+        clock: `(n,)` seconds at which they appear, growing.
+        end: second at which the last one goes.
+    """
     smooth = ndimage.gaussian_filter(pictures, (0, _BLUR, _BLUR))
     cut_at = find_cuts(smooth, clock)
-    ticks = np.unique(np.searchsorted(clock, np.arange(clock[0], clock[-1] + 1e-6, _TICK)))
-    slow, slow_clock = smooth[ticks], clock[ticks]
-    camera, objects = motions(slow, slow_clock)
+    slow = smooth[tick_numbers(clock)]
+    camera, objects = motions(slow, clock[tick_numbers(clock)])
     return {
-        "decoded_frames": len(times),
-        "decoded_seconds": max(ends) - clock[0],
+        "decoded_frames": len(clock),
+        "decoded_seconds": end - clock[0],
         "longest_gap": float(np.diff(clock).max()) if len(clock) > 1 else 0.0,
         "brightness": float(pictures.mean()),
         "contrast": float(np.median(pictures.std(axis=(1, 2)))),
@@ -109,9 +140,15 @@ def measure_clip(source: VideoSource, text_detector: TextDetector | None = None)
         "object_motion": objects,
         "cuts": len(cut_at),
         "blended": blended_share(slow),
-        "flashes": count_flashes(pictures.mean(axis=(1, 2)), clock),
-        "text": float(detector(np.stack(large))),
+        "flashes": count_flashes(pictures.mean(axis=(1, 2)), clock, pictures),
     }
+
+
+def tick_numbers(clock: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Numbers of the first pictures at or after each tenth of a second, none twice."""
+    ticks = np.arange(clock[0], clock[-1] + 1e-6, _TICK)
+    # The last tick may be past the last picture, by the rounding of a sum of tenths.
+    return np.unique(np.searchsorted(clock, ticks).clip(max=len(clock) - 1))
 
 
 class _SmallPictures:
@@ -119,23 +156,24 @@ class _SmallPictures:
 
     def __init__(self) -> None:
         self._grey, self._colour = VideoReformatter(), VideoReformatter()
+        self._size: tuple[int, int] | None = None  # of the first frame; all pictures of a clip have one shape
 
     def grey(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        height, width = _scaled(frame, SHORT_EDGE)
+        height, width = self._scaled(frame, SHORT_EDGE)
         small = self._grey.reformat(frame, width=width, height=height, format="gray", interpolation="AREA")
         return upright(small.to_ndarray(), frame)
 
     def colour(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        height, width = _scaled(frame, TEXT_SHORT_EDGE)
+        height, width = self._scaled(frame, TEXT_SHORT_EDGE)
         small = self._colour.reformat(frame, width=width, height=height, format="rgb24", interpolation="BICUBIC")
         return upright(small.to_ndarray(), frame)
 
-
-def _scaled(frame: av.VideoFrame, short_edge: int) -> tuple[int, int]:
-    """(height, width); a strip is cut down to 8 to 1, so that it cannot ask for more memory than a picture."""
-    scale = short_edge / min(frame.height, frame.width)
-    height, width = (min(max(round(side * scale), 1), 8 * short_edge) for side in (frame.height, frame.width))
-    return height, width
+    def _scaled(self, frame: av.VideoFrame, short_edge: int) -> tuple[int, int]:
+        """(height, width); a strip is cut down to 8 to 1, so that it cannot ask for more memory than a picture."""
+        self._size = self._size or (frame.height, frame.width)
+        scale = short_edge / min(self._size)
+        height, width = (min(max(round(side * scale), 1), 8 * short_edge) for side in self._size)
+        return height, width
 
 
 def _busiest(cells: NDArray[Any]) -> float:
@@ -167,12 +205,30 @@ def find_cuts(smooth: Pictures, clock: NDArray[np.float64]) -> list[int]:
     return cuts
 
 
-def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64]) -> int:
-    """Runs of frames whose mean grey level is far from that of the half second around them."""
+def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64], pictures: Pictures | None = None) -> int:
+    """
+    Runs of frames whose mean grey level is far from that of the half second around them.
+
+    With `pictures` only those count that begin in most of the picture at once: what passes close to the lens darkens
+    the whole of it as well, and comes in from one side.
+    """
     frame_time = max(float(np.median(np.diff(clock))), 1e-3) if len(clock) > 1 else 1.0
     usual = ndimage.median_filter(brightness, size=2 * max(round(0.25 / frame_time), 2) + 1, mode="nearest")
-    flash = np.abs(brightness - usual) > 15
-    return int(np.count_nonzero(flash[1:] & ~flash[:-1])) + int(flash[0])
+    far = brightness - usual
+    starts = np.flatnonzero((np.abs(far) > 15) & (np.abs(np.roll(far, 1)) <= 15 if len(far) > 1 else True))
+    if len(far) and abs(far[0]) > 15:
+        starts = np.union1d(starts, [0])
+    if pictures is None:
+        return len(starts)
+    rise = max(round(_ONSET / frame_time), 1)  # frames within which a flash is there
+    count = 0
+    for start in starts.tolist():
+        before, peak = pictures[max(start - rise, 0)], pictures[min(start + rise - 1, len(pictures) - 1)]
+        sign = 1 if far[start] > 0 else -1
+        # A white sky cannot become brighter, nor a black night darker.
+        free = before < 235 if sign > 0 else before > 20
+        count += start == 0 or not free.any() or float((sign * (peak - before) > 5)[free].mean()) > 0.75
+    return count
 
 
 def blended_share(slow: Pictures) -> float:
@@ -236,13 +292,18 @@ def motions(slow: Pictures, clock: NDArray[np.float64]) -> tuple[float, float]:
         left.append(min(blend, still, _busiest((np.abs(moved - now) - slack).clip(0) * inside)))
         middle = np.array([now.shape[0] / 2, now.shape[1] / 2, 1])
         speeds.append(float(np.linalg.norm(matrix @ middle - middle[:2])) / SHORT_EDGE)
-    step = min(_LAG, len(slow) // 2) * max(float(np.median(np.diff(clock))), 1e-3)
+    step = _lag(slow) * max(float(np.median(np.diff(clock))), 1e-3)
     return float(np.median(speeds)) / step, float(np.percentile(left, 80))
+
+
+def _lag(slow: Pictures) -> int:
+    """Pictures from one of a triple to the next: `_LAG`, or what fits into a short clip."""
+    return min(_LAG, max((len(slow) - 1) // 2, 1))
 
 
 def _triples(slow: Pictures) -> Iterator[tuple[Pictures, Pictures, Pictures]]:
     """Pictures `_LAG` apart; of a clip too short for that, its first, middle and last."""
-    lag = min(_LAG, len(slow) // 2)
+    lag = _lag(slow)
     if len(slow) == 2:
         yield slow[0], slow[1], slow[1]
     for middle in range(lag, len(slow) - lag, 3):

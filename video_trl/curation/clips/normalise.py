@@ -10,7 +10,8 @@ import pyarrow as pa
 from PIL import Image
 
 from ...data.buckets import AspectBucket
-from ...data.video_io import VideoDecodeError, VideoSource, iterate_video, write_video
+from ...data.video_file import DEFAULT_LIMITS, VideoDecodeError, VideoLimits, VideoSource
+from ...data.video_io import iterate_video, write_video
 from ...files import atomic_file
 from ..engine.manifest import Batch
 from .sources import open_clip
@@ -18,10 +19,18 @@ from .sources import open_clip
 
 #: Columns that normalisation adds: paths relative to the run's folder.
 NORMALISED: dict[str, pa.DataType] = {"video": pa.string(), "reference_image": pa.string()}
-NORMALISE_VERSION = 2
+NORMALISE_VERSION = 3
 
 
-def normalise_batch(batch: Batch, *, root: str | os.PathLike[str], folder: str, fps: float, num_frames: int) -> Batch:
+def normalise_batch(
+    batch: Batch,
+    *,
+    root: str | os.PathLike[str],
+    folder: str,
+    fps: float,
+    num_frames: int,
+    limits: VideoLimits = DEFAULT_LIMITS,
+) -> Batch:
     """
     Stage "normalise" as a batch function. Equal clips give equal bytes, in every run.
 
@@ -31,6 +40,7 @@ def normalise_batch(batch: Batch, *, root: str | os.PathLike[str], folder: str, 
         folder (`str`): Where in it the files go.
         fps (`float`): Frames per second; frames are dropped or repeated by their timestamps.
         num_frames (`int`): Frames of every clip; later ones are cut off.
+        limits ([`VideoLimits`], *optional*): How large a file may be.
 
     Returns:
         `dict`: The columns `NORMALISED`; a clip that is too short is dropped by "too_short", with the number of frames
@@ -45,7 +55,13 @@ def normalise_batch(batch: Batch, *, root: str | os.PathLike[str], folder: str, 
         try:
             clip = open_clip(path, offset, length)
             num_written = normalise_video(
-                clip, Path(root) / video, height=size.height, width=size.width, fps=fps, num_frames=num_frames
+                clip,
+                Path(root) / video,
+                height=size.height,
+                width=size.width,
+                fps=fps,
+                num_frames=num_frames,
+                limits=limits,
             )
         except VideoDecodeError as error:
             row |= {"dropped_by": error.kind, "detail": str(error)}
@@ -69,6 +85,7 @@ def normalise_video(
     fps: float,
     num_frames: int,
     source_fps: float | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
 ) -> int:
     """
     Writes a video of exactly `num_frames` frames, scaled to cover the size and centre-cropped.
@@ -81,11 +98,12 @@ def normalise_video(
         path (`str` or `Path`): File to write, `.mp4`.
         height, width, fps, num_frames: Of the file.
         source_fps (`float`, *optional*): Clock of frames in memory.
+        limits ([`VideoLimits`], *optional*): How large the source may be.
 
     Returns:
         `int`: Frames that the source has at `fps`, at most `num_frames`. Below `num_frames - 1` there is no file.
     """
-    clock = iterate_video(source, fps=fps, height=height, width=width, source_fps=source_fps)
+    clock = iterate_video(source, fps=fps, height=height, width=width, source_fps=source_fps, limits=limits)
     video = np.empty((num_frames, height, width, 3), dtype=np.uint8)
     count = 0
     for frame in islice(clock, num_frames):

@@ -4,19 +4,27 @@ List the clips of folders, WebDataset tars and `datasets`. Listing reads names a
 Every source becomes rows of the same columns (`SOURCE`); [`open_clip`] gets a row's bytes back.
 """
 
-import csv
-import json
 import logging
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
 
+from ...data.folders import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    VIDEO_SUFFIXES,
+    caption_for,
+    caption_in,
+    captions_below,
+    files_below,
+)
+from ...data.video_file import open_bytes
 from ...data.video_io import video_hash
 from ...files import write_atomically
 from ..engine.manifest import OUTCOME, Batch, digest, new_manifest, with_columns
@@ -34,17 +42,15 @@ SOURCE: dict[str, pa.DataType] = {
     "prompt": pa.string(),
     "listing": pa.string(),
 }
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .webm .wmv".split()
-)
-CAPTION_KEYS = ("prompt", "caption", "text")
-_METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-
 Row = dict[str, Any]
 
 
+#: What clips are taken from; see [`list_clips`].
+ClipSource: TypeAlias = str | os.PathLike[str] | datasets.Dataset | datasets.IterableDataset
+
+
 def list_clips(
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset],
+    sources: Sequence[ClipSource],
     *,
     spool: str | os.PathLike[str],
     split: str = "train",
@@ -57,7 +63,8 @@ def list_clips(
     Args:
         sources (`list`):
             Each one a folder (searched through, tars in it included), a `.tar` file in WebDataset layout, a video
-            file, a `datasets.Dataset`, a folder written by `save_to_disk`, or the id of a dataset on the Hub.
+            file, a `datasets.Dataset` or `IterableDataset` (read to its end), a folder written by `save_to_disk`, or
+            the id of a dataset on the Hub.
         spool (`str` or `Path`): Folder for videos whose bytes lie inside a dataset; named by content, written once.
         split (`str`, defaults to `"train"`): Split of datasets that are named.
         video_column, prompt_column (`str`): Columns of datasets. A video cell is a path or `{"path", "bytes"}`; rows
@@ -70,14 +77,15 @@ def list_clips(
         ValueError: A source is nothing of these, holds no clip, or is given twice.
     """
     rows: list[Row] = []
-    for source in sources:
-        clips = list(_list_source(source, Path(spool), split, video_column, prompt_column))
+    for number, source in enumerate(sources):
+        name = _name(source, number)
+        clips = list(_list_source(source, name, Path(spool), split, video_column, prompt_column))
         if not clips:
             raise ValueError(
-                f"{_name(source)}: no video found. Expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, or "
+                f"{name}: no video found. Expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, or "
                 "tars of them. Of a folder of parquet files, pass what `datasets.load_dataset` makes of it."
             )
-        logger.info("%s: %d clips", _name(source), len(clips))
+        logger.info("%s: %d clips", name, len(clips))
         rows += clips
     twice = [name for name, count in Counter(row["source_id"] for row in rows).items() if count > 1]
     if twice:
@@ -96,23 +104,37 @@ def list_clips(
 
 
 def open_clip(path: str, offset: int | None, length: int | None) -> str | dict[str, Any]:
-    """What `read_video` takes: the path, or for a clip inside a tar its bytes."""
+    """
+    What `read_video` takes: the path, or for a clip inside a tar its bytes.
+
+    Raises:
+        VideoDecodeError: The tar is gone.
+    """
     if offset is None or length is None:
         return path
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         file.seek(offset)
         return {"path": f"{path}@{offset}", "bytes": file.read(length)}
 
 
-def _name(source: str | os.PathLike[str] | datasets.Dataset) -> str:
-    return f"dataset {source._fingerprint}" if isinstance(source, datasets.Dataset) else os.fspath(source)
+def _name(source: ClipSource, number: int) -> str:
+    if isinstance(source, datasets.IterableDataset):
+        return f"stream {number}"  # it has no fingerprint
+    if isinstance(source, datasets.Dataset):
+        return f"dataset {source._fingerprint}"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    raise ValueError(
+        f"Expected a path, the id of a dataset, a `Dataset` or an `IterableDataset` as a source, got "
+        f"{type(source).__name__}. Of a `DatasetDict`, pass one of its splits."
+    )
 
 
 def _list_source(
-    source: str | os.PathLike[str] | datasets.Dataset, spool: Path, split: str, video_column: str, prompt_column: str
+    source: ClipSource, name: str, spool: Path, split: str, video_column: str, prompt_column: str
 ) -> Iterator[Row]:
-    if isinstance(source, datasets.Dataset):
-        return _list_dataset(source, _name(source), spool, video_column, prompt_column)
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        return _list_dataset(source, name, spool, video_column, prompt_column)
     path = Path(source)
     if (path / "state.json").is_file():
         return _list_dataset(datasets.load_from_disk(str(path)), str(path), spool, video_column, prompt_column)
@@ -126,7 +148,9 @@ def _list_source(
     if path.suffix.lower() == ".tar" and path.is_file():
         return _list_tar(path)
     if path.is_file():
-        return iter([_file_row(path, str(path), {})])
+        folder = path.parent
+        beside = [other for other in folder.iterdir() if other.stem == path.stem]
+        return iter([_file_row(path, str(path), caption_for(path, folder, captions_below(folder, beside)))])
     try:
         loaded = datasets.load_dataset(str(source), split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
@@ -139,72 +163,31 @@ def _list_source(
 
 def _list_folder(root: Path) -> Iterator[Row]:
     """Videos and tars below a folder, in the order of their names; hidden ones and other files are left out."""
-    captions = _metadata_captions(root)
+    captions = captions_below(root)
     ignored: Counter[str] = Counter()
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            yield _file_row(path, f"{root}/{relative.as_posix()}", captions, relative.as_posix())
-        elif path.suffix.lower() == ".tar":
+    for path in files_below(root):
+        name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
+        if suffix in VIDEO_SUFFIXES:
+            yield _file_row(path, f"{root}/{name}", caption_for(path, root, captions))
+        elif suffix == ".tar":
             yield from _list_tar(path)
-        elif path.suffix not in (".txt", ".json") and path.name not in _METADATA_NAMES:
+        elif suffix not in CAPTION_SUFFIXES and path.name not in METADATA_NAMES:
             ignored[path.suffix] += 1
     if ignored:
         kinds = ", ".join(f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(ignored.items()))
         logger.warning("%s: files that are no videos by their suffix are left out: %s", root, kinds)
 
 
-def _file_row(path: Path, source_id: str, captions: Mapping[str, str], name: str = "") -> Row:
+def _file_row(path: Path, source_id: str, caption: str | None) -> Row:
     status = path.stat()
     return {
         "source_id": source_id,
         "path": str(path.absolute()),
         "offset": None,
         "length": None,
-        "prompt": captions.get(name) or _caption_beside(path),
+        "prompt": caption,
         "listing": digest(f"{source_id}\0{status.st_size}\0{status.st_mtime_ns}"),
     }
-
-
-def _caption_beside(path: Path) -> str | None:
-    """`clip.txt` or `clip.json` (WebDataset's layout) beside `clip.mp4`."""
-    for suffix in (".txt", ".json"):
-        sidecar = path.with_suffix(suffix)
-        if sidecar.is_file():
-            return _caption_in(sidecar.read_bytes(), suffix)
-    return None
-
-
-def _caption_in(data: bytes, suffix: str) -> str | None:
-    text = data.decode("utf-8", "replace")
-    if suffix == ".txt":
-        return text.strip() or None
-    try:
-        return _caption_of(json.loads(text))
-    except json.JSONDecodeError as error:
-        logger.warning("A caption is no JSON and is not used (%s): %.60r", error, text)
-        return None
-
-
-def _caption_of(record: Any) -> str | None:
-    """The first of the usual keys that holds a text."""
-    if not isinstance(record, Mapping):
-        return None
-    texts = (str(record[key]).strip() for key in CAPTION_KEYS if record.get(key))
-    return next((text for text in texts if text), None)
-
-
-def _metadata_captions(root: Path) -> dict[str, str]:
-    """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
-    captions: dict[str, str | None] = {}
-    for name in _METADATA_NAMES:
-        if (root / name).is_file():
-            with open(root / name, encoding="utf-8", newline="") as file:
-                records = list(csv.DictReader(file)) if name.endswith(".csv") else [json.loads(line) for line in file]
-            captions |= {record["file_name"]: _caption_of(record) for record in records if record.get("file_name")}
-    return {name: caption for name, caption in captions.items() if caption}
 
 
 def _list_tar(path: Path) -> Iterator[Row]:
@@ -216,9 +199,9 @@ def _list_tar(path: Path) -> Iterator[Row]:
             captions: dict[str, str | None] = {}
             for member in members:
                 stem, suffix = os.path.splitext(member.name)
-                data = tar.extractfile(member) if suffix in (".txt", ".json") else None
+                data = tar.extractfile(member) if suffix.lower() in CAPTION_SUFFIXES else None
                 if data is not None:
-                    captions[stem] = _caption_in(data.read(), suffix)
+                    captions[stem] = caption_in(data.read(), suffix.lower())
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not an uncompressed tar, or cut off ({error}). Fetch it again.") from error
     for member in members:
@@ -235,17 +218,24 @@ def _list_tar(path: Path) -> Iterator[Row]:
 
 
 def _list_dataset(
-    dataset: datasets.Dataset, name: str, spool: Path, video_column: str, prompt_column: str
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    name: str,
+    spool: Path,
+    video_column: str,
+    prompt_column: str,
 ) -> Iterator[Row]:
-    if video_column not in dataset.column_names:
+    if dataset.features is None:  # of a stream, known once its first row is
+        dataset = dataset._resolve_features()
+    if video_column not in dataset.features:
         raise ValueError(
-            f"{name}: expected a column {video_column!r} with videos, got {dataset.column_names}. Name yours as "
+            f"{name}: expected a column {video_column!r} with videos, got {list(dataset.features)}. Name yours as "
             "`video_column`."
         )
+    columns = [column for column in (video_column, prompt_column) if column in dataset.features]
+    dataset = dataset.select_columns(columns)
     if isinstance(dataset.features[video_column], datasets.Video):
         dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
-    columns = [column for column in (video_column, prompt_column) if column in dataset.column_names]
-    for index, row in enumerate(dataset.with_format(None).select_columns(columns)):
+    for index, row in enumerate(dataset.with_format(None)):
         cell = row[video_column]
         if isinstance(cell, Mapping) and cell.get("bytes") is not None:
             path = _spool(cell, spool)

@@ -12,9 +12,9 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ...data.buckets import AspectBucket
+from ...data.folders import VIDEO_SUFFIXES
 from ...data.video_io import VideoDecodeError, video_hash
 from ..clips.normalise import normalise_video
-from ..clips.sources import VIDEO_SUFFIXES
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
 
@@ -94,8 +94,8 @@ def jobs_elsewhere(clips: Batch, generator: str, videos: Mapping[str, Path]) -> 
             f"{generator}: none of its {len(videos)} videos ({', '.join(names)}, ...) is named as a clip that is "
             "left. Name them as the clips, or list them in a table with the columns source and video."
         )
-    made = columns.pop("made")
-    return with_columns(new_manifest(columns, JOB), {"made": made}, {"made": pa.string()})
+    files = columns.pop("made")
+    return with_columns(new_manifest(columns, JOB), {"made": files}, {"made": pa.string()})
 
 
 def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, shard: Shard | None) -> pa.Table:

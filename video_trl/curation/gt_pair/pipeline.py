@@ -7,11 +7,10 @@ generation, pair construction.
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -21,14 +20,15 @@ import datasets
 import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
-from ...files import write_atomically
+from ...data.video_file import DEFAULT_LIMITS, VideoLimits
+from ...files import remove_leftovers, write_atomically
 from ...load import SANDBOX
 from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
-from ..clips.measures import MEASURES, MEASURES_VERSION, measure_batch
+from ..clips.measures import MEASURE_LIMITS, MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import list_clips
-from ..clips.text_overlay import StrokeDetector, TextDetector
+from ..clips.sources import ClipSource, list_clips
+from ..clips.text_overlay import LineDetector, TextDetector
 from ..engine.manifest import (
     Rule,
     Shard,
@@ -57,14 +57,11 @@ RATIOS = tuple(f"{across}:{down}" for across, down in ASPECT_RATIOS)
 
 
 class Captioner(Protocol):
-    """
-    Writes captions for clips that have none.
+    """Writes captions for clips that have none."""
 
-    Attributes:
-        name: model and version; another name makes new captions.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Model and version; another name makes new captions."""
 
     def __call__(self, videos: Sequence[str]) -> list[str]:
         """One caption for each file."""
@@ -99,6 +96,10 @@ class GTPairConfig:
         default=0.15,
         metadata={"help": "Acquisition: largest proportion of the picture that the nearest ratio cuts off."},
     )
+    max_pixels: int = field(
+        default=DEFAULT_LIMITS.max_pixels,
+        metadata={"help": "Acquisition: most pixels of a frame (8K); a file with more is not decoded."},
+    )
 
     min_motion: float = field(default=2.0, metadata={"help": "Filter 'static': least `motion` (grey levels)."})
     min_object_motion: float = field(
@@ -111,7 +112,7 @@ class GTPairConfig:
     )
     max_flashes: int = field(default=0, metadata={"help": "Filter 'flashes': most flashes."})
     max_text: float = field(
-        default=0.05, metadata={"help": "Filter 'text': largest proportion of the picture with text."}
+        default=0.002, metadata={"help": "Filter 'text': largest proportion of the picture with text."}
     )
 
     short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
@@ -191,6 +192,7 @@ class GTPairConfig:
                 f"Expected `short_edge` in multiples of 16, `fps` > 0 and `batch_size` >= 1, got {self.short_edge}, "
                 f"{self.fps} and {self.batch_size}."
             )
+        VideoLimits(max_pixels=self.max_pixels)  # raises where it is not positive
         if self.side_multiple < 1:
             raise ValueError(f"`side_multiple` must be at least 1, got {self.side_multiple}.")
         if (self.num_frames - 2) / self.fps >= self.max_seconds + DURATION_TOLERANCE:
@@ -285,7 +287,7 @@ class GTPairResult:
 
 def run_gt_pair(
     config: GTPairConfig,
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    sources: Sequence[ClipSource] = (),
     *,
     captioner: Captioner | None = None,
     text_detector: TextDetector | None = None,
@@ -299,7 +301,7 @@ def run_gt_pair(
 
     Args:
         config ([`GTPairConfig`]): Everything but objects.
-        sources (`list`, *optional*): Further sources, also `datasets.Dataset` objects.
+        sources (`list`, *optional*): Further sources, also `datasets.Dataset` and `IterableDataset` objects.
         captioner ([`Captioner`], *optional*): For clips without a prompt, instead of the one that the configuration
             names.
         text_detector ([`TextDetector`], *optional*): Instead of the heuristic that needs no download.
@@ -362,7 +364,9 @@ def run_gt_pair(
 
 def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *, needs_prompt: bool) -> pa.Table:
     """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
-    stage = Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, config.batch_size)
+    function = partial(read_containers, limits=VideoLimits(max_pixels=config.max_pixels))
+    settings = {"version": CONTAINER_VERSION, "max_pixels": config.max_pixels}
+    stage = Stage("probe", function, CONTAINER, "listing", settings, config.batch_size)
     table = run_stage(table, stage, stores, shard)
     sizes = table.select(["width", "height"]).to_pydict()
     added = {"bucket": pa.string(), "crop_proportion": pa.float64()}
@@ -387,10 +391,10 @@ def filter_clips(
     table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, text_detector: TextDetector | None = None
 ) -> pa.Table:
     """Stage 2: one decoding pass for what has not been measured before, then thresholds."""
-    detector = text_detector or StrokeDetector()
+    detector = text_detector or LineDetector()
     stage = Stage(
         "measure",
-        partial(measure_batch, text_detector=detector),
+        partial(measure_batch, text_detector=detector, limits=replace(MEASURE_LIMITS, max_pixels=config.max_pixels)),
         MEASURES,
         "content",
         {"version": MEASURES_VERSION, "text": detector.name},
@@ -409,8 +413,16 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
     }
     # A clip's bucket depends on which ratios there are, so they belong to the name as well.
     folder = f"videos/{config.short_edge}p-{config.fps:g}fps-{config.num_frames}f-{digest(str(settings), 6)}"
-    function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
+    function = partial(
+        normalise_batch,
+        root=root,
+        folder=folder,
+        fps=config.fps,
+        num_frames=config.num_frames,
+        limits=VideoLimits(max_pixels=config.max_pixels),
+    )
     stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
+    remove_leftovers(root / folder)
     return run_stage(table, stage, root / "stages", shard)
 
 

@@ -26,7 +26,7 @@ from ...files import write_atomically
 from ...load import check_judge, load_judge
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import list_clips
+from ..clips.sources import ClipSource, list_clips
 from ..engine.manifest import (
     Batch,
     Rule,
@@ -132,7 +132,7 @@ class Runner:
 
 def run_phyaug(
     config: PhyAugConfig,
-    sources: Sequence[str | os.PathLike[str] | datasets.Dataset] = (),
+    sources: Sequence[ClipSource] = (),
     *,
     shard: Shard | None = None,
 ) -> PhyAugResult:

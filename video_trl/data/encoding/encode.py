@@ -4,10 +4,9 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-import torch.distributed as dist
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -30,13 +28,15 @@ from ..buckets import AspectBucket
 from ..columns import MapDataset, check_columns, undecoded
 from ..images import read_image
 from ..video_io import probe_video, read_video
+from .identity import module_settings, tokenizer_settings
 from .inventory import IMAGE_COLUMN, Inventory, Row, check_shapes, take_inventory, usable_rows, video_shapes
+from .processes import default_device, first_on_each_machine
 from .store import EncodedDataset, EncodedWriter
 
 
 logger = logging.getLogger(__name__)
 
-_ENCODING_VERSION = 1  # raise it when the same input gives other numbers, so that old caches are not used
+_ENCODING_VERSION = 2  # raise it when the same input gives other numbers, so that old caches are not used
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def encode_dataset(
     The cache is found by a fingerprint of everything that the numbers depend on: the content of every video and image,
     prompts, scores, weights and configuration of the encoders, tokenizer, sizes, and library versions. All videos are
     decoded once for checking before the first one is encoded. Under `torch.distributed` the first process of each
-    machine does the work while the others wait, then load. Afterwards the encoders are on the CPU, in evaluation mode.
+    machine does the work, from where a killed one left it. Afterwards the encoders are on the CPU, in evaluation mode.
 
     For image-to-video, a row may bring its first frame in the column `image` (a path, `{"path", "bytes"}`, a PIL image
     or a uint8 array); it is scaled and cropped as the videos are. Without one, the first frame of the only or chosen
@@ -126,7 +126,7 @@ def encode_dataset(
     Raises:
         VideoDecodeError: A video or image is missing, damaged, truncated or too short and `on_bad_video="raise"`.
         ValueError: Columns are wrong (see `check_columns`); the number of frames or a side does not suit the VAE; the
-            videos of one row differ in size; no row is left; the VAE returns values that are not finite.
+            videos of one row differ in size; no row is left; values are not finite; a file has changed meanwhile.
         OSError: The cache cannot be written. No incomplete cache is left under the final name.
     """
     job = _Job(
@@ -140,10 +140,10 @@ def encode_dataset(
         max_crop=max_crop,
         batch_size=batch_size,
         on_bad_video=on_bad_video,
-        device=_default_device() if device is None else torch.device(device),
+        device=default_device() if device is None else torch.device(device),
     )
     _check_job(job)
-    encoded = EncodedDataset(Path(cache_dir) / _first_on_each_machine(lambda: _build(job, Path(cache_dir))))
+    encoded = EncodedDataset(Path(cache_dir) / first_on_each_machine(partial(_build, job, Path(cache_dir))))
     if encoded.skipped:
         videos = "; ".join(f"{skip.video}: {skip.reason}" for skip in encoded.skipped)
         logger.warning("Left out %d of %d rows with unreadable videos: %s", len(encoded.skipped), len(dataset), videos)
@@ -195,13 +195,14 @@ def _build(job: _Job, cache_dir: Path) -> str:
     fps = job.pixels["fps"] or probe_video(inventory.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
     with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
-        _encode_prompts(job, rows, writer)
-        _encode_videos(job, inventory, rows, shapes, writer)
-        if job.image_columns:
-            _encode_images(job, inventory, rows, shapes, writer)
-        rates = _rates(job, inventory, rows, writer)
-        index = [_index_row(job, row, shapes[row.videos[0]], rate) for row, rate in zip(rows, rates, strict=True)]
-        writer.finish(index, skipped)
+        if not writer.complete:
+            _encode_prompts(job, rows, writer)
+            _encode_videos(job, inventory, rows, shapes, writer)
+            if job.image_columns:
+                _encode_images(job, inventory, rows, shapes, writer)
+            rates = _rates(job, inventory, rows, writer)
+            index = [_index_row(job, row, shapes[row.videos[0]], rate) for row, rate in zip(rows, rates, strict=True)]
+            writer.finish(index, skipped)
     return directory.name
 
 
@@ -212,15 +213,20 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
     pipeline = job.pipeline
     parts: list[Any] = [versions, settings, [_identity(row) for row in rows]]
     for name, tokenizer in job.family.text_encoders.items():
-        parts += [pipeline.components[tokenizer].get_vocab()] if tokenizer else []
-        parts += [pipeline.components[name], _settings_of(pipeline.components[name])]
-    parts += [pipeline.vae, _settings_of(pipeline.vae)]
+        parts += [tokenizer_settings(pipeline.components[tokenizer])] if tokenizer else []
+        parts += _parts_of(pipeline.components[name])
+    parts += _parts_of(pipeline.vae)
     if job.image_columns:
         parts += [job.image_columns, [row.image for row in rows]]
     for name, processor in job.family.image_encoders.items():
         parts += [pipeline.components[processor].to_json_string()]
-        parts += [pipeline.components[name], _settings_of(pipeline.components[name])]
+        parts += _parts_of(pipeline.components[name])
     return fingerprint(*parts)
+
+
+def _parts_of(network: ModelMixin | PreTrainedModel) -> list[Any]:
+    """Weights of an encoder, its configuration, and what that does not say."""
+    return [network, _settings_of(network), module_settings(network)]
 
 
 def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
@@ -231,16 +237,41 @@ def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
 
 def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
+    _warn_of_long_prompts(job, prompts)
     with ExitStack() as stack, tqdm(total=len(prompts), desc="Encoding prompts") as progress:
         for network in job.networks(job.family.text_encoders):
             stack.enter_context(_placed(network, job.device))
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
+            progress.update(len(batch))
+            # Batches are whole also where a part is there from before: another size would change the last bits.
+            if all(_prompt_key(prompt, column) in writer for prompt in batch for column in job.family.prompt_columns):
+                continue
             encoded = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
             for prompt, columns in zip(batch, encoded, strict=True):
                 for column in job.family.prompt_columns:
+                    encoder = job.pipeline.components[next(iter(job.family.text_encoders))]
+                    _check_finite(columns[column], f"The prompt {prompt!r}", encoder, "text encoder")
                     writer.add(_prompt_key(prompt, column), columns[column])
-            progress.update(len(batch))
+
+
+def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
+    name = next(iter(job.family.text_encoders.values()))
+    if not name:
+        return
+    lengths = [len(ids) for ids in job.pipeline.components[name](list(prompts), verbose=False)["input_ids"]]
+    too_long = [number for number, length in enumerate(lengths) if length > job.max_sequence_length]
+    if too_long:
+        worst = max(too_long, key=lambda number: lengths[number])
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens (`max_sequence_length`) and are cut there; the longest has "
+            "%d: %.80r... Raise `max_sequence_length`, as far as the model was trained, or shorten them.",
+            len(too_long),
+            len(prompts),
+            job.max_sequence_length,
+            lengths[worst],
+            prompts[worst],
+        )
 
 
 def _encode_videos(
@@ -258,14 +289,15 @@ def _encode_videos(
         for digests in by_shape.values():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
-                videos = [read_video(inventory.read(d), **inventory.pixels_of(d, job.pixels)) for d in batch]
-                frames = np.stack(videos)  # (B, T, H, W, 3)
+                progress.update(len(batch))
+                if all(_video_key(digest) in writer for digest in batch):
+                    continue
+                frames = np.stack([_frames(job, inventory, digest) for digest in batch])  # (B, T, H, W, 3)
                 video = torch.from_numpy(frames).to(job.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
                 latents = job.family.encode_video(job.pipeline.vae, video)
                 for digest, latent in zip(batch, latents.cpu(), strict=True):
                     _check_finite(latent, inventory.names[digest], job.pipeline.vae)
                     writer.add(_video_key(digest), latent)
-                progress.update(len(batch))
 
 
 def _encode_images(
@@ -289,30 +321,41 @@ def _encode_images(
         for (num_frames, height, width), digests in by_shape.items():
             for start in range(0, len(digests), job.batch_size):
                 batch = digests[start : start + job.batch_size]
+                progress.update(len(batch))
+                keys = [_image_key(c, d, (num_frames, height, width)) for c in job.image_columns for d in batch]
+                if all(key in writer for key in keys):
+                    continue
                 frames = [_first_frame(job, inventory, digest, height, width) for digest in batch]
                 conditions = job.family.encode_image(
                     job.pipeline, [PIL.Image.fromarray(frame) for frame in frames], num_frames
                 )
                 for column, values in conditions.items():
                     for digest, value in zip(batch, values.cpu(), strict=True):
-                        _check_finite(value, inventory.names[digest], job.pipeline.vae)
+                        _check_finite(value, inventory.names[digest], job.pipeline.vae, "VAE and image encoder")
                         writer.add(_image_key(column, digest, (num_frames, height, width)), value)
-                progress.update(len(batch))
 
 
 def _first_frame(job: _Job, inventory: Inventory, digest: str, height: int, width: int) -> np.ndarray:
     """uint8 `(height, width, 3)`: the row's own image, or what its video begins with."""
-    source = inventory.read(digest)
-    if inventory.places[digest].column == IMAGE_COLUMN:
-        return read_image(source, height=height, width=width)
-    return read_video(source, **(inventory.pixels_of(digest, job.pixels) | {"num_frames": 1}))[0]
+    if inventory.places[digest].column != IMAGE_COLUMN:
+        return _frames(job, inventory, digest, num_frames=1)[0]
+    image = read_image(inventory.read(digest), height=height, width=width)
+    inventory.check_unchanged(digest)
+    return image
 
 
-def _check_finite(encoded: torch.Tensor, name: str, vae: nn.Module) -> None:
+def _frames(job: _Job, inventory: Inventory, digest: str, **changes: Any) -> np.ndarray:
+    """uint8 `(T, height, width, 3)`: a video, of the content that its hash was made of."""
+    video = read_video(inventory.read(digest), **(inventory.pixels_of(digest, job.pixels) | changes))
+    inventory.check_unchanged(digest)
+    return video
+
+
+def _check_finite(encoded: torch.Tensor, name: str, encoder: nn.Module, what: str = "VAE") -> None:
     if not torch.isfinite(encoded).all():
         raise ValueError(
-            f"{name}: encoding it ({vae.dtype}) returned numbers that are not finite. Load the pipeline with its VAE "
-            "in float32."
+            f"{name}: encoding it ({encoder.dtype}) returned numbers that are not finite. Load the pipeline with its "
+            f"{what} in float32."
         )
 
 
@@ -379,37 +422,3 @@ def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to("cpu")
         if device.type != "cpu":
             torch.accelerator.empty_cache()
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _first_on_each_machine(work: Callable[[], str]) -> str:
-    """
-    Run `work` in one process of each machine while the others wait, and give all of them its result.
-
-    The group is its own because encoding may take longer than the time limit of the default group. An error raises in
-    every process, so that none waits for one that has given up.
-    """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return work()
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    result: str | None = None
-    failure: Exception | None = None
-    if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    reports: list[Any] = [None] * dist.get_world_size()
-    message = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
-    dist.all_gather_object(reports, (result, message), group=group)
-    dist.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    for _, reported in reports:
-        if reported is not None:
-            is_value_error, text = reported
-            raise ValueError(text) if is_value_error else RuntimeError(text)
-    return next(name for name, _ in reports if name is not None)

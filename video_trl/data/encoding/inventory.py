@@ -13,7 +13,7 @@ from ...files import fingerprint
 from ..buckets import AspectBucket, nearest_bucket
 from ..columns import MapDataset, as_scores, as_videos
 from ..images import image_hash, image_name
-from ..video_io import VideoDecodeError, VideoSource, probe_video, read_video, source_name, video_hash
+from ..video_io import VideoDecodeError, VideoSource, probe_video, source_name, video_hash, video_shape
 from .store import SkippedRow
 
 
@@ -90,6 +90,16 @@ class Inventory:
     def read(self, digest: str) -> Any:
         """The cell in which a video or image was found first."""
         return self.places[digest].read(self.dataset)
+
+    def check_unchanged(self, digest: str) -> None:
+        """Raise a `ValueError` if the file of a video or image has other content than when it was hashed."""
+        place, source = self.places[digest], self.read(digest)
+        now, _ = _hash_or_reason(place, source)
+        if now != digest.partition("@")[0]:
+            raise ValueError(
+                f"{self.names[digest]}: the file has changed since encoding began, so what it was encoded to would be "
+                "kept under the hash of another one. Start again when nothing writes to it."
+            )
 
     def pixels_of(self, digest: str, pixels: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments `pixels` of `read_video`, with the video's own size where it has one."""
@@ -207,10 +217,9 @@ def video_shapes(inventory: Inventory, pixels: Mapping[str, Any]) -> dict[str, t
     def shape_or_reason(item: tuple[str, VideoSource]) -> tuple[str, tuple[int, int, int] | None, str]:
         digest, source = item
         try:
-            frames, height, width, _ = read_video(source, **inventory.pixels_of(digest, pixels)).shape
+            return digest, video_shape(source, **inventory.pixels_of(digest, pixels)), ""
         except VideoDecodeError as error:
             return digest, None, _without_name(error, source_name(source))
-        return digest, (frames, height, width), ""
 
     readable = [
         digest

@@ -1,9 +1,16 @@
-"""Read and write encoded datasets: safetensors shards and an index, in a folder named only when it is complete."""
+"""
+Read and write encoded datasets: safetensors shards and an index, in a folder named only when it is complete.
+
+Every tensor has a checksum, in the header of its shard while the folder is filled and in the index afterwards, and is
+compared with it whenever it is read.
+"""
 
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +18,19 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...files import atomic_folder, read_json, remove_leftovers
+from ...files import (
+    read_json,
+    remove_leftovers,
+    resumable_folder,
+    tensor_checksum,
+    unfinished_folders,
+    write_atomically,
+    write_json,
+)
 from ...models import ModelFamily
 from ..columns import MapDataset, column_names
 
@@ -23,7 +38,11 @@ from ..columns import MapDataset, column_names
 logger = logging.getLogger(__name__)
 
 _INDEX_NAME = "index.json"
+_FORMAT = 2
+_CHECKSUMS_KEY = "checksums"  # in the header of a shard
 _SHARD_BYTES = 256 << 20  # a shard is built in memory before it is written
+# A shard is written earlier where a kill would lose more than so much time, or so large a proportion of it.
+_SECONDS_AT_STAKE, _PROPORTION_AT_STAKE = 5.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             recorded.
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
+        is_finite (`bool`): Whether all numbers are known to be finite; older versions did not look.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
 
     Raises:
@@ -69,21 +89,21 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         index_path = self.directory / _INDEX_NAME
         if not index_path.is_file():
             raise ValueError(f"{self.directory} is not an encoded dataset: it has no {_INDEX_NAME}. Encode it again.")
-        index = read_json(index_path)
+        index = self._read_index(index_path)
         for name, size in index["shards"].items():
             shard = self.directory / name
             num_bytes = shard.stat().st_size if shard.is_file() else None
             if num_bytes != size:
-                raise ValueError(
-                    f"{shard}: expected {size} bytes, got {num_bytes}. Delete {self.directory} and encode again."
-                )
+                raise ValueError(f"{shard}: expected {size} bytes, got {num_bytes}. {self._way_out}")
         self.fingerprint: str = index["fingerprint"]
         self.row_type: str = index["row_type"]
         self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
+        self.is_finite: bool = index.get("is_finite", False)
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
-        self._shard_of: dict[str, str] = index["tensors"]
+        self._shard_of: dict[str, str] = {key: shard for key, (shard, _) in index["tensors"].items()}
+        self._checksums: dict[str, str] = {key: checksum for key, (_, checksum) in index["tensors"].items()}
         self._shards: dict[str, Any] = {}
 
     @property
@@ -109,15 +129,35 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             example["weight"] = row["weight"]
         return example
 
-    def latents_shapes(self) -> list[list[tuple[int, ...]]]:
-        """The shapes `(C, F, H, W)` of the latents in every row, chosen ones first, from the headers of the files."""
-        shape_of: dict[str, tuple[int, ...]] = {}
+    def shapes(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """
+        The shapes in every row, from the headers of the files: under `"latents"` those of its videos, the only or
+        chosen one first, and under each of `columns` that of its tensor.
+        """
+        shape_of: dict[str, list[int]] = {}
         for shard in sorted(set(self._shard_of.values())):
-            with safe_open(self.directory / shard, framework="pt") as file:
-                shape_of.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-        of_one = self.row_type == "video"
-        keys_of_rows = [[row["video"]] if of_one else [row["chosen"], *row["rejected"]] for row in self._rows]
-        return [[shape_of[key] for key in keys] for keys in keys_of_rows]
+            file = self._open(shard)
+            shape_of.update({key: list(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        shapes = []
+        for row in self._rows:
+            keys = {"prompt_embeds": row["prompt_embeds"], **row.get("conditions", {})}
+            videos = [row["video"]] if self.row_type == "video" else [row["chosen"], *row["rejected"]]
+            shapes.append(
+                {"latents": [shape_of[key] for key in videos]} | {name: shape_of[keys[name]] for name in columns}
+            )
+        return shapes
+
+    def twins(self) -> list[int]:
+        """Rows in which a rejected video is the chosen one."""
+        return [number for number, row in enumerate(self._rows) if row.get("chosen") in row.get("rejected", ())]
+
+    def rejected_counts(self) -> list[int]:
+        """Number of rejected videos of each row; no tensor is read."""
+        return [len(row["rejected"]) for row in self._rows]
+
+    def rejected_scores(self) -> list[Any]:
+        """The judge's scores of each row, or none; no tensor is read."""
+        return [row.get("rejected_scores") for row in self._rows]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -127,9 +167,37 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     def _tensor(self, key: str) -> Tensor:
         name = self._shard_of[key]
-        if name not in self._shards:
-            self._shards[name] = safe_open(self.directory / name, framework="pt", device="cpu")
-        return self._shards[name].get_tensor(key)
+        try:
+            tensor: Tensor = self._open(name).get_tensor(key)
+            intact = tensor_checksum(tensor) == self._checksums[key]
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory / name} is damaged: {key}: {error}. {self._way_out}") from error
+        if not intact:
+            raise ValueError(f"{self.directory / name} is damaged: the checksum of {key} differs. {self._way_out}")
+        return tensor
+
+    def _open(self, shard: str) -> Any:
+        if shard not in self._shards:
+            try:
+                self._shards[shard] = safe_open(self.directory / shard, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(f"{self.directory / shard} is damaged: {error}. {self._way_out}") from error
+        return self._shards[shard]
+
+    def _read_index(self, path: Path) -> dict[str, Any]:
+        try:
+            index = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error} {self._way_out}") from error
+        if not isinstance(index, dict) or index.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not in format {_FORMAT}, the one that this version reads. {self._way_out}")
+        if index.pop("checksum") != _index_checksum(index):
+            raise ValueError(f"{path} is damaged: its checksum differs. {self._way_out}")
+        return index
+
+    @property
+    def _way_out(self) -> str:
+        return f"Delete {self.directory} and encode again."
 
 
 def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
@@ -161,13 +229,17 @@ def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
 
 class EncodedWriter:
     """
-    Write tensors and rows into a temporary folder, which becomes `directory` on leaving the context; an exception
-    removes it. If another process has finished the same folder meanwhile, that one stays.
+    Write tensors and rows into a folder that gets its name, `directory`, on leaving the context.
+
+    One process writes at a time; others wait. What a process that was killed, or failed, has written is there again
+    for the next one, which asks for it by `key in writer`. If another process has finished the folder meanwhile,
+    `complete` is true and there is nothing to add.
 
     ```python
     with EncodedWriter(directory, "group", fingerprint) as writer:
-        writer.add("videos/0", latents)
-        writer.finish(rows, skipped)
+        if not writer.complete:
+            writer.add("videos/0", latents)
+            writer.finish(rows, skipped)
     ```
     """
 
@@ -184,54 +256,108 @@ class EncodedWriter:
         self._directory, self._row_type, self._fingerprint = directory, row_type, fingerprint
         self._encoder, self._fps, self._shard_bytes = encoder, fps, shard_bytes
         self._shards: dict[str, int] = {}
-        self._tensors: dict[str, str] = {}
+        self._tensors: dict[str, tuple[str, str]] = {}  # shard and checksum
         self._pending: dict[str, Tensor] = {}
 
     def __enter__(self) -> "EncodedWriter":
         remove_leftovers(self._directory.parent)
-        self._folder = atomic_folder(self._directory, replace=False)
-        self._partial = self._folder.__enter__()
+        for other in unfinished_folders(self._directory.parent):
+            if not other.name.startswith(f".{self._directory.name}."):
+                logger.info("%s holds an unfinished encoding of other data; delete it if no one wants it.", other)
+        self._context: AbstractContextManager[Path | None] = resumable_folder(self._directory)
+        self._folder = self._context.__enter__()
+        if self._folder is not None:
+            self._find_shards(self._folder)
+        self._started = self._written = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert kind is not None or (self._partial / _INDEX_NAME).is_file(), "`finish` was not called"
-        try:
-            self._folder.__exit__(kind, error, traceback)
-        except FileExistsError:
-            if not (self._directory / _INDEX_NAME).is_file():
-                raise
-            logger.info("%s was finished by another process meanwhile; using it.", self._directory)
+        assert kind is not None or self.complete or (self._partial / _INDEX_NAME).is_file(), "`finish` was not called"
+        self._context.__exit__(kind, error, traceback)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
+    @property
+    def complete(self) -> bool:
+        """Whether another process has finished the folder."""
+        return self._folder is None
+
+    @property
+    def _partial(self) -> Path:
+        assert self._folder is not None, "the folder is complete"
+        return self._folder
+
     def add(self, key: str, tensor: Tensor) -> None:
-        """Keep a tensor for the current shard; a full shard is written."""
-        assert key not in self._tensors, key
-        self._tensors[key] = f"{len(self._shards):05d}.safetensors"
-        self._pending[key] = tensor.detach().cpu().contiguous()
-        if sum(tensor.nbytes for tensor in self._pending.values()) >= self._shard_bytes:
+        """
+        Keep a tensor for the current shard, unless it is there already; a full shard is written. Numbers that are not
+        finite are refused.
+        """
+        if key in self._tensors:
+            return
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: encoding it returned numbers that are not finite. Use an encoder in float32.")
+        tensor = tensor.detach().cpu().contiguous()
+        self._tensors[key] = (f"{len(self._shards):05d}.safetensors", tensor_checksum(tensor))
+        self._pending[key] = tensor
+        now = time.monotonic()
+        at_stake = max(_SECONDS_AT_STAKE, _PROPORTION_AT_STAKE * (now - self._started))
+        size = sum(tensor.nbytes for tensor in self._pending.values())
+        if size >= self._shard_bytes or now - self._written >= at_stake:
             self._flush()
 
-    def finish(self, rows: list[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
+    def finish(self, rows: Sequence[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
         """Write the rest and the index."""
         if self._pending:
             self._flush()
         index = {
+            "format": _FORMAT,
             "fingerprint": self._fingerprint,
             "row_type": self._row_type,
             "encoder": self._encoder,
             "fps": self._fps,
+            "is_finite": True,  # see `add`
             "shards": self._shards,
             "tensors": self._tensors,
             "rows": rows,
             "skipped": [asdict(row) for row in skipped],
         }
-        (self._partial / _INDEX_NAME).write_text(json.dumps(index))
+        write_json(self._partial / _INDEX_NAME, index | {"checksum": _index_checksum(index)})
 
     def _flush(self) -> None:
         name = f"{len(self._shards):05d}.safetensors"
-        self._shards[name] = (self._partial / name).write_bytes(safetensors.torch.save(self._pending))
-        self._pending = {}
+        checksums = {key: self._tensors[key][1] for key in self._pending}
+        content = safetensors.torch.save(self._pending, {_CHECKSUMS_KEY: json.dumps(checksums)})
+        write_atomically(self._partial / name, content)
+        self._shards[name] = len(content)
+        self._pending, self._written = {}, time.monotonic()
+
+    def _find_shards(self, folder: Path) -> None:
+        """Take over what a process before this one has written; shards after a damaged one are written again."""
+        (folder / _INDEX_NAME).unlink(missing_ok=True)
+        for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
+            checksums = _checksums_in(shard) if shard.name == f"{number:05d}.safetensors" else None
+            if checksums is None:
+                shard.unlink()
+                continue
+            self._shards[shard.name] = shard.stat().st_size
+            self._tensors.update({key: (shard.name, checksum) for key, checksum in checksums.items()})
+        if self._tensors:
+            logger.info("Going on with an unfinished encoding: %d tensors are there.", len(self._tensors))
+
+
+def _checksums_in(shard: Path) -> dict[str, str] | None:
+    """The checksums in the header of a shard; none where a tensor in it has another one."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            checksums: dict[str, str] = json.loads(file.metadata()[_CHECKSUMS_KEY])
+            intact = all(tensor_checksum(file.get_tensor(key)) == checksum for key, checksum in checksums.items())
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        intact = False
+    return checksums if intact else None
+
+
+def _index_checksum(index: Mapping[str, Any]) -> str:
+    return tensor_checksum(json.dumps(index, sort_keys=True))

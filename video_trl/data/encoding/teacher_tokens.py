@@ -14,15 +14,15 @@ from ...files import fingerprint
 from ...teachers.base import TeacherTokens, VideoTeacher
 from ..columns import MapDataset, column_names, undecoded
 from ..video_io import read_video, source_name, video_hash
-from .encode import _default_device, _first_on_each_machine
 from .inventory import in_threads
+from .processes import default_device, first_on_each_machine
 from .store import EncodedDataset, EncodedWriter
 
 
 logger = logging.getLogger(__name__)
 
 _ROW_TYPE = "teacher"
-_TOKENS_VERSION = 1  # raise it when the same tokens are stored as other numbers, so that old caches are not used
+_TOKENS_VERSION = 2  # raise it when the same tokens are stored as other numbers, so that old caches are not used
 
 
 class TeacherTokenDataset(EncodedDataset):
@@ -103,12 +103,12 @@ def encode_teacher(
         raise ValueError(f"The dataset has no column {column!r}, only {', '.join(column_names(dataset))}.")
     pixels = {"num_frames": num_frames, "fps": fps, "height": height, "width": width}
     plain = undecoded(dataset)
-    where = _default_device() if device is None else torch.device(device)
+    where = default_device() if device is None else torch.device(device)
 
     def build() -> str:
         return _build(plain, teacher, column, Path(cache_dir), pixels, batch_size, where)
 
-    return TeacherTokenDataset(Path(cache_dir) / _first_on_each_machine(build))
+    return TeacherTokenDataset(Path(cache_dir) / first_on_each_machine(build))
 
 
 def quantise_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,34 +151,53 @@ def _build(
     if directory.is_dir():
         logger.info("Using the teacher's tokens in %s.", directory)
         return directory.name
-    first_rows = {digest: number for number, digest in reversed(list(enumerate(digests)))}
-    rows = sorted(first_rows.values())
     placed = teacher.to(device)
     try:
-        with (
-            EncodedWriter(directory, _ROW_TYPE, identity, encoder=teacher.identity) as writer,
-            tqdm(total=len(rows), desc="Encoding with the teacher") as progress,
-        ):
-            first: TeacherTokens | None = None
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                sources = [dataset[number][column] for number in batch]
-                names = [f"row {n}, {column} ({source_name(s)})" for n, s in zip(batch, sources, strict=True)]
-                encoded = placed(_stack([read_video(source, **pixels) for source in sources], names))
-                first = first or encoded
-                _check_tokens(encoded, first, names)
-                quantised, scales = quantise_tokens(encoded.tokens.cpu())
-                for number, values, scale in zip(batch, quantised, scales, strict=True):
-                    writer.add(f"tokens/{digests[number]}", values)
-                    writer.add(f"scales/{digests[number]}", scale)
-                progress.update(len(batch))
-            assert first is not None
-            writer.add("grid", torch.tensor(first.grid))
-            writer.add("frame_times", first.frame_times)
-            writer.finish([{"video": digest} for digest in digests], [])
+        with EncodedWriter(directory, _ROW_TYPE, identity, encoder=teacher.identity) as writer:
+            if not writer.complete:
+                first = _encode_rows(dataset, placed, column, digests, pixels, batch_size, writer)
+                writer.add("grid", torch.tensor(first.grid))
+                writer.add("frame_times", first.frame_times)
+                writer.finish([{"video": digest} for digest in digests], [])
     finally:
         teacher.to("cpu")
     return directory.name
+
+
+def _encode_rows(
+    dataset: MapDataset,
+    teacher: VideoTeacher,
+    column: str,
+    digests: list[str],
+    pixels: dict[str, Any],
+    batch_size: int,
+    writer: EncodedWriter,
+) -> TeacherTokens:
+    """Encode each distinct video that is not there yet; the first batch in any case, whose tokens are returned."""
+    first_rows = {digest: number for number, digest in reversed(list(enumerate(digests)))}
+    rows = sorted(first_rows.values())
+    first: TeacherTokens | None = None
+    with tqdm(total=len(rows), desc="Encoding with the teacher") as progress:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            progress.update(len(batch))
+            if first is not None and all(f"scales/{digests[number]}" in writer for number in batch):
+                continue
+            sources = [dataset[number][column] for number in batch]
+            names = [f"row {n}, {column} ({source_name(s)})" for n, s in zip(batch, sources, strict=True)]
+            videos = [read_video(source, **pixels) for source in sources]
+            for number, source, name in zip(batch, sources, names, strict=True):
+                if video_hash(source) != digests[number]:
+                    raise ValueError(f"{name}: the file has changed since encoding began. Start again.")
+            encoded = teacher(_stack(videos, names))
+            first = first or encoded
+            _check_tokens(encoded, first, names)
+            quantised, scales = quantise_tokens(encoded.tokens.cpu())
+            for number, values, scale in zip(batch, quantised, scales, strict=True):
+                writer.add(f"tokens/{digests[number]}", values)
+                writer.add(f"scales/{digests[number]}", scale)
+    assert first is not None
+    return first
 
 
 def _stack(videos: list[np.ndarray], names: list[str]) -> Tensor:

@@ -42,6 +42,7 @@ class Checkpointer:
         trained_head (`torch.nn.Module`, *optional*): The head that is trained with the transformer.
         engine (`str`): What shards weights and optimizer states, if anything does.
         base_model (`str`): Where the base weights are from.
+        expert (`str`, *optional*): Which of a pipeline's several transformers is trained.
         folder ([`RunFolder`]): The output folder.
         description (`dict`): What a checkpoint must agree on with a trainer that resumes it; see `describe_run`.
         should_save (`bool`): Whether this process writes files. Every process must call the methods alike.
@@ -55,12 +56,13 @@ class Checkpointer:
         trained_head: nn.Module | None,
         engine: Engine,
         base_model: str,
+        expert: str | None,
         folder: RunFolder,
         description: dict[str, Any],
         should_save: bool,
     ) -> None:
         self.transformer, self.adapter_name, self.trained_head = transformer, adapter_name, trained_head
-        self.engine, self.base_model, self.description = engine, base_model, description
+        self.engine, self.base_model, self.expert, self.description = engine, base_model, expert, description
         self.folder = folder
         self.should_save = should_save
 
@@ -135,7 +137,7 @@ class Checkpointer:
         if self.should_save:
             directory.mkdir(parents=True, exist_ok=True)
             write_description(directory, self.description | {RUN_KEY: self.folder.run})
-            save_weights(self.transformer, directory, self.adapter_name, self.base_model, weights)
+            save_weights(self.transformer, directory, self.adapter_name, self.base_model, weights, self.expert)
 
     def save_sharded_optimizer(
         self, directory: str, engine: Any, optimizer: torch.optim.Optimizer, scheduler: Any

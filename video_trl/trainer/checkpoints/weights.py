@@ -237,6 +237,7 @@ def save_weights(
     adapter_name: str | None,
     base_model: str | None,
     weights: dict[str, Tensor] | None = None,
+    expert: str | None = None,
 ) -> None:
     """
     Write the trained weights into a folder.
@@ -251,11 +252,12 @@ def save_weights(
         base_model (`str`, *optional*): Where the base weights are from.
         weights (`dict[str, torch.Tensor]`, *optional*): The gathered `trained_weights`; read from the transformer if
             not given.
+        expert (`str`, *optional*): Which of a pipeline's several transformers this is, for the adapter's file.
     """
     if weights is None:
         weights = gather(trained_weights(transformer, adapter_name), keep=True)
     if adapter_name is not None:
-        write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model)
+        write_lora(directory, weights, adapter_configs(transformer)[adapter_name], base_model, expert)
         return
     name, extension = os.path.splitext(SAFETENSORS_WEIGHTS_NAME)
     with files.atomic_folder(directory / TRANSFORMER_FOLDER) as folder:

@@ -296,7 +296,7 @@ def _without_contents(
     config: Mapping[str, Any], adapter: tuple[int, tuple[str, ...]] | None, frozen: torch.dtype
 ) -> tuple[ModelMixin, ModelFamily]:
     """A transformer with its LoRA on the meta device, in the dtypes of training, and its family."""
-    kind = TRANSFORMERS.get(config.get("_class_name", ""))
+    kind: Any = TRANSFORMERS.get(config.get("_class_name", ""))
     if kind is None:
         raise ValueError(
             f"Expected the config.json of one of {', '.join(TRANSFORMERS)}, got `_class_name` "

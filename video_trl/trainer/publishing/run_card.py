@@ -23,6 +23,7 @@ from ... import hub
 from ...data import read_video, write_video
 from ...data.columns import MapDataset, as_videos, column_names, undecoded
 from ...files import write_atomically, write_json
+from ...models import Expert
 from ..base_config import VideoConfig
 from .sampling import Sampler
 from .uploader import Uploader
@@ -102,6 +103,7 @@ class RunFacts:
         pipeline_class (`str`): What loads the trained weights.
         transformer_class (`str`, *optional*): Class of the transformer where all of its weights are trained.
         data ([`TrainingData`]): What is trained on.
+        expert ([`~video_trl.models.Expert`], *optional*): Which of the pipeline's several transformers is trained.
     """
 
     tag: str
@@ -111,6 +113,7 @@ class RunFacts:
     pipeline_class: str
     transformer_class: str | None
     data: TrainingData
+    expert: Expert | None = None
 
 
 class ModelCardCallback(TrainerCallback):
@@ -185,6 +188,7 @@ class ModelCardCallback(TrainerCallback):
             fps=self._sampler.fps,
             pipeline_class=facts.pipeline_class,
             transformer_class=facts.transformer_class,
+            expert=None if facts.expert is None else (facts.expert.name, facts.expert.component),
             call_kwargs=self._sampler.call_kwargs,
             loss_parameters=loss_parameters(args),
             hyperparameters=hyperparameters(args)

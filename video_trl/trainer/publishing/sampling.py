@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ...data import EncodedDataset
 from ...data.columns import as_tensor
 from ...models import ModelFamily
+from ...models.base import FRAME_RATE
 from ..setup.rows import IndexedDataset
 
 
@@ -63,6 +64,8 @@ class Sampler:
             (_, frames, height, width), _ = Counter(rows.shapes).most_common(1)[0]
             joined, side = family.compression(pipeline.vae)
             self.call_kwargs["num_frames"] = (frames - 1) * joined + 1
+            if FRAME_RATE in family.condition_columns:
+                self.call_kwargs[FRAME_RATE] = self.fps
             self.call_kwargs["height"], self.call_kwargs["width"] = height * side, width * side
 
     def generation(self) -> AbstractContextManager[DiffusionPipeline]:

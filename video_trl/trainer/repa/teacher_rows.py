@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...data import VideoCollator, column_names
-from ...data.columns import MapDataset
+from ...data.columns import MapDataset, fingerprint_of
 from ...data.encoding.teacher_tokens import TeacherTokenDataset
 from ...data.video_io import VideoDecodeError, read_video
+from ...files import fingerprint
 
 
 #: What a row of an encoded dataset needs besides latents and prompt embeddings: int8 tokens `(F', N', D)` with float
@@ -52,6 +53,11 @@ class TeacherRows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return {**self.rows[index], **self.tokens[index], **self._place}
+
+    @property
+    def fingerprint(self) -> str | None:
+        rows = fingerprint_of(self.rows)
+        return None if rows is None else fingerprint(rows, self.tokens.fingerprint)
 
 
 class PixelRows:

@@ -7,9 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ...data import check_columns
 from ..base_config import VideoConfig
 from ..parallel.engines import SHARDED, Engine, requested_engine
 from ..publishing.sampling import SamplingCallback
+from .run_options import check_run_options
 
 
 def check_arguments(
@@ -21,13 +23,15 @@ def check_arguments(
     ref_model: Any,
     peft_config: PeftConfig | None,
     optimizers: tuple[Any, Any],
+    evaluator: object | None = None,
 ) -> tuple[VideoConfig, Engine]:
     """
     Check a trainer's arguments against its class and against each other.
 
     Args:
         kind (`type[VideoTrainer]`): The trainer's class.
-        model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers: As passed to its constructor.
+        model, args, train_dataset, eval_dataset, ref_model, peft_config, optimizers, evaluator: As
+            passed to its constructor.
 
     Returns:
         `tuple[VideoConfig, Engine]`: `args`, or the defaults of the trainer's own configuration, and the engine.
@@ -43,6 +47,8 @@ def check_arguments(
         raise ValueError(f"`args` must be a `{kind.config_class.__name__}`, got a `{type(args).__name__}`.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("Expected a `train_dataset` (or, to evaluate only, an `eval_dataset`), got neither.")
+    if isinstance(train_dataset, dict):  # of `eval_dataset` each is evaluated; here, which one to train on is unclear
+        check_columns(train_dataset, kind.row_type)
     if ref_model is not None and not kind.uses_reference:
         raise ValueError(f"{kind.__name__} has no reference; leave `ref_model` out.")
     if peft_config is not None and not args.use_peft:
@@ -53,6 +59,8 @@ def check_arguments(
             "one, for its head. Pass `optimizers=(optimizer, None)` and name "
             "the schedule by `lr_scheduler_type`."
         )
+    evaluates = eval_dataset is not None or evaluator is not None
+    check_run_options(args, evaluates=evaluates, has_optimizer=optimizers[0] is not None)
     engine = requested_engine(args)
     args.check_engine(engine)
     if args.world_size % args.processes_per_row:

@@ -6,7 +6,8 @@ from typing import Any
 import datasets
 
 from ...data import column_names
-from ...data.columns import MapDataset
+from ...data.columns import MapDataset, fingerprint_of
+from ...files import fingerprint
 
 
 _CHOSEN = {"chosen": "video", "chosen_latents": "latents"}
@@ -24,6 +25,11 @@ class _ChosenRows:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         row = self._rows[index]
         return {_CHOSEN.get(name, name): value for name, value in row.items() if not _is_rejected(name)}
+
+    @property
+    def fingerprint(self) -> str | None:
+        rows = fingerprint_of(self._rows)
+        return None if rows is None else fingerprint("chosen", rows)
 
 
 def chosen_as_video(dataset: MapDataset) -> MapDataset:

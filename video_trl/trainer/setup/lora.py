@@ -11,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ...hub import check_lora_config
@@ -42,9 +43,9 @@ def check_adapters(
 
     Raises:
         ValueError: If the transformer carries several adapters, or one besides a `peft_config`, or one although all
-            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the
-            base or scaled; if a target module does not exist, or projections have been fused; or if
-            `lora_target_modules` describes an adapter that is not made.
+            weights are to be trained; if the adapter is of an unsupported kind, is switched off, merged into the base
+            or scaled, or a target module does not exist; if projections have been fused; or if `lora_target_modules`
+            describes an adapter that is not made.
     """
     existing, use_peft = adapter_configs(transformer), args.use_peft
     if args.lora_target_modules is not None and (existing or peft_config or not use_peft):
@@ -208,6 +209,18 @@ def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
             f"`target_modules` of `peft_config` must name modules of {type(transformer).__name__}, got "
             f"{missing or targets}, which match none. Its linear layers are named {known[:20]}."
         )
+    if not any(check_target_module_exists(config, name) for name in names):
+        raise ValueError(
+            f"`peft_config` leaves no layer of {type(transformer).__name__} to train, with "
+            f"exclude_modules={config.exclude_modules}, layers_to_transform={config.layers_to_transform} and "
+            f"layers_pattern={config.layers_pattern}. Blocks are counted from 0, and `layers_pattern` is the name "
+            f"that stands before their number, such as {_numbered(names)!r}."
+        )
+
+
+def _numbered(names: Sequence[str]) -> str:
+    """What stands before the first number in names of modules."""
+    return next((name.rpartition(".")[0] for name in names if name.rpartition(".")[2].isdigit()), "")
 
 
 def _cast_adapters(transformer: nn.Module) -> None:

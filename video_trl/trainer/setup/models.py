@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download
@@ -20,21 +22,17 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 
 from ...load import SANDBOX, load_pipeline
-from ...models import ModelFamily, family_for, supported_pipelines
+from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
 from .quantization import quantization_config
 
 
 INDEX_NAME = "model_index.json"
-_TWO_TRANSFORMERS = (
-    "This {} holds two transformers, one for high and one for low noise; training one at all noise levels would harm "
-    "it. Use a pipeline with a single transformer, such as Wan2.1."
-)
 
 
 def load_model(
     model: str | os.PathLike[str] | DiffusionPipeline | ModelMixin, args: VideoConfig
-) -> tuple[DiffusionPipeline | None, ModelMixin]:
+) -> tuple[DiffusionPipeline | None, ModelMixin, Expert | None]:
     """
     Resolve the `model` argument of a trainer.
 
@@ -44,11 +42,13 @@ def load_model(
         args (`VideoConfig`): Source of `model_init_kwargs` and of the precision that a named model is loaded in.
 
     Returns:
-        `tuple[DiffusionPipeline | None, ModelMixin]`: The pipeline (none for a bare transformer) and its transformer.
+        `tuple[DiffusionPipeline | None, ModelMixin, Expert | None]`: The pipeline (none for a bare transformer), the
+        transformer that is trained, and which of several that is. Of a named pipeline the others are not loaded.
 
     Raises:
-        ValueError: If there is no such repository or folder, it is not in diffusers layout, lacks a component, holds a
-            pipeline that is not supported, or if `model` is of another type.
+        ValueError: If a pipeline of several transformers is not told which one to train; if there is no such
+            repository or folder, it is not in diffusers layout, lacks a component, holds a pipeline that is not
+            supported, or if `model` is of another type.
     """
     if isinstance(model, str | os.PathLike):
         model = _load_pipeline(os.fspath(model), args)
@@ -69,17 +69,97 @@ def load_model(
             "or pipeline, and the adapter's configuration as `peft_config`."
         )
     if isinstance(model, DiffusionPipeline):
-        if "transformer" not in model.components:
-            raise ValueError(f"Expected a pipeline with a `transformer`, got {type(model).__name__}, which has none.")
-        if model.components.get("transformer_2") is not None or model.config.get("boundary_ratio") is not None:
-            raise ValueError(_TWO_TRANSFORMERS.format(type(model).__name__))
-        return model, model.transformer
+        return model, *_choose_transformer(model, args)
     if isinstance(model, ModelMixin):
-        return None, model
+        if args.expert is not None:
+            raise ValueError(
+                f"`expert={args.expert!r}` needs a pipeline, which says what timesteps its transformers are for; "
+                "`model` is a bare transformer. Set `timestep_range` instead."
+            )
+        return None, model, None
     raise ValueError(
         "`model` must be 'sandbox', a repository id, a path, a diffusers pipeline or a diffusers transformer, got "
         f"{type(model).__name__}."
     )
+
+
+def _choose_transformer(pipeline: DiffusionPipeline, args: VideoConfig) -> tuple[ModelMixin, Expert | None]:
+    kind = type(pipeline).__name__
+    if not {"transformer", "transformer_2"} & set(pipeline.components):
+        raise ValueError(f"Expected a pipeline with a `transformer`, got {kind}, which has none.")
+    expert = choose_expert(pipeline_index(pipeline), args.expert, kind)
+    component = "transformer" if expert is None else expert.component
+    transformer = pipeline.components.get(component)
+    if transformer is None or (expert is None and pipeline.components.get("transformer_2") is not None):
+        found = sorted(name for name, part in pipeline.components.items() if isinstance(part, ModelMixin))
+        raise ValueError(f"Expected the {kind} with `{component}` as its transformer to train, got one with {found}.")
+    return transformer, expert
+
+
+def choose_expert(index: Mapping[str, Any], name: str | None, source: str) -> Expert | None:
+    """
+    Which of the transformers of a pipeline is trained.
+
+    Args:
+        index (`Mapping`): Content of the pipeline's `model_index.json`.
+        name (`str`, *optional*): The option `expert`.
+        source (`str`): What messages call the pipeline.
+
+    Returns:
+        `Expert` or `None`: `None` where there is one transformer.
+
+    Raises:
+        ValueError: If there are several and none is named, or one is named that is not there.
+    """
+    experts = experts_of(index)
+    if not experts and name is not None:
+        raise ValueError(
+            f"`expert={name!r}` chooses one of several transformers, and {source} has one. Leave it unset."
+        )
+    chosen = [expert for expert in experts if expert.name == name]
+    if experts and not chosen:
+        raise ValueError(
+            f"{source} has a transformer for each part of the noise: {' and '.join(map(str, experts))}. A run trains "
+            f"one of them, within its timesteps; trained at all, it would be harmed. Set `expert`, got {name!r}. "
+            "`video-trl train ... --expert both` does one run after the other."
+        )
+    return chosen[0] if chosen else None
+
+
+def check_can_generate(pipeline: DiffusionPipeline | None, what: str, *, needed: bool = True) -> None:
+    """
+    Raise a `ValueError` that says what wants to generate, if that is needed and there is no pipeline, or one of its
+    transformers is not loaded.
+    """
+    if not needed:
+        return
+    if pipeline is None:
+        raise ValueError(
+            f"{what} generates with the trainer's pipeline, but the trainer was given a bare transformer. Pass the "
+            "pipeline as `model`."
+        )
+    lacking = [each for each in experts_of(pipeline_index(pipeline)) if pipeline.components[each.component] is None]
+    if lacking:
+        raise ValueError(
+            f"{what} generates with the trainer's pipeline, which was loaded without {lacking[0]}. Load the whole "
+            "pipeline and pass it as `model`, which takes the memory of both, or generate after the run."
+        )
+
+
+def resolve_timestep_range(args: VideoConfig, expert: Expert | None) -> list[float] | None:
+    """
+    Timesteps to train at: `timestep_range`, within those of the expert; `None` for all.
+
+    Raises:
+        ValueError: If the two have nothing in common.
+    """
+    if expert is None:
+        return args.timestep_range
+    low, high = args.timestep_range or (expert.low, expert.high)
+    low, high = max(low, expert.low), min(high, expert.high)
+    if not low < high:
+        raise ValueError(f"`timestep_range={args.timestep_range}` leaves nothing of the expert {expert}. Change one.")
+    return [low, high]
 
 
 def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> ModelFamily:
@@ -92,9 +172,9 @@ def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> 
     """
     if pipeline is None:
         return family_for(transformer)
-    family = family_for(transformer, pipeline.scheduler)
-    classes = {parent.__name__ for parent in type(pipeline).__mro__}
-    if not classes & set(family.pipeline_classes):
+    index = pipeline_index(pipeline)
+    family = family_for(transformer, pipeline.scheduler, index)
+    if index["_class_name"] not in family.pipeline_classes:
         raise ValueError(
             f"This transformer is trained for {' or '.join(family.pipeline_classes)}, got it in a "
             f"{type(pipeline).__name__}, which conditions it otherwise. Load the checkpoint with that class, or use "
@@ -112,21 +192,51 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
         return load_pipeline(name)
     assert not isinstance(args.model_init_kwargs, str), "TrainingArguments parses JSON strings"
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
-    _check_index(name, _read_index(name, kwargs), local=Path(name).is_dir())
+    index = _read_index(name, kwargs)
+    expert = _check_index(name, index, args.expert, local=Path(name).is_dir())
+    left_out = [each.component for each in experts_of(index) if each != expert]
     # Frozen weights may be bfloat16; trained ones, and the VAE, whose decoder is sensitive, are float32.
     frozen = torch.bfloat16 if args.bf16 else torch.float32
+    component = "transformer" if expert is None else expert.component
     dtypes = {
-        "transformer": frozen if args.use_peft else torch.float32,
+        component: frozen if args.use_peft else torch.float32,
         "text_encoder": frozen,
         "default": torch.float32,
     }
     options: dict[str, Any] = {"dtype": dtypes}
     if args.quantization is not None:
-        options["quantization_config"] = quantization_config(args.quantization, frozen)
+        options["quantization_config"] = quantization_config(args.quantization, frozen, component)
+    # The base class would load a component all the same that is optional for this one and given as `None`.
+    pipeline_class = getattr(diffusers, index["_class_name"])
     try:
-        return DiffusionPipeline.from_pretrained(name, **(options | kwargs))
+        return pipeline_class.from_pretrained(name, **(options | dict.fromkeys(left_out) | _with_dtypes(kwargs)))
     except OSError as error:
         raise ValueError(f"Could not load the pipeline {name!r}: {error}") from error
+
+
+def _with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with dtypes in place of their names, which diffusers would pass over."""
+    for key in ("dtype", "torch_dtype"):
+        value = kwargs.get(key)
+        if isinstance(value, Mapping):
+            kwargs = kwargs | {key: {part: _dtype(key, each) for part, each in value.items()}}
+        elif value is not None:
+            kwargs = kwargs | {key: _dtype(key, value)}
+    if "torch_dtype" in kwargs:  # the older name; ours comes first otherwise
+        kwargs = {"dtype": kwargs["torch_dtype"]} | {
+            name: each for name, each in kwargs.items() if name != "torch_dtype"
+        }
+    return kwargs
+
+
+def _dtype(key: str, value: Any) -> torch.dtype:
+    dtype = torch.__dict__.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"`{key}` in `model_init_kwargs` must be a floating dtype such as 'bfloat16', or a mapping of components "
+            f"to such, got {value!r}."
+        )
+    return dtype
 
 
 def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -179,14 +289,16 @@ def _download_index(name: str, kwargs: dict[str, Any]) -> str:
         raise ValueError(f"The Hub refused {name!r}: {error}") from error
 
 
-def _check_index(name: str, index: dict[str, Any], *, local: bool) -> None:
+def _check_index(name: str, index: dict[str, Any], chosen: str | None, *, local: bool) -> Expert | None:
     supported = supported_pipelines()
     if index.get("_class_name") not in supported:
         raise ValueError(f"{name!r} holds a {index.get('_class_name')}; supported pipelines: {', '.join(supported)}.")
-    if index.get("transformer_2", [None, None]) != [None, None]:
-        raise ValueError(f"{name!r}: {_TWO_TRANSFORMERS.format(index['_class_name'])}")
+    expert = choose_expert(index, chosen, repr(name))
+    left_out = {each.component for each in experts_of(index) if each != expert}
     components = [
-        key for key, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and None not in entry
+        key
+        for key, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and None not in entry and key not in left_out
     ]
     missing = [component for component in components if local and not (Path(name) / component).is_dir()]
     if missing:
@@ -194,3 +306,4 @@ def _check_index(name: str, index: dict[str, Any], *, local: bool) -> None:
             f"The pipeline in {name!r} lacks the subfolder(s) {missing} that its {INDEX_NAME} lists. Copy or download "
             "it again, completely."
         )
+    return expert

@@ -13,6 +13,16 @@ from torch import Tensor, nn
 Quantization = Literal["nf4", "int8", "fp8"]
 
 _LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+# Optimizers by transformers' names, and the library beside torch that each needs.
+_OPTIMIZERS: dict[str, str | None] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"), "bitsandbytes"),
+    **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"), "bitsandbytes"),
+    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), "bitsandbytes"),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), "bitsandbytes"),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), "schedulefree"),
+}
 # Everything outside the blocks, by families: a hundredth of the weights, and the first and last word on every number.
 _NOT_QUANTIZED = (
     "condition_embedder",
@@ -60,21 +70,24 @@ def check_quantised_engine(kind: Quantization | None, engine: str) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise a `ValueError` if `optim` of the configuration keeps its states by a library that is not installed."""
-    if name in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        library = "torchao"
-    elif any(part in name for part in ("8bit", "bnb", "paged")):
-        library = "bitsandbytes"
-    else:
-        return
-    if importlib.util.find_spec(library) is None:
+    """
+    Raise a `ValueError` if `optim` of the configuration is not known to train, save and resume as it should, or
+    keeps its states by a library that is not installed.
+    """
+    if name not in _OPTIMIZERS:
         raise ValueError(
-            f"`optim={name!r}` needs the package {library}, which is not installed: "
-            "pip install 'video-trl[quantization]'."
+            f"`optim={name!r}` is not supported: it is not known to train and resume an adapter to the same numbers. "
+            f"Use one of {', '.join(map(repr, _OPTIMIZERS))}, or pass an optimizer of your own as `optimizers`."
         )
+    library = _OPTIMIZERS[name]
+    if library is not None and importlib.util.find_spec(library) is None:
+        extra = "'video-trl[quantization]'" if library in _LIBRARIES.values() else library
+        raise ValueError(f"`optim={name!r}` needs the package {library}, which is not installed: pip install {extra}.")
 
 
-def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def quantization_config(
+    kind: Quantization, dtype: torch.dtype, component: str = "transformer"
+) -> PipelineQuantizationConfig:
     """
     How diffusers is to quantise the blocks of the transformer while it loads a pipeline, and nothing else.
 
@@ -83,6 +96,7 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuant
             and `"fp8"`: 8 bits (e4m3) with a scale a row, by torchao. Weights are brought back to `dtype` where they
             are multiplied.
         dtype (`torch.dtype`): Of the computation.
+        component (`str`, defaults to `"transformer"`): The transformer, as the pipeline calls it.
     """
     config: BitsAndBytesConfig | TorchAoConfig
     if kind == "nf4":
@@ -98,7 +112,7 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> PipelineQuant
 
         weights = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
         config = TorchAoConfig(weights, modules_to_not_convert=list(_NOT_QUANTIZED))
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    return PipelineQuantizationConfig(quant_mapping={component: config})
 
 
 def quantised_layers(transformer: nn.Module) -> Iterator[nn.Linear]:

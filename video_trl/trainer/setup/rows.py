@@ -1,7 +1,9 @@
 """Encode the datasets, number their rows, and resolve the settings that depend on the pipeline."""
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +11,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
 from torch.utils.data import Dataset
 
-from ...data import ENCODED_COLUMNS, EncodedDataset, encode_dataset, is_encoded
+from ...data import encode_dataset, is_encoded
 from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
 from ..base_config import VideoConfig
-
-
-DEFAULT_MAX_SEQUENCE_LENGTH = 512
+from .encoded_rows import check_encoded_rows
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -73,7 +73,7 @@ def prepare_rows(
     max_sequence_length: int,
 ) -> IndexedDataset:
     """
-    Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows.
+    Encode a raw dataset, or take an encoded one as it is; check all its rows, and number them.
 
     Raises:
         ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
@@ -103,48 +103,28 @@ def prepare_rows(
             device=args.device,
         )
     check_conditions(dataset, family)
-    return IndexedDataset(dataset, _checked_shapes(dataset, row_type, transformer, family))
+    shapes = check_encoded_rows(
+        dataset,
+        row_type,
+        transformer,
+        family,
+        max_sequence_length=max_sequence_length,
+        cache_dir=Path(encoded_cache_dir(args)),
+    )
+    return IndexedDataset(dataset, shapes)
 
 
-def _checked_shapes(
-    dataset: MapDataset, row_type: str, transformer: ModelMixin, family: ModelFamily
-) -> list[tuple[int, ...]]:
-    """Shape `(C, F, H, W)` of the latents in each row."""
-    checked: list[tuple[int, ...]] = []
-    known: set[tuple[int, ...]] = set()
-    for number, shapes in enumerate(_latents_shapes(dataset, row_type)):
-        if len(set(shapes)) > 1:
-            raise ValueError(f"Row {number}: expected latents of one shape (C, F, H, W), got {sorted(set(shapes))}.")
-        if shapes[0] not in known:
-            try:
-                family.check_latents(transformer, shapes[0])
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
-            known.add(shapes[0])
-        checked.append(shapes[0])
-    return checked
-
-
-def _latents_shapes(dataset: MapDataset, row_type: str) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes `(C, F, H, W)` in every row; of an `EncodedDataset` from the headers of its files."""
-    if isinstance(dataset, EncodedDataset):
-        yield from dataset.latents_shapes()
-        return
-    columns = [column for column in ENCODED_COLUMNS[row_type] if column.endswith("latents")]
-    for number in range(len(dataset)):
-        row = dataset[number]
-        yield [tuple(torch.as_tensor(row[column]).shape[-4:]) for column in columns]
-
-
-def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline | None, required: int | None) -> int:
+def resolve_max_sequence_length(
+    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, transformer: ModelMixin
+) -> int:
     """
     Prompt length in tokens: what the transformer requires; else as configured, or the tokenizer's maximum but no more
-    than 512.
+    than the pipeline's default.
 
     Raises:
         ValueError: If another length is configured than the transformer requires.
     """
-    configured = args.max_sequence_length
+    configured, required = args.max_sequence_length, family.prompt_length(transformer)
     if required is not None and configured not in (None, required):
         raise ValueError(
             f"This transformer needs prompts of {required} tokens, padding included, got "
@@ -154,61 +134,66 @@ def resolve_max_sequence_length(args: VideoConfig, pipeline: DiffusionPipeline |
     if configured is not None:
         return configured
     if pipeline is None or pipeline.components.get("tokenizer") is None:
-        return DEFAULT_MAX_SEQUENCE_LENGTH
-    return min(DEFAULT_MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+        return family.published_prompt_tokens
+    return min(family.published_prompt_tokens, pipeline.tokenizer.model_max_length)
 
 
-def check_timestep_shift(args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily) -> None:
+def check_timesteps(
+    args: VideoConfig,
+    pipeline: DiffusionPipeline | None,
+    family: ModelFamily,
+    timestep_range: Sequence[float] | None,
+) -> None:
     """
-    Raise a `ValueError` if `timestep_sampling="shifted"` has no shift to take, or if `timestep_range` ends beyond the
-    model's scale or where no timestep is ever drawn.
+    Raise a `ValueError` if timesteps cannot be drawn: `"shifted"` without a shift, a range beyond the model's scale,
+    or one from which the scheme never draws.
     """
-    _check_timestep_range(args, family)
-    if args.timestep_sampling != "shifted" or args.timestep_shift is not None:
-        return
-    if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
-        raise ValueError(
-            "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
-            "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
-        )
-
-
-def resolve_timestep_shift(
-    args: VideoConfig, pipeline: DiffusionPipeline | None, family: ModelFamily, tokens_of_videos: set[int]
-) -> float:
-    """
-    Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
-
-    Raises:
-        ValueError: If the scheduler shifts by the number of tokens, and that of the rows' videos is not one.
-    """
-    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
-        return args.timestep_shift or 1.0
-    assert pipeline is not None, "check_timestep_shift comes first"
-    config = pipeline.scheduler.config
-    shifts = {family.flow_shift(config, tokens) for tokens in tokens_of_videos}
-    if len(shifts) > 1:
-        raise ValueError(
-            "The pipeline's scheduler shifts by the number of tokens, and the videos have "
-            f"{sorted(tokens_of_videos)}, so `timestep_sampling='shifted'` would have several shifts. Set "
-            "`timestep_shift`, or train at one size."
-        )
-    (shift,) = shifts
-    assert shift is not None, "check_timestep_shift comes first"
-    return shift
-
-
-def _check_timestep_range(args: VideoConfig, family: ModelFamily) -> None:
+    if args.timestep_sampling == "shifted" and args.timestep_shift is None:
+        if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
+            raise ValueError(
+                "`timestep_sampling='shifted'` needs a shift, and there is no pipeline whose scheduler has one. Set "
+                "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
+            )
     process = family.noise_process
-    if args.timestep_range is not None and args.timestep_range[1] > process.num_train_timesteps:
+    if timestep_range is not None and timestep_range[1] > process.num_train_timesteps:
         raise ValueError(
-            f"`timestep_range={args.timestep_range}` ends beyond the model's last timestep, "
+            f"`timestep_range={timestep_range}` ends beyond the model's last timestep, "
             f"{process.num_train_timesteps}. Lower it."
         )
     process.sample_timesteps(
         torch.full((1,), 0.5, dtype=torch.float64),
         scheme=args.timestep_sampling,
+        shift=args.timestep_shift or 1.0,  # no shift makes a range empty
         logit_mean=args.timestep_logit_mean,
         logit_std=args.timestep_logit_std,
-        timestep_range=args.timestep_range,
+        timestep_range=timestep_range,
     )
+
+
+def resolve_timestep_shift(
+    args: VideoConfig,
+    pipeline: DiffusionPipeline | None,
+    family: ModelFamily,
+    transformer: ModelMixin,
+    shapes: set[tuple[int, ...]],
+) -> float:
+    """
+    Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
+
+    Raises:
+        ValueError: If the scheduler shifts by the number of tokens, and videos with latents of these shapes differ in
+            it.
+    """
+    if args.timestep_shift is not None or args.timestep_sampling != "shifted":
+        return args.timestep_shift or 1.0
+    assert pipeline is not None, "check_timesteps comes first"
+    tokens = {math.prod(family.token_grid(transformer, shape)) for shape in shapes}
+    shifts = {family.flow_shift(pipeline.scheduler.config, number) for number in tokens}
+    if len(shifts) > 1:
+        raise ValueError(
+            f"The pipeline's scheduler shifts by the number of tokens, and the videos have {sorted(tokens)}, so "
+            "`timestep_sampling='shifted'` would have several shifts. Set `timestep_shift`, or train at one size."
+        )
+    (shift,) = shifts
+    assert shift is not None, "check_timesteps comes first"
+    return shift

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 from ...data import EncodedDataset
 from ...data.columns import as_tensor
-from ...files import fingerprint, write_atomically
+from ...files import fingerprint
+from ...hub.lora import read_tensors, write_tensors
 from ..setup.rows import IndexedDataset
 from .denoising import EVALUATION_STEP, Denoising, to_device
 from .passes import CheckedPasses, Passes, Reference
@@ -182,6 +182,11 @@ def compute_errors(
     for indices in tqdm(mine, desc="Errors of the reference", disable=not PartialState().is_main_process):
         errors = [errors_of(indices, number).view(len(indices), -1) for number in range(size)]
         together = torch.stack(errors, dim=1).float().cpu()  # (B, K, V)
+        if not together.isfinite().all():
+            raise ValueError(
+                f"Rows {indices}: the reference's errors are not finite. Look at their latents, or load the model in "
+                "float32 or bfloat16."
+            )
         row_errors.extend(zip(indices, together.unbind(), strict=True))
     return [errors for _, errors in sorted(dict(gather_object(row_errors)).items())]
 
@@ -217,12 +222,12 @@ def save_errors(path: Path, errors: Sequence[Tensor]) -> None:
     """Write the errors of all rows; the file is whole or absent."""
     shapes = torch.tensor([tuple(row.shape) for row in errors])
     tensors = {"errors": torch.cat([row.flatten() for row in errors]), "shapes": shapes}
-    write_atomically(path, safetensors.torch.save(tensors))
+    write_tensors(path, tensors, {})
 
 
 def load_errors(path: Path) -> list[Tensor]:
-    """Read what `save_errors` wrote."""
-    stored = safetensors.torch.load_file(path)
+    """Read what `save_errors` wrote; a `ValueError` if the file is damaged."""
+    stored, _ = read_tensors(path)
     shapes = stored["shapes"].tolist()
     parts = stored["errors"].split([size * videos for size, videos in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

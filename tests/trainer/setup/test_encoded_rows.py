@@ -1,0 +1,164 @@
+"""Every row of encoded data is looked at before the first step, once for each dataset."""
+
+import json
+import logging
+import math
+
+import datasets
+import pytest
+import torch
+
+from tests.support.tiny import (
+    LATENTS_SHAPE,
+    MAX_SEQUENCE_LENGTH,
+    tiny_encoded_group,
+    tiny_encoded_video,
+    tiny_group_dataset,
+    tiny_pipeline,
+    tiny_transformer,
+    tiny_wan_pipeline,
+)
+from tests.support.trainer.heads import head_config
+from tests.support.trainer.runs import config, trainer
+from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoSFTTrainer
+from video_trl.data import check_columns, encode_dataset
+from video_trl.data.encoding.store import EncodedDataset
+from video_trl.models import WanFamily
+from video_trl.trainer.setup.encoded_rows import check_encoded_rows
+
+
+def spoiled(rows, column, change, number=4):
+    """The rows, of which one has another value in a column; a column that becomes None is gone."""
+    rows = [dict(row) for row in rows]
+    value = rows[number][column]
+    rows[number][column] = change(value.clone() if isinstance(value, torch.Tensor) else value)
+    return rows
+
+
+def with_number(value):
+    def change(tensor):
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+def as_table(rows):
+    plain = [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
+    return datasets.Dataset.from_list(plain)
+
+
+@pytest.mark.parametrize("wrap", [list, as_table])
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("chosen_latents", with_number(math.nan), "Row 4: column 'chosen_latents' holds numbers that are not finite"),
+        ("rejected_latents", with_number(math.inf), "Row 4: column 'rejected_latents' holds numbers that are not"),
+        ("prompt_embeds", with_number(-math.inf), "Row 4: column 'prompt_embeds' holds numbers"),
+        ("prompt_embeds", lambda t: t[:, :8], r"Row 4: expected 'prompt_embeds' of shape \('...', 16\) for this"),
+        ("prompt_embeds", lambda t: t[0], r"Row 4: .*prompt"),
+        ("prompt_embeds", lambda t: t.repeat(200, 1), "Row 4: prompt embeddings of .* tokens, expected at most 16"),
+        ("chosen_latents", lambda t: t[:3], "Row 4: expected latents of one shape"),
+        ("rejected_latents", lambda t: t[:, :, :1], "Row 4: expected latents of one shape"),
+        ("rejected_latents", lambda t: t[:2], "Row 4: expected 3 rejected videos as in row 0, got 2"),
+        ("rejected_latents", lambda t: t[0], "Row 4: expected"),
+        ("chosen_latents", lambda t: None, "Row 4: expected .* got none"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_bad_row_is_named_before_the_first_step(tmp_path, wrap, column, change, message):
+    rows = spoiled(tiny_encoded_group(6), column, change)
+    if wrap is as_table and rows[4][column] is not None and rows[4][column].ndim != rows[0][column].ndim:
+        pytest.skip("a table does not take it")
+    rows = wrap(rows)
+    with pytest.raises(ValueError, match=message):
+        trainer(config(tmp_path, cache_dir=str(tmp_path / "cache"), physics_rewarding=False), train_dataset=rows)
+
+
+def test_videos_of_another_size_than_the_transformer_takes_are_named(tmp_path):
+    rows = spoiled(tiny_encoded_video(6), "latents", lambda latents: latents[:, :, :3])
+    with pytest.raises(ValueError, match=r"Row 4: Latent frames, height and width must be divisible by the patch"):
+        VideoSFTTrainer(tiny_wan_pipeline(), head_config(tmp_path), rows)
+
+
+@pytest.mark.parametrize("family", ["wan-i2v", "cogvideox-i2v"])
+def test_conditions_of_first_frames_are_looked_at_too(tmp_path, family):
+    rows = tiny_encoded_video(6, family=family)
+
+    def make(rows):
+        return VideoSFTTrainer(tiny_pipeline(family), head_config(tmp_path), rows)
+
+    make(rows)
+    with pytest.raises(ValueError, match="Row 4: column 'first_frame_latents' holds numbers that are not finite"):
+        make(spoiled(rows, "first_frame_latents", with_number(math.nan)))
+    with pytest.raises(ValueError, match="Row 4: expected 'first_frame_latents' of shape"):
+        make(spoiled(rows, "first_frame_latents", lambda latents: latents[..., :2]))
+    if family == "wan-i2v":
+        with pytest.raises(ValueError, match=r"Row 4: expected 'image_embeds' of shape \(5, 16\) as in rows with the"):
+            make(spoiled(rows, "image_embeds", lambda embeds: embeds[:3]))
+
+
+def test_a_row_without_scores_stops_only_those_who_use_them(tmp_path):
+    rows = spoiled(tiny_encoded_group(6), "rejected_scores", lambda scores: None)
+    args = {
+        "output_dir": str(tmp_path / "dpo"),
+        "save_strategy": "no",
+        "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 6,
+    }
+    VideoDPOTrainer(tiny_wan_pipeline(), VideoDPOConfig(**args), rows).train()
+    trainer(config(tmp_path, physics_rewarding=False, per_device_train_batch_size=6, max_steps=1)).train()
+    with pytest.raises(ValueError, match="Row 4: expected scores of 3 rejected videos, got none"):
+        trainer(config(tmp_path), train_dataset=rows)
+
+
+def test_a_rejected_video_that_is_the_chosen_one_is_told(tmp_path, caplog):
+    rows = tiny_encoded_group(6)
+    rows[2]["rejected_latents"][1] = rows[2]["chosen_latents"]
+    with caplog.at_level(logging.WARNING):
+        trainer(config(tmp_path), train_dataset=rows)
+    assert "In 1 rows a rejected video is the chosen one (the first is row 2)" in caplog.text
+
+
+def encoded(directory, raw):
+    return encode_dataset(
+        raw, tiny_wan_pipeline(), WanFamily(), "group", cache_dir=directory, max_sequence_length=MAX_SEQUENCE_LENGTH
+    )
+
+
+def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
+    raw = tiny_group_dataset(3, 2)
+    twin = {**raw[0], "rejected": [raw[0]["rejected"][0], raw[0]["chosen"]]}
+    made = encoded(tmp_path, [*raw, twin])
+    tensor, read = EncodedDataset._tensor, []
+
+    def noting(dataset, key):
+        read.append(key)
+        return tensor(dataset, key)
+
+    monkeypatch.setattr(EncodedDataset, "_tensor", noting)
+    with caplog.at_level(logging.WARNING):
+        check_columns(made, "group", physics_rewarding=True)
+        shapes = check_encoded_rows(
+            made, "group", tiny_transformer(), WanFamily(), max_sequence_length=MAX_SEQUENCE_LENGTH, cache_dir=tmp_path
+        )
+    assert shapes == [LATENTS_SHAPE] * 4
+    videos = {key for key in read if key.startswith("videos/")}
+    assert len(videos) <= 3  # of the first row, whose columns are listed
+    assert "the first is row 3" in caplog.text
+
+
+def test_a_table_and_an_older_folder_are_read_once(tmp_path, monkeypatch):
+    made = encoded(tmp_path / "encoded", tiny_group_dataset(3, 2))
+    index = json.loads((made.directory / "index.json").read_text())
+    del index["is_finite"]  # as older versions wrote it
+    (made.directory / "index.json").write_text(json.dumps(index))
+    args = config(tmp_path / "run", cache_dir=str(tmp_path / "cache"))
+    reads = []
+    for rows in (EncodedDataset(made.directory), as_table(tiny_encoded_group(3))):
+        shapes = trainer(args, train_dataset=rows).train_dataset.shapes
+        with monkeypatch.context() as patched:
+            patched.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
+            assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
+    assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 2

@@ -1,0 +1,193 @@
+"""What can be known before anything is encoded is told before; options without effect are told too."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+
+from tests.support.tiny import tiny_encoded_group, tiny_encoded_video, tiny_group_dataset, tiny_wan_pipeline
+from tests.support.trainer.heads import head_config
+from tests.support.trainer.repa_runs import repa_trainer
+from tests.support.trainer.runs import config, trainer
+from video_trl import VideoGroupDPOConfig, VideoSFTTrainer
+from video_trl.trainer.setup.run_options import check_run_options
+
+
+# Nothing here can be opened: whoever gets to encoding fails otherwise.
+RAW = [{"prompt": "a", "chosen": "nowhere.mp4", "rejected": ["nowhere.mp4"]}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": -1.0}, "`learning_rate` must be finite and not negative, got -1.0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be finite and not negative, got nan"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` must be finite and not negative"),
+        ({"weight_decay": float("inf")}, "`weight_decay` must be finite"),
+        ({"adam_beta2": 1.5}, r"`optim='adamw_torch_fused'` cannot be made.*Invalid beta"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "`optim='sgd'` cannot be made.*Invalid momentum"),
+        ({"lr_scheduler_kwargs": {"x": 1}}, r"`lr_scheduler_type='cosine_with_min_lr'` cannot be made.*\{'x': 1\}"),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {}}, "cannot be made"),
+        ({"report_to": "comet_ml"}, "`report_to='comet_ml'` needs a package that is not installed"),
+        ({"report_to": "nonsense"}, "there is no tracker 'nonsense'; known:.*'wandb'"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy='steps'` needs an `eval_dataset`"),
+        ({"eval_on_start": True}, "`eval_on_start=True` needs an `eval_dataset`"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_can_be_known_is_told_before_anything_is_encoded(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(config(tmp_path, physics_rewarding=False, **changes), train_dataset=RAW)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lomo", "`optim='lomo'` is not supported.*Use one of 'adamw_torch'"),
+        ("galore_adamw", "is not supported"),
+        ("apollo_adamw", "is not supported"),
+        ("stable_adamw", "is not supported"),
+    ],
+)
+def test_optimizers_that_are_not_proven_are_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, optim=name)
+
+
+def test_optimizers_of_packages_that_are_not_there_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, library in (("lion_32bit", "bitsandbytes"), ("schedule_free_adamw", "schedulefree")):
+        with pytest.raises(ValueError, match=f"`optim='{name}'` needs the package {library}, which is not installed"):
+            config(tmp_path, optim=name)
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant", "cosine_with_restarts", "reduce_lr_on_plateau", "polynomial"])
+def test_the_schedules_that_exist_pass(tmp_path, kind):
+    evaluation = {"eval_strategy": "steps"} if kind == "reduce_lr_on_plateau" else {}
+    args = VideoGroupDPOConfig(output_dir=str(tmp_path), use_cpu=True, lr_scheduler_type=kind, **evaluation)
+    check_run_options(args, evaluates=True)
+
+
+# ---- Options without effect ----
+
+
+def told(caplog, make):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make()
+    found = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert len(found) <= 1
+    return found[0] if found else ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"timestep_shift": 5.0}, "`timestep_shift=5.0`: `timestep_sampling` is not 'shifted'"),
+        ({"timestep_logit_mean": 1.0}, "`timestep_logit_mean=1.0`: `timestep_sampling` is not 'logit_normal'"),
+        ({"timestep_sampling": "shifted", "timestep_shift": 2.0, "timestep_logit_std": 2.0}, "`timestep_logit_std"),
+        ({"num_frames": 9, "height": 32, "width": 32}, "`height=32`: the rows are encoded already"),
+        ({"fps": 8.0}, "`fps=8.0`: the rows are encoded already"),
+        ({"physics_rewarding": False, "lam": 0.1}, "`lam=0.1`: `physics_rewarding` is off"),
+        ({"checkpointing_policy": "offload"}, "`activation_checkpointing` is off"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "`warmup_steps=5`"),
+        ({"optim_args": "nonsense=1"}, "`optim_args='nonsense=1'`: `optim='adamw_torch_fused'` reads none"),
+        ({"optim": "sgd", "adam_beta1": 0.5}, "`adam_beta1=0.5`: `optim='sgd'` has no betas"),
+        ({"eval_steps": 3}, "`eval_strategy` is 'no'"),
+        ({"use_peft": False}, "`lora_rank=4`: `use_peft` is off"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_option_without_effect_is_told(tmp_path, caplog, changes, expected):
+    assert expected in told(caplog, lambda: trainer(config(tmp_path, **changes)))
+
+
+def test_an_option_with_effect_is_not(tmp_path, caplog):
+    effective = [
+        {},
+        {"timestep_sampling": "shifted", "timestep_shift": 2.0},
+        {"timestep_sampling": "logit_normal", "timestep_logit_mean": 1.0, "timestep_logit_std": 0.5},
+        {"activation_checkpointing": True, "checkpointing_policy": "attention"},
+        {"lam": 0.1, "alpha_min": 0.6},
+        {"warmup_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    ]
+    for changes in effective:
+        assert told(caplog, lambda given=changes: trainer(config(tmp_path, **given))) == ""
+
+
+def test_options_beside_an_adapter_or_optimizer_of_the_user_are_told(tmp_path, caplog):
+    pipeline = tiny_wan_pipeline()
+    pipeline.transformer.add_adapter(trainer(config(tmp_path)).model.peft_config["default"])
+    optimizer = torch.optim.SGD([w for n, w in pipeline.transformer.named_parameters() if "lora_" in n], lr=1e-3)
+    message = told(caplog, lambda: trainer(config(tmp_path), model=pipeline, optimizers=(optimizer, None)))
+    assert "`lora_rank=4`: the adapter is that of" in message
+    assert "`learning_rate=0.01`: the optimizer is that of `optimizers`" in message
+
+
+def test_teacher_options_beside_tokens_and_repa_options_are_told(tmp_path, caplog):
+    message = told(caplog, lambda: repa_trainer(tmp_path, projector="none", projector_width=16))
+    assert "`projector_width=16`: `projector` is not 'mlp'" in message
+
+
+# ---- What the user shows is what is trained on ----
+
+
+def test_a_transform_is_refused_and_a_choice_of_columns_is_kept(tmp_path):
+    raw = tiny_group_dataset(2, 1)
+    with pytest.raises(ValueError, match="has a transform.*Apply it for good: `dataset.map"):
+        trainer(config(tmp_path), train_dataset=raw.with_transform(lambda rows: rows))
+    encoded = datasets.Dataset.from_list(
+        [
+            {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+            for row in tiny_encoded_video(2)
+        ]
+    )
+    encoded.set_transform(lambda rows: rows)
+    with pytest.raises(ValueError, match="has a transform"):
+        VideoSFTTrainer(tiny_wan_pipeline(), head_config(tmp_path), encoded)
+    shown = raw.with_format("numpy", columns=["prompt", "chosen", "rejected"])
+    with pytest.raises(ValueError, match="needs the column 'rejected_scores'"):
+        trainer(config(tmp_path), train_dataset=shown)
+    with_scores = raw.with_format("numpy", columns=["prompt"], output_all_columns=True)
+    cache = str(tmp_path / "cache")
+    trainer(config(tmp_path, physics_rewarding=False, cache_dir=cache), train_dataset=shown)
+    assert "rejected_scores" in trainer(config(tmp_path, cache_dir=cache), train_dataset=with_scores).train_dataset[0]
+
+
+@pytest.mark.parametrize("wrap", [dict, datasets.DatasetDict])
+def test_several_splits_are_no_training_data(tmp_path, wrap):
+    splits = wrap({"train": tiny_group_dataset(1, 1), "test": tiny_group_dataset(1, 1)})
+    with pytest.raises(ValueError, match=r"Expected one dataset, got a .*[dD]ict with the splits \['train', 'test'\]"):
+        trainer(config(tmp_path), train_dataset=splits)
+
+
+def test_predict_gives_the_metrics_of_an_evaluation(tmp_path):
+    rows = tiny_encoded_group(3, seed=4)
+    made = trainer(config(tmp_path), eval_dataset=rows)
+    predicted, evaluated = made.predict(rows), made.evaluate()
+    assert predicted.predictions is None and predicted.metrics["test_loss"] == evaluated["eval_loss"]
+    assert predicted.metrics["test_rewards/margins"] == evaluated["eval_rewards/margins"]
+    with pytest.raises(ValueError, match="needs the columns"):
+        made.predict([{"prompt": "a"}])
+
+
+# ---- Precision by name ----
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_by_name_is_that_dtype(tmp_path, name):
+    tiny_wan_pipeline().save_pretrained(tmp_path / "base")
+    model, rows = str(tmp_path / "base"), tiny_encoded_video(2)
+
+    def load(value):
+        return VideoSFTTrainer(model, head_config(tmp_path, model_init_kwargs={name: value}), rows).pipeline
+
+    for value in ("bfloat16", "torch.bfloat16", torch.bfloat16):
+        pipeline = load(value)
+        assert pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.bfloat16
+    pipeline = load({"text_encoder": "bfloat16", "default": "float32"})
+    assert (pipeline.text_encoder.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    for value in ("bf16", "int8", 16, "auto", {"vae": "half precision"}):
+        with pytest.raises(ValueError, match=f"`{name}` in `model_init_kwargs` must be a floating dtype"):
+            load(value)

@@ -1,0 +1,56 @@
+"""Options that were given and have no effect in a run: they are told, for someone expects one."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+from ..base_config import VideoConfig
+
+
+logger = logging.getLogger(__name__)
+
+_OF_ENCODING = (
+    "num_frames", "fps", "height", "width", "resolution_buckets", "resolution_max_crop", "encode_batch_size",
+    "on_bad_video",
+)  # fmt: skip
+_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules")
+_OF_OPTIMIZER = ("learning_rate", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def idle_in_run(*, encoded: bool, has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+    """
+    Options of every configuration that what is passed beside it leaves without effect, and why.
+
+    Args:
+        encoded (`bool`): Whether all rows are encoded already.
+        has_adapter (`bool`): Whether the adapter is the user's: by `peft_config`, or on the transformer.
+        has_optimizer (`bool`): Whether the optimizer is the user's.
+    """
+    causes = (
+        (encoded, _OF_ENCODING, "the rows are encoded already, and stay as they are"),
+        (has_adapter, _OF_ADAPTER, "the adapter is that of `peft_config`, or the one that the transformer has"),
+        (has_optimizer, _OF_OPTIMIZER, "the optimizer is that of `optimizers`"),
+    )
+    return {name: why for holds, names, why in causes if holds for name in names}
+
+
+def tell_idle_options(args: VideoConfig, idle: Mapping[str, str]) -> None:
+    """
+    Warn, once, of the options that are given and have no effect.
+
+    Args:
+        args (`VideoConfig`): The configuration; options that differ from their default count as given.
+        idle (`Mapping[str, str]`): Options without effect in this run, beside those that the configuration itself
+            knows of, and why.
+    """
+    given = {
+        item.name
+        for item in fields(args)
+        if args.__dict__[item.name] != (item.default if item.default_factory is MISSING else item.default_factory())
+    }
+    found = {name: why for name, why in (args.options_without_effect() | dict(idle)).items() if name in given}
+    if found:
+        listed = "; ".join(f"`{name}={args.__dict__[name]!r}`: {why}" for name, why in sorted(found.items()))
+        logger.warning(
+            "Options without effect in this run: %s. Leave them out, or change what is in their way.", listed
+        )

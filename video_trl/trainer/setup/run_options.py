@@ -1,0 +1,83 @@
+"""Check optimizer, schedule, trackers and evaluations of a run before anything is loaded or encoded."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from ..base_config import VideoConfig
+
+
+_STEPS = 100  # of a schedule that is made to see whether it can be
+
+
+def check_run_options(args: VideoConfig, *, evaluates: bool, has_optimizer: bool = False) -> None:
+    """
+    Make the optimizer and schedule of a configuration for one number, and look for trackers and evaluations.
+
+    Args:
+        args (`VideoConfig`): The configuration.
+        evaluates (`bool`): Whether there are rows, or an evaluator, to evaluate with.
+        has_optimizer (`bool`): Whether the user brings the optimizer.
+
+    Raises:
+        ValueError: If one of them could not be made, is not installed, or has nothing to work on.
+    """
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        value = args.__dict__[name]
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be finite and not negative, got {value}.")
+    _check_schedule(args, None if has_optimizer else _make_optimizer(args))
+    for tracker in args.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to`: there is no tracker {tracker!r}; known: {sorted(INTEGRATION_TO_CALLBACK)}."
+            )
+        if tracker not in [*get_available_reporting_integrations(), "flyte"]:  # the latter is not looked for
+            raise ValueError(
+                f"`report_to={tracker!r}` needs a package that is not installed. Install the tracker's, or set "
+                "`report_to='none'`."
+            )
+    asks = {
+        f"eval_strategy={args.eval_strategy.value!r}": args.eval_strategy != "no",
+        f"save_strategy={args.save_strategy.value!r}": args.save_strategy == "best",
+        "eval_on_start=True": args.eval_on_start,
+    }
+    asking = [option for option, given in asks.items() if given]
+    if asking and not evaluates:
+        raise ValueError(
+            f"`{asking[0]}` needs an `eval_dataset` or an `evaluator`, got neither. Pass one (on the command line, by "
+            "`--eval_rows` or `--evaluator_judge`), or leave the option out."
+        )
+
+
+def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        return kind([weight], **options)
+    except Exception as error:  # of any library
+        raise ValueError(
+            f"The optimizer `optim={args.optim.value!r}` cannot be made, with learning_rate={args.learning_rate}, "
+            f"optim_args={args.optim_args!r}: {error}"
+        ) from error
+
+
+def _check_schedule(args: VideoConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    options: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(_STEPS),
+            num_training_steps=_STEPS,
+            scheduler_specific_kwargs=options,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"The schedule `lr_scheduler_type={args.lr_scheduler_type.value!r}` cannot be made with "
+            f"`lr_scheduler_kwargs={options!r}`: {error}"
+        ) from error
