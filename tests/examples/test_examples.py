@@ -234,7 +234,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
     assert len(results["base"]) == 5 * 2 and results["settings"]["beta"] == 500 and 0.9 < results["real_pc"] <= 1
     lawful = sum(mode == "lawful" for mode in results["runs"][-2]["modes"])
     assert f"{lawful} after Reg-DPO" in results["sentence"] and "law of motion in" in results["sentence"]
-    assert all(bool(run["win_gaps"]) == ("DPO" in run["method"]) for run in results["runs"])
+    assert not any(run["win_gaps"] for run in results["runs"] if run["method"].startswith("SFT"))  # no reference
     assert all(run["cpu_seconds"] > 0 for run in results["runs"])
     judge = load_sandbox().judge
     for row in results["base"] + results["runs"][-1]["records"]:
