@@ -224,7 +224,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
             assert (adapter.parent / "README.md").is_file()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 5 * 5  # of the base, and of the arms of the first seed
-    order = ["videos of sentences that no model was trained on", "<h2>Videos", "<h2>Scores", "<h2>Comparison"]
+    order = ["sentences that no model was trained on", "<h2>Videos", "<h2>Scores", "<h2>Comparison"]
     order += ["Which way the clips went", "Diversity over noises", "<h2>Training curves", "eval_prompts: 5"]
     assert sorted(order, key=page.index) == order
     results = json.loads((tmp_path / "results.json").read_text())
@@ -234,7 +234,7 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
     assert len(results["base"]) == 5 * 2 and results["settings"]["beta"] == 500 and 0.9 < results["real_pc"] <= 1
     lawful = sum(mode == "lawful" for mode in results["runs"][-2]["modes"])
     assert f"{lawful} after Reg-DPO" in results["sentence"] and "law of motion in" in results["sentence"]
-    assert all(bool(run["win_gaps"]) == ("DPO" in run["method"]) for run in results["runs"])
+    assert not any(run["win_gaps"] for run in results["runs"] if run["method"].startswith("SFT"))  # no reference
     assert all(run["cpu_seconds"] > 0 for run in results["runs"])
     judge = load_sandbox().judge
     for row in results["base"] + results["runs"][-1]["records"]:
