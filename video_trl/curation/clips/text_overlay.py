@@ -72,8 +72,8 @@ class LineDetector:
         for line in _chains(strokes, self.LEAST):
             members = strokes[line]
             if float(_describe(members, strokes) @ _WEIGHTS) + _BIAS > self.CERTAINTY:
-                top, left, bottom, right = (*members[:, :2].min(axis=0), *members[:, 2:4].max(axis=0))
-                area += float((bottom - top) * (right - left))
+                height, width = members[:, 2:4].max(axis=0) - members[:, :2].min(axis=0)
+                area += float(height * width)
         return area
 
     def _strokes(self, grey: NDArray[np.float32]) -> NDArray[np.float64]:
