@@ -224,7 +224,8 @@ def _train(
         return _Adapter(**read_json(stored))
     held_out = max(1, round(_HELD_OUT * len(groups)))
     trained = groups.select(range(max(1, len(groups) - held_out)))
-    trainer = _trainer(arm, seed, replace(args, output_dir=str(folder), overwrite_output_dir=True), found, trained)
+    changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
+    trainer = _trainer(arm, seed, replace(args, **changes), found, trained)
     trainer.remove_callback(PrinterCallback)  # the phases say how far it is
     start = time.process_time()
     trainer.train()

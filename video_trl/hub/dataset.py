@@ -204,7 +204,9 @@ def _check_places(
         ValueError: A file that a row names lies outside the folders, or the files have no folder of their own.
     """
     paths: dict[Path, tuple[int, Path]] = {}  # by folder, one file of each
-    for number, row in enumerate(undecoded(dataset.select_columns(sorted(media)))):
+    cells = undecoded(dataset.select_columns(sorted(media)))
+    for number in range(len(cells)):
+        row = cells[number]
         for cell in (cell for value in row.values() for cell in (value if isinstance(value, list) else [value])):
             path, content = (cell, None) if not isinstance(cell, Mapping) else (cell["path"], cell["bytes"])
             if path and content is None:

@@ -67,9 +67,9 @@ def score_table(
     kept = output.with_name(f"{output.name}.unfinished.jsonl")
     known = _known_scores(output, kept, identity)
     keys = list(zip(hashes, [row["prompt"] for row in rows], strict=True))
-    missing = [number for number, key in enumerate(keys) if key not in known]
-    for start in tqdm(range(0, len(missing), batch_size), desc="Scoring", unit="batch", disable=None):
-        batch = missing[start : start + batch_size]
+    unscored = [number for number, key in enumerate(keys) if key not in known]
+    for start in tqdm(range(0, len(unscored), batch_size), desc="Scoring", unit="batch", disable=None):
+        batch = unscored[start : start + batch_size]
         scores = judge.score([paths[number] for number in batch], [rows[number]["prompt"] for number in batch])
         for number, score in zip(batch, scores, strict=True):
             details = {name: value for name, value in score.items() if name not in _PLAIN}
