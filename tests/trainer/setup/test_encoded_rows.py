@@ -64,7 +64,7 @@ def as_table(rows):
         ("rejected_latents", lambda t: t[0], "Row 4: expected"),
         ("chosen_latents", lambda t: None, "Row 4: expected .* got none"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: "change" if callable(value) else str(value)[:30],
 )
 def test_a_bad_row_is_named_before_the_first_step(tmp_path, wrap, column, change, message):
     rows = spoiled(tiny_encoded_group(6), column, change)
