@@ -1,6 +1,5 @@
 """Every row of encoded data is looked at before the first step, once for each dataset."""
 
-import json
 import logging
 import math
 
@@ -149,16 +148,11 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     assert "the first is row 3" in caplog.text
 
 
-def test_a_table_and_an_older_folder_are_read_once(tmp_path, monkeypatch):
-    made = encoded(tmp_path / "encoded", tiny_group_dataset(3, 2))
-    index = json.loads((made.directory / "index.json").read_text())
-    del index["is_finite"]  # as older versions wrote it
-    (made.directory / "index.json").write_text(json.dumps(index))
+def test_a_table_is_read_once(tmp_path, monkeypatch):
     args = config(tmp_path / "run", cache_dir=str(tmp_path / "cache"))
     reads = []
-    for rows in (EncodedDataset(made.directory), as_table(tiny_encoded_group(3))):
-        shapes = trainer(args, train_dataset=rows).train_dataset.shapes
-        with monkeypatch.context() as patched:
-            patched.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
-            assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
-    assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 2
+    rows = as_table(tiny_encoded_group(3))
+    shapes = trainer(args, train_dataset=rows).train_dataset.shapes
+    monkeypatch.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
+    assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
+    assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 1

@@ -223,7 +223,8 @@ def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64], pictures
     rise = max(round(_ONSET / frame_time), 1)  # frames within which a flash is there
     count = 0
     for start in starts.tolist():
-        before, peak = pictures[max(start - rise, 0)], pictures[min(start + rise - 1, len(pictures) - 1)]
+        strongest = start + int(np.abs(far[start : start + rise]).argmax())  # a flash may be shorter than its limit
+        before, peak = pictures[max(start - rise, 0)], pictures[strongest]
         sign = 1 if far[start] > 0 else -1
         # A white sky cannot become brighter, nor a black night darker.
         free = before < 235 if sign > 0 else before > 20
