@@ -61,7 +61,7 @@ bench-steps: $(INSTALLED)  ## cost of a training step in every arrangement, JSON
 
 bench-sandbox: $(INSTALLED)  ## the sandbox comparison over three seeds
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
-		--seeds 0 1 2 --output_dir outputs/bench
+		--seeds 0 1 2 --controls --output_dir outputs/bench
 
 study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three seeds, for docs/benchmarks/ (about an hour)
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/reg_dpo.py

@@ -1,6 +1,8 @@
 """Whole or absent: files and folders under kills, full disks and several writers; and fingerprints of content."""
 
+import html
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -22,6 +24,7 @@ from video_trl.files import (
     atomic_file,
     atomic_folder,
     fingerprint,
+    formula_free,
     hash_bytes,
     lock,
     partial_path,
@@ -30,6 +33,9 @@ from video_trl.files import (
     remove_folder,
     remove_leftovers,
     resumable_folder,
+    unmarked,
+    with_formula,
+    without_secrets,
     write_atomically,
     write_json,
 )
@@ -539,3 +545,66 @@ EXPECTED = [
     "6548ced24ae4947f287b24b9df34a3cc",
     "08cf039b86258acf421ae4a24154dc95",
 ]
+
+
+# ---- what others may see --------------------------------------------------------------------------------------------
+
+SECRET = "s3cr3t-Value-0123456789"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token": SECRET},
+        {"hub_token": SECRET, "apiKey": SECRET, "API_KEY": SECRET, "x-api-key": SECRET},
+        {"model_init_kwargs": {"headers": {"authorization": f"Bearer {SECRET}", "X-Anything": SECRET}}},
+        {"storage_options": {"token": SECRET, "s3": [{"aws_secret_access_key": SECRET}]}},
+        {"extra_body": {"nested": [[{"api_key": SECRET}]]}, "password": {"of": SECRET}},
+        {"headers": [["Cookie", SECRET], ("X-Gateway", SECRET)]},
+        {"url": f"https://user:{SECRET}@host/v1?token={SECRET}&x=1"},
+        {"options": f'{{"token": "{SECRET}", "n": 1}}', "line": f"--api_key={SECRET}"},
+        {"text": f"Authorization: Bearer {SECRET}"},
+        {"anything": "hf_" + SECRET.replace("-", ""), "other": "sk-" + SECRET},
+        {"password": 12345678901},
+    ],
+)  # fmt: skip
+def test_no_secret_of_any_depth_is_written(settings):
+    shown = json.dumps(without_secrets(settings))
+    assert SECRET not in shown and SECRET.replace("-", "") not in shown and "12345678901" not in shown
+
+
+def test_what_is_no_secret_stays():
+    settings = {
+        "max_tokens": 5, "tokenizer": "a/b", "teacher_tokens": ["x"], "token": None, "use_auth": True, "seed": 1,
+        "base_url": "http://localhost:8000/v1", "keys": ["a"], "key": "chosen", "text": "one two", "lr": 1e-4,
+    }  # fmt: skip
+    assert without_secrets(settings) == settings
+    assert without_secrets(without_secrets({"token": "x"})) == {"token": "<TOKEN>"}
+
+
+@pytest.mark.parametrize(
+    "text", ["=1", "+a", "-a", "@a", "\t=1", "\r=1", "'=1", "''=1", " =1", "'", "'a", "a=1", "", "\uff1d1"]
+)
+def test_cells_that_a_spreadsheet_would_run_come_back(text):
+    cell = formula_free(text)
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\uff1d")) and with_formula(cell) == text
+    assert formula_free(-1.5) == -1.5
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
+    "<!-- evaluation -->x<!-- end of evaluation -->",
+    "a | b\r\n\n# heading", "``` a ``` `b`",
+    "[link](javascript:alert(3)) ![i](x)", "&lt;b&gt;",
+    "http://evil.example www.evil.example",
+    "$\\\\href{javascript:alert(4)}{x}$", "__a__ *b* ~~c~~",
+    "\x00\x0b\u2028end", "a\\", "<https://evil.example>", "me@evil.example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_in_markdown_is_text(text):
+    shown = unmarked(text)
+    assert len(shown.splitlines()) == 1 and not set("<>`*$@") & set(shown) and "](" not in shown and "://" not in shown
+    assert "|" not in shown.replace("\\|", "")
+    assert html.unescape(shown).replace("\\|", "|") == " ".join(text.split()).replace("\x00", "\ufffd")

@@ -43,7 +43,7 @@ def _floors(requirements):
 
 def test_the_oldest_versions_that_are_declared_are_those_of_the_environment_for_them():
     extras = PROJECT["optional-dependencies"]
-    tested = ("judges", "evaluation", "curation", "vote")
+    tested = ("judges", "remote", "evaluation", "curation", "vote")
     declared = _floors([*PROJECT["dependencies"], *(text for name in tested for text in extras[name])])
     assert _pins("constraints-min.txt") == declared
 

@@ -6,9 +6,20 @@ stays light (it loads neither torch nor transformers). Submodules are public by 
 `video_trl.data`, `video_trl.sandbox`, ...
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from .methods import own_methods
+
+
+# Reports of use that the libraries underneath would send unasked. Whoever wants them sets the variables.
+for _name, _off in {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "WANDB_ERROR_REPORTING": "false",
+}.items():
+    os.environ.setdefault(_name, _off)
 
 
 if TYPE_CHECKING:  # for editors and type checkers alone: what is there at run time, the registry says

@@ -1,54 +1,84 @@
 """
-The sandbox experiment: train an adapter by PhyGDPO and one by supervised fine-tuning, and compare both with the base
-model on held-out prompts.
+The sandbox experiment: what judged data and preferences do to a model that breaks laws of motion.
+
+A pool of clips as a crawl would find them, more than half of which break their law. Arms: fine-tuning on the pool as
+found; on the clips that the judge passes; PhyGDPO and Reg-DPO, which set these against the model's own bad ones. All
+are compared with the base model, and with each other, on held-out sentences and the same noise.
 """
 
 import json
 import platform
+import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_atomically
-from .load import SANDBOX, ScriptArguments, load_training_rows
+from .files import read_json, write_atomically
+from .load import SANDBOX, ScriptArguments
 
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
     from .evaluation.report.page import Comparison, Table
     from .evaluation.runs.tables import RunTable
     from .trainer.group_dpo_config import VideoGroupDPOConfig
 
+BASE, REAL = "base", "real clips"
+FOUND, JUDGED, PHYGDPO, REG_DPO = "SFT as found", "SFT judged", "PhyGDPO", "Reg-DPO"
+ARMS = (FOUND, JUDGED, PHYGDPO, REG_DPO)
+PLAIN, LONGER = "PhyGDPO, r = 0", "SFT judged, longer"  # controls: without the regulariser, and at equal time
+_IN_WORDS = {
+    BASE: "the base model",
+    FOUND: "fine-tuning on the clips as found",
+    JUDGED: "fine-tuning on the clips that the judge passed",
+}
+_SFT_STEPS = 2.3  # steps of fine-tuning in the time of a step of a preference method, measured
 
-METHOD, CONTROL, BASE = "PhyGDPO", "SFT", "base"
-# The configuration was chosen on draw 0 of the held-out prompts with noise seed 0: neither is used again.
+# The recipe was chosen on draw 0 of the held-out prompts with noise seed 0, and on another pool: none is used again.
 _PROMPT_DRAW, _FIRST_NOISE_SEED = 1, 1
 _NUM_SAMPLES = 14  # prompts whose videos the page shows
+_HELD_OUT = 0.125  # proportion of the groups that no arm is trained on, for the gaps
+_RESULT = "arm.json"  # an arm that has it is not trained again
 # Values of the trainer's configuration that the results name; the first four say how much was trained.
 _SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "beta", "loss_type", "shared_noise", "timestep_sampling", "lora_rank", "lora_alpha",
+    "beta", "loss_type", "shared_noise", "sft_weight", "rejected_score_below", "timestep_sampling", "timestep_range",
+    "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
+_SCORES = (
+    "pc says how well the path of a clip fits its law of motion, 0 to 1; sa how well the clip shows what the sentence "
+    "says, lawful or not; both come from an exact judge that measures the pixels. A clip obeys its law if the nearest "
+    "simulated path, of the same motion, is a lawful one; it breaks it if that is a violation with a name; it does "
+    "neither if no path is within two pixels. Diversity is the root mean squared difference of two videos of one "
+    "sentence, from two noises, in grey levels of 255."
+)
+_CURVES = (
+    "Of the first training seed. loss falls noisily, since most of it is noise that no model predicts. win_gap is the "
+    "error of the trained model on chosen clips minus that of the base: below 0 it has become better at them. "
+    "lose_gap is the same for rejected clips. eval_ marks rows that no arm was trained on; only these count."
+)
 
 
 @dataclass
 class ExperimentArguments:
-    """How the sandbox experiment evaluates, and what it compares with."""
+    """How the sandbox experiment finds its clips, and how it evaluates."""
 
+    found_clips: int = field(
+        default=600, metadata={"help": "Sandbox experiment: clips in the pool as found; the judge passes about 40 %."}
+    )
     eval_prompts: int = field(default=84, metadata={"help": "Sandbox experiment: held-out prompts evaluated."})
     eval_seeds: int = field(
         default=2, metadata={"help": "Sandbox experiment: videos of each held-out prompt, each from another noise."}
     )
-    sft_control: bool = field(
-        default=True,
-        metadata={"help": "Sandbox experiment: also train on the chosen videos alone, with the same budget."},
-    )
-    sft_learning_rate: float | None = field(
-        default=None, metadata={"help": "Sandbox experiment: learning rate of the control. Unset: that of the method."}
+    controls: bool = field(
+        default=False,
+        metadata={"help": "Sandbox experiment: also PhyGDPO without `sft_weight`, and fine-tuning in its time."},
     )
     seeds: list[int] = field(
         default_factory=lambda: [0],
@@ -58,28 +88,50 @@ class ExperimentArguments:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A trained adapter: its method, training seed, folder and training log."""
+    """A trained adapter: its arm, training seed, folder, cost, held-out gaps of its rows, and training log."""
 
     method: str
     seed: int
     folder: str
+    cpu_seconds: float
+    win_gaps: list[float]
     log_history: list[dict[str, Any]]
+
+
+@dataclass
+class _Phases:
+    """One line for each phase, with the time that is left: each takes about as long as its weight says."""
+
+    weights: list[tuple[str, float]]
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def start(self, name: str) -> None:
+        elapsed = time.monotonic() - self.started
+        before = sum(weight for _, weight in self.weights[: self.done])
+        rest = sum(weight for _, weight in self.weights) - before
+        left = f", about {elapsed / before * rest / 60:.0f} min left" if before else ""
+        number = f"{self.done + 1}/{len(self.weights)}"
+        sys.stdout.write(f"[{number:>5}] {elapsed / 60:4.1f} min{left}: {name}\n")
+        sys.stdout.flush()
+        self.done += 1
 
 
 def run_sandbox_experiment(
     data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig"
 ) -> str | None:
     """
-    Builds the group dataset, trains, evaluates, and leaves dataset, adapters, runs, `report.html` and `results.json`
-    in `args.output_dir`.
+    Finds and judges clips, trains the arms, evaluates, and leaves datasets, adapters, runs, `report.html` and
+    `results.json` in `args.output_dir`. Arms that are whole in that folder are not trained again.
 
     Args:
-        data ([`~video_trl.load.ScriptArguments`]): Size of the dataset.
-        experiment ([`ExperimentArguments`]): Evaluation, control and training seeds.
-        args ([`VideoGroupDPOConfig`]): Training of the method; the control has the same budget.
+        data ([`~video_trl.load.ScriptArguments`]): Number of rejected videos.
+        experiment ([`ExperimentArguments`]): Pool, evaluation, controls and training seeds.
+        args ([`VideoGroupDPOConfig`]): Training of PhyGDPO; the other arms have the same where it applies to them.
 
     Returns:
-        `str` or `None`: The comparisons as a table and where everything is; `None` on all processes but the first.
+        `str` or `None`: What happened in words, the comparisons as a table, and where everything is; `None` on all
+        processes but the first.
 
     Raises:
         ValueError: If `args` asks for what only one run can do: to resume, or to upload.
@@ -89,21 +141,39 @@ def run_sandbox_experiment(
 
     _refuse_what_needs_one_run(args)
     folder = Path(args.output_dir)
-    groups = load_training_rows(data, args, "group")
-    methods = [METHOD, CONTROL] if experiment.sft_control else [METHOD]
-    adapters = [_train(method, seed, args, groups, experiment) for method in methods for seed in experiment.seeds]
+    arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
+    phases = _Phases(_phases(arms, experiment))
+    phases.start("finding clips, judging them, and making rejected ones")
+    found, groups = _datasets(data, experiment, args)
+    adapters = []
+    for arm in arms:
+        for seed in experiment.seeds:
+            phases.start(f"training {arm}, seed {seed}")
+            adapters.append(_train(arm, seed, args, found, groups))
     if args.process_index != 0:
         return None
-    base, *tables = _evaluate(folder / "runs", adapters, experiment)
-    pairs = [(method, BASE) for method in methods] + [(METHOD, other) for other in methods[1:]]
+    base, *tables = _evaluate(folder / "runs", adapters, experiment, phases)
+    pairs = [(arm, BASE) for arm in arms] + [(arm, JUDGED) for arm in arms if arm != JUDGED]
     comparisons = compare_tables([base, *tables], pairs)
-    settings = _settings(data, experiment, args)
-    _save_results(folder / "results.json", base, adapters, tables, comparisons, settings)
-    report = _write_report(folder / "report.html", base, adapters, tables, comparisons, settings)
+    results = _Results(base, adapters, tables, comparisons, _real_clips(base))
+    settings = _settings(data, experiment, args) | {"winners": f"{len(groups)} of {experiment.found_clips} clips"}
+    results.save(folder / "results.json", settings)
+    report = results.write_report(folder / "report.html", settings)
     return (
-        f"{summary_table(comparisons)}\n\nVideos, curves and scores: {report}\n"
-        f"Adapters: {', '.join(adapter.folder for adapter in adapters)}"
+        f"\n{results.sentence()}\n\n{results.arms_table()}\n\n{summary_table(comparisons)}\n\n"
+        f"Videos, curves and scores: {report}\nAdapters: {', '.join(adapter.folder for adapter in adapters)}"
     )
+
+
+def _phases(arms: Sequence[str], experiment: ExperimentArguments) -> list[tuple[str, float]]:
+    """Phases, and about how long each takes, in seconds of a processor."""
+    seeds, videos = len(experiment.seeds), experiment.eval_prompts * experiment.eval_seeds
+    training = {FOUND: 70.0, JUDGED: 70.0}
+    return [
+        ("data", 0.25 * experiment.found_clips),
+        *((arm, training.get(arm, 170.0)) for arm in arms for _ in range(seeds)),
+        *((name, 0.3 * videos) for name in [BASE] + [arm for arm in arms for _ in range(seeds)]),
+    ]
 
 
 def _refuse_what_needs_one_run(args: "VideoGroupDPOConfig") -> None:
@@ -123,35 +193,99 @@ def _refuse_what_needs_one_run(args: "VideoGroupDPOConfig") -> None:
         )
 
 
+def _datasets(
+    data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig"
+) -> "tuple[datasets.Dataset, datasets.Dataset]":
+    """The pool as found as video rows, and groups of what the judge passed and of the base model's own videos."""
+    from .sandbox import build_clip_dataset, build_group_dataset, load_sandbox
+
+    folder = Path(args.output_dir)
+    with args.main_process_first():
+        found = build_clip_dataset(folder / "found", num_clips=experiment.found_clips, found=True)
+        groups = build_group_dataset(
+            load_sandbox(),
+            folder / "dataset",
+            num_groups=experiment.found_clips,
+            num_rejected=data.num_rejected,
+            found=True,
+        )
+    return found, groups
+
+
 def _train(
-    method: str,
-    seed: int,
-    args: "VideoGroupDPOConfig",
-    groups: "datasets.Dataset",
-    experiment: ExperimentArguments,
+    arm: str, seed: int, args: "VideoGroupDPOConfig", found: "datasets.Dataset", groups: "datasets.Dataset"
 ) -> _Adapter:
-    """Trains one adapter and saves it."""
+    """Trains one adapter and saves it, or reads what an earlier call has left."""
+    from transformers import PrinterCallback
+
+    folder = Path(args.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}"
+    stored = folder / _RESULT
+    if stored.is_file():
+        return _Adapter(**read_json(stored))
+    held_out = max(1, round(_HELD_OUT * len(groups)))
+    trained = groups.select(range(max(1, len(groups) - held_out)))
+    changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
+    trainer = _trainer(arm, seed, replace(args, **changes), found, trained)
+    trainer.remove_callback(PrinterCallback)  # the phases say how far it is
+    start = time.process_time()
+    trainer.train()
+    cpu_seconds = time.process_time() - start
+    trainer.save_model()
+    rest = groups.select(range(len(trained), len(groups)))
+    gaps = [] if arm in (FOUND, JUDGED, LONGER) or not len(rest) else _win_gaps(trainer, rest)
+    adapter = _Adapter(arm, seed, str(folder), cpu_seconds, gaps, trainer.state.log_history)
+    if args.process_index == 0:
+        write_atomically(stored, json.dumps(asdict(adapter)))
+    return adapter
+
+
+def _trainer(
+    arm: str, seed: int, args: "VideoGroupDPOConfig", found: "datasets.Dataset", groups: "datasets.Dataset"
+) -> Any:
+    """The trainer of an arm. What is not said of an arm here is as `args` says of PhyGDPO."""
+    from .trainer.group_dpo_config import as_sft_weight
     from .trainer.group_dpo_trainer import VideoGroupDPOTrainer
+    from .trainer.reg_dpo_config import VideoRegDPOConfig
+    from .trainer.reg_dpo_trainer import VideoRegDPOTrainer
     from .trainer.sft_config import VideoSFTConfig
     from .trainer.sft_trainer import VideoSFTTrainer
 
-    output_dir = str(Path(args.output_dir) / f"{method.lower()}-seed{seed}")
-    changes: dict[str, Any] = {"seed": seed, "data_seed": seed, "output_dir": output_dir}
-    args = replace(args, **changes)
-    trainer: VideoGroupDPOTrainer | VideoSFTTrainer
-    if method == METHOD:
-        trainer = VideoGroupDPOTrainer(SANDBOX, args, groups)
-    else:
-        shared = {item.name for item in fields(VideoSFTConfig) if item.init}
-        values = {name: value for name, value in vars(args).items() if name in shared}
-        values["learning_rate"] = experiment.sft_learning_rate or args.learning_rate
-        trainer = VideoSFTTrainer(SANDBOX, VideoSFTConfig(**values), groups)
-    trainer.train()
-    trainer.save_model()
-    return _Adapter(method, seed, output_dir, trainer.state.log_history)
+    changes: dict[str, Any] = {"seed": seed, "data_seed": seed, "disable_tqdm": True}
+    if arm in (PHYGDPO, PLAIN):
+        changes |= {"sft_weight": 0.0} if arm == PLAIN else {}
+        return VideoGroupDPOTrainer(SANDBOX, replace(args, **changes), groups)
+    if arm == REG_DPO:
+        weight = as_sft_weight(args.sft_weight)
+        mode, coefficient = weight if isinstance(weight, tuple) else ("fixed", weight)
+        changes |= {"sft_weight_mode": mode, "sft_coefficient": coefficient}
+        return VideoRegDPOTrainer(SANDBOX, VideoRegDPOConfig(**_shared(args, VideoRegDPOConfig) | changes), groups)
+    if arm == LONGER:
+        changes["max_steps"] = round(_SFT_STEPS * args.max_steps)
+    config = VideoSFTConfig(**_shared(args, VideoSFTConfig) | changes)
+    return VideoSFTTrainer(SANDBOX, config, found if arm == FOUND else groups)
 
 
-def _evaluate(folder: Path, adapters: Sequence[_Adapter], experiment: ExperimentArguments) -> "list[RunTable]":
+def _shared(args: "VideoGroupDPOConfig", config_class: type[Any]) -> dict[str, Any]:
+    names = {item.name for item in fields(config_class) if item.init}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _win_gaps(trainer: Any, rows: "datasets.Dataset") -> list[float]:
+    """Of each held-out row: error of the policy minus that of the reference on the chosen video, on one noise."""
+    import torch
+
+    loader = trainer.get_eval_dataloader(trainer.prepare_dataset(rows, trainer.model))
+    trainer.model.eval()
+    rewards = []
+    with torch.no_grad():
+        for batch in loader:
+            rewards += trainer.compute_loss(trainer.model, batch, return_outputs=True)[1]["chosen_rewards"].tolist()
+    return [-2 / trainer.args.beta * reward for reward in rewards]
+
+
+def _evaluate(
+    folder: Path, adapters: Sequence[_Adapter], experiment: ExperimentArguments, phases: _Phases
+) -> "list[RunTable]":
     """Base model first, then each adapter as it was saved, loaded the way a user will load it."""
     from .evaluation.evaluate import evaluate_pipeline, sandbox_prompts
     from .evaluation.runs.generate import load_generator
@@ -162,6 +296,7 @@ def _evaluate(folder: Path, adapters: Sequence[_Adapter], experiment: Experiment
     judge = load_judge(SANDBOX)
 
     def evaluated(name: str, adapter: str | None = None, training_seed: int | None = None) -> "RunTable":
+        phases.start(f"making and judging videos of {name}" + ("" if adapter is None else f", seed {training_seed}"))
         return evaluate_pipeline(
             folder / (BASE if adapter is None else Path(adapter).name),
             load_generator(SANDBOX, adapter=adapter, device="cpu"),  # the same videos on every machine
@@ -175,6 +310,26 @@ def _evaluate(folder: Path, adapters: Sequence[_Adapter], experiment: Experiment
     return [evaluated(BASE), *(evaluated(adapter.method, adapter.folder, adapter.seed) for adapter in adapters)]
 
 
+def _real_clips(base: "RunTable") -> float:
+    """Mean `pc` of lawful clips of the same sentences, after the autoencoder: what can be reached."""
+    import numpy as np
+    import torch
+
+    from .sandbox import load_sandbox, simulate
+    from .sandbox.world.prompts import parse_prompt
+
+    sandbox = load_sandbox()
+    prompts = [prompt.text for prompt in base.run.prompts]
+    clips = np.stack([simulate(seed, spec=parse_prompt(prompt)).video for seed, prompt in enumerate(prompts)])
+    videos = []
+    with torch.no_grad():
+        for part in torch.from_numpy(clips).permute(0, 4, 1, 2, 3).split(16):
+            latents = sandbox.pipeline.vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
+            decoded = sandbox.pipeline.vae.decode(latents).sample.clamp(-1, 1)
+            videos += list(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy())
+    return float(np.mean([float(score["pc"]) for score in sandbox.judge.score(videos, prompts)]))
+
+
 def _settings(data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> dict[str, Any]:
     """What has to be known to make the numbers again."""
     import torch
@@ -186,89 +341,210 @@ def _settings(data: ScriptArguments, experiment: ExperimentArguments, args: "Vid
         "video_trl": __version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {args.device.type}, {torch.get_num_threads()} threads",
-        **vars(data),
+        "num_rejected": data.num_rejected,
         **vars(experiment),
         **{name: vars(args)[name] for name in _SETTINGS},
     }
 
 
-def _save_results(
-    path: Path,
-    base: "RunTable",
-    adapters: Sequence[_Adapter],
-    tables: "Sequence[RunTable]",
-    comparisons: "Sequence[Comparison]",
-    settings: Mapping[str, Any],
-) -> None:
-    """Every number behind the report as JSON, with the settings that made it."""
-    content = {
-        "settings": dict(settings),
-        "comparisons": [{**asdict(comparison), "verdict": comparison.verdict} for comparison in comparisons],
-        BASE: base.rows(),
-        "runs": [
-            {
-                "method": adapter.method,
-                "seed": adapter.seed,
-                "records": table.rows(),
-                "log_history": adapter.log_history,
-            }
-            for adapter, table in zip(adapters, tables, strict=True)
-        ],
-    }
-    write_atomically(path, json.dumps(content, indent=1))
+class _Results:
+    """All that was measured, in words, as tables, as a page and as JSON."""
+
+    def __init__(
+        self,
+        base: "RunTable",
+        adapters: Sequence[_Adapter],
+        tables: "Sequence[RunTable]",
+        comparisons: "Sequence[Comparison]",
+        real_pc: float,
+    ) -> None:
+        self.base, self.adapters, self.tables = base, adapters, tables
+        self.comparisons, self.real_pc = comparisons, real_pc
+        self.runs = [base, *tables]
+        videos = [[_read(row["video"]) for row in table.rows()] for table in self.runs]
+        self.modes = [_modes(table, each) for table, each in zip(self.runs, videos, strict=True)]
+        self.spread = [_spreads(table, each) for table, each in zip(self.runs, videos, strict=True)]
+
+    def sentence(self) -> str:
+        """What happened, for somebody who knows nothing of it; the counts are those of the first training seed."""
+        first = [index for index, adapter in enumerate(self.adapters) if adapter.seed == self.adapters[0].seed]
+        counts = {
+            self.runs[index].run.name: sum(mode == "lawful" for mode in self.modes[index])
+            for index in [0, *(1 + index for index in first)]
+        }
+        total = len(self.modes[0])
+        base, *others = counts
+        after = ", ".join(f"{counts[name]} after {_IN_WORDS.get(name, name)}" for name in others if name in ARMS)
+        gap = self._difference("pc", PHYGDPO, JUDGED)
+        verdict = "ahead of" if gap.low > 0 else "behind" if gap.high < 0 else "not to be told apart from"
+        return (
+            f"On sentences that no model was trained on, {_IN_WORDS[base]} obeys the law of motion in {counts[base]} "
+            f"of {total} videos; it does so in {after}. In the physics score, PhyGDPO is {verdict} fine-tuning on the "
+            f"same clips ({gap.difference:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])."
+        )
+
+    def _difference(self, metric: str, a: str, b: str) -> Any:
+        return next(c.difference for c in self.comparisons if (c.metric, c.a, c.b) == (metric, a, b))
+
+    def arms(self) -> "Table":
+        """Every run: scores, share of the gap to real clips, ways, diversity, held-out gap, and cost."""
+        from .evaluation.report.page import Table
+        from .sandbox.judge.modes import mode_shares
+
+        base_pc = self.base.means["all"]["pc"]
+        rows = []
+        for index, table in enumerate(self.runs):
+            adapter = None if index == 0 else self.adapters[index - 1]
+            pc, sa = (table.means["all"][name] for name in ("pc", "sa"))
+            shares = mode_shares(self.modes[index])
+            closed = "" if adapter is None else f"{100 * (pc - base_pc) / (self.real_pc - base_pc):.0f} %"
+            rows.append(
+                [
+                    table.run.name,
+                    "" if adapter is None else str(adapter.seed),
+                    f"{pc:.3f}",
+                    closed,
+                    f"{sa:.3f}",
+                    *(f"{100 * share:.0f} %" for share in shares.values()),
+                    f"{self.spread[index].mean():.1f}" if len(self.spread[index]) else "",
+                    _interval(adapter.win_gaps, "+.4f") if adapter and adapter.win_gaps else "",
+                    "" if adapter is None else f"{adapter.cpu_seconds:.0f} s",
+                ]
+            )
+        header = ["model", "seed", "pc", "gap closed", "sa", "lawful", "violated", "neither", "diversity"]
+        header += ["held-out win_gap", "training, CPU"]
+        note = (
+            f"Gap: between the base model and lawful clips of the same sentences after the autoencoder, pc "
+            f"{self.real_pc:.3f}. held-out win_gap: mean over rows with its bootstrap 95 % interval."
+        )
+        return Table("Which way the clips went, and what it cost", header, rows, note)
+
+    def arms_table(self) -> str:
+        """The table of the arms for the terminal."""
+        table = self.arms()
+        rows = [list(table.header), *map(list, table.rows)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+    def diversity(self) -> "Table":
+        """Diversity over noises of every arm against the base model, sentence by sentence, seeds pooled."""
+        import numpy as np
+
+        from .evaluation.report.page import Table
+        from .evaluation.statistics import paired_bootstrap
+
+        rows = []
+        for arm in dict.fromkeys(adapter.method for adapter in self.adapters):
+            own = [spread for spread, run in zip(self.spread, self.runs, strict=True) if run.run.name == arm]
+            if not len(own[0]):
+                continue
+            found = paired_bootstrap(
+                np.concatenate(own), np.tile(self.spread[0], len(own)), clusters=list(range(len(own[0]))) * len(own)
+            )
+            rows.append([arm, f"{found.mean_a:.1f}", f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"])
+        return Table("Diversity over noises", ["arm", "diversity", f"over {BASE}"], rows)
+
+    def shown(self) -> tuple[list[int], str]:
+        """
+        Cases whose videos the page shows: of each motion, among the base model's clips with a named violation, the one
+        of median gain in `pc` under PhyGDPO; then first ones of each motion.
+        """
+        index = next(i for i, adapter in enumerate(self.adapters) if adapter.method == PHYGDPO)
+        gains = [
+            after["pc"] - before["pc"]
+            for before, after in zip(self.base.scores, self.tables[index].scores, strict=True)
+        ]
+        cases = list(self.base.run.cases)
+        chosen = []
+        for motion in dict.fromkeys(case.prompt.category for case in cases):
+            broken = [
+                number
+                for number, case in enumerate(cases)
+                if case.prompt.category == motion and self.modes[0][number] not in ("lawful", "neither")
+            ]
+            if broken:
+                chosen.append(sorted(broken, key=lambda number: gains[number])[len(broken) // 2])
+        seen = {cases[number].prompt_index for number in chosen}
+        first = [
+            number
+            for number in range(0, len(cases), len(self.base.run.seeds))
+            if cases[number].prompt_index not in seen
+        ]
+        rule = (
+            f"first, of each motion, the video of median gain in pc under {PHYGDPO} among those in which the base "
+            "model breaks the law in a way with a name; then the first sentences of the evaluation, whatever came out."
+        )
+        return [*chosen, *first[: max(0, _NUM_SAMPLES - len(chosen))]], rule
+
+    def write_report(self, path: Path, settings: Mapping[str, Any]) -> Path:
+        """One page: the sentence, videos of the first training seed, scores, comparisons, every run, curves."""
+        from .evaluation.report.comparison import training_curves, write_page
+
+        first = [i for i, adapter in enumerate(self.adapters) if adapter.seed == self.adapters[0].seed]
+        curves = [curve for i in first for curve in training_curves(self._log(i), self.adapters[i].method)]
+        return write_page(
+            path,
+            self.runs,
+            self.comparisons,
+            shown=[self.base, *(self.tables[i] for i in first)],
+            further_tables=[self.arms(), self.diversity()],
+            curves=curves,
+            title="Sandbox: before and after",
+            notes=[f"{key}: {value}" for key, value in settings.items()],
+            videos=self.shown(),
+            lead=self.sentence(),
+            explanations={"Scores": _SCORES, "Training curves": _CURVES},
+        )
+
+    def _log(self, index: int) -> list[dict[str, Any]]:
+        """What the curves of an adapter show: loss and gaps."""
+        wanted = ("loss", "loss/dpo", "win_gap", "lose_gap", "eval_win_gap", "eval_lose_gap")
+        log = self.adapters[index].log_history
+        return [{name: value for name, value in entry.items() if name in ("step", *wanted)} for entry in log]
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Every number behind the report as JSON, with the settings that made it."""
+        content = {
+            "sentence": self.sentence(),
+            "settings": dict(settings),
+            "real_pc": self.real_pc,
+            "comparisons": [{**asdict(each), "verdict": each.verdict} for each in self.comparisons],
+            BASE: self.base.rows(),
+            "runs": [
+                {**asdict(adapter), "modes": modes, "records": table.rows()}
+                for adapter, modes, table in zip(self.adapters, self.modes[1:], self.tables, strict=True)
+            ],
+            "tables": [asdict(self.arms()), asdict(self.diversity())],
+        }
+        write_atomically(path, json.dumps(content, indent=1))
 
 
-def _write_report(
-    path: Path,
-    base: "RunTable",
-    adapters: Sequence[_Adapter],
-    tables: "Sequence[RunTable]",
-    comparisons: "Sequence[Comparison]",
-    settings: Mapping[str, Any],
-) -> Path:
-    """One page: comparisons, every run, and of the first training seed the videos and curves."""
-    from .evaluation.report.comparison import training_curves, write_page
-
-    first = [
-        (adapter, table) for adapter, table in zip(adapters, tables, strict=True) if adapter.seed == adapters[0].seed
-    ]
-    return write_page(
-        path,
-        [base, *tables],
-        comparisons,
-        shown=[base, *(table for _, table in first)],
-        max_prompts=_NUM_SAMPLES,
-        further_tables=[_gains(base, adapters, tables), _ways([base, *tables])],
-        curves=[curve for adapter, _ in first for curve in training_curves(adapter.log_history, adapter.method)],
-        title="Sandbox: before and after",
-        notes=[f"{key}: {value}" for key, value in settings.items()],
-    )
-
-
-def _gains(base: "RunTable", adapters: Sequence[_Adapter], tables: "Sequence[RunTable]") -> "Table":
-    """The gain of each run over the base model, seed by seed."""
-    from .evaluation.report.comparison import METRICS, compare_tables
-    from .evaluation.report.page import Table
-
-    rows = []
-    for adapter, table in zip(adapters, tables, strict=True):
-        gains = [comparison.difference for comparison in compare_tables([base, table], [(adapter.method, BASE)])]
-        cells = (f"{gain.difference:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" for gain in gains)
-        rows.append([adapter.method, str(adapter.seed), *cells])
-    header = ["method", "training seed", *(f"{metric} over {BASE}" for metric in METRICS)]
-    return Table("Each training seed", header, rows, "Paired, bootstrap 95 % interval over prompts.")
-
-
-def _ways(tables: "Sequence[RunTable]") -> "Table":
-    """Shares of clips that obey their law, that break it in a way with a name, and of those that do neither."""
+def _read(video: str) -> "np.ndarray":
     from .data.video_io import read_video
-    from .evaluation.report.page import Table
-    from .sandbox.judge.modes import find_mode, mode_shares
 
-    rows = []
-    for table in tables:
-        modes = [find_mode(read_video(row["video"]), row["prompt"]).name for row in table.rows()]
-        seed = "" if table.run.training_seed is None else str(table.run.training_seed)
-        rows.append([table.run.name, seed, *(f"{100 * share:.0f} %" for share in mode_shares(modes).values())])
-    note = "By the nearest simulated path: one that obeys the law, one that breaks it as the base model was taught to."
-    return Table("Which way the clips went", ["model", "training seed", "lawful", "violated", "neither"], rows, note)
+    return read_video(video)
+
+
+def _modes(table: "RunTable", videos: "Sequence[np.ndarray]") -> list[str]:
+    from .sandbox.judge.modes import find_mode
+
+    return [find_mode(video, row["prompt"]).name for video, row in zip(videos, table.rows(), strict=True)]
+
+
+def _spreads(table: "RunTable", videos: "Sequence[np.ndarray]") -> "np.ndarray":
+    """Root mean squared difference of the first two videos of each sentence; empty where there is one of each."""
+    import numpy as np
+
+    each = len(table.run.seeds)
+    if each < 2:
+        return np.zeros(0)
+    pairs = zip(videos[0::each], videos[1::each], strict=True)
+    return np.array([np.sqrt(np.square(a.astype(np.float64) - b).mean()) for a, b in pairs])
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    """Mean and bootstrap 95 % interval."""
+    from .evaluation.statistics import paired_bootstrap
+
+    found = paired_bootstrap(values, [0.0] * len(values))
+    return f"{found.difference:{form}} [{found.low:{form}}, {found.high:{form}}]"

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +53,34 @@ PARTIAL_PATTERN = "*.partial"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})[0-9a-f]{8}\.(?P<kind>partial|replaced)", re.DOTALL)
 #: Lists the files of a folder with their sizes and checksums.
 CHECKSUMS_NAME = "checksums.json"
+#: In a folder that is filled piece by piece.
+LOCK_NAME = ".lock"
 _UNFINISHED = ".unfinished"
-_LOCK_NAME = ".lock"
+# Seconds that a process gives others of its launch to show up: before the log says so, and before it gives up.
+_SECONDS_TO_WARN, _SECONDS_TO_WAIT = 5.0, 600.0
 _PIECE = 16 << 20  # bytes of a file that are hashed at a time
 _NAME_BYTES = 220  # of a target's name that a temporary name repeats: file systems allow 255 in all
 _ATTEMPTS = 20
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of names_like_this, like-this, likeThis and LIKE_THIS
+_SECRET = {
+    "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "apikey", "authorization", "auth",
+    "credential", "credentials", "bearer", "cookie", "signature", "sas",
+}  # fmt: skip
+_SECRET_PAIRS = {"api key", "access key", "private key", "account key", "session key", "encryption key"}
+_ALL_SECRET = {"headers", "header", "cookies", "env", "environ"}
+_SECRET_TEXT = re.compile(
+    r"(://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"|(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"
+    r"|([\w-]*(?:token|secret|password|api[_-]?key|signature|authorization|credential)[\w-]*[\"']?\s*[=:]\s*"
+    r"[\"']?(?:bearer\s+|basic\s+)?)[^\s\"'&,;}]{4,}"
+    r"|\b(?:hf_|sk-|gh[opsu]_|xox[abp]-|AKIA)[\w-]{12,}",
+    re.IGNORECASE,
+)
+# What Markdown, HTML or a formula between dollars begins with; an underscore only at the edge of a word.
+_MARKUP = re.compile(
+    r"[<>&`*\\~$@\x00-\x1f\x7f]|\](?=[\[(:])|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE
+)
+_FORMULA = re.compile(r"\s*'*[\s']*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms too
 _IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -216,7 +241,7 @@ def publish_folder(partial: str | os.PathLike[str], final: str | os.PathLike[str
 
 
 @contextlib.contextmanager
-def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
+def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path | None]:
     """
     A folder that is filled piece by piece, by one process at a time, and gets its own name on leaving.
 
@@ -225,32 +250,34 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path | None]:
 
     Args:
         path (`str` or `Path`): Folder to write.
+        replace (`bool`, defaults to `False`): Whether an older folder is replaced, with all that is in it.
 
     Yields:
         `Path` or `None`: The folder under its temporary name, with what is there already; none when the whole folder
-            is there under its own name, also if another process has finished it while this one waited.
+            is there under its own name and is not to be replaced, also if another process has finished it meanwhile.
 
     Raises:
         OSError: The folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f".{target.name}{_UNFINISHED}")
-    while not target.exists():
+    (target / LOCK_NAME).unlink(missing_ok=True)  # of a process that was killed when all but this was done
+    while replace or not target.exists():
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock(unfinished / _LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
+            held = lock(unfinished / LOCK_NAME, waiting=f"Another process is writing {path}; waiting for it.")
         except FileNotFoundError:  # that process has finished the folder, or given up
             continue
         try:
-            if not (unfinished / _LOCK_NAME).exists():
+            if not (unfinished / LOCK_NAME).exists():
                 continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished
-            publish_folder(unfinished, target, replace=False)
-            (target / _LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
+            publish_folder(unfinished, target, replace=replace)
+            (target / LOCK_NAME).unlink()  # those who wait see that it is gone, and look for the folder
             return
         except BaseException:
-            if unfinished.is_dir() and os.listdir(unfinished) == [_LOCK_NAME]:
+            if unfinished.is_dir() and os.listdir(unfinished) == [LOCK_NAME]:
                 shutil.rmtree(unfinished, ignore_errors=True)
             elif unfinished.is_dir():
                 logger.warning("%s stays: the same work will go on from there. Delete it to begin anew.", unfinished)
@@ -293,6 +320,62 @@ def lock(path: str | os.PathLike[str], *, seconds: float = -1, waiting: str) -> 
     if type(held) is FileLock:  # else the file system has no locks, and what stands in the file is the lock
         Path(path).write_text(f"pid {os.getpid()} on {socket.gethostname()}")
     return held
+
+
+@functools.cache
+def announce(folder: Path, rank: int) -> FileLock:
+    """Show the other processes of a launch that this one works in a folder, until it ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / f".process-{rank}.lock", thread_local=False)
+    with contextlib.suppress(Timeout):  # then another process of that number lives, which is as good
+        held.acquire(timeout=0)
+    return held
+
+
+class Absence:
+    """
+    Notices that processes of a launch which others wait for do not run, or no more.
+
+    Args:
+        folder (`Path`): Where they [`announce`] themselves.
+        rank (`int`), num_ranks (`int`): Number of this process, and of all.
+    """
+
+    def __init__(self, folder: Path, rank: int, num_ranks: int) -> None:
+        self._folder, self._rank, self._num_ranks = folder, rank, num_ranks
+        self._since, self._warned = time.monotonic(), False
+
+    def check(self, awaited: Iterable[int]) -> None:
+        """
+        To be called again and again while waiting for the processes of these numbers.
+
+        Raises:
+            RuntimeError: One of them has not been there for ten minutes. The log has said so after five seconds.
+        """
+        absent = [rank for rank in sorted(set(awaited)) if rank != self._rank and not self._is_there(rank)]
+        seconds = time.monotonic() - self._since
+        if not absent:
+            self._since, self._warned = time.monotonic(), False
+        elif seconds > (_SECONDS_TO_WAIT if self._warned else _SECONDS_TO_WARN):
+            message = (
+                f"This process, RANK={self._rank} of WORLD_SIZE={self._num_ranks}, waits for others that do "
+                f"not run (RANK {', '.join(map(str, absent))}). If only one was started, unset RANK and WORLD_SIZE, "
+                "which an earlier launch has left in the environment; if one has died, start all of them again."
+            )
+            if self._warned:
+                raise RuntimeError(f"{message} What is done stays.")
+            logger.warning("%s Giving up in %.0f minutes.", message, _SECONDS_TO_WAIT / 60)
+            self._warned = True
+
+    def _is_there(self, rank: int) -> bool:
+        path = self._folder / f".process-{rank}.lock"
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0, thread_local=False):
+                return False
+        except Timeout:
+            return True
 
 
 def remove_folder(path: Path) -> None:
@@ -385,6 +468,53 @@ def tensor_checksum(*parts: "str | Tensor") -> str:
         digest.update(f"{part.dtype} {list(part.shape)}".encode())
         digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """
+    A configuration as it may be written to a file, a card or a tracker.
+
+    Args:
+        value: Anything; dicts, lists and tuples are gone through at every depth.
+        name (`str`): What it is called.
+
+    Returns:
+        The same, with `"<NAME>"` in place of what is called a token, key, password and so on, of every HTTP header and
+        cookie, and of passwords, keys and signatures inside texts, such as those of addresses.
+    """
+    words = {word.lower() for word in _WORDS.findall(name)}
+    if value is None or isinstance(value, bool):
+        return value
+    if words & _SECRET or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}:
+        return f"<{name.upper()}>"
+    if isinstance(value, Mapping):
+        inner = {key: f"{key} secret" if words & _ALL_SECRET else str(key) for key in value}
+        return {key: without_secrets(item, inner[key]) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], str):  # as headers are also given
+            return [value[0], without_secrets(value[1], f"{value[0]} secret" if words & _ALL_SECRET else value[0])]
+        return [without_secrets(item, name) for item in value]
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(lambda found: next(filter(None, found.groups()), "") + "<SECRET>", value)
+    return value
+
+
+def unmarked(text: str) -> str:
+    """A text as a line of Markdown that shows it as it is: no markup, no HTML, no link, no comment."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split())).replace("|", "\\|")
+
+
+def formula_free(value: Any) -> Any:
+    """
+    The value as a cell of a CSV that no spreadsheet runs: a text that one would take for a formula gets an apostrophe
+    in front. [`with_formula`] takes it away again.
+    """
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def with_formula(text: str) -> str:
+    """What [`formula_free`] made the cell of."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:

@@ -215,6 +215,7 @@ def train(args: StudyArguments, name: str, seed: int, groups: list[dict[str, Any
 
     config = VideoGroupDPOConfig(
         output_dir=str(Path(args.output_dir) / name),
+        overwrite_output_dir=True,  # an arm that was cut off is trained again
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=3e-4,

@@ -178,6 +178,7 @@ def make_trainer(args: StudyArguments, arm: str, seed: int, sandbox: "Sandbox", 
     assert spec is not None, "the base model is not trained"
     common: dict[str, Any] = {
         "output_dir": str(weights_folder(args, arm, seed)),
+        "overwrite_output_dir": True,  # an arm that was cut off is trained again
         "cache_dir": str(args.folder / "encoded"),
         "max_steps": max_steps,
         "per_device_train_batch_size": args.batch_size,

@@ -147,6 +147,7 @@ def make_trainer(args: StudyArguments, arm: str, seed: int, sandbox: "Sandbox") 
     dataset = training_data(args, sandbox)
     common: dict[str, Any] = {
         "output_dir": str(Path(args.output_dir) / "runs" / f"{arm}-seed{seed}"),
+        "overwrite_output_dir": True,  # an arm that was cut off is trained again
         "max_steps": args.max_steps,
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": args.learning_rate,

@@ -139,6 +139,7 @@ def run_arms(study: ScriptArguments, args: "VideoREPAConfig", folder: Path) -> N
             started = time.process_time()
             trained = folder / f"{arm}-seed{seed}"
             own: dict[str, Any] = {"seed": seed, "data_seed": seed, "output_dir": str(trained)}
+            own["overwrite_output_dir"] = True  # an arm that was cut off is trained again
             log = train(arm, base, replace(args, **own), clips)
             seconds = time.process_time() - started
             measured = measure(study, args, arm, base, trained, material)

@@ -13,11 +13,13 @@ import yaml
 from tests.support.curation.clips import SMALL, write_clip
 from tests.support.curation.phyaug_runs import settings as phyaug_settings
 from tests.support.paths import ROOT
+from tests.support.tiny import tiny_wan_a14b_pipeline
 from video_trl.cli import main
 from video_trl.cli.methods import DataArguments, make_trainer
 from video_trl.cli.train import split_launcher
 from video_trl.data import write_video
 from video_trl.hub import LORA_FILE_NAME
+from video_trl.hub.lora import expert_of
 from video_trl.methods import own_methods
 from video_trl.sandbox import build_group_dataset, load_sandbox, simulate
 
@@ -52,6 +54,21 @@ def test_every_method_trains_and_leaves_an_adapter(name, groups, cache, tmp_path
     told = capsys.readouterr()
     assert told.out.splitlines()[-1].startswith(f"1 steps. In {tmp_path}: {LORA_FILE_NAME} (adapter), README.md (")
     assert told.err.rstrip().endswith("the trained weights after trainer.save_model().")
+
+
+@pytest.mark.slow
+def test_both_experts_are_trained_one_after_the_other(groups, tmp_path, capsys):
+    tiny_wan_a14b_pipeline().save_pretrained(tmp_path / "model")
+    argv = ["train", "dpo", *options("dpo", groups, tmp_path / "cache", tmp_path / "run")]
+    argv += ["--model_name_or_path", str(tmp_path / "model")]
+    assert main(argv) != 0 and "Set `expert`" in capsys.readouterr().err
+    for name in ("both", "low_noise"):
+        assert main([*argv, "--expert", name, "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("memory of a step") == 3
+    assert main([*argv, "--expert", "both"]) == 0
+    files = [tmp_path / "run" / name / LORA_FILE_NAME for name in ("high_noise", "low_noise")]
+    assert [expert_of(file) for file in files] == ["high_noise", "low_noise"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_encode_prepares_what_training_then_finds(groups, tmp_path, capsys, caplog):

@@ -36,8 +36,6 @@ QUICK = [
     "banked+tokens+ddp",
 ]
 SLOW = [
-    *(f"{family}+rows+ddp" for family in CELLS["processes"]),
-    *(f"{family}+tokens+ddp" for family in CELLS["context parallel"]),
     "full+rows+fsdp2",
     "checkpointed+sequential+fsdp2",
     "mixed+rows+fsdp2",
@@ -105,6 +103,10 @@ DEEPSPEED = [
     "adamw+rows+zero3-offload+adamw+rows+zero3-offload",
     "adamw-full+rows+zero3-offload",
 ]
+BY_FAMILY = [
+    *(f"{family}+rows+ddp" for family in CELLS["processes"]),
+    *(f"{family}+tokens+ddp" for family in CELLS["context parallel"]),
+]
 FOUR = [
     "concat+rows-tokens+ddp",
     "concat+rows-tokens+fsdp2",
@@ -151,6 +153,13 @@ def quick(tmp_path_factory) -> Path:
 def slow(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("slow")
     launch("engine_runs.py", directory, "adamw+rows+fsdp2", *SLOW, seconds=900)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def by_family(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("by_family")
+    launch("engine_runs.py", directory, *BY_FAMILY, seconds=900)
     return directory
 
 
@@ -213,6 +222,13 @@ def test_two_processes_compute_what_one_computes(quick, name):
 @pytest.mark.parametrize("name", SLOW)
 def test_every_layout_computes_what_one_process_computes(slow, name):
     check(slow, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", BY_FAMILY)
+def test_two_processes_compute_what_one_computes_of_every_family(by_family, name):
+    check(by_family, name)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.evaluation.runs import ColourJudge
+from video_trl import files
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, evaluate_pipeline, sandbox_prompts
 from video_trl.evaluation.runs.generate import VideoGenerator, generate_run
@@ -126,6 +127,17 @@ def test_other_ranks_return_nothing_and_the_first_waits_for_their_files(tmp_path
     monkeypatch.setenv("RANK", "0")
     table = evaluate_model(tmp_path, **arguments)
     assert table.proportions["all"]["pc"].n == 2
+
+
+def test_a_rank_that_an_earlier_launch_left_in_the_environment_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "_SECONDS_TO_WARN", 0.0)
+    monkeypatch.setattr(files, "_SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    words = r"RANK=0 of WORLD_SIZE=2, waits .* \(RANK 1\)\. .* unset RANK and WORLD_SIZE"
+    with pytest.raises(RuntimeError, match=words):
+        evaluate_model(tmp_path, num_prompts=2, call_kwargs=QUICK)
+    assert "Giving up in" in caplog.text
 
 
 @pytest.mark.parametrize(

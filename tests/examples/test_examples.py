@@ -204,45 +204,51 @@ def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(scr
 def test_sandbox_experiment_end_to_end(tmp_path, capsys):
     """Few clips and two steps: not to learn anything, but to leave every file that the full run leaves."""
     script = _load("train_gdpo")
-    arguments = [
-        *(
-            "--num_groups",
-            "4",
-            "--num_rejected",
-            "2",
-            "--eval_prompts",
-            "4",
-            "--eval_seeds",
-            "1",
-            "--max_steps",
-            "2",
-            "--seeds",
-            "0",
-            "1",
-        ),
-        *("--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu", "--logging_steps", "1"),
-    ]
+    arguments = (
+        "--found_clips 12 --num_rejected 2 --eval_prompts 5 --max_steps 2 --seeds 0 1 --logging_steps 1".split()
+    )
+    arguments += ["--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"]
     script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])
 
-    for method in ("phygdpo", "sft"):
+    arms = {
+        "SFT as found": "sft-as-found",
+        "SFT judged": "sft-judged",
+        "PhyGDPO": "phygdpo",
+        "Reg-DPO": "reg-dpo",
+    }
+    written = {}
+    for name in arms.values():
         for seed in (0, 1):
-            folder = tmp_path / f"{method}-seed{seed}"
-            assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
+            adapter = tmp_path / f"{name}-seed{seed}" / "pytorch_lora_weights.safetensors"
+            written[adapter] = adapter.stat().st_mtime_ns
+            assert (adapter.parent / "README.md").is_file()
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<video") == 4 * 3  # base, and the adapters of the first seed
-    assert "Which way the clips went" in page and "neither" in page
-    assert "Each training seed" in page and "PhyGDPO: rewards" in page and "eval_prompts: 4" in page
+    assert page.count("<video") == 5 * 5  # of the base, and of the arms of the first seed
+    order = ["sentences that no model was trained on", "<h2>Videos", "<h2>Scores", "<h2>Comparison"]
+    order += ["Which way the clips went", "Diversity over noises", "<h2>Training curves", "eval_prompts: 5"]
+    assert sorted(order, key=page.index) == order
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [
-        ("PhyGDPO", 0), ("PhyGDPO", 1), ("SFT", 0), ("SFT", 1),
-    ]  # fmt: skip
-    assert len(results["base"]) == 4 and results["settings"]["beta"] == 500
+        (arm, seed) for arm in arms for seed in (0, 1)
+    ]
+    assert len(results["base"]) == 5 * 2 and results["settings"]["beta"] == 500 and 0.9 < results["real_pc"] <= 1
+    lawful = sum(mode == "lawful" for mode in results["runs"][-2]["modes"])
+    assert f"{lawful} after Reg-DPO" in results["sentence"] and "law of motion in" in results["sentence"]
+    assert not any(run["win_gaps"] for run in results["runs"] if run["method"].startswith("SFT"))  # no reference
+    assert all(run["cpu_seconds"] > 0 for run in results["runs"])
     judge = load_sandbox().judge
     for row in results["base"] + results["runs"][-1]["records"]:
         score = judge.score([row["video"]], [row["prompt"]])[0]
         assert row["pc"] == pytest.approx(score["pc"], abs=0.15)  # the file is compressed, the judge saw the frames
     assert [entry["metric"] for entry in results["comparisons"]] == [
-        m for m in ("pc", "sa", "joint") for _ in range(3)
+        m for m in ("pc", "sa", "joint") for _ in range(7)
     ]
     printed = capsys.readouterr().out
-    assert "PhyGDPO vs base" in printed and "PhyGDPO vs SFT" in printed and "better" not in printed
+    assert "PhyGDPO vs base" in printed and "PhyGDPO vs SFT judged" in printed and "better" not in printed
+    assert results["sentence"] in printed
+    phases = [line for line in printed.splitlines() if line.startswith("[")]
+    assert len(phases) == 1 + 8 + 9 and "min left" in phases[-1] and max(map(len, phases)) < 100
+
+    script.main(["--config", str(script.SANDBOX_CONFIG), *arguments])  # once more: nothing is trained again
+    assert {adapter: adapter.stat().st_mtime_ns for adapter in written} == written
+    assert json.loads((tmp_path / "results.json").read_text())["sentence"] == results["sentence"]

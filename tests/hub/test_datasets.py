@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import av
@@ -9,7 +10,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Video, load_dataset
 
 from tests.support.hub_server import TOKEN, USER, serving, use
 from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_mp4
@@ -132,7 +133,42 @@ def test_an_export_that_fails_half_way_leaves_the_older_one(pairs, tmp_path, mon
     with pytest.raises(ValueError, match="Row 2: .*rejected2.mp4 cannot be read"):
         hub.export_dataset(pairs, tmp_path / "export", name="second")
     assert {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()} == before
+    hub.export_dataset(pairs.select([0, 1]), tmp_path / "export", name="third")  # clears it
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_export_goes_on_with_what_it_has_written(pairs, tmp_path, monkeypatch):
+    """But for files that have changed since."""
+    monkeypatch.setattr(hub.dataset, "_ROWS_PER_FILE", 1)
+    folder, write, embed, written = tmp_path / "export", hub.dataset.pq.write_table, hub.dataset._embed, []
+
+    def count(table, path, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(table, path, **options)
+
+    monkeypatch.setattr(hub.dataset.pq, "write_table", count)
+    with pytest.raises(KeyboardInterrupt):
+        hub.export_dataset(pairs, folder, name="pairs")
+    assert not folder.exists()
+    (tmp_path / "chosen1.mp4").write_bytes(tiny_mp4(5))
+    monkeypatch.setattr(hub.dataset.pq, "write_table", write)
+    kept = {path.name for path in tmp_path.glob(".export.unfinished/data/*")}
+    rewritten = []
+
+    def note(row, number, media):
+        rewritten.append(number)
+        return embed(row, number, media)
+
+    monkeypatch.setattr(hub.dataset, "_embed", note)
+    hub.export_dataset(pairs, folder, name="pairs")
+    assert len(kept) == 2 and rewritten == [0, 1, 2]  # row 0 for the card; 1 has changed, 2 was not written
+    assert not list(tmp_path.glob(".export*")) and not list(folder.rglob(".*"))
+    rows = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["chosen"]["bytes"] for row in rows.cast_column("chosen", Video(decode=False))] == [
+        (tmp_path / f"chosen{number}.mp4").read_bytes() for number in range(3)
+    ]
 
 
 def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_path):
@@ -164,3 +200,55 @@ def test_what_is_no_dataset_is_refused_before_anything_is_sent(server, pairs, tm
 def _card(folder):
     text = (Path(folder) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
+
+
+# ---- what is published ----------------------------------------------------------------------------------------------
+
+
+def _with(pairs, **changes):
+    return Dataset.from_list([row | (changes if number == 1 else {}) for number, row in enumerate(pairs)])
+
+
+@pytest.mark.parametrize(
+    "content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"#EXTM3U\n/etc/passwd\n", bytes(5000)]
+)
+def test_only_videos_that_can_be_read_are_embedded(pairs, tmp_path, content):
+    (tmp_path / "passwd.mp4").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Row 1: .*passwd\.mp4.*no readable video"):
+        hub.export_dataset(_with(pairs, chosen=str(tmp_path / "passwd.mp4")), tmp_path / "out", name="a/b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_lie_elsewhere_are_not_embedded(pairs, tmp_path):
+    with pytest.raises(ValueError, match="no folder of their own.*/etc"):
+        hub.export_dataset(_with(pairs, chosen="/etc/passwd"), tmp_path / "out", name="a/b")
+    inside, outside = tmp_path / "clips", tmp_path / "private"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "mine.mp4").write_bytes(tiny_mp4(5))
+    (inside / "link.mp4").symlink_to(outside / "mine.mp4")
+    rows = Dataset.from_list([{"prompt": "a", "video": str(inside / "link.mp4")}])
+    with pytest.raises(ValueError, match=r"Row 0: .*mine\.mp4 lies outside"):
+        hub.export_dataset(rows, tmp_path / "out", name="a/b", media_folders=[inside])
+    hub.export_dataset(rows, tmp_path / "out", name="a/b", media_folders=[inside, outside])
+    assert (tmp_path / "out" / "export.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: next(folder.glob("data/*")).unlink(),
+        lambda folder: os.truncate(next(folder.glob("data/*")), 100),
+        lambda folder: (folder / "data" / "other.parquet").write_bytes(b"x"),
+        lambda folder: (folder / "README.md").write_text("changed"),
+        lambda folder: (folder / "export.json").unlink(),
+        lambda folder: (folder / "export.json").write_text('{"rows": 0, "files": {}}'),
+    ],
+    ids=["a table is gone", "cut", "more", "another card", "no list", "an empty list"],
+)
+def test_an_export_that_is_not_whole_is_not_sent(server, pairs, tmp_path, damage):
+    folder = hub.export_dataset(pairs, tmp_path / "out", name="a/b")
+    damage(folder)
+    with pytest.raises(ValueError, match="no whole export"):
+        hub.push_dataset(folder, REPOSITORY)
+    assert not server.repositories

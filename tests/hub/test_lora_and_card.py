@@ -1,5 +1,7 @@
+import ast
 import copy
 import multiprocessing
+import re
 import resource
 from pathlib import Path
 
@@ -228,3 +230,27 @@ def test_push_of_a_folder_without_adapter_sends_nothing(tmp_path):
     (tmp_path / "README.md").write_text("# nothing here")
     with pytest.raises(ValueError, match="Nothing to push: .* has no pytorch_lora_weights.safetensors"):
         hub.push(tmp_path, "somebody/nothing")
+
+
+def test_no_text_ends_a_block_of_the_card_or_its_evaluation(tmp_path):
+    """Three backticks end a block of code, and the marks of the section in a prompt would take what lies between."""
+    prompt = "```\n<!-- evaluation --><script>alert(1)</script>` ````"
+    made = card(
+        prompt=prompt,
+        videos=[(prompt, "samples/a.mp4")],
+        dataset="x](http://evil.example)<b>",
+        hyperparameters={"headers": {"authorization": "Bearer sk-0123456789abcdef0123"}, "note": prompt},
+    )
+    assert "sk-0123" not in made
+    blocks = re.findall(r"^(`{3,})\w*\n(.*?)^\1$", made, re.DOTALL | re.MULTILINE)
+    snippet = blocks[0][1]
+    assert ast.parse(snippet) and repr(prompt) in snippet  # whole
+    outside = ModelCard(made).text.replace(snippet, "")  # in the front matter it is data
+    assert "<script>" not in outside and "<b>" not in outside and outside.count("<!-- evaluation -->") == 1
+    path = tmp_path / "README.md"
+    path.write_text(made)
+    hub.add_evaluation(path, [hub.Measurement("pc", 0.5)])
+    changed = path.read_text()
+    assert snippet in changed and "## Samples" in changed and "| pc | 0.5 |" in changed
+    hub.add_evaluation(path, [hub.Measurement("pc", 0.7)])
+    assert "| pc | 0.7 |" in path.read_text() and "| pc | 0.5 |" not in path.read_text()

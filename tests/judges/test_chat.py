@@ -1,11 +1,17 @@
 """Structured questions over real HTTP, to a server that answers well and to one that does not."""
 
+import asyncio
 import base64
 import email.utils
+import gzip
 import io
 import json
 import logging
+import random
+import resource
+import threading
 import time
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -13,10 +19,12 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from tests.support.judges.server import Step, free_port, serving
+from tests.support.judges.server import FAULTS, GOOD, GZIP, Step, free_port, serving
 from tests.support.tiny import tiny_video
-from video_trl.judges.chat import ChatClient, ChatError, ChatQuestion, ChatUnavailableError
+from video_trl.judges.chat import ChatClient, ChatError, ChatQuestion, ChatUnavailableError, Reply
 
+
+logger = logging.getLogger(__name__)
 
 KEY = "sk-very-secret-0123456789"
 IMAGE = tiny_video(0)[0]
@@ -31,6 +39,11 @@ class Colour(BaseModel):
 
 RED = {"colour": "red", "share": 3}
 ASK = ChatQuestion("Which colour?", Colour, [IMAGE, IMAGE], "Look closely.")
+
+
+def peak_memory():
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _client(server, **options):
@@ -64,24 +77,33 @@ def test_the_request_is_what_every_server_understands():
     assert shown.shape == IMAGE.shape and np.abs(shown.astype(int) - IMAGE).mean() < 8
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Step(status=500, body=b"oops"),
-        Step(status=503, body=b""),
-        Step(status=429, body=b"slow down"),
-        Step(fault="disconnect"),
-        Step(RED, fault="cut"),
-        Step(body=b"<html>bad gateway</html>"),
-        Step(body=b"[1, 2]"),
-        Step(status=200, body=b"\xff\xfe"),
-        Step(RED, headers={"Content-Encoding": "gzip"}),
-    ],
-    ids=["500", "503", "429", "disconnect", "cut", "html", "list", "bytes", "not gzip"],
-)
-def test_passing_faults_are_tried_again(fault):
-    with serving(fault, fault, Step(RED)) as server:
-        assert _client(server).ask(ASK).requests == 3
+# The model is not asked to repair what no model wrote; what it did write counts as one request of a repair.
+@pytest.mark.parametrize("name", FAULTS)
+def test_passing_faults_are_tried_again(name):
+    step = replace(FAULTS[name], answer=RED) if FAULTS[name].answer is GOOD else FAULTS[name]
+    with serving(step, step, Step(RED)) as server:
+        start = time.monotonic()
+        assert _client(server, timeout=1.0, max_repairs=2).ask(ASK) == Reply(
+            Colour(**RED), json.dumps(RED), "tiny-vlm-0123", 3
+        )
+        assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name", ["drip", "drip headers", "1xx", "dripped gzip", "endless", "gzip bomb"])
+def test_no_reply_outlasts_its_deadline_or_its_size(name):
+    """A byte, or a header, now and then: a timeout that each of them starts anew never ends."""
+    with serving(FAULTS[name]) as server:
+        start, memory = time.monotonic(), peak_memory()
+        with pytest.raises(ChatError, match="gave up after 1 try; the last: (no reply within 0.5 s|a reply of more)"):
+            _client(server, timeout=0.5, max_retries=0).ask(ASK)
+        assert time.monotonic() - start < 5
+        assert peak_memory() - memory < 200 * 2**20
+
+
+def test_an_honest_packed_reply_counts():
+    with serving(Step(body=gzip.compress(Step(RED).payload()), headers=GZIP)) as server:
+        assert _client(server, max_retries=0).ask(ASK).answer == Colour(**RED)
+        assert server.headers_seen[0]["Accept-Encoding"] == "identity"
 
 
 def test_a_slow_server_is_given_up_and_tried_again():
@@ -184,6 +206,64 @@ def test_an_endless_reply_is_refused():
         _client(server).ask(ASK)
 
 
+def test_parameters_that_a_model_refuses_are_left_out_from_then_on():
+    """The replies are those of OpenAI's reasoning models."""
+    refusals = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) "
+        "value is supported.",
+    }
+
+    def answer(body):
+        for name, text in refusals.items():
+            if name in body:
+                error = {"message": text, "type": "invalid_request_error", "param": name, "code": "unsupported_value"}
+                return Step(status=400, body=json.dumps({"error": error}).encode())
+        return Step(RED)
+
+    with serving(answer) as server:
+        client = _client(server, max_tokens=77, max_retries=0, concurrency=2)
+        assert all(isinstance(reply, Reply) for reply in client.ask_all([lambda: ASK] * 6))
+        assert client.ask(ASK).requests == 1
+    assert server.requests[-1]["max_completion_tokens"] == 77 and not refusals.keys() & server.requests[-1].keys()
+    with serving(answer) as server:
+        own = _client(server, extra_body={"max_completion_tokens": 5})
+        assert own.ask(ASK).requests == 2 and server.requests[-1]["max_completion_tokens"] == 5
+
+
+def test_other_refusals_that_name_a_parameter_stand():
+    text = b"'max_tokens' is too large: 4096. This model's maximum context length is 2048 tokens."
+    with serving(Step(status=400, body=text)) as server, pytest.raises(ChatError, match="maximum context length"):
+        _client(server).ask(ASK)
+    assert len(server.requests) == 1
+
+
+def test_what_is_meant_for_openai_does_not_go_to_another_server(monkeypatch):
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "CUSTOM_HEADERS", "BASE_URL"):
+        monkeypatch.setenv(f"OPENAI_{name}", f"Authorization: Bearer {KEY}\nX-Gateway: {KEY}" if "H" in name else KEY)
+    with serving(Step(RED)) as server:
+        _client(server).ask(ASK)
+        headers = {name.lower(): value for name, value in server.headers_seen[0].items()}
+    assert KEY not in str(headers)
+    known = {"host", "accept", "accept-encoding", "content-type", "content-length", "user-agent", "connection"}
+    assert headers.keys() <= known  # nothing about this machine either
+
+
+def test_it_can_be_asked_where_an_event_loop_runs():
+    async def cell():
+        return _client(server).ask(ASK)
+
+    with serving(Step(RED)) as server:
+        assert asyncio.run(cell()).answer == Colour(**RED)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'video-trl\[remote\]'"):
+        ChatClient("http://localhost:1/v1", "m")
+
+
 def test_the_key_is_sent_and_never_shown(caplog, monkeypatch):
     echo = json.dumps({"error": f"Incorrect API key provided: {KEY}"}).encode()
     with caplog.at_level(logging.DEBUG), serving(Step(status=500, body=echo), Step(status=401, body=echo)) as server:
@@ -243,6 +323,50 @@ def test_a_dead_server_stops_everything():
         with pytest.raises(ChatUnavailableError):
             _client(server, concurrency=2).ask_all([lambda: ASK] * 50)
         assert len(server.requests) < 10
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 307])
+def test_a_refusal_among_answers_costs_its_own_question(status):
+    no = Step(status=status, body=b"not for this one", headers={"Location": "/"})
+    with serving(Step(RED), no, no, no, Step(RED), no) as server:
+        replies = _client(server, concurrency=1).ask_all([lambda: ASK] * 5)
+    assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, True]
+
+
+def test_answers_of_a_server_that_goes_away_are_kept():
+    def dies(body):
+        if len(server.requests) == 2:
+            threading.Thread(target=server.shutdown).start()
+            server.server_close()
+        return Step(RED) if len(server.requests) < 2 else Step(fault="disconnect")
+
+    with serving(dies) as server:
+        replies = _client(server, concurrency=1, max_retries=1).ask_all([lambda: ASK] * 50)
+    assert [isinstance(reply, Reply) for reply in replies[:3]] == [True, True, False]
+    assert all(isinstance(reply, ChatUnavailableError) for reply in replies[2:]) and len(replies) == 50
+
+
+@pytest.mark.parametrize("number", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_fifth_of_faulty_replies_costs_no_answer(number):
+    """Faults of every kind, in any order; each question has an answer of its own."""
+    dice = random.Random(0)
+
+    def answer(body):
+        if dice.random() < 0.2:
+            return FAULTS[dice.choice(list(FAULTS))]
+        text = next(message for message in body["messages"] if message["role"] == "user")["content"][-1]["text"]
+        return Step({"colour": "blue", "share": int(text)})
+
+    with serving(answer) as server:
+        client = _client(server, timeout=1.0, max_retries=9, max_repairs=6, backoff=0.005, concurrency=24)
+        start = time.monotonic()
+        replies = client.ask_all([lambda i=i: ChatQuestion(str(i), Colour) for i in range(number)])
+    wrong = [reply for i, reply in enumerate(replies) if not isinstance(reply, Reply) or reply.answer.share != i]
+    logger.info(
+        "%d questions, %d requests, %.1f s, %d wrong, peak memory %d MiB",
+        number, len(server.requests), time.monotonic() - start, len(wrong), peak_memory() >> 20,
+    )  # fmt: skip
+    assert not wrong and len(replies) == number < len(server.requests)
 
 
 @pytest.mark.parametrize(

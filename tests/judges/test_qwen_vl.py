@@ -110,7 +110,7 @@ def test_scores_are_the_models_own_log_probabilities(folder, answers):
     score = judge.score([VIDEO], ["red ball falls"])[0]
     words = ["Yes", "No"] if answers == "yes_no" else ["1", "2", "3", "4", "5"]
     for key in ("sa", "pc"):
-        question = QUESTIONS[answers][key].format(caption="red ball falls")
+        question = QUESTIONS[answers][key].format(caption='"red ball falls"')
         everything = _logits_by_hand(judge, VIDEO, question, fps=10.0)
         picked = {word: everything[judge.tokenizer.convert_tokens_to_ids(word)].item() for word in words}
         assert score["raw"][key]["logprobs"] == pytest.approx(picked, abs=1e-4)

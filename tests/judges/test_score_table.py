@@ -90,3 +90,96 @@ def test_what_is_refused_before_anything_is_judged(tmp_path, content, output, ba
     (tmp_path / "prompts.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         score_table(tmp_path / "prompts.csv", tmp_path / output, load_judge("sandbox"), batch_size=batch_size)
+
+
+class Counting:
+    """Scores by the name of the file, and remembers what it was asked; `fails_at` is a call that raises."""
+
+    name, identity = "counting", "counting:v1"
+
+    def __init__(self, fails_at=None):
+        self.asked, self.calls, self.fails_at = [], 0, fails_at
+
+    def score(self, videos, prompts):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("out of memory")
+        self.asked += [video.name for video in videos]
+        return [{"sa": len(prompt) / 1000, "pc": 0.1 + 0.2, "raw": {}} for prompt in prompts]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_scores_are_kept_as_they_come_and_only_the_missing_are_asked_for(demo, tmp_path, suffix):
+    table, output = demo / "clips" / "prompts.csv", tmp_path / f"scores{suffix}"
+    score_table(table, tmp_path / f"whole{suffix}", Counting(), batch_size=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score_table(table, output, Counting(fails_at=4), batch_size=2)
+    assert not output.exists()
+    kept = tmp_path / f"scores{suffix}.unfinished.jsonl"
+    kept.write_bytes(kept.read_bytes()[:-30])  # killed while it wrote
+    judge = Counting()
+    score_table(table, output, judge, batch_size=2)
+    assert len(judge.asked) == 3  # two of the batch that failed, and the one of the half line
+    assert output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, f"whole{suffix}"}
+    again = Counting()
+    score_table(table, output, again)
+    assert again.asked == [] and output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    other = Counting()
+    other.identity = "counting:v2"
+    assert len(score_table(table, output, other)) == 8 == len(other.asked)
+
+
+def test_a_file_that_is_no_table_of_scores_is_not_overwritten(demo, tmp_path):
+    table = demo / "clips" / "prompts.csv"
+    mine = tmp_path / "mine.csv"
+    for content in (
+        "video,prompt\na.mp4,x\n",
+        "notes of mine",
+        "video,video_hash,prompt,sa,pc,judge,details\na,b,c,0",
+    ):
+        mine.write_text(content)
+        with pytest.raises(ValueError, match=r"mine\.csv"):
+            score_table(table, mine, Counting(), batch_size=2)
+        assert mine.read_text() == content
+
+
+def test_a_table_that_was_cut_anywhere_is_refused_or_lacks_whole_rows(demo, tmp_path):
+    output, cut = tmp_path / "scores.csv", tmp_path / "cut.csv"
+    score_table(demo / "clips" / "prompts.csv", output, Counting())
+    content = output.read_bytes()
+    rows = read_table(output)
+    for size in range(len(content)):
+        cut.write_bytes(content[:size])
+        try:
+            found = read_table(cut)
+        except ValueError as error:
+            assert "cut.csv" in str(error)
+        else:
+            assert found == rows[: len(found)] and content[:size].endswith((b"\r", b"\n"))
+
+
+def test_captions_that_a_spreadsheet_would_run_come_back_as_they_were(demo, tmp_path):
+    captions = [
+        '=HYPERLINK("http://x")',
+        "+cmd|' /C calc'!A0",
+        "-1+1",
+        "@SUM(1)",
+        "\t=1",
+        "'=1",
+        "plain\u2028text",
+        " =1",
+    ]
+    videos = [row["video"] for row in read_table(demo / "clips" / "prompts.csv")]
+    table = tmp_path / "prompts.jsonl"
+    table.write_text(
+        "".join(
+            json.dumps({"video": v, "prompt": c}, ensure_ascii=False) + "\n"
+            for v, c in zip(videos, captions, strict=True)
+        )
+    )
+    score_table(table, tmp_path / "scores.csv", Counting(), folder=demo / "clips")
+    assert [row["prompt"] for row in read_table(tmp_path / "scores.csv")] == captions
+    with open(tmp_path / "scores.csv", newline="") as file:
+        cells = [row["prompt"] for row in csv.DictReader(file)]
+    assert all(cell.startswith(("'", "plain")) for cell in cells)

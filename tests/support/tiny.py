@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, Features, List, Value, Video
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
@@ -22,6 +23,8 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -37,8 +40,12 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -419,6 +426,45 @@ def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
     return tiny_ltx_pipeline(seed, LTXImageToVideoPipeline)
 
 
+def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
+    """Text-to-video pipeline laid out as HunyuanVideo's: two text encoders, blocks of two kinds, embedded guidance."""
+    ids = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(seed)
+    llama = LlamaConfig(hidden_size=TEXT_DIM, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, **ids)
+    clip = CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, projection_dim=8, **ids
+    )
+    text_encoder, text_encoder_2 = LlamaModel(llama).eval(), CLIPTextModel(clip).eval()
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    ).eval()
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    ).eval()
+    pipeline = HunyuanVideoPipeline(
+        text_encoder=text_encoder,
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tiny_tokenizer(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
     """A falling square on a plain background, uint8 `(T, H, W, 3)`; its colours and column depend on the seed."""
     generator = np.random.default_rng(seed)
@@ -561,5 +607,6 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
         call={"guidance_scale": 1.0, "frame_rate": 8.0},
     ),
+    "hunyuan-t2v": TinyFamily(tiny_hunyuan_pipeline, call={}),
 }
 """Every family, by the name that its tests have. A new one is an entry here."""

@@ -228,6 +228,17 @@ def test_one_of_two_experts_does_not_train_at_all_noise_levels(ratio, tmp_path):
         make("wan-i2v", "DPO", tmp_path, expert="low_noise", extra={"model": pipeline})
 
 
+def test_the_guidance_that_a_transformer_is_told_is_an_option(tmp_path):
+    made = make("hunyuan-t2v", "SFT", tmp_path)
+    told = make("hunyuan-t2v", "SFT", tmp_path, embedded_guidance=1.0)
+    assert (made.family.guidance, made.sampler.call_kwargs["guidance_scale"]) == (6.0, 6.0)
+    assert (told.family.guidance, told.sampler.call_kwargs["guidance_scale"]) == (1.0, 1.0)
+    errors = [each.evaluate(rows_for("hunyuan-t2v", "SFT"))["eval_loss"] for each in (made, told)]
+    assert errors[0] != errors[1]
+    with pytest.raises(ValueError, match="for transformers that are told one; 'wan' is not"):
+        make("wan-t2v", "SFT", tmp_path, embedded_guidance=1.0)
+
+
 # ---- What does not fit is refused before anything is encoded or trained ---------------------------------------------
 
 

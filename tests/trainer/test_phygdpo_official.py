@@ -111,3 +111,14 @@ def test_optimizer_and_schedule_are_the_authors(official):
     for _ in range(999):
         made.lr_scheduler.step()
     assert made.lr_scheduler.get_last_lr()[0] == 1e-5
+
+
+def test_the_adapter_is_on_the_authors_layers(official):
+    """`q,k,v,o,ffn.0,ffn.2` of their transformer: both attentions, and the feed-forward network."""
+    names = [name for name, _ in official.model.named_parameters() if "lora_A" in name]
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    attentions = {f"{attention}.{name}" for attention in ("attn1", "attn2") for name in projections}
+    assert {name.split(".lora_A")[0].split(".", 2)[2] for name in names} == attentions | {
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    }

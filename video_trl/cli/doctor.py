@@ -28,6 +28,7 @@ _LEAST_SHARED_GIB = 1  # batches of `dataloader_num_workers`
 _NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 _EXTRAS = {
     "sentencepiece": "the judges VideoCon-Physics and VideoPhy-2: pip install 'video-trl[judges]'",
+    "openai": "judges and annotators behind a server: pip install 'video-trl[remote]'",
     "sentence-transformers": "action clustering: pip install 'video-trl[curation]'",
     "scikit-learn": "linear probes: pip install 'video-trl[evaluation]'",
     "uvicorn": "the voting page: pip install 'video-trl[vote]'",

@@ -90,9 +90,9 @@ def check_expert(name: str, revision: str | None, expert: str | None) -> None:
     """Raise a `ValueError` unless an expert is chosen where a pipeline has several transformers, and only there."""
     from ..trainer.setup.models import choose_expert
 
+    known = _known(name, revision)
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-    # Of the checkpoints whose configurations ship with the package each has one transformer.
-    index = {} if _known(name, revision) is not None else _index(pipeline_source(name), kwargs)
+    index = known.get("index", {}) if known is not None else _index(pipeline_source(name), kwargs)
     choose_expert(index, expert, repr(name))
 
 
@@ -114,7 +114,7 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
             transformer, vae = (
                 _diffusers_class(known[part]).from_config(known[part]) for part in ("transformer", "vae")
             )
-        return family_for(transformer, scheduler), transformer, vae
+        return family_for(transformer, scheduler, known.get("index")), transformer, vae
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     name = pipeline_source(name)
     # Not through the pipeline: it would load the weights of the parts that are optional for some of its checkpoints.

@@ -20,6 +20,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from PIL import Image
 
 from ..data.buckets import AspectBucket
+from ..files import remove_leftovers
 from ..load import SANDBOX, generation_defaults, load_pipeline
 from ..models import GenerationRules, generation_rules
 from .clips.normalise import normalise_video
@@ -201,6 +202,7 @@ def run_jobs(
             short.
     """
     stage = generation_stage(model, root, fps=fps, num_frames=num_frames)
+    remove_leftovers(Path(root) / "generated" / model.slug)
     return run_stage(jobs, stage, Path(root) / "stages", shard)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..files import Absence
 from ..judges import VideoJudge
 from ..load import SANDBOX, heldout_prompts, load_judge
 from .benchmarks.videophy import load_videophy
@@ -101,7 +102,7 @@ def evaluate_model(
     if rank != 0:
         return None
     if num_ranks > 1:
-        _wait_for_scores(run, judge.name)
+        _wait_for_scores(run, judge.name, num_ranks)
     return tabulate(run, judge=judge.name)
 
 
@@ -254,14 +255,17 @@ def evaluation_prompts(
     return loaded_prompts[:number]
 
 
-def _wait_for_scores(run: EvaluationRun, judge: str) -> None:
+def _wait_for_scores(run: EvaluationRun, judge: str, num_ranks: int) -> None:
     """Waits for the other processes of the launch, by their files: hours apart, they would time out at a barrier."""
     last = time.monotonic()
+    absence = Absence(run.folder.resolve(), 0, num_ranks)
     while True:
-        waiting = len(run.cases) - len(list((run.folder / SCORE_FOLDER / slug(judge)).glob("[0-9]*.json")))
-        if waiting <= 0:
+        scored = {path.stem for path in (run.folder / SCORE_FOLDER / slug(judge)).glob("[0-9]*.json")}
+        waiting = [position for position, case in enumerate(run.cases) if case.key not in scored]
+        if not waiting:
             return
+        absence.check(position % num_ranks for position in waiting)
         if time.monotonic() - last > _REPORT_SECONDS:
             last = time.monotonic()
-            logger.info("Waiting for the other processes: %d of %d scores are missing.", waiting, len(run.cases))
+            logger.info("Waiting for the other processes: %d of %d scores are missing.", len(waiting), len(run.cases))
         time.sleep(_POLL_SECONDS)

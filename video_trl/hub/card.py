@@ -9,15 +9,17 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 
-from ..files import write_atomically
+from ..files import unmarked, without_secrets, write_atomically
 from ..load import SANDBOX
 from .lora import LORA_FILE_NAME
 
 
 CARD_NAME = "README.md"
 _PACKAGES = ("video-trl", "torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
-_EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- end of evaluation -->", re.DOTALL)
+# At the start of a line, where no prompt of a card stands.
+_EVALUATION = re.compile(r"^<!-- evaluation -->.*?<!-- end of evaluation -->$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,13 @@ def model_card(
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
         expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
-        dtype (`str`, defaults to `"bfloat16"`), revision (`str`, *optional*): Of the base model.
-        call_kwargs (`dict`, *optional*): Further arguments of the snippet's call.
+        dtype (`str`), revision (`str`, *optional*), call_kwargs (`dict`, *optional*): Of the base model and its call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
         log (list of `dict`, *optional*): Rows of the training log; columns are the keys of the first one.
         evaluation (list of [`Measurement`] or `dict`, *optional*): Table; the former are the `model-index` as well.
         videos (list of (`str`, `str`), *optional*): Prompt and path in the repository of generated videos.
         dataset (`str` or [`DatasetFacts`], *optional*): What was trained on.
-        resources_used (`dict`, *optional*): Table of hardware, time and energy.
-        citation (`str`, *optional*): BibTeX.
+        resources_used (`dict`, *optional*), citation (`str`, *optional*): Hardware, time and energy; BibTeX.
         license (`str` or `dict`, *optional*): Identifier, or the entries `license`, `license_name`, `license_link`.
 
     Returns:
@@ -138,9 +138,7 @@ def model_card(
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
         title=Path(repo_id).name,
         adapter=transformer_class is None,
-        base_model_link=_link(base_model)
-        if expert is None
-        else f"the `{expert[0]}` transformer of {_link(base_model)}",
+        base_model_link=_link(base_model, expert),
         revision=revision,
         method_name=method_name,
         dataset=facts,
@@ -207,19 +205,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def settings_table(settings: Mapping[str, Any] | None) -> str:
     """A table of names and values."""
-    return table([{"setting": name, "value": value} for name, value in (settings or {}).items()])
+    shown = without_secrets(dict(settings or {}))
+    return table([{"setting": name, "value": value} for name, value in shown.items()])
 
 
 def cell(value: Any) -> str:
-    """A value as the cell of a table: one line, bars escaped, floats to four digits."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A value as the cell of a table: one line, floats to four digits; a text is shown as it is, `Markup` is used."""
+    if isinstance(value, Markup):
+        return value
+    return unmarked(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def fence(text: str) -> str:
+    """Marks of a code block that no line of the text can end."""
+    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def render(template: str, **values: Any) -> str:
     text = resources.files("video_trl").joinpath(f"templates/{template}").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "fence": fence}
     return environment.from_string(text).render(**values)
 
 
@@ -238,8 +243,10 @@ def _model_index(repo_id: str, measurements: Sequence[Measurement], task: str | 
     return {"model_name": Path(repo_id).name, "eval_results": [_eval_result(row, task) for row in measurements]}
 
 
-def _link(base_model: str) -> str:
-    return f"[{base_model}](https://huggingface.co/{base_model})" if is_repo_id(base_model) else f"`{base_model}`"
+def _link(base_model: str, expert: tuple[str, str] | None) -> str:
+    is_repo = is_repo_id(base_model)
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo else f"`{base_model}`"
+    return link if expert is None else f"the `{expert[0]}` transformer of {link}"
 
 
 def _eval_result(row: Measurement, task: str | None) -> EvalResult:

@@ -10,9 +10,22 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
+from markupsafe import Markup
 
 from ..data.columns import undecoded
-from ..files import atomic_folder, remove_leftovers
+from ..data.images import read_image
+from ..data.video_io import iterate_video
+from ..files import (
+    LOCK_NAME,
+    atomic_file,
+    fingerprint,
+    hash_bytes,
+    read_json,
+    remove_leftovers,
+    resumable_folder,
+    unmarked,
+    write_json,
+)
 from .card import CARD_NAME, render, settings_table, table
 from .upload import explained, without_conflict
 
@@ -36,6 +49,7 @@ _MEANING = {
     "provenance": "where the row comes from",
 }
 _SHOWN_ROWS = 3
+_LIST = "export.json"
 _ROWS_PER_FILE, _BYTES_PER_FILE = 256, 400_000_000
 
 
@@ -48,10 +62,11 @@ def export_dataset(
     license: str | None = None,
     description: str = "",
     details: Mapping[str, Any] | None = None,
+    media_folders: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Path:
     """
     Write a dataset as a folder that can go anywhere: `data/*.parquet` with the bytes of the videos in them, a card,
-    and the videos of the first rows for it.
+    and the videos of the first rows for it. An export that was killed goes on with the files that it has written.
 
     Args:
         dataset (`datasets.Dataset`): Rows with videos as features of that type, or as paths in the columns `video`,
@@ -62,40 +77,37 @@ def export_dataset(
         license (`str`, *optional*): Licence identifier.
         description (`str`, *optional*): How the dataset was made.
         details (`dict`, *optional*): Table of settings and counts of that.
+        media_folders (list of `str` or `Path`, *optional*): Folders that the files must lie under, links followed. By
+            default all files must lie under one folder, which is neither the home folder nor one above or beside it.
 
     Returns:
-        `Path`: The folder.
+        `Path`: The folder. `export.json` in it lists the files and their hashes; [`push_dataset`] sends nothing else.
 
     Raises:
-        ValueError: There are no rows, no videos, or a file is gone; or the folder holds anything but an export.
+        ValueError: There are no rows, no videos, a file is gone, is no readable video or image, or lies elsewhere; or
+            the folder holds anything but an export.
     """
     folder = Path(folder)
     features = _features(dataset)
     media = {column for column, feature in features.items() if _media_type(feature) is not None}
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
-    strange = [path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME)]
+    _check_places(dataset, media, media_folders)
+    strange = [
+        path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME, _LIST)
+    ]
     if strange:
         raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
     remove_leftovers(folder.parent)
-    with atomic_folder(folder) as partial:
-        (partial / "data").mkdir()
-        shards = 0
-        samples: list[dict[str, Any]] = []
-        for rows in _shards(undecoded(dataset), media):
-            shards += 1
-            if not samples:
-                samples = [_show(row, number, media, partial) for number, row in enumerate(rows[:_SHOWN_ROWS])]
-            content = datasets.Dataset.from_list(rows, features=features)
-            pq.write_table(content.with_format("arrow")[:], _shard(partial, split, shards), row_group_size=16)
-        for number in range(1, shards + 1):
-            name_of_all = f"{split}-{number - 1:05d}-of-{shards:05d}.parquet"
-            _shard(partial, split, number).rename(partial / "data" / name_of_all)
+    with resumable_folder(folder, replace=True) as partial:
+        assert partial is not None
+        samples = _write_shards(undecoded(dataset), features, media, partial, split)
         card = dataset_card(
             dataset, features, name=name, split=split, samples=samples, license=license, description=description,
             details=details,
         )  # fmt: skip
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
+        write_json(partial / _LIST, {"rows": len(dataset), "files": _hashes(partial)}, indent=1)
     return folder
 
 
@@ -120,20 +132,22 @@ def push_dataset(
         folder (`str` or `Path`, *optional*): Where to write the files, and to leave them; a temporary one by default.
         private (`bool`, *optional*): Visibility of a new repository; the account's default.
         token (`str`, *optional*): Access token; the one logged in with.
-        **card: `split`, `license`, `description` and `details` of [`export_dataset`].
+        **card: `split`, `license`, `description`, `details` and `media_folders` of [`export_dataset`].
 
     Returns:
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: As [`export_dataset`], or the folder holds no dataset. Raised before anything is sent.
+        ValueError: As [`export_dataset`], the folder holds no dataset, or an export that is not whole or was changed.
+            Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
         if isinstance(dataset, datasets.Dataset):
             exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)
-        elif (Path(dataset) / "data").is_dir() and (Path(dataset) / CARD_NAME).is_file():
+        elif (Path(dataset) / _LIST).is_file() or (Path(dataset) / CARD_NAME).is_file():
             exported = Path(dataset)
+            _check_export(exported)
         elif (Path(dataset) / "state.json").is_file():
             rows = datasets.load_from_disk(str(dataset))
             exported = export_dataset(rows, folder or temporary, name=repo_id, **card)
@@ -158,6 +172,61 @@ def push_dataset(
 
         place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
         return explained(send, f"{place}Call `push_dataset` again later; what was sent is not sent twice.")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != _LIST and not path.name.startswith(".")
+    )
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+
+
+def _check_export(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: The folder is not what [`export_dataset`] wrote.
+    """
+    listed = read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+    found = _hashes(folder)
+    wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    if wrong or not listed:
+        raise ValueError(
+            f"{folder} is no whole export: {wrong[0] if wrong else _LIST} is missing, was changed, or does not belong "
+            f"to it ({len(wrong)} files in all). Call `export_dataset` again."
+        )
+
+
+def _check_places(
+    dataset: datasets.Dataset, media: set[str], folders: Sequence[str | os.PathLike[str]] | None
+) -> None:
+    """
+    Raises:
+        ValueError: A file that a row names lies outside the folders, or the files have no folder of their own.
+    """
+    paths: dict[Path, tuple[int, Path]] = {}  # by folder, one file of each
+    cells = undecoded(dataset.select_columns(sorted(media)))
+    for number in range(len(cells)):
+        row = cells[number]
+        for cell in (cell for value in row.values() for cell in (value if isinstance(value, list) else [value])):
+            path, content = (cell, None) if not isinstance(cell, Mapping) else (cell["path"], cell["bytes"])
+            if path and content is None:
+                real = Path(path).resolve()
+                paths.setdefault(real.parent, (number, real))
+    if not paths:
+        return
+    if folders is None:
+        shared = Path(os.path.commonpath(paths))
+        if Path.home().is_relative_to(shared) or len(shared.parts) < 3:
+            places = ", ".join(f"{path} (row {row})" for row, path in list(paths.values())[:5])
+            raise ValueError(
+                f"The files have no folder of their own: {places}. If all of them are to be published, name their "
+                "folders in `media_folders`."
+            )
+        return
+    allowed = [Path(folder).resolve() for folder in folders]
+    for number, path in paths.values():
+        if not any(path.is_relative_to(folder) for folder in allowed):
+            raise ValueError(f"Row {number}: {path} lies outside {[str(folder) for folder in allowed]}.")
 
 
 def dataset_card(
@@ -190,7 +259,7 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"}]}],
     )
     kinds = [
-        {"column": f"`{column}`", "type": _kind(feature), "what": _MEANING.get(column, "")}
+        {"column": Markup(f"`{unmarked(column)}`"), "type": _kind(feature), "what": _MEANING.get(column, "")}
         for column, feature in features.items()
     ]
     return render(
@@ -231,28 +300,91 @@ def _media_type(feature: Any) -> datasets.Video | datasets.Image | None:
     return inner if isinstance(inner, datasets.Video | datasets.Image) else None
 
 
-def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[list[dict[str, Any]]]:
-    """Rows with the bytes of their files, as many at a time as one parquet file should hold."""
+def _write_shards(
+    dataset: datasets.Dataset, features: datasets.Features, media: set[str], folder: Path, split: str
+) -> list[dict[str, Any]]:
+    """
+    Write the rows with the bytes of their files, as many in a file as it should hold. What an export before this one
+    has written of the same rows and files stays as it is. Returns what the card shows of the first rows.
+    """
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    samples: list[dict[str, Any]] = []
+    written: list[Path] = []
+    for first, rows in _shards(dataset, media):
+        path = data / f"{split}-{len(written):05d}.{_identity(rows, media, features)}.parquet"
+        if not samples:
+            shown = [_embed(row, number, media) for number, row in enumerate(rows[:_SHOWN_ROWS])]
+            samples = [_show(row, number, media, folder) for number, row in enumerate(shown)]
+        if not path.exists():
+            embedded = [_embed(row, first + number, media) for number, row in enumerate(rows)]
+            content = datasets.Dataset.from_list(embedded, features=features)
+            with atomic_file(path) as partial:
+                pq.write_table(content.with_format("arrow")[:], partial, row_group_size=16)
+        written.append(path)
+    for other in set(data.iterdir()) - set(written):
+        other.unlink()
+    for number, path in enumerate(written):
+        path.rename(data / f"{split}-{number:05d}-of-{len(written):05d}.parquet")
+    return samples
+
+
+def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Rows, as many at a time as one parquet file should hold with their files, and the number of the first."""
     rows: list[dict[str, Any]] = []
-    size = 0
+    first = size = 0
     for number, row in enumerate(dataset):
-        for column in media & row.keys():
-            several = isinstance(row[column], list)
-            cells = [
-                _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number)
-                for k, cell in enumerate(row[column] if several else [row[column]])
-            ]
-            size += sum(len(cell["bytes"]) for cell in cells if cell is not None)
-            row[column] = cells if several else cells[0]
         rows.append(row)
+        size += sum(_file_state(cell, number)[1] for cell in _cells(row, media))
         if len(rows) == _ROWS_PER_FILE or size > _BYTES_PER_FILE:
-            yield rows
-            rows, size = [], 0
+            yield first, rows
+            first, rows, size = number + 1, [], 0
     if rows:
-        yield rows
+        yield first, rows
 
 
-def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
+def _cells(row: Mapping[str, Any], media: set[str]) -> list[Any]:
+    """The files of a row, as the dataset has them."""
+    columns = [row[column] for column in sorted(media & row.keys())]
+    cells = [cell for column in columns for cell in (column if isinstance(column, list) else [column])]
+    return [cell for cell in cells if cell is not None]
+
+
+def _identity(rows: Sequence[Mapping[str, Any]], media: set[str], features: datasets.Features) -> str:
+    """Hash of rows: equal ones, with files that have not changed since, give equal parquet files."""
+    plain = [{name: value for name, value in row.items() if name not in media} for row in rows]
+    states = [_file_state(cell, number) for number, row in enumerate(rows) for cell in _cells(row, media)]
+    return fingerprint(str(features), plain, states)
+
+
+def _file_state(cell: Any, row: int) -> tuple[str, int, int]:
+    """Name or hash, size, and time of change of a file."""
+    path, content = (cell, None) if isinstance(cell, str) else (cell["path"], cell["bytes"])
+    if content is not None:
+        return hash_bytes(content), len(content), 0
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError(
+            f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
+        ) from error
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+def _embed(row: Mapping[str, Any], number: int, media: set[str]) -> dict[str, Any]:
+    """A row with the bytes of its files."""
+    embedded = dict(row)
+    for column in media & row.keys():
+        several = isinstance(row[column], list)
+        cells = [
+            _embedded(cell, f"{number:06d}-{column}-{k}" if several else f"{number:06d}-{column}", number, column)
+            for k, cell in enumerate(row[column] if several else [row[column]])
+        ]
+        embedded[column] = cells if several else cells[0]
+    return embedded
+
+
+def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | None:
     """A file as its bytes and a name that ends as the file does; none of the machine's folders."""
     if cell is None:
         return None
@@ -261,11 +393,23 @@ def _embedded(cell: Any, name: str, row: int) -> dict[str, Any] | None:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
-            ) from error
+            raise _unreadable(path, row, error) from error
+    try:
+        if column in _IMAGE_COLUMNS:
+            read_image({"bytes": content, "path": path})
+        else:
+            next(iterate_video({"bytes": content, "path": path}))
+    except (ValueError, StopIteration) as error:
+        raise ValueError(
+            f"Row {row}: {path or 'the content'} of the column {column!r} is no readable video or image, and is not "
+            f"published ({error}). Drop the row."
+        ) from error
     ending = Path(path).suffix if path else (".mp4" if content[4:8] == b"ftyp" else ".png")
     return {"bytes": content, "path": name + ending}
+
+
+def _unreadable(path: str, row: int, error: OSError) -> ValueError:
+    return ValueError(f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row.")
 
 
 def _show(row: Mapping[str, Any], number: int, media: set[str], folder: Path) -> dict[str, Any]:
@@ -281,10 +425,6 @@ def _show(row: Mapping[str, Any], number: int, media: set[str], folder: Path) ->
             path.write_bytes(cell["bytes"])
             paths[label] = str(path.relative_to(folder))
     return {"prompt": row.get("prompt", ""), "videos": paths}
-
-
-def _shard(folder: Path, split: str, number: int) -> Path:
-    return folder / "data" / f"{split}-{number:05d}.parquet"
 
 
 def _kind(feature: Any) -> str:

@@ -1,33 +1,49 @@
 """Ask an OpenAI-compatible server about text and images; the answer is validated against a schema."""
 
+import asyncio
 import base64
 import email.utils
+import importlib.util
 import io
+import json
 import logging
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from .answers import AnswerError, read_answer
+
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 Answer = TypeVar("Answer", bound=BaseModel)
 
 API_KEY_VARIABLE = "VIDEO_TRL_API_KEY"
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}  # the server may do better in a moment
-_HOPELESS = {401, 403, 404, 405}  # every other question would fail in the same way
+_RETRIED = {408, 409, 425, 429, *range(500, 600)} - {501, 505}  # the server may do better in a moment
+_HOPELESS = {401, 403, 404, 405}  # every other question will most likely fail in the same way
+_REFUSALS = 5  # of that kind, with no answer before, and the server is not asked on
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
-_LARGEST_REPLY = 8 * 2**20  # bytes
+_SENSELESS_WAIT = 86400.0  # a server that asks for more than a day has no clock, or no sense
+_LARGEST_REPLY = 8 * 2**20  # bytes, unpacked
+# What a server needs. The client would add what it finds in variables for OpenAI's own service (organization, project,
+# any header), and describe this machine.
+_SENT_HEADERS = {"host", "accept", "content-type", "content-length", "user-agent", "connection"}
 
 
 class ChatError(RuntimeError):
@@ -42,12 +58,24 @@ class ChatUnavailableError(ChatError):
     """The server cannot be used at all: not reachable, key refused, or no such model or address."""
 
 
+class ChatRefusedError(ChatUnavailableError):
+    """The server is there and refuses the key, the model or the address."""
+
+
 class _TryAgain(Exception):
     """A try failed in a way that may pass; `wait` is what the server asked for, in seconds."""
 
     def __init__(self, reason: str, wait: float | None = None, unreachable: bool = False) -> None:
         super().__init__(reason)
         self.wait, self.unreachable = wait, unreachable
+
+
+class _UnsupportedError(Exception):
+    """The server does not know parameters that can be left out."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(names)
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -87,19 +115,60 @@ class Reply(Generic[Answer]):
     requests: int
 
 
+class _BoundedClient(httpx2.AsyncClient):
+    """Sends the headers that a server needs and no others, and reads no more than `_LARGEST_REPLY`, packed or not."""
+
+    def __init__(self, own_headers: dict[str, str], **options: Any) -> None:
+        super().__init__(**options)
+        self._own_headers = own_headers
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        headers = httpx2.Headers({name: request.headers[name] for name in _SENT_HEADERS & set(request.headers)})
+        headers |= {"Accept-Encoding": "identity", **self._own_headers}
+        asked = httpx2.Request(request.method, request.url, headers=headers, stream=request.stream)
+        response = await super().send(asked, **options | {"stream": True})
+        content = bytearray()
+        try:
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > _LARGEST_REPLY:
+                    break
+        finally:
+            await response.aclose()
+        headers = httpx2.Headers(response.headers)
+        if len(content) <= _LARGEST_REPLY and (packing := headers.pop("Content-Encoding", "identity")) != "identity":
+            content = _unpacked(content, packing)
+        if len(content) > _LARGEST_REPLY:
+            raise _TryAgain(f"a reply of more than {_LARGEST_REPLY >> 20} MB")
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(content), request=request)
+
+
+def _unpacked(content: bytearray, packing: str) -> bytearray:
+    """Unpacks what a server packed unasked, up to a byte more than is read."""
+    if packing.lower() not in ("gzip", "x-gzip", "deflate"):
+        raise _TryAgain(f"a reply packed as {packing[:40]!r}, for which nobody asked")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as its first bytes say
+    try:
+        return bytearray(unpacker.decompress(content, _LARGEST_REPLY + 1))
+    except zlib.error as error:
+        raise _TryAgain(f"a reply that cannot be decoded ({error})") from None
+
+
 class ChatClient:
     """
     Client of an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a commercial one). May be used from many threads.
+    It is the package `openai` (extra `remote`), held to a deadline and a size for each request.
 
-    Transport errors, timeouts and the statuses 408, 409, 425, 429 and 500 to 504 are tried again after an exponential
-    back-off with jitter, or after what `Retry-After` says (at most a minute). A reply that is no valid answer is shown
-    to the model with what is wrong, for another try.
+    Transport errors, timeouts, unreadable or endless replies and the statuses 408, 409, 425, 429 and 5xx are tried
+    again after an exponential back-off with jitter, or after what `Retry-After` says (at most a minute). A reply that
+    is no valid answer is shown to the model with what is wrong, for another try. A server that refuses `max_tokens` or
+    `temperature`, as OpenAI's reasoning models do, is asked with `max_completion_tokens`, or without a temperature.
 
     Args:
         base_url: address up to and including the version, such as `"http://localhost:8000/v1"`.
         model: the model's name on the server.
         api_key: sent as bearer token, and removed from every message; the environment variable VIDEO_TRL_API_KEY.
-        timeout: seconds that one request may take in all.
+        timeout: seconds that one request may take in all, whatever the server does meanwhile.
         max_retries: further tries of a request that failed.
         max_repairs: further tries for a valid answer.
         backoff: seconds before the first retry, on average; doubled each time.
@@ -109,8 +178,8 @@ class ChatClient:
         extra_body: further fields of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
     Raises:
-        ValueError: an address that is no http(s) URL or holds a password, a number out of range, or a key that no HTTP
-            header may hold.
+        ValueError: an address that is no http(s) URL or holds a password, a number out of range, a key that no HTTP
+            header may hold, or the package `openai` is not installed.
     """
 
     def __init__(
@@ -128,6 +197,8 @@ class ChatClient:
         temperature: float = 0.0,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
+        if importlib.util.find_spec("openai") is None:
+            raise ValueError("A model behind a server needs the package openai: pip install 'video-trl[remote]'.")
         url = httpx2.URL(base_url)
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             public_url = url.copy_with(username="", password="") if url.userinfo else base_url
@@ -151,17 +222,12 @@ class ChatClient:
             raise ValueError(
                 f"The API key (`api_key` or {API_KEY_VARIABLE}) has characters that no HTTP header may hold."
             )
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        patience = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
-        self._http = httpx2.Client(headers=headers, timeout=patience, limits=limits)  # follows no redirect
+        # Parameters that the server has refused, or that somebody has set under their other name.
+        self._unsupported = {"max_tokens"} if "max_completion_tokens" in self.extra_body else set()
+        self._context = httpx2.create_ssl_context()  # tens of milliseconds
 
     def __repr__(self) -> str:
         return f"ChatClient({self.base_url!r}, {self.model!r})"
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
 
     def ask(self, question: ChatQuestion[Answer]) -> Reply[Answer]:
         """
@@ -172,6 +238,63 @@ class ChatClient:
             InvalidAnswerError: no valid answer after all repairs.
             ChatError: no answer after all retries.
         """
+        (reply,) = _run(self._ask_all([lambda: question]))
+        if isinstance(reply, ChatError):
+            raise reply
+        return reply
+
+    def ask_all(self, questions: Iterable[Callable[[], ChatQuestion[Answer]]]) -> list[Reply[Answer] | ChatError]:
+        """
+        Ask many questions, at most `concurrency` at once.
+
+        Args:
+            questions: functions that make the questions, called when their turn comes, so that the images of few
+                questions are in memory at once.
+
+        Returns:
+            For each question, in order, its reply or the `ChatError` that it ended with. After one that could not
+            reach the server those not yet begun are not asked and end with the same error.
+
+        Raises:
+            ChatUnavailableError: the server cannot be used: no question was answered, and one got this error.
+            Exception: what a function that makes a question raises.
+        """
+        replies = _run(self._ask_all(questions))
+        unavailable = [reply for reply in replies if isinstance(reply, ChatUnavailableError)]
+        if unavailable and not any(isinstance(reply, Reply) for reply in replies):
+            raise unavailable[0]
+        return replies
+
+    async def _ask_all(
+        self, questions: Iterable[Callable[[], ChatQuestion[Answer]]]
+    ) -> list[Reply[Answer] | ChatError]:
+        replies: dict[int, Reply[Answer] | ChatError] = {}
+        turns = enumerate(questions)
+        gone: list[ChatError] = []  # after these it is of no use to ask on
+        refused: list[ChatError] = []  # nor after some of these without any answer
+        answered = False
+
+        async def one(make: Callable[[], ChatQuestion[Answer]]) -> Reply[Answer] | ChatError:
+            if gone or (len(refused) >= _REFUSALS and not answered):
+                return (gone or refused)[0]
+            try:
+                return await self._ask(client, await asyncio.to_thread(make))
+            except ChatError as error:
+                return error
+
+        async def work() -> None:
+            nonlocal answered
+            for number, make in turns:
+                reply = replies[number] = await one(make)
+                if isinstance(reply, ChatUnavailableError):
+                    (refused if isinstance(reply, ChatRefusedError) else gone).append(reply)
+                answered = answered or isinstance(reply, Reply)
+
+        async with self._client() as client:
+            await asyncio.gather(*(work() for _ in range(self.concurrency)))
+        return [replies[number] for number in sorted(replies)]
+
+    async def _ask(self, client: "AsyncOpenAI", question: ChatQuestion[Answer]) -> Reply[Answer]:
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": image_url(image)}} for image in question.images
         ]
@@ -181,15 +304,15 @@ class ChatClient:
             messages.insert(0, {"role": "system", "content": question.system})
         requests, fault = 0, ""
         for _ in range(self.max_repairs + 1):
-            body, tries = self._request(messages, question.answer)
+            body, tries = await self._request(client, messages, question.answer)
             requests += tries
             text, fault = _text_of(body)
             if not fault:
                 try:
-                    answer = question.answer.model_validate_json(without_fence(text))
+                    answer = read_answer(text, question.answer)
                     return Reply(answer, text, str(body.get("model") or self.model), requests)
-                except ValidationError as error:
-                    fault = faults(error)
+                except AnswerError as error:
+                    fault = str(error)
             fault = self._redact(fault)
             logger.debug("%s: invalid answer (%s)", self, fault)
             complaint = f"That was no valid answer ({fault}). Answer with JSON of the schema only."
@@ -203,103 +326,93 @@ class ChatClient:
             f"{self.base_url} ({self.model}): no valid answer in {requests} requests; the last: {fault}."
         )
 
-    def ask_all(self, questions: Iterable[Callable[[], ChatQuestion[Answer]]]) -> list[Reply[Answer] | ChatError]:
-        """
-        Ask many questions, at most `concurrency` at once.
+    def _client(self) -> "AsyncOpenAI":
+        """A client for one event loop."""
+        from openai import AsyncOpenAI
 
-        Args:
-            questions: functions that make the questions, called when their turn comes, so that the images of few
-                questions are in memory at once.
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        return AsyncOpenAI(
+            api_key="none",  # an empty one, and it would look for OpenAI's
+            base_url=self.base_url,
+            max_retries=0,
+            timeout=httpx2.Timeout(None, connect=min(self.timeout, 10.0)),  # the deadline is in `_post`
+            http_client=_BoundedClient(headers, verify=self._context, limits=limits),
+        )
 
-        Returns:
-            For each question, in order, its reply or the `ChatError` that it ended with.
-
-        Raises:
-            ChatUnavailableError: from any question; those not yet begun are not asked.
-            Exception: what a function that makes a question raises.
-        """
-
-        def one(make: Callable[[], ChatQuestion[Answer]]) -> Reply[Answer] | ChatError:
-            try:
-                return self.ask(make())
-            except ChatUnavailableError:
-                raise
-            except ChatError as error:
-                return error
-
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            return list(pool.map(one, questions))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _request(self, messages: list[dict[str, Any]], answer: type[BaseModel]) -> tuple[dict[str, Any], int]:
+    async def _request(
+        self, client: "AsyncOpenAI", messages: list[dict[str, Any]], answer: type[BaseModel]
+    ) -> tuple[dict[str, Any], int]:
         """The server's reply and the number of tries."""
         schema = {"name": answer.__name__, "schema": answer.model_json_schema(), "strict": True}
-        body = {
+        fields = {
             "model": self.model,
             "messages": messages,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
             "response_format": {"type": "json_schema", "json_schema": schema},
-        } | self.extra_body
-        for attempt in range(self.max_retries + 1):
+        }
+        failed = tries = 0
+        while True:
+            tries += 1
+            limit = "max_completion_tokens" if "max_tokens" in self._unsupported else "max_tokens"
+            optional = {limit: self.max_tokens, "temperature": self.temperature}
+            optional = {name: value for name, value in optional.items() if name not in self._unsupported}
             try:
-                return self._post(body), attempt + 1
+                return await self._post(client, fields | optional), tries
+            except _UnsupportedError as error:
+                self._unsupported |= error.names
+                logger.warning("%s refuses %s; asking without.", self, " and ".join(sorted(error.names)))
             except _TryAgain as error:
                 reason = self._redact(str(error))
-                if attempt == self.max_retries:
+                if failed == self.max_retries:
                     kind = ChatUnavailableError if error.unreachable else ChatError
                     hint = " Is the server running, and is this its address?" if error.unreachable else ""
-                    tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
                     raise kind(
-                        f"{self.base_url} ({self.model}): gave up after {tries}; the last: {reason}.{hint}"
+                        f"{self.base_url} ({self.model}): gave up after {tries} {'try' if tries == 1 else 'tries'}; "
+                        f"the last: {reason}.{hint}"
                     ) from None
-                wait = self.backoff * 2**attempt * random.uniform(0.5, 1.5) if error.wait is None else error.wait
+                wait = self.backoff * 2**failed * random.uniform(0.5, 1.5) if error.wait is None else error.wait
+                failed += 1
                 logger.debug("%s: %s; next try in %.1f s", self, reason, wait)
-                time.sleep(min(wait, _LONGEST_WAIT))
-        raise AssertionError("unreachable")
+                await asyncio.sleep(min(wait, _LONGEST_WAIT))
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, client: "AsyncOpenAI", fields: dict[str, Any]) -> dict[str, Any]:
         """One try."""
-        deadline = time.monotonic() + self.timeout
-        data = bytearray()
+        import openai
+
         try:
-            with self._http.stream("POST", f"{self.base_url}/chat/completions", json=body) as response:
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    if time.monotonic() > deadline:  # the client's own timeout restarts with every byte
-                        raise _TryAgain(f"no complete reply within {self.timeout:g} s")
-                    if len(data) > _LARGEST_REPLY:
-                        raise ChatError(f"{self.base_url}: a reply of more than {_LARGEST_REPLY >> 20} MB.")
-        except httpx2.ConnectError as error:
-            raise _TryAgain(f"cannot connect ({error})", unreachable=True) from None
-        except httpx2.TimeoutException as error:
-            unreachable = isinstance(error, httpx2.ConnectTimeout)
-            raise _TryAgain(f"no reply within {self.timeout:g} s", unreachable=unreachable) from None
-        except httpx2.TransportError as error:
-            raise _TryAgain(f"the connection broke ({error or type(error).__name__})") from None
-        except httpx2.DecodingError as error:
-            raise _TryAgain(f"a reply that cannot be decoded ({error})") from None
-        if response.status_code != 200:
-            self._raise_for_status(response, bytes(data))
+            # Not the client's own timeout, which starts again with every byte, and with every header of status 1xx.
+            async with asyncio.timeout(self.timeout):
+                raw = await client.chat.completions.with_raw_response.create(**fields, extra_body=self.extra_body)
+        except TimeoutError:
+            raise _TryAgain(f"no reply within {self.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            self._raise_for_status(error.response, fields)
+        except openai.APIConnectionError as error:  # timeouts too
+            cause = error.__cause__
+            if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
+                reason = f"cannot connect ({cause or type(cause).__name__})"
+                raise _TryAgain(reason, unreachable=True) from None
+            raise _TryAgain(f"the connection broke ({cause or type(cause).__name__})") from None
         try:
-            reply = httpx2.Response(200, content=bytes(data)).json()
-        except ValueError:
+            reply = _without_surrogates(json.loads(raw.http_response.content))
+        except (ValueError, RecursionError):
             raise _TryAgain("status 200 with a body that is no JSON") from None
         if not isinstance(reply, dict):
             raise _TryAgain(f"status 200 with a JSON {type(reply).__name__} instead of an object")
         return reply
 
-    def _raise_for_status(self, response: httpx2.Response, data: bytes) -> None:
-        status = response.status_code
-        body = self._redact(" ".join(data.decode("utf-8", "replace").split()))[:300]
-        reason = f"status {status}" + (f" ({body})" if body else "")
+    def _raise_for_status(self, response: httpx2.Response, sent: Mapping[str, Any]) -> NoReturn:
+        status, body = response.status_code, response.content.decode("utf-8", "replace")
+        shown = self._redact(" ".join(body.split()))[:300]
+        reason = f"status {status}" + (f" ({shown})" if shown else "")
         if status in _RETRIED:
             raise _TryAgain(reason, wait=_retry_after(response.headers.get("Retry-After")))
         if status in _HOPELESS or 300 <= status < 400:
             way_out = f"Check `base_url`, `model`, and `api_key` or the environment variable {API_KEY_VARIABLE}."
-            raise ChatUnavailableError(f"{self.base_url} ({self.model}): {reason}. {way_out}")
+            raise ChatRefusedError(f"{self.base_url} ({self.model}): {reason}. {way_out}")
+        refused = {name for name in ("max_tokens", "temperature") if name in sent and f"'{name}'" in body}
+        if refused and re.search("unsupported|not support", body, re.IGNORECASE):
+            raise _UnsupportedError(refused)
         raise ChatError(
             f"{self.base_url} ({self.model}): {reason}. The server refuses this request: fewer or smaller images, a "
             "larger context, or a server with `response_format` of type `json_schema` may help."
@@ -327,6 +440,9 @@ def _text_of(reply: dict[str, Any]) -> tuple[str, str]:
         return "", "a reply without `choices[0].message`"
     if refusal:
         return "", f"the model refused: {refusal}"
+    if isinstance(text, list):  # parts, of which some servers make even a text
+        parts = (part.get("text") for part in text if isinstance(part, dict))
+        text = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(text, str) or not text.strip():
         return "", "an empty answer"
     if end == "length":
@@ -334,31 +450,34 @@ def _text_of(reply: dict[str, Any]) -> tuple[str, str]:
     return text, ""
 
 
-def without_fence(text: str) -> str:
-    """JSON in a Markdown code block, as servers without guided decoding like to give it, out of its block."""
-    text = text.strip()
-    if text.startswith("```") and text.endswith("```"):
-        text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
-    return text
-
-
-def faults(error: ValidationError) -> str:
-    """What is wrong with an answer, for the model that gave it."""
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or 'answer'}: {fault['msg']}"
-        for fault in error.errors(include_url=False)[:5]
-    )
-
-
 def _retry_after(value: str | None) -> float | None:
     """Seconds, from seconds or a date; None where the header is absent or makes no sense."""
     if value is None:
         return None
     try:
-        return max(float(value), 0.0)
+        seconds = float(value)
     except ValueError:
-        pass
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(seconds, 0.0) if seconds < _SENSELESS_WAIT else None  # None for NaN too
+
+
+def _without_surrogates(value: Any) -> Any:
+    """JSON can hold halves of characters, which no file and no request can."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    return {key: _without_surrogates(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Waits for a coroutine, also where an event loop runs already, as in a notebook."""
     try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

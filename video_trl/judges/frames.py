@@ -1,5 +1,6 @@
 """Check the inputs of a judge, sample frames and resize them."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,11 @@ def check_request(videos: Sequence[object], prompts: Sequence[object]) -> None:
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(f"Nothing was judged: {'; '.join(faults[:10])}{more}. Correct or leave out these entries.")
+
+
+def quoted(caption: str) -> str:
+    """The caption in quotes that it cannot end: what it says stays a caption, and does not become a question."""
+    return json.dumps(caption, ensure_ascii=False)
 
 
 def video_name(video: Video) -> str:

@@ -93,6 +93,11 @@ class _MplugOwlJudge:
     def _settings(self) -> str:
         return ""
 
+    @property
+    def _max_tokens(self) -> int | None:
+        """Tokens of a prompt, where the original cuts longer ones."""
+        return MAX_TOKENS
+
     def _encode_prompts(self, template: str, captions: Sequence[str]) -> list[list[int]]:
         """Raises at captions that do not fit, all of them named, before any video is read."""
         faults, rows = [], []
@@ -101,11 +106,11 @@ class _MplugOwlJudge:
             rows.append(self.tokenizer.encode_prompt(template.format(caption=caption), self.separators))
             if clash:
                 faults.append(f"caption {index} contains {clash[0]!r}, which the prompt uses itself")
-            elif len(rows[-1]) > MAX_TOKENS:
+            elif self._max_tokens is not None and len(rows[-1]) > self._max_tokens:
                 faults.append(f"caption {index} needs {len(rows[-1])} tokens ({caption[:40]!r}...)")
         if faults:
             raise ValueError(
-                f"{self.name} was trained on prompts of at most {MAX_TOKENS} tokens, the video's "
+                f"{self.name} was trained on prompts of at most {self._max_tokens} tokens, the video's "
                 f"{self.tokenizer.num_video_tokens} included: {'; '.join(faults[:10])}. Pass the short captions "
                 "(about 120 tokens are free), not the upsampled ones."
             )
@@ -239,6 +244,10 @@ class VideoPhy2Judge(_MplugOwlJudge):
             raw = dict(zip(("sa", "pc"), answers, strict=True))
             results.append({name: raw[name][self.score_from] / 5 for name in raw} | {"raw": raw})
         return results
+
+    @property
+    def _max_tokens(self) -> int | None:
+        return None if self.mode == "generate" else MAX_TOKENS  # the original's generation has no window
 
     def score_rules(self, videos: Sequence[Video], rules: Sequence[str]) -> list[dict[str, Any]]:
         """

@@ -1,6 +1,7 @@
 """A judge that reads its scores from a table of videos, prompts and scores."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import fingerprint
+from ..files import fingerprint, with_formula
 from .base import Video
 from .frames import check_request, video_name
 
@@ -116,19 +117,19 @@ class PrecomputedJudge:
 
 def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
-    Rows of a `.csv`, `.jsonl` or `.parquet` file, by column name. Values of a CSV are strings.
+    Rows of a `.csv`, `.jsonl` or `.parquet` file, by column name. Values of a CSV are strings, and lose the apostrophe
+    of [`formula_free`].
 
     Raises:
-        ValueError: another suffix, or a file that is missing, empty or damaged; the message names it.
+        ValueError: another suffix, or a file that is missing, empty, cut or damaged; the message names it.
     """
     path = Path(path)
     try:
         match path.suffix:
             case ".csv":
-                with open(path, encoding="utf-8-sig", newline="") as file:
-                    rows: list[dict[str, Any]] = list(csv.DictReader(file, strict=True))
+                rows: list[dict[str, Any]] = _csv_rows(path)
             case ".jsonl":
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8-sig").split("\n")  # others may stand in a text
                 rows = [json.loads(line) for line in lines if line.strip()]
             case ".parquet":
                 import pyarrow.parquet
@@ -141,3 +142,19 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path}: expected rows with named columns, got {'none' if not rows else 'other values'}.")
     return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ValueError: the file ends within a row, or a row has more or fewer cells than the first line has names.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    if text and not text.endswith(("\n", "\r")):
+        raise ValueError("its last line has no end, as of a file that was cut; if it is whole, end it with a newline")
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has more or fewer cells than there are columns")
+    return [{name: with_formula(value) for name, value in row.items()} for row in rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Video
-from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
+from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
 from .qwen_vl_model import FAMILIES, Patches, QwenVL
 from .weights import text_hash, weights_identity
 
@@ -18,14 +18,14 @@ YES_NO = ("Yes", "No")
 RATINGS = ("1", "2", "3", "4", "5")
 QUESTIONS = {
     "yes_no": {
-        "sa": 'Does this video show what this caption says, with all its objects and actions: "{caption}"? '
+        "sa": "Does this video show what this caption says, with all its objects and actions: {caption}? "
         "Answer with Yes or No only.",
         "pc": "Do all things in this video move, change and touch as the laws of physics demand? Think of gravity, "
         "inertia, collisions, solidity, fluids, and of things that appear, vanish or change shape. "
         "Answer with Yes or No only.",
     },
     "rating": {
-        "sa": 'How well does this video show what this caption says: "{caption}"? Answer with one digit only, from 1 '
+        "sa": "How well does this video show what this caption says: {caption}? Answer with one digit only, from 1 "
         "(nothing of it) to 5 (all objects, attributes and actions).",
         "pc": "How well do the things in this video obey the laws of physics? Think of gravity, inertia, collisions, "
         "solidity, fluids, and of things that appear, vanish or change shape. Answer with one digit only, from 1 "
@@ -121,7 +121,7 @@ class QwenVLJudge:
         scores: dict[str, float] = {}
         raw: dict[str, Any] = {}
         for question, text in QUESTIONS[self.answers].items():
-            logprobs = self._answer_logprobs(patches, text.format(caption=prompt))
+            logprobs = self._answer_logprobs(patches, text.format(caption=quoted(prompt)))
             probabilities = logprobs.softmax(dim=-1).tolist()
             answers = YES_NO if self.answers == "yes_no" else RATINGS
             if self.answers == "yes_no":

@@ -8,14 +8,15 @@ from pydantic import BaseModel, ConfigDict
 
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
-from .frames import check_request, evenly_spaced, frame_rate, sample_frames, size_within
+from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
 from .weights import text_hash
 
 
 class Verdict(BaseModel):
     """What the model has to answer; reasons come first, so that the ratings follow from them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # The schema asks for these keys and no others; others in an answer change no rating.
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
     description_of_video: str
     sa_reason: str
@@ -33,7 +34,7 @@ QUESTION = """These are {count} frames of one video, in order, at these seconds:
 First describe what is to be seen, in one or two sentences. Then rate two things from 1 to 5.
 
 sa (semantic adherence): does the video show what this caption says, with all its objects, attributes and actions?
-Caption: "{caption}"
+Caption: {caption}
 1 = nothing of it, 3 = about half, 5 = all of it.
 
 pc (physical commonsense): do the things in the video move, change and touch as they would in the real world? Think of
@@ -104,7 +105,8 @@ class RemoteJudge:
 
         Raises:
             ValueError: a request that cannot be answered, or a file that is no readable video.
-            ChatUnavailableError: the server cannot be reached (after all retries), or refuses the key or the model.
+            ChatUnavailableError: the server cannot be reached (after all retries), or refuses the key or the model,
+                and none of these videos got an answer.
         """
         check_request(videos, prompts)
         pairs = zip(videos, prompts, strict=True)
@@ -124,5 +126,5 @@ class RemoteJudge:
         )
         fps = frame_rate(video, self.fps)
         seconds = ", ".join(f"{index / fps:.2f}" for index in indices)
-        text = QUESTION.format(count=len(frames), seconds=seconds, caption=prompt)
+        text = QUESTION.format(count=len(frames), seconds=seconds, caption=quoted(prompt))
         return ChatQuestion(text, Verdict, list(frames), SYSTEM)

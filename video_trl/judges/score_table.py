@@ -1,5 +1,6 @@
 """Score a table of videos with a judge. The output can be used as a precomputed judge."""
 
+import contextlib
 import csv
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import atomic_file
+from ..files import atomic_file, formula_free
 from .base import VideoJudge
 from .precomputed import SUFFIXES, read_table
 
@@ -29,6 +30,10 @@ def score_table(
     Scores the videos of a table and writes them as `PrecomputedJudge` reads them: `video`, `video_hash`, `prompt`,
     `sa`, `pc`, `judge` (its identity) and `details` (what else it said, as JSON).
 
+    The table is written whole, at the end. Until then scores are kept in `NAME.unfinished.jsonl` beside it, as they
+    come. Called again, the judge is asked for what is missing only: what neither that file nor an older table of the
+    same judge has a score for.
+
     Args:
         table: `.csv`, `.jsonl` or `.parquet` file with the columns `video` (a path) and `prompt`.
         output: file to write, with one of the same endings.
@@ -40,8 +45,8 @@ def score_table(
         The rows written, in the order of the table.
 
     Raises:
-        ValueError: before anything is judged: another ending, a batch size below 1, missing columns, or a video that
-            is missing or unreadable (named).
+        ValueError: before anything is judged: another ending, a batch size below 1, missing columns, a video that is
+            missing or unreadable (named), or an output file that is no table of scores.
     """
     table, output = Path(table), Path(output)
     if output.suffix not in SUFFIXES:
@@ -58,18 +63,55 @@ def score_table(
     if missing:
         raise ValueError(f"{table}: {len(missing)} of {len(rows)} videos are not there: {', '.join(missing[:10])}.")
     hashes = [video_hash(path) for path in paths]  # and one that is damaged is named now
-    scored: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", unit="batch", disable=None):
-        batch = slice(start, start + batch_size)
-        scores = judge.score(paths[batch], [row["prompt"] for row in rows[batch]])
-        for row, digest, score in zip(rows[batch], hashes[batch], scores, strict=True):
-            plain = {"video": row["video"], "video_hash": digest, "prompt": row["prompt"], **score}
+    identity = judge.identity
+    kept = output.with_name(f"{output.name}.unfinished.jsonl")
+    known = _known_scores(output, kept, identity)
+    keys = list(zip(hashes, [row["prompt"] for row in rows], strict=True))
+    unscored = [number for number, key in enumerate(keys) if key not in known]
+    for start in tqdm(range(0, len(unscored), batch_size), desc="Scoring", unit="batch", disable=None):
+        batch = unscored[start : start + batch_size]
+        scores = judge.score([paths[number] for number in batch], [rows[number]["prompt"] for number in batch])
+        for number, score in zip(batch, scores, strict=True):
             details = {name: value for name, value in score.items() if name not in _PLAIN}
-            scored.append(
-                {name: plain[name] for name in _PLAIN} | {"judge": judge.identity, "details": json.dumps(details)}
-            )
+            known[keys[number]] = {"sa": score["sa"], "pc": score["pc"], "details": json.dumps(details)}
+        _append(kept, [{**_entry(keys[number], identity), **known[keys[number]]} for number in batch])
+    scored = []
+    for row, key in zip(rows, keys, strict=True):
+        entry = {"video": row["video"], **_entry(key, identity), **known[key]}
+        scored.append({name: entry[name] for name in (*_PLAIN, "judge", "details")})
     _write_table(output, scored)
+    kept.unlink(missing_ok=True)
     return scored
+
+
+def _entry(key: tuple[str, str], identity: str) -> dict[str, str]:
+    return {"video_hash": key[0], "prompt": key[1], "judge": identity}
+
+
+def _known_scores(output: Path, kept: Path, identity: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Scores that this judge gave before, by hash of the video and prompt."""
+    rows: list[dict[str, Any]] = []
+    if output.exists():
+        rows = read_table(output)
+        if not {*_PLAIN, "judge", "details"} <= set(rows[0]):
+            raise ValueError(f"{output} is no table of scores, and is not overwritten. Pass another file, or move it.")
+    if kept.exists():
+        for line in kept.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # half a line of a process that was stopped
+                rows.append(json.loads(line))
+    return {
+        (row["video_hash"], row["prompt"]): {"sa": float(row["sa"]), "pc": float(row["pc"]), "details": row["details"]}
+        for row in rows
+        if row["judge"] == identity and row["sa"] not in (None, "") and row["pc"] not in (None, "")
+    }
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Starts with a new line: the last one may be half a line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join("\n" + json.dumps(row) for row in rows) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -84,6 +126,6 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             if path.suffix == ".csv":
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows({name: formula_free(value) for name, value in row.items()} for row in rows)
             else:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -6,6 +6,7 @@ from typing import Any
 from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     SchedulerMixin,
     SkyReelsV2Transformer3DModel,
@@ -15,6 +16,7 @@ from torch import nn
 
 from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
+from .hunyuan import HunyuanVideoFamily, hunyuan_family
 from .ltx import LTXFamily, LTXImageToVideoFamily, ltx_family
 from .skyreels import SkyReelsFamily, SkyReelsImageToVideoFamily, skyreels_family
 from .wan import WanFamily, WanFirstFrameFamily, WanImageToVideoFamily, wan_family
@@ -27,6 +29,7 @@ __all__ = [
     "CogVideoXImageToVideoFamily",
     "Expert",
     "GenerationRules",
+    "HunyuanVideoFamily",
     "LTXFamily",
     "LTXImageToVideoFamily",
     "ModelFamily",
@@ -50,6 +53,7 @@ __all__ = [
 _FAMILIES: dict[type[nn.Module], tuple[Callable[..., ModelFamily], tuple[Any, ...]]] = {
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily, WanFirstFrameFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
+    HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily,)),
     LTXVideoTransformer3DModel: (ltx_family, (LTXFamily, LTXImageToVideoFamily)),
     SkyReelsV2Transformer3DModel: (skyreels_family, (SkyReelsFamily, SkyReelsImageToVideoFamily)),
 }

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import PIL.Image
 import torch
@@ -113,6 +113,13 @@ class ModelFamily(Protocol):
         """Components, besides the VAE, that encode first frames, each with the component that prepares its input."""
 
     @property
+    def guidance(self) -> float | None:
+        """Guidance scale that a transformer is told which was distilled to guide itself; `None` for the others."""
+
+    def with_guidance(self, guidance: float) -> "ModelFamily":
+        """The same family with another `guidance`."""
+
+    @property
     def published_prompt_tokens(self) -> int:
         """Tokens to which the pipeline's call pads prompts if it is told no other number."""
 
@@ -197,6 +204,7 @@ class FamilyDefaults:
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
     published_prompt_tokens: int = 512
+    guidance: float | None = None
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Options of the transformer's configuration that are its numbers of blocks."""
 
@@ -213,6 +221,9 @@ class FamilyDefaults:
     def row_columns(self) -> tuple[str, ...]:
         rate = (FRAME_RATE,) if FRAME_RATE in self.condition_columns else ()
         return (*self.prompt_columns, *self.image_columns, *rate)
+
+    def with_guidance(self, guidance: float) -> Self:
+        return replace(self, guidance=guidance)
 
     @property
     def text_encoders(self) -> dict[str, str]:
@@ -383,6 +394,12 @@ def _in_blocks(family: ModelFamily, transformer: nn.Module, suffixes: list[str])
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def prompt_mask(embeds: list[Tensor], padded: Tensor) -> Tensor:
+    """Bool `(B, L)`, true where embeddings `(L_i, D)` stand in the batch `(B, L, D)` that they were padded to."""
+    lengths = torch.tensor([len(embed) for embed in embeds], device=padded.device)
+    return torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 @dataclass

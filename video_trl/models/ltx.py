@@ -27,6 +27,7 @@ from .base import (
     check_video_size,
     module_device,
     pad_with_zeros,
+    prompt_mask,
     unwrap,
 )
 
@@ -153,9 +154,7 @@ class LTXFamily(FamilyDefaults):
         """`prompt_embeds` `(B, max_sequence_length, D)`, zeros behind each prompt; `prompt_mask`, true where it is."""
         embeds = [prompt["prompt_embeds"] for prompt in prompts]
         padded = pad_with_zeros(embeds, max_sequence_length)
-        lengths = torch.tensor([len(embed) for embed in embeds], device=padded.device)
-        mask = torch.arange(max_sequence_length, device=padded.device) < lengths[:, None]
-        return {"prompt_embeds": padded, "prompt_mask": mask}
+        return {"prompt_embeds": padded, "prompt_mask": prompt_mask(embeds, padded)}
 
     def condition_shapes(
         self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None

@@ -340,6 +340,7 @@ class WanFirstFrameFamily(WanFamily):
     name: str = "wan-ti2v"
     pipeline_classes: tuple[str, ...] = ("WanImageToVideoPipeline",)
     image_columns: tuple[str, ...] = ("first_frame_latents",)
+    context_parallel_methods: tuple[str, ...] = ("ulysses",)  # ring attention is set up for one timestep a video
     given_frames: int = 1
 
     def predict(

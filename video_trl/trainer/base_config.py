@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.buckets import AspectBucket
 from ..diffusion import TimestepSampling
+from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
 from .setup.activation_checkpointing import check_policy
@@ -35,6 +36,9 @@ _UNSUPPORTED = {
 }
 
 
+_POSITIVE_OR_UNSET = (
+    "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
+)  # fmt: skip
 _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -205,6 +209,13 @@ class VideoConfig(TrainingArguments):
             "'shifted': uniform, then bent towards more noise as the sampler bends it."
         },
     )
+    embedded_guidance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale that a transformer is told which was distilled to guide itself (HunyuanVideo). "
+            "Unset: 6, the pipeline's default. Sample with what it was trained with."
+        },
+    )
     timestep_shift: float | None = field(
         default=None,
         metadata={"help": "Shift of 'shifted' timestep sampling. Unset: the flow shift of the pipeline's scheduler."},
@@ -367,13 +378,7 @@ class VideoConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, which hides its own tokens: this is what files, logs and trackers get."""
-        values: dict[str, Any] = super().to_dict()
-        options = values["model_init_kwargs"]
-        if isinstance(options, dict):
-            values["model_init_kwargs"] = {
-                name: "<TOKEN>" if "token" in name and isinstance(value, str) else value
-                for name, value in options.items()
-            }
+        values: dict[str, Any] = without_secrets(super().to_dict())
         return values
 
     def __str__(self) -> str:
@@ -391,7 +396,7 @@ class VideoConfig(TrainingArguments):
     def _check_base_values(self) -> None:
         for name in _POSITIVE:
             check_positive(self, name)
-        for name in ("num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift"):
+        for name in _POSITIVE_OR_UNSET:
             if self.__dict__[name] is not None:
                 check_positive(self, name)
         if not math.isfinite(self.timestep_logit_mean):

@@ -188,7 +188,7 @@ class VideoTrainer(Trainer):
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
         with whole_weights():
             self.pipeline, transformer, self.expert = load_model(model, args)
-        self.family = find_family(self.pipeline, transformer)
+        self.family = find_family(self.pipeline, transformer, args.embedded_guidance)
         self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
         self.timestep_range = resolve_timestep_range(args, self.expert)
         check_timesteps(args, self.pipeline, self.family, self.timestep_range)

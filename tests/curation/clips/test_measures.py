@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from tests.support.curation.clips import SIZE, encode, moving_video, write_clip
+from tests.support.curation.clips import encode, moving_video, write_clip
 from video_trl.curation.clips.camera_motion import register, warp
 from video_trl.curation.clips.measures import (
     MEASURES,
@@ -14,7 +15,7 @@ from video_trl.curation.clips.measures import (
     measure_pictures,
     tick_numbers,
 )
-from video_trl.curation.clips.text_overlay import StrokeDetector
+from video_trl.curation.clips.text_overlay import TEXT_SHORT_EDGE, LineDetector
 from video_trl.curation.engine.manifest import OUTCOME, apply_rules
 from video_trl.curation.gt_pair.pipeline import GTPairConfig
 from video_trl.data import VideoLimits
@@ -60,7 +61,12 @@ def test_another_text_detector_decides_the_column(tmp_path):
         name = "reader"
 
         def __call__(self, frames):
-            assert frames.dtype == np.uint8 and frames.shape == (2, 256, 256, 3)  # one a second
+            assert frames.dtype == np.uint8 and frames.shape == (
+                2,
+                TEXT_SHORT_EDGE,
+                TEXT_SHORT_EDGE,
+                3,
+            )  # one a second
             return 0.25
 
     assert measure_clip(write_clip(tmp_path / "clip.mp4"), Reader())["text"] == 0.25
@@ -213,8 +219,58 @@ def test_a_body_that_moves_on_its_own_does_not_pull_the_camera():
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def test_lettering_is_seen_and_texture_is_not():
-    detector = StrokeDetector()
-    clip = make_footage("text", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
-    plain = make_footage("sensor_noise", 3, **(SIZE | {"height": 256, "width": 256, "seconds": 0.6}))
-    assert detector(clip.video[:2]) > 0.08 and detector(plain.video[:2]) == 0
+def lettered(texture, size, colour=(250, 250, 250)):
+    """Two words of subtitle, `size` of the height, with a dark outline, on a picture `(H, W)` of any resolution."""
+    height, width = texture.shape
+    picture = Image.fromarray(np.stack([texture] * 3, axis=-1).clip(0, 255).astype(np.uint8))
+    font = ImageFont.load_default(size * height)
+    place = (width * 0.2, height * 0.8)
+    ImageDraw.Draw(picture).text(
+        place, "nobody saw it fall", font=font, fill=colour, stroke_width=round(0.06 * size * height), stroke_fill=0
+    )
+    return picture
+
+
+def at_text_scale(picture):
+    scale = TEXT_SHORT_EDGE / min(picture.size)
+    return np.asarray(picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("height", [270, 540, 1080])
+def test_subtitles_are_seen_on_texture_at_every_resolution_and_texture_alone_is_not(height):
+    rng, width = np.random.default_rng(0), height * 16 // 9
+    rows, columns = np.mgrid[:height, :width] / height
+    leaves = 110 + 420 * ndimage.gaussian_filter(rng.normal(size=(height, width)), height / 120) * height / 300
+    bricks = np.where((rows * 16 % 1 < 0.15) | ((columns * 6 + (rows * 16 // 1) % 2 / 2) % 1 < 0.06), 190.0, 90.0)
+    waves = 90 + 70 * np.sin(120 * rows + 3 * np.sin(40 * columns)) * np.sin(25 * columns)
+    detector, limit = LineDetector(), GTPairConfig(sources=["x"]).max_text
+    for texture in (leaves, bricks, waves):
+        plain = Image.fromarray(np.stack([texture] * 3, axis=-1).clip(0, 255).astype(np.uint8))
+        assert detector(at_text_scale(plain)[None]) <= limit
+        assert detector(at_text_scale(lettered(texture, 0.05))[None]) > limit
+        assert detector(at_text_scale(lettered(texture, 0.05, (240, 210, 60)))[None]) > limit
+
+
+def test_text_is_a_proportion_and_nothing_is_no_text():
+    detector = LineDetector()
+    blank = np.full((1, TEXT_SHORT_EDGE, TEXT_SHORT_EDGE, 3), 128, dtype=np.uint8)
+    assert detector(blank) == 0
+    page = at_text_scale(lettered(np.full((480, 854), 60.0), 0.05))
+    assert 0.005 < detector(page[None]) < 0.05  # a box of about 2 % of the picture
+    assert detector(np.stack([page, page])) == detector(page[None])
+
+
+def test_what_passes_close_to_the_lens_is_no_flash():
+    """It darkens the whole picture, and comes in from one side; a flash is everywhere at once."""
+    clock = np.arange(120) / 30
+    scene = np.repeat(noise_pictures(1), 120, axis=0)
+    passing = scene.copy()
+    for frame in range(50, 66):  # in from the left within a quarter of a second, and out to the right
+        left, right = max(round(12 * (frame - 58)), 0), min(round(12 * (frame - 50)), 96)
+        passing[frame, :, left:right] = 10
+    assert count_flashes(passing.mean(axis=(1, 2)), clock) == 1  # by brightness alone it is one
+    assert count_flashes(passing.mean(axis=(1, 2)), clock, passing) == 0
+    for level, length in ((255, 1), (255, 3), (0, 2)):
+        flash = scene.copy()
+        flash[50 : 50 + length] = level
+        assert count_flashes(flash.mean(axis=(1, 2)), clock, flash) == 1

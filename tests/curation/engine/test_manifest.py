@@ -2,13 +2,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from tests.support.paths import ROOT
+from video_trl import files
 from video_trl.curation.engine.manifest import (
     OUTCOME,
     Rule,
@@ -187,6 +190,22 @@ def test_processes_share_the_rows_and_all_get_the_whole_result(tmp_path):
     parts = [pq.read_table(part) for part in (tmp_path / stage_of().folder).glob("part-*")]
     committed = [name for part in parts for name in part["source_id"].to_pylist()]
     assert sorted(committed) == sorted(shares[0] + shares[1])
+
+
+def test_a_process_that_is_not_there_or_has_died_is_told_and_not_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "_SECONDS_TO_WARN", 0.0)
+    monkeypatch.setattr(files, "_SECONDS_TO_WAIT", 0.1)
+    table = table_of(x=[0.0, 1.0, 2.0, 3.0, 4.0])
+    words = r"RANK=0 of WORLD_SIZE=2, waits .* \(RANK 1\)\. .* unset RANK and WORLD_SIZE"
+    with pytest.raises(RuntimeError, match=words):
+        run_stage(table, stage_of(), tmp_path, Shard(0, 2))
+    assert "Giving up in" in caplog.text
+    with FileLock(tmp_path / ".process-1.lock"):  # it lives: no limit to how long it may take
+        absence = files.Absence(tmp_path, 0, 2)
+        for _ in range(5):
+            time.sleep(0.1)
+            absence.check([0, 1])
+    assert run_stage(table, stage_of(), tmp_path, Shard())["square"].to_pylist() == [0, 1, 4, 9, 16]
 
 
 def test_shard_comes_from_the_launcher(monkeypatch):

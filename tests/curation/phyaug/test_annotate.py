@@ -65,8 +65,6 @@ def remote(url, **options):
     [
         changed(physics_richness=1.2),
         changed(physics_richness="0.7"),
-        changed(physics_label=1),
-        changed(extended="word " * 101),
         changed(parse=GOOD["parse"] | {"entities": ["red ball"]}),
         {name: value for name, value in GOOD.items() if name != "reason"},
     ],
@@ -75,6 +73,14 @@ def test_an_answer_of_another_shape_is_refused(fault):
     assert Annotation.model_validate_json(json.dumps(changed(extended="word " * 100)))
     with pytest.raises(ValidationError):
         Annotation.model_validate_json(json.dumps(fault))
+
+
+def test_side_data_drops_no_clip():
+    """Algorithm 1 itself returns `original` and a label; a text that is too long is cut; only the score decides."""
+    answer = changed(physics_label=1, original="a ball falls", extended="word " * 140)
+    read = Annotation.model_validate_json(json.dumps(answer))
+    assert len(read.extended.split()) == 100 and read.physics_richness == GOOD["physics_richness"]
+    assert Annotation.model_json_schema()["additionalProperties"] is False
 
 
 def test_a_server_is_asked_once_for_each_clip_with_frames_caption_and_schema(batch):

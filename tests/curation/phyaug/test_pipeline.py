@@ -112,7 +112,7 @@ def test_people_find_the_funnel_the_histograms_and_the_card(finished):
         "| physics-rich | 7 |",
         "| physics_poor | 3 |",
         f"| {ACTIONS['incline']} | 2 | 1 |",
-        "`sandbox-rules",
+        "sandbox-rules",
     ):
         assert text in card
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"

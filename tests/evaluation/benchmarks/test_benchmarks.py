@@ -124,8 +124,10 @@ def test_the_published_floor_never_gives_more_and_takes_up_to_half_a_point():
 
 
 def test_categories_weigh_by_their_items():
-    names = ["Force"] * 40 + ["Light"] * 50 + ["Heat"] * 30 + ["Physical"] * 25 + ["Chemical"] * 15
-    full = {"Force": 1, "Light": 2, "Heat": 3, "Physical": 0, "Chemical": 0}
+    names = (
+        ["Force"] * 40 + ["Light"] * 50 + ["Heat"] * 30 + ["Physical Properties"] * 25 + ["Chemical Properties"] * 15
+    )
+    full = {"Force": 1, "Light": 2, "Heat": 3, "Physical Properties": 0, "Chemical Properties": 0}
     score = phygenbench_aggregate([_item(name, *[full[name]] * 5) for name in names])
     assert score.by_category == pytest.approx({"Mechanics": 1 / 3, "Optics": 2 / 3, "Thermal": 1.0, "Material": 0.0})
     assert tuple(score.counts.values()) == ITEMS_1B
@@ -135,7 +137,7 @@ def test_categories_weigh_by_their_items():
 
 def test_files_of_the_benchmark_are_read_from_a_folder(tmp_path):
     prompts = [
-        {"caption": "Oil on water", "main_category": "Physical", "explicit_caption": "Oil stays above."},
+        {"caption": "Oil on water", "main_category": "Physical Properties", "explicit_caption": "Oil stays above."},
         {"caption": "A prism", "main_category": "Light", "explicit_caption": "Colours appear."},
     ]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))

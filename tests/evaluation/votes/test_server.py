@@ -315,7 +315,7 @@ def test_slow_sockets_keep_nobody_out(server, tmp_path, capfd, caplog, kind, num
             assert _ask(server, "/api/vote", method="POST", body=_ballot(server, f"rater{rater}"))[0] == 200
             times.append(time.monotonic() - start)
         assert threading.active_count() - threads <= 41  # anyio's 40 workers, and no thread for a connection
-        assert len(server._server.server_state.connections) <= 200
+        assert len(server._page._server.server_state.connections) <= 200
     finally:
         for place, connection in enumerate(sockets):
             if place % 2:  # a reset, as from a browser that is killed

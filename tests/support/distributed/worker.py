@@ -65,8 +65,8 @@ def keep(name: str, directory: Path, made: Any, recorder: RecordGradients) -> No
 def stop_together(directory: Path) -> None:
     """One bad sample, seen by one of the processes in some step: both stop in that step."""
     rows = tiny_encoded_group(8)
-    rows[5]["chosen_latents"].fill_(float("nan"))
     made = trainer(config(directory / "bad", ddp_backend="gloo", per_device_train_batch_size=1), train_dataset=rows)
+    rows[5]["chosen_latents"].fill_(float("nan"))  # after the check of all rows
     try:
         made.train()
     except NonFiniteLossError:

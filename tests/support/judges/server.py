@@ -1,11 +1,12 @@
 """A real HTTP server on loopback that answers chat requests by a script, and misbehaves when the script says so."""
 
+import gzip
 import json
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +33,8 @@ class Step:
         body: raw body instead of a chat completion.
         headers: further headers.
         delay: seconds before the first byte.
-        fault: `"disconnect"` (close without a byte), `"cut"` (close in the middle), `"drip"` (a byte now and then).
+        fault: `"disconnect"` (close without a byte), `"cut"` (close in the middle), `"drip"` (a byte now and then),
+            `"drip headers"`, `"1xx"` (interim responses without end), `"endless"` (a body without end).
         finish: `finish_reason`.
         refusal: what the model says instead of answering.
     """
@@ -55,10 +57,57 @@ class Step:
         return json.dumps({"id": "x", "model": "tiny-vlm-0123", "choices": [choice]}).encode()
 
 
+GZIP = {"Content-Encoding": "gzip"}
+BOMB = gzip.compress(bytes(2**28))  # 256 MiB in 261 kB
+# Replies that a client has to get over, each by itself, by asking again.
+FAULTS = {
+    **{f"status {code}": Step(status=code, body=b"oops") for code in (408, 409, 425, 429, 500, 502, 503, 504)},
+    **{f"status {code}": Step(status=code, body=b"<html>") for code in (520, 521, 522, 524, 529, 599)},
+    **{
+        f"Retry-After: {value}": Step(status=429, headers={"Retry-After": value})
+        for value in (
+            "nan", "-nan", "inf", "-inf", "1e999", "-1", "soon", "", "9" * 500, "1_000_000_000",
+            "Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 99 Dec 2026 23:59:59 GMT",
+            "Mon, 01 Jan 0001 00:00:00 +2359", "Thu, 01 Jan 1970 00:00:00 GMT",
+        )
+    },
+    "disconnect": Step(fault="disconnect"),
+    "cut": Step(fault="cut"),
+    "drip": Step(fault="drip"),
+    "drip headers": Step(fault="drip headers"),
+    "1xx": Step(fault="1xx"),
+    "endless": Step(fault="endless"),
+    "gzip bomb": Step(body=BOMB, headers=GZIP),
+    "dripped gzip": Step(body=gzip.compress(b"{}" * 99), headers=GZIP, fault="drip"),
+    "cut gzip": Step(body=BOMB[:1000], headers=GZIP),
+    "not gzip": Step(headers=GZIP),
+    "other packing": Step(headers={"Content-Encoding": "br"}),
+    "two packings": Step(headers={"Content-Encoding": "gzip, gzip"}),
+    "no packing": Step(headers={"Content-Encoding": "\u00e4\u00f6"}),
+    "html": Step(body=b"<html>bad gateway</html>"),
+    "list": Step(body=b"[1, 2]"),
+    "number": Step(body=b"7"),
+    "nothing": Step(body=b""),
+    "bytes": Step(body=b"\xff\xfe\x00"),
+    "deep": Step(body=b"[" * 200_000),
+    "deep object": Step(body=b'{"a":' * 200_000),
+    "no choices": Step(body=b'{"choices": []}'),
+    "choices of another kind": Step(body=b'{"choices": [{"message": [1]}]}'),
+    "surrogates": Step(body=b'{"model": "\\ud800", "choices": [{"message": {"content": "\\udfff\\ud800 red"}}]}'),
+    "surrogates in a refusal": Step(refusal="no \ud800"),
+    "deep answer": Step("[" * 100_000),
+    "empty answer": Step(""),
+    "answer of another kind": Step(body=b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'),
+    "NaN": Step('{"description_of_video": NaN}'),
+    "prose": Step("maybe"),
+    "cut answer": Step(finish="length"),
+}  # fmt: skip
+
+
 class Server(ThreadingHTTPServer):
     """
     Attributes:
-        script: steps in order; the last one repeats.
+        script: steps in order, the last one repeats; or a function that makes one for a request.
         requests: parsed bodies, in order of arrival.
         headers_seen: headers of each request.
         busiest: most requests that were under way at once.
@@ -69,7 +118,7 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, script: list[Step]) -> None:
+    def __init__(self, script: list[Step | Callable[[Any], Step]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.requests, self.headers_seen, self.times = script, [], [], []
         self.paths: list[str] = []
@@ -93,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             step = server.script[min(len(server.requests), len(server.script) - 1)]
+            step = step if isinstance(step, Step) else step(body)
             server.requests.append(body)
             server.paths.append(self.path)
             server.headers_seen.append(dict(self.headers))
@@ -116,7 +166,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if step.fault == "drip headers":
+            self._drip(b"HTTP/1.1 200 OK\r\n" + b"X-Filler: x\r\n" * 1000)
+            return
+        if step.fault == "1xx":
+            self._drip(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000, piece=27)
+            return
         self.send_response(step.status)
+        if step.fault == "endless":
+            self.end_headers()
+            while True:
+                self.wfile.write(bytes(2**16))
         for name, value in {"Content-Type": "application/json", **step.headers}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(payload)))
@@ -125,15 +185,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(payload[: len(payload) // 2])
             self.close_connection = True
         elif step.fault == "drip":
-            for byte in payload:
-                self.wfile.write(bytes([byte]))
-                time.sleep(0.05)
+            self._drip(payload)
         else:
             self.wfile.write(payload)
 
+    def _drip(self, payload: bytes, piece: int = 1) -> None:
+        self.close_connection = True
+        for start in range(0, len(payload), piece):
+            self.wfile.write(payload[start : start + piece])
+            time.sleep(0.05)
+
 
 @contextmanager
-def serving(*script: Step) -> Iterator[Server]:
+def serving(*script: Step | Callable[[Any], Step]) -> Iterator[Server]:
     """A server in a thread of its own, on a free port."""
     server = Server(list(script))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

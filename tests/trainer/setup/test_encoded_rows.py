@@ -63,7 +63,7 @@ def as_table(rows):
         ("rejected_latents", lambda t: t[0], "Row 4: expected"),
         ("chosen_latents", lambda t: None, "Row 4: expected .* got none"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: "change" if callable(value) else str(value)[:30],
 )
 def test_a_bad_row_is_named_before_the_first_step(tmp_path, wrap, column, change, message):
     rows = spoiled(tiny_encoded_group(6), column, change)
@@ -148,14 +148,11 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     assert "the first is row 3" in caplog.text
 
 
-def test_a_table_and_an_older_folder_are_read_once(tmp_path, monkeypatch):
-    made = encoded(tmp_path / "encoded", tiny_group_dataset(3, 2))
-    made.is_finite = False  # as in folders of older versions
+def test_a_table_is_read_once(tmp_path, monkeypatch):
     args = config(tmp_path / "run", cache_dir=str(tmp_path / "cache"))
     reads = []
-    for rows in (made, as_table(tiny_encoded_group(3))):
-        shapes = trainer(args, train_dataset=rows).train_dataset.shapes
-        with monkeypatch.context() as patched:
-            patched.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
-            assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
-    assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 2
+    rows = as_table(tiny_encoded_group(3))
+    shapes = trainer(args, train_dataset=rows).train_dataset.shapes
+    monkeypatch.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
+    assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
+    assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 1

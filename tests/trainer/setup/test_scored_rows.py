@@ -77,10 +77,10 @@ def test_the_videos_left_out_take_no_part(loss_type, tmp_path):
 def test_no_other_video_is_ever_drawn(name, tmp_path):
     """The videos above the bound are not numbers: one of them in a loss would stop the run."""
     poisoned = rows()
-    for number, row in enumerate(poisoned):
+    made = trainer_of(name, tmp_path, extra={"train_dataset": poisoned}, max_steps=12, logging_steps=1)
+    for number, row in enumerate(poisoned):  # after the check of all rows
         out = [j for j in range(3) if j not in STAY.get(number, [])]
         row["rejected_latents"][out] = math.nan
-    made = trainer_of(name, tmp_path, extra={"train_dataset": poisoned}, max_steps=12, logging_steps=1)
     made.train()
     assert made.state.global_step == 12
 

@@ -17,8 +17,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_sample_stops_the_run_and_is_reported(tmp_path, value):
     rows = tiny_encoded_group(6)
-    rows[4]["chosen_latents"][0, 0, 0, 0] = value
     made = trainer(config(tmp_path, **SAVING, per_device_train_batch_size=1), train_dataset=rows)
+    rows[4]["chosen_latents"][0, 0, 0, 0] = value  # after the check of all rows
     with pytest.raises(
         NonFiniteLossError, match="weights were not updated and earlier checkpoints are intact"
     ) as caught:
@@ -36,10 +36,11 @@ def test_a_bad_sample_stops_the_run_and_is_reported(tmp_path, value):
 
 def test_all_micro_batches_of_the_step_are_reported(tmp_path):
     rows = tiny_encoded_group(4)
-    rows[0]["chosen_latents"].fill_(float("nan"))
     args = config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    made = trainer(args, train_dataset=rows)
+    rows[0]["chosen_latents"].fill_(float("nan"))
     with pytest.raises(NonFiniteLossError):
-        trainer(args, train_dataset=rows).train()
+        made.train()
     report = json.loads((tmp_path / "non_finite_step_1_process_0.json").read_text())
     assert sorted(sample["index"] for sample in report["samples"]) == [0, 1, 2, 3]
     assert len(report["losses"]) == 4 and report["losses"].count("nan") == 1
@@ -69,8 +70,12 @@ BAD_ROW, BAD_STEP = 4, 2  # where the order of seed 42 brings this row, in batch
 def run_into_bad_row(tmp_path, **changes):
     """A run of six steps that raises because of the second, and how many of them went through the loop."""
     rows, counted = tiny_encoded_group(6), StopAfter(100)
-    rows[BAD_ROW]["chosen_latents"][0, 0, 0, 0] = float("nan")
-    made = trainer(config(tmp_path / "bad", **changes), train_dataset=rows, eval_dataset=tiny_encoded_group(1))
+    made = trainer(
+        config(tmp_path / "bad", heldout_evaluations=0, **changes),
+        train_dataset=rows,
+        eval_dataset=tiny_encoded_group(1),
+    )
+    rows[BAD_ROW]["chosen_latents"][0, 0, 0, 0] = float("nan")  # after the check of all rows
     made.add_callback(counted)
     with pytest.raises(NonFiniteLossError, match=f"Step {BAD_STEP}:"):
         made.train()

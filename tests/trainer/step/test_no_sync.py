@@ -27,8 +27,10 @@ def waits(directory: Path, *names: str) -> dict[str, dict[str, list]]:
 
 def check(report: dict[str, list]) -> None:
     first, second, third = report["steps"]
-    # The start of a run makes constants: the sum of losses, the noise schedule. No result is read.
-    assert all(wait.startswith("copy from cpu to watched at ") for wait in first)
+    # The start of a run makes constants: the sum of losses, the noise schedule. Two results are read, once: norms of
+    # the weights, and the errors of policy and reference, which must agree.
+    proofs = tuple(f"copy from watched to cpu at {file}.py:" for file in ("preference_trainer", "passes"))
+    assert all(wait.startswith(("copy from cpu to watched at ", *proofs)) for wait in first)
     assert second == third == []
     # The log looks at the losses, the gradient norm and the metrics: the device does write waits down.
     places = " ".join(report["log"])

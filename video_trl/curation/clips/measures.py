@@ -21,7 +21,7 @@ from ...data.video_io import decode_video
 from ..engine.manifest import Batch
 from .camera_motion import register, warp
 from .sources import open_clip
-from .text_overlay import TEXT_SHORT_EDGE, StrokeDetector, TextDetector
+from .text_overlay import TEXT_SHORT_EDGE, LineDetector, TextDetector
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ MEASURES_VERSION = 2  # part of the store's name: raise it with every change of 
 SHORT_EDGE = 64  # cells: 4 pixels at 256, 11 at 720. Sensor noise averages out, a ball of 5 % of the height does not
 _BLUR = 1.0  # cells; then pictures can be warped by fractions of a cell
 _TICK = 0.1  # seconds between the pictures that motion and blending are measured on
+_ONSET = 0.05  # seconds
 _LAG = 4  # ticks between pictures that are compared: a body that rolls slowly must have left its place
 _SLACK = 0.15  # cells by which the camera's motion may be wrong: what a strong edge leaves then is no body
 _MAX_LARGE = 64  # pictures of a clip that are searched for text
@@ -65,7 +66,7 @@ def measure_batch(
 
     Args:
         batch (`dict`): Columns `path`, `offset`, `length`.
-        text_detector ([`TextDetector`], *optional*): Instead of the `StrokeDetector`.
+        text_detector ([`TextDetector`], *optional*): Instead of the `LineDetector`.
         limits ([`VideoLimits`], *optional*): How large and long a file may be.
 
     Returns:
@@ -111,7 +112,7 @@ def measure_clip(
                 large.append(reader.colour(frame))
         if len(large) == _MAX_LARGE:
             large, apart = large[::2], 2 * apart
-    text = float((text_detector or StrokeDetector())(np.stack(large)))
+    text = float((text_detector or LineDetector())(np.stack(large)))
     return measure_pictures(np.stack(small).astype(np.float32), np.array(times), end) | {"text": text}
 
 
@@ -139,7 +140,7 @@ def measure_pictures(pictures: Pictures, clock: NDArray[np.float64], end: float)
         "object_motion": objects,
         "cuts": len(cut_at),
         "blended": blended_share(slow),
-        "flashes": count_flashes(pictures.mean(axis=(1, 2)), clock),
+        "flashes": count_flashes(pictures.mean(axis=(1, 2)), clock, pictures),
     }
 
 
@@ -204,12 +205,31 @@ def find_cuts(smooth: Pictures, clock: NDArray[np.float64]) -> list[int]:
     return cuts
 
 
-def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64]) -> int:
-    """Runs of frames whose mean grey level is far from that of the half second around them."""
+def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64], pictures: Pictures | None = None) -> int:
+    """
+    Runs of frames whose mean grey level is far from that of the half second around them.
+
+    With `pictures` only those count that begin in most of the picture at once: what passes close to the lens darkens
+    the whole of it as well, and comes in from one side.
+    """
     frame_time = max(float(np.median(np.diff(clock))), 1e-3) if len(clock) > 1 else 1.0
     usual = ndimage.median_filter(brightness, size=2 * max(round(0.25 / frame_time), 2) + 1, mode="nearest")
-    flash = np.abs(brightness - usual) > 15
-    return int(np.count_nonzero(flash[1:] & ~flash[:-1])) + int(flash[0])
+    far = brightness - usual
+    starts = np.flatnonzero((np.abs(far) > 15) & (np.abs(np.roll(far, 1)) <= 15 if len(far) > 1 else True))
+    if len(far) and abs(far[0]) > 15:
+        starts = np.union1d(starts, [0])
+    if pictures is None:
+        return len(starts)
+    rise = max(round(_ONSET / frame_time), 1)  # frames within which a flash is there
+    count = 0
+    for start in starts.tolist():
+        strongest = start + int(np.abs(far[start : start + rise]).argmax())  # a flash may be shorter than its limit
+        before, peak = pictures[max(start - rise, 0)], pictures[strongest]
+        sign = 1 if far[start] > 0 else -1
+        # A white sky cannot become brighter, nor a black night darker.
+        free = before < 235 if sign > 0 else before > 20
+        count += start == 0 or not free.any() or float((sign * (peak - before) > 5)[free].mean()) > 0.75
+    return count
 
 
 def blended_share(slow: Pictures) -> float:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ...files import atomic_file, hash_bytes, remove_leftovers
+from ...files import Absence, announce, atomic_file, hash_bytes, remove_leftovers
 
 
 logger = logging.getLogger(__name__)
@@ -208,8 +208,8 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     Computes a stage for the rows that are still there, and adds its columns (null for dropped rows).
 
     Rows are split over processes by their position, so every process must come with the same table. Each one computes
-    and commits its part, then waits for the others: no message is sent, so a process may take as long as it likes. A
-    process that dies takes its launcher, and with it the waiting ones, down; the next run computes what is missing.
+    and commits its part, then waits for the others: no message is sent, so a process may take as long as it likes,
+    while it lives. Where one does not, the waiting ones say so and give up; the next run computes what is missing.
 
     Args:
         table (`pyarrow.Table`): The manifest.
@@ -221,9 +221,12 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
         `pyarrow.Table`: All rows in their order.
 
     Raises:
-        Whatever the stage's function raises. Batches committed before stay.
+        RuntimeError: Another process, whose rows are missing, does not run.
+        Exception: Whatever the stage's function raises. Batches committed before stay.
     """
     shard = shard or Shard.from_environment()
+    if shard.count > 1:
+        announce(Path(folder).resolve(), shard.index)
     store = Path(folder) / stage.folder
     store.mkdir(parents=True, exist_ok=True)
     remove_leftovers(store)
@@ -239,7 +242,7 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
             commit_batch(store, stage, batch[stage.key], stage.function(batch))
             progress.update(len(rows))
     logger.info("%s: %d rows computed here, %d found in %s", stage.name, len(mine), len(done & set(keys)), store)
-    return join_results(table, stage, collect(store, stage, set(keys)))
+    return join_results(table, stage, collect(store, stage, keys, shard))
 
 
 def committed_keys(store: Path, key: str) -> set[str]:
@@ -264,12 +267,15 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def collect(store: Path, stage: Stage, keys: set[str]) -> pa.Table:
+def collect(store: Path, stage: Stage, keys: Sequence[str], shard: Shard) -> pa.Table:
     """The store once all keys are in it: at once for a single process, else when the others are done."""
-    missing = len(keys - committed_keys(store, stage.key))
-    if missing:
-        logger.info("%s: waiting for %d rows of other processes", stage.name, missing)
-    while not keys <= committed_keys(store, stage.key):
+    absence = Absence(store.parent.resolve(), shard.index, shard.count)
+    waited = False
+    while missing := set(keys) - committed_keys(store, stage.key):
+        if not waited:
+            logger.info("%s: waiting for %d rows of other processes", stage.name, len(missing))
+        waited = True
+        absence.check(row % shard.count for row, key in enumerate(keys) if key in missing)
         time.sleep(_POLL_SECONDS)
     parts = [pq.read_table(part, schema=stage.schema) for part in sorted(store.glob("part-*.parquet"))]
     return pa.concat_tables(parts) if parts else stage.schema.empty_table()

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from .manifest import Batch, Stage, collect, commit_batch, committed_keys, digest, join_results, kept_rows
+from .manifest import Batch, Shard, Stage, collect, commit_batch, committed_keys, digest, join_results, kept_rows
 
 
 MAX_TRIES = 4  # workers that a batch may cost
@@ -122,7 +122,7 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
     logger.info(
         "%s: %d rows computed on Ray, %d found in %s", stage.name, len(missing), len(keys) - len(missing), store
     )
-    return join_results(table, stage, collect(store, stage, set(keys)))
+    return join_results(table, stage, collect(store, stage, keys, Shard()))
 
 
 def check_arrived(store: Path, key: str, keys: set[str], patience: float = _PATIENCE) -> None:

@@ -21,14 +21,14 @@ import pyarrow as pa
 
 from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
 from ...data.video_file import DEFAULT_LIMITS, VideoLimits
-from ...files import write_atomically
+from ...files import remove_leftovers, write_atomically
 from ...load import SANDBOX
 from ..captions import load_captioner
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.measures import MEASURE_LIMITS, MEASURES, MEASURES_VERSION, measure_batch
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
 from ..clips.sources import ClipSource, list_clips
-from ..clips.text_overlay import StrokeDetector, TextDetector
+from ..clips.text_overlay import LineDetector, TextDetector
 from ..engine.manifest import (
     Rule,
     Shard,
@@ -112,7 +112,7 @@ class GTPairConfig:
     )
     max_flashes: int = field(default=0, metadata={"help": "Filter 'flashes': most flashes."})
     max_text: float = field(
-        default=0.05, metadata={"help": "Filter 'text': largest proportion of the picture with text."}
+        default=0.002, metadata={"help": "Filter 'text': largest proportion of the picture with text."}
     )
 
     short_edge: int = field(default=720, metadata={"help": "Normalisation: shorter side of every clip in pixels."})
@@ -391,7 +391,7 @@ def filter_clips(
     table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, text_detector: TextDetector | None = None
 ) -> pa.Table:
     """Stage 2: one decoding pass for what has not been measured before, then thresholds."""
-    detector = text_detector or StrokeDetector()
+    detector = text_detector or LineDetector()
     stage = Stage(
         "measure",
         partial(measure_batch, text_detector=detector, limits=replace(MEASURE_LIMITS, max_pixels=config.max_pixels)),
@@ -422,6 +422,7 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
         limits=VideoLimits(max_pixels=config.max_pixels),
     )
     stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
+    remove_leftovers(root / folder)
     return run_stage(table, stage, root / "stages", shard)
 
 

@@ -14,11 +14,19 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...data.video_io import VideoDecodeError
-from ...judges.chat import ChatClient, ChatError, ChatQuestion, InvalidAnswerError, faults, without_fence
-from ...judges.frames import evenly_spaced, frame_rate, sample_frames, size_within
+from ...judges.answers import AnswerError, read_answer
+from ...judges.chat import (
+    ChatClient,
+    ChatError,
+    ChatQuestion,
+    ChatRefusedError,
+    ChatUnavailableError,
+    InvalidAnswerError,
+)
+from ...judges.frames import evenly_spaced, frame_rate, quoted, sample_frames, size_within
 from ...judges.weights import text_hash
 from ...load import SANDBOX, annotation_rules
 from ..clips.sources import open_clip
@@ -45,7 +53,8 @@ Unit = Field(ge=0.0, le=1.0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # The schema asks for these keys and no others; others in an answer are no reason to drop a clip.
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
 
 class Entity(_Strict):
@@ -100,10 +109,10 @@ class Annotation(_Strict):
 
     @field_validator("extended")
     @classmethod
-    def _check_length(cls, text: str) -> str:
-        if len(text.split()) > MAX_EXTENDED_WORDS:
-            raise ValueError(f"expected at most {MAX_EXTENDED_WORDS} words, got {len(text.split())}")
-        return text
+    def _cut(cls, text: str) -> str:
+        """Side data: a text that is too long is no reason to drop a clip with a good score."""
+        words = text.split()
+        return text if len(words) <= MAX_EXTENDED_WORDS else " ".join(words[:MAX_EXTENDED_WORDS])
 
 
 SYSTEM = (
@@ -111,7 +120,7 @@ SYSTEM = (
     "usually happens, and you answer with one JSON object."
 )
 QUESTION = """These are {count} frames of one video, in order, at these seconds: {seconds}.
-Its caption: "{caption}"
+Its caption: {caption}
 
 Work through these steps.
 1. parse: list the entities with their materials, the actions (agent, verb, target), the forces and the outcomes that
@@ -136,7 +145,7 @@ def question_for(clip: "SeenClip") -> str:
     return QUESTION.format(
         count=len(clip.frames),
         seconds=", ".join(f"{time:.2f}" for time in clip.seconds),
-        caption=clip.prompt,
+        caption=quoted(clip.prompt),
         words=MAX_EXTENDED_WORDS,
         schema=json.dumps(Annotation.model_json_schema()),
     )
@@ -221,6 +230,9 @@ class RemoteAnnotator:
             ChatUnavailableError: the server cannot be used at all: better to stop than to drop every clip.
         """
         replies = self.client.ask_all([partial(self._question, clip) for clip in clips])
+        for reply in replies:
+            if isinstance(reply, ChatUnavailableError) and not isinstance(reply, ChatRefusedError):
+                raise reply
         return [_failure(reply) if isinstance(reply, ChatError) else reply.answer for reply in replies]
 
     def _question(self, clip: SeenClip) -> ChatQuestion[Annotation]:
@@ -266,9 +278,9 @@ class QwenAnnotator:
         for _ in range(2):
             text = self.vlm.answer(patches, *turns, system=SYSTEM, max_new_tokens=self.max_tokens)
             try:
-                return Annotation.model_validate_json(without_fence(text))
-            except ValidationError as error:
-                fault = faults(error)
+                return read_answer(text, Annotation)
+            except AnswerError as error:
+                fault = str(error)
             turns += [text, f"That was no valid answer ({fault}). Answer with JSON of the schema only."]
         return Failure("invalid_answer", fault)
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...files import without_secrets
 from ..engine.manifest import Rule, digest
 from ..engine.ray import RayCluster
 from ..generate import VideoModel
@@ -190,7 +191,8 @@ class PhyAugConfig:
         """What decides the result and may be shown; where and how fast it is computed does not."""
         elsewhere = ("output_dir", "engine", "ray_address", "ray_workers", "ray_gpus", "batch_size")
         settings = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        return settings | {name: public(self.options(name)) for name in _OPTIONS}
+        shown: dict[str, Any] = without_secrets(settings | {name: public(self.options(name)) for name in _OPTIONS})
+        return shown
 
     @property
     def fingerprint(self) -> str:

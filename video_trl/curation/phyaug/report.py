@@ -9,7 +9,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from ...files import write_atomically
+from ...files import unmarked, write_atomically
 
 
 class CategoryRow(Protocol):
@@ -141,8 +141,7 @@ def _shown(value: float) -> str:
 
 def _cell(value: Any) -> str:
     """A value in a Markdown table."""
-    text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return unmarked("" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
 
 
 def _version() -> str:

@@ -21,8 +21,8 @@ CATEGORIES = {
     "Force": "Mechanics",
     "Light": "Optics",
     "Heat": "Thermal",
-    "Physical": "Material",
-    "Chemical": "Material",
+    "Physical Properties": "Material",
+    "Chemical Properties": "Material",
 }
 _CLOSED = ("single", "multi_gpt", "video_gpt")
 _OPEN = ("single", "multi_llava", "video_intern")

@@ -8,7 +8,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...load import SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
-from .physion import DiffusionFeatures, PixelFeatures, ProbeResult, TeacherFeatures, probe_features, read_physion
+from .physion import (
+    CELLS,
+    DiffusionFeatures,
+    PixelFeatures,
+    ProbeResult,
+    TeacherFeatures,
+    probe_features,
+    read_physion,
+)
 
 
 def probe_models(
@@ -27,6 +35,7 @@ def probe_models(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 16,
+    cells: tuple[int, int] | None = CELLS,
 ) -> dict[str, ProbeResult]:
     """
     Fit a linear probe on each of: pixels (the floor), the model, the model with each adapter, the teacher (the
@@ -45,6 +54,8 @@ def probe_models(
         num_train (`int`), num_test (`int`): Simulated clips to fit the probe on, and to test it on.
         height (`int`, *optional*), width (`int`, *optional*): Size that clips are brought to; by default the file's.
         batch_size (`int`, *optional*, defaults to `16`): Clips in one call.
+        cells (`tuple[int, int]`, *optional*, defaults to `(2, 3)`): On Physion, rows and columns that each token frame
+            is pooled to; None for all its tokens, which takes as much more memory and time.
 
     Returns:
         `dict[str, ProbeResult]`: By name, in the order above; `probe_table` prints it.
@@ -63,7 +74,7 @@ def probe_models(
     else:
         train, test = contact_clips(num_train, seed=11), contact_clips(num_test, seed=12)
     # The sandbox has so few tokens that none need be pooled.
-    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {}
+    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {"cells": cells}
     common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
     results = {"pixels": probe_features(PixelFeatures(), train, test, name="pixels", **common)}
     pipeline = _load(model)

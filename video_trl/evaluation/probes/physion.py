@@ -131,7 +131,8 @@ class DiffusionFeatures:
             The noise is the same for all clips and levels.
         prompt (`str`, defaults to `""`): Prompt of all clips.
         num_slices (`int`, defaults to `3`): Token frames that are kept, evenly spaced behind the first one.
-        cells (`tuple[int, int]`, defaults to `(2, 3)`): Rows and columns that each token frame is pooled to.
+        cells (`tuple[int, int]`, *optional*, defaults to `(2, 3)`): Rows and columns that each token frame is pooled
+            to; None for all its tokens, as the appendix of VideoREPA says.
         seed (`int`, defaults to `0`): Of the noise.
     """
 
@@ -143,7 +144,7 @@ class DiffusionFeatures:
         noise_levels: Sequence[float] = NOISE_LEVELS,
         prompt: str = "",
         num_slices: int = NUM_SLICES,
-        cells: tuple[int, int] = CELLS,
+        cells: tuple[int, int] | None = CELLS,
         seed: int = 0,
     ) -> None:
         if not noise_levels or not all(0 < level < 1 for level in noise_levels):
@@ -207,7 +208,9 @@ class TeacherFeatures:
         num_slices (`int`), cells (`tuple[int, int]`): As in [`DiffusionFeatures`].
     """
 
-    def __init__(self, teacher: VideoTeacher, *, num_slices: int = NUM_SLICES, cells: tuple[int, int] = CELLS) -> None:
+    def __init__(
+        self, teacher: VideoTeacher, *, num_slices: int = NUM_SLICES, cells: tuple[int, int] | None = CELLS
+    ) -> None:
         self.teacher, self.num_slices, self.cells = teacher, num_slices, cells
 
     @torch.no_grad()
@@ -229,21 +232,21 @@ class PixelFeatures:
         return pool_tokens(video[:, 1:].float() / 255, self.num_slices, self.cells)[:, None].cpu()
 
 
-def pool_tokens(tokens: Tensor, num_slices: int, cells: tuple[int, int]) -> Tensor:
+def pool_tokens(tokens: Tensor, num_slices: int, cells: tuple[int, int] | None) -> Tensor:
     """
     Mean tokens of a few areas in a few frames.
 
     Args:
         tokens (`torch.Tensor` of shape `(B, F, H, W, D)`): Tokens on their grid.
         num_slices (`int`): Frames that are kept, evenly spaced from the first to the last; all where there are fewer.
-        cells (`tuple[int, int]`): Rows and columns of areas.
+        cells (`tuple[int, int]`, *optional*): Rows and columns of areas; None: every token is one.
 
     Returns:
-        `torch.Tensor` of shape `(B, slices * rows * columns * D)`.
+        `torch.Tensor` of shape `(B, slices * D * rows * columns)`.
     """
     indices = torch.linspace(0, tokens.shape[1] - 1, min(num_slices, tokens.shape[1])).round().long()
     images = tokens[:, indices.to(tokens.device)].flatten(0, 1).permute(0, 3, 1, 2)  # (B * slices, D, H, W)
-    return F.adaptive_avg_pool2d(images, cells).reshape(len(tokens), -1)
+    return (images if cells is None else F.adaptive_avg_pool2d(images, cells)).reshape(len(tokens), -1)
 
 
 def extract_features(

@@ -111,6 +111,9 @@ def write_page(
     curves: Sequence[Curve] = (),
     title: str = "Comparison",
     notes: Sequence[str] = (),
+    videos: tuple[Sequence[int], str] | None = None,
+    lead: str = "",
+    explanations: Mapping[str, str] | None = None,
 ) -> Path:
     """
     The page of [`write_comparison`] for runs that are counted already.
@@ -121,27 +124,36 @@ def write_page(
         comparisons (list of [`Comparison`]): Shown first.
         shown (list of [`RunTable`]): Runs whose videos are embedded, a column each.
         further_tables (list of [`Table`], *optional*): Shown below those of the runs.
+        videos (list of `int`, and `str`; *optional*): Numbers of the cases whose videos are embedded, instead of the
+            first ones, and the rule by which they were chosen.
+        lead, explanations: As in [`write_report`].
 
     Returns:
         `Path`: The file written.
     """
     run, labels = shown[0].run, [_label(table.run) for table in shown]
     prompts = _spread_prompts(run, max_prompts)
+    cases, rule = videos or (
+        [index * len(run.seeds) for index in prompts],
+        f"{len(prompts)} of {len(run.prompts)} prompts, the first ones of each category in turn, not chosen by their "
+        f"scores; seed {run.seeds[0]} of {list(run.seeds)}.",
+    )
     facts = [
-        f"Videos: {len(prompts)} of {len(run.prompts)} prompts, the first ones of each category in turn, not chosen "
-        f"by their scores; seed {run.seeds[0]} of {list(run.seeds)}.",
+        f"Videos: {rule}",
         *(f"{_label(table.run)}: {_provenance(table.run)}" for table in tables),
     ]
     return write_report(
         out_html,
         title=title,
         columns=[Column(label) for label in labels],
-        samples=[_sample(shown, labels, index * len(run.seeds)) for index in prompts],
+        samples=[_sample(shown, labels, index) for index in cases],
         comparisons=comparisons,
         tables=[_runs_table(tables), *_group_tables(tables), *further_tables],
         curves=curves,
         notes=[*notes, *facts],
         disagreement="pc",
+        lead=lead,
+        explanations=explanations,
     )
 
 

@@ -160,6 +160,8 @@ def write_report(
     curves: Sequence[Curve] = (),
     notes: Sequence[str] = (),
     disagreement: str | None = None,
+    lead: str = "",
+    explanations: Mapping[str, str] | None = None,
 ) -> Path:
     """
     Writes one HTML file that needs no other file and no network. The file appears whole or not at all.
@@ -173,6 +175,10 @@ def write_report(
         tables (list of [`Table`], *optional*): Further tables.
         curves (list of [`Curve`], *optional*): Training curves.
         notes (list of `str`, *optional*): How the numbers were made: command, seeds, machine, limits.
+        lead (`str`, *optional*): What came out, in a sentence. With one the page opens with it and the videos, and the
+            numbers come after them.
+        explanations (`dict[str, str]`, *optional*): What the scores and the curves mean, by the headings "Scores" and
+            "Training curves".
         disagreement (`str`, *optional*): Name of a score; samples can then be filtered by how far it differs between
             the columns. Where samples have different categories they can always be filtered by category.
 
@@ -214,6 +220,8 @@ def write_report(
             for curve in curves
         ],
         notes=notes,
+        lead=lead,
+        explanations=explanations or {},
     )
     return write_atomically(path, html)
 

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
-from ...files import fingerprint, remove_leftovers
+from ...files import announce, fingerprint, remove_leftovers
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
@@ -190,6 +190,8 @@ def generate_run(
         benchmark=benchmark,
     )
     default_rank, default_ranks = shard()
+    if default_ranks > 1:
+        announce(run.folder.resolve(), default_rank)
     cases = cases_of(run, default_rank if rank is None else rank, default_ranks if num_ranks is None else num_ranks)
     folder = run.folder / VIDEO_FOLDER
     scores = None if judge is None else open_scores(run, judge, of_frames=True)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ...data.video_io import VideoDecodeError, probe_video, video_hash
-from ...files import fingerprint, read_json, write_atomically
+from ...files import fingerprint, read_json, remove_leftovers, write_atomically
 from .prompts import EvaluationPrompt, check_prompts, prompts_hash
 
 
@@ -227,6 +227,7 @@ def create_run(
             f"The description of a run is written as JSON, and a value has no such form: {error}."
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     strange = [path.name for path in folder.iterdir() if path.name not in _OWN_NAMES and not path.name.startswith(".")]
     if strange and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} holds files that are no evaluation run ({strange[0]}). Pass a new directory.")

@@ -36,6 +36,13 @@ def share_tokens_of_wan(transformer: ModelMixin, config: ContextParallelConfig) 
         return
     sharing = _Ulysses(config.mesh["ulysses"].get_group())
     transformer.rope.register_forward_hook(lambda module, inputs, tables: tuple(map(sharing.own_part, tables)))
+
+    def own_timesteps(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if output[0].ndim == 2:  # one a video
+            return output
+        return (*map(sharing.own_part, output[:2]), *output[2:])  # one a token, `(B, N, ...)`
+
+    transformer.condition_embedder.register_forward_hook(own_timesteps)
     _share_tokens(transformer, config, {"blocks.0": {"hidden_states": _HIDDEN_STATES}, "proj_out": _PROJ_OUT}, sharing)
     transformer.set_attn_processor(_UlyssesProcessor(sharing))
 

@@ -16,7 +16,7 @@ from ...data.video_io import write_video
 from ...files import atomic_folder, fingerprint, read_json, write_json
 from ..weights.pipeline import Sandbox
 from ..world.prompts import BASE_MOTIONS
-from ..world.simulate import FPS, Clip, Rendering, simulate
+from ..world.simulate import BASE_VIOLATIONS, FPS, Clip, Rendering, simulate
 from .generate import generate
 
 
@@ -24,18 +24,37 @@ DATASET_VERSION = 2
 REQUEST_NAME = "request.json"
 _FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held-out clips come from
 _FIRST_CLIP_SEED = 20_000_000  # away from those, from the teacher's, and from these groups
+_FIRST_FOUND_SEED = 60_000_000  # away from all of these, and from those that the experiment was tuned on
+_SHARE_VIOLATED = 0.57  # as in the base model's mixture
+_PASSES = 0.8  # what the judge asks of a clip that is found
+
+
+def found_clips(number: int, seed: int = 0) -> list[Clip]:
+    """
+    Clips as a crawl would find them: the base model's motions in turn, and as many of them break their law, in the
+    ways of the base model, as in the mixture that it was trained on.
+    """
+    rng = np.random.default_rng([seed, 2])
+    clips = []
+    for index in range(number):
+        motion = BASE_MOTIONS[index % len(BASE_MOTIONS)]
+        broken, violation = rng.random() < _SHARE_VIOLATED, str(rng.choice(BASE_VIOLATIONS[motion]))
+        clip_seed = _FIRST_FOUND_SEED + 1_000_000 * seed + index
+        clips.append(simulate(clip_seed, motion=motion, violation=violation if broken else None))
+    return clips
 
 
 def build_clip_dataset(
-    output_dir: str | Path, *, num_clips: int = 128, rendering: Rendering = "plain"
+    output_dir: str | Path, *, num_clips: int = 128, rendering: Rendering = "plain", found: bool = False
 ) -> datasets.Dataset:
     """
-    Clips that obey the laws of motion, with their sentences: what a model can be fine-tuned on.
+    Clips with their sentences: what a model can be fine-tuned on. They obey the laws of motion.
 
     Args:
         output_dir: receives one mp4 file for each clip.
         num_clips: rows, the base model's motions in turn. Their scenes are those of no other dataset of the sandbox.
         rendering: as in `simulate`.
+        found: take the clips of `found_clips` instead, lawful or not, plainly rendered.
 
     Returns:
         Row type "video": prompt, and the path of the video.
@@ -47,10 +66,11 @@ def build_clip_dataset(
         raise ValueError(f"Expected num_clips >= 1, got {num_clips}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = range(num_clips)
+    clips = found_clips(num_clips) if found else (_base_clip(_FIRST_CLIP_SEED + i, i, rendering) for i in numbers)
+    first = _FIRST_FOUND_SEED if found else _FIRST_CLIP_SEED
     rows = []
-    for index in range(num_clips):
-        seed = _FIRST_CLIP_SEED + index
-        clip = _base_clip(seed, index, rendering)
+    for seed, clip in enumerate(clips, start=first):
         rows.append({"prompt": clip.prompt, "video": str(write_video(folder / f"{seed}.mp4", clip.video, clip.fps))})
     return datasets.Dataset.from_list(rows)
 
@@ -64,6 +84,7 @@ def build_group_dataset(
     seed: int = 0,
     guidance_scale: float = 1.0,
     rendering: Rendering = "plain",
+    found: bool = False,
     batch_size: int = 16,
 ) -> datasets.Dataset:
     """
@@ -78,6 +99,8 @@ def build_group_dataset(
         guidance_scale: of the rejected videos. Without guidance (1) they are samples of the reference policy, as the
             objective assumes; guided ones teach the model to undo guidance (docs/extend/decisions.md).
         rendering: of the chosen videos, as in `simulate`: "wild" ones look like nothing that the base model has seen.
+        found: take the chosen videos from `num_groups` clips of `found_clips`: those that the judge passes, by a `pc`
+            of at least 0.8. There are fewer rows than clips then.
         batch_size: videos generated together.
 
     Returns:
@@ -97,6 +120,7 @@ def build_group_dataset(
         "num_rejected": num_rejected,
         "seed": seed,
         "rendering": rendering,
+        **({"found": True} if found else {}),
         "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
@@ -108,9 +132,8 @@ def build_group_dataset(
             f"building replaces what is in it."
         )
 
-    first = _FIRST_SEED + 1_000_000 * seed
-    clips = [_base_clip(first + index, index, rendering) for index in range(num_groups)]
-    noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(num_groups, num_rejected)).tolist()
+    clips, clip_seeds = _chosen_clips(sandbox, num_groups, seed, rendering, found)
+    noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(len(clips), num_rejected)).tolist()
     rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
     with atomic_folder(folder) as partial:
         rows = []
@@ -123,7 +146,7 @@ def build_group_dataset(
                     "category": clip.action,
                     "seeds": noise_seeds[index],
                     "generator": request["generator"],
-                    "provenance": f"sandbox simulation, seed {first + index}",
+                    "provenance": f"sandbox simulation, seed {clip_seeds[index]}",
                 }
             )
         features = group_features("category", "seeds", "generator", "provenance")
@@ -131,6 +154,19 @@ def build_group_dataset(
         table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
         write_json(partial / REQUEST_NAME, request)
     return datasets.load_from_disk(str(folder / "table"))
+
+
+def _chosen_clips(
+    sandbox: Sandbox, number: int, seed: int, rendering: Rendering, found: bool
+) -> tuple[list[Clip], list[int]]:
+    """The chosen clips of groups, and the seeds of their simulations."""
+    seeds = [(_FIRST_FOUND_SEED if found else _FIRST_SEED) + 1_000_000 * seed + index for index in range(number)]
+    if not found:
+        return [_base_clip(clip_seed, index, rendering) for index, clip_seed in enumerate(seeds)], seeds
+    clips = found_clips(number, seed)
+    scores = sandbox.judge.score([clip.video for clip in clips], [clip.prompt for clip in clips])
+    passed = [index for index, score in enumerate(scores) if float(score["pc"]) >= _PASSES]
+    return [clips[index] for index in passed], [seeds[index] for index in passed]
 
 
 def _base_clip(seed: int, index: int, rendering: Rendering) -> Clip:

@@ -89,6 +89,9 @@ class StopOnSignal(TrainerCallback):
         if self._told is not None:
             self._told[0].wait()
             self._told = None
+        if self._group is not None:  # its threads end with it, and none may be left when Python ends
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)

@@ -53,8 +53,8 @@ def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, 
     methods = family.context_parallel_methods
     if args.context_parallel_size > 1 and args.context_parallel_method not in methods:
         raise ValueError(
-            f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {family.name!r}. Use "
-            f"{' or '.join(map(repr, methods))}."
+            f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {family.name!r}. "
+            + (f"Use {' or '.join(map(repr, methods))}." if methods else "Leave `context_parallel_size` at 1.")
         )
 
 

@@ -66,6 +66,8 @@ class Sampler:
             self.call_kwargs["num_frames"] = (frames - 1) * joined + 1
             if FRAME_RATE in family.condition_columns:
                 self.call_kwargs[FRAME_RATE] = self.fps
+            if family.guidance is not None:
+                self.call_kwargs["guidance_scale"] = family.guidance
             self.call_kwargs["height"], self.call_kwargs["width"] = height * side, width * side
 
     def generation(self) -> AbstractContextManager[DiffusionPipeline]:

@@ -162,19 +162,25 @@ def resolve_timestep_range(args: VideoConfig, expert: Expert | None) -> list[flo
     return [low, high]
 
 
-def find_family(pipeline: DiffusionPipeline | None, transformer: ModelMixin) -> ModelFamily:
+def find_family(
+    pipeline: DiffusionPipeline | None, transformer: ModelMixin, guidance: float | None = None
+) -> ModelFamily:
     """
-    Adapter of a transformer, with the noise schedule of its pipeline.
+    Family of a transformer, with the noise schedule of its pipeline, and the guidance scale that it is to be told.
 
     Raises:
         ValueError: If the family is not supported; if there is no pipeline and the transformer alone does not say how
             it was trained (CogVideoX); or if the pipeline does not use the transformer as it is trained.
     """
-    if pipeline is None:
-        return family_for(transformer)
-    index = pipeline_index(pipeline)
-    family = family_for(transformer, pipeline.scheduler, index)
-    if index["_class_name"] not in family.pipeline_classes:
+    index = None if pipeline is None else pipeline_index(pipeline)
+    family = family_for(transformer, None if pipeline is None else pipeline.scheduler, index)
+    if guidance is not None:
+        if family.guidance is None:
+            raise ValueError(
+                f"`embedded_guidance={guidance}` is for transformers that are told one; {family.name!r} is not."
+            )
+        family = family.with_guidance(guidance)
+    if index is not None and index["_class_name"] not in family.pipeline_classes:
         raise ValueError(
             f"This transformer is trained for {' or '.join(family.pipeline_classes)}, got it in a "
             f"{type(pipeline).__name__}, which conditions it otherwise. Load the checkpoint with that class, or use "
