@@ -71,6 +71,21 @@ def test_both_experts_are_trained_one_after_the_other(groups, tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learning_rate", "-1"], "`learning_rate` must be finite and not negative"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "needs an `eval_dataset`"),
+        (["--report_to", "comet_ml"], "needs a package that is not installed"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_dry_run_refuses_what_training_refuses(groups, tmp_path, capsys, extra, message, dry):
+    argv = ["train", "gdpo", *options("gdpo", groups, tmp_path / "cache", tmp_path / "run"), *extra]
+    assert main([*argv, *(["--dry_run"] if dry else [])]) != 0
+    assert message in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
 def test_encode_prepares_what_training_then_finds(groups, tmp_path, capsys, caplog):
     argv = options("sft", groups, tmp_path / "encoded", tmp_path)
     assert main(["encode", "sft", *argv]) == 0

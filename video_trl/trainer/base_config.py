@@ -355,7 +355,7 @@ class VideoConfig(TrainingArguments):
     def options_without_effect(self) -> dict[str, str]:
         """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
         optimizer = self.optim.value
-        has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion", "schedule_free"))
+        has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion"))
         reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
         causes = (
             (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),

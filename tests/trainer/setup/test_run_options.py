@@ -48,6 +48,7 @@ def test_what_can_be_known_is_told_before_anything_is_encoded(tmp_path, changes,
         ("galore_adamw", "is not supported"),
         ("apollo_adamw", "is not supported"),
         ("stable_adamw", "is not supported"),
+        ("schedule_free_adamw", "is not supported"),  # evaluates averaged weights, and would save others
     ],
 )
 def test_optimizers_that_are_not_proven_are_refused(tmp_path, name, message):
@@ -57,7 +58,7 @@ def test_optimizers_that_are_not_proven_are_refused(tmp_path, name, message):
 
 def test_optimizers_of_packages_that_are_not_there_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name, library in (("lion_32bit", "bitsandbytes"), ("schedule_free_adamw", "schedulefree")):
+    for name, library in (("lion_32bit", "bitsandbytes"), ("adamw_torch_4bit", "torchao")):
         with pytest.raises(ValueError, match=f"`optim='{name}'` needs the package {library}, which is not installed"):
             config(tmp_path, optim=name)
 
