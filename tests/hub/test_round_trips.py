@@ -62,6 +62,8 @@ def together(number, seed=0):
     for _ in range(number):
         names = generator.sample([name for name in OPTIONS if name != "layers_pattern"], 4)
         options = {name: generator.choice(OPTIONS[name]) for name in names}
+        if "lora_bias" in options and options.get("init_lora_weights") == "gaussian":
+            del options["lora_bias"]  # PEFT has no such adapter
         yield options | (NEEDS["layers_to_transform"] if "layers_to_transform" in options else {})
 
 
@@ -96,7 +98,8 @@ def output(pipeline, name):
     for weight in pipeline.transformer.parameters():  # loaded ones lie where they lie in the file; kernels notice
         weight.data = weight.data.clone()
     row = tiny_encoded_video(1, family=name)[0]
-    conditions = family.pad_prompts([{column: row[column] for column in family.prompt_columns}], MAX_SEQUENCE_LENGTH)
+    length = family.prompt_length(pipeline.transformer) or MAX_SEQUENCE_LENGTH
+    conditions = family.pad_prompts([{column: row[column] for column in family.prompt_columns}], length)
     conditions |= {column: row[column][None] for column in family.image_columns}
     noise = torch.randn(1, *tiny_latents_shape(name), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
