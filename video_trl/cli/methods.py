@@ -9,7 +9,7 @@ from typing import Any
 
 from ..load import SANDBOX, ScriptArguments, generation_defaults, load_judge, load_training_rows
 from ..methods import Method, known_methods
-from ..presets import PRESETS, preset_for
+from ..presets import preset_for
 from .options import mapping
 from .parser import UsageError, nearest, parse, read_yaml, required, say
 
@@ -30,7 +30,7 @@ class DataArguments(ScriptArguments):
 
     preset: str | None = field(
         default=None,
-        metadata={"help": f"Settings of a published run, over which other options win: {', '.join(PRESETS)}."},
+        metadata={"help": "Settings of a published run, such as phygdpo-paper, over which other options win."},
     )
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
