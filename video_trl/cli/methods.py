@@ -30,7 +30,11 @@ class DataArguments(ScriptArguments):
 
     preset: str | None = field(
         default=None,
-        metadata={"help": "Settings of a published run, such as phygdpo-paper, over which other options win."},
+        metadata={
+            "help": "Settings of a published run, over which other options win: phygdpo-paper, phygdpo-official, "
+            "regdpo-paper-t2v, regdpo-paper-i2v, videorepa-2b-paper, videorepa-2b-official, videorepa-5b-paper, "
+            "videorepa-5b-official."
+        },
     )
     eval_rows: int = field(default=0, metadata={"help": "Last rows of the dataset, held out for evaluation."})
     evaluator_judge: str | None = field(
