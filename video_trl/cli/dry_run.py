@@ -16,6 +16,8 @@ from .parser import required
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+    from ..data.columns import MapDataset
+
 _GIB = 2**30
 Shape = tuple[int, int, int, int]
 """Of the latents of a video: `(C, F, H, W)`."""
@@ -25,13 +27,14 @@ def describe(
     trainer_class: type[Any], data: DataArguments, args: Any, *, processes: int = 1, engine: Any = "ddp"
 ) -> str:
     """Configuration, rows, tokens, parameters and steps of `video-trl train` on so many processes of an engine."""
-    rows, row = training_rows(trainer_class, data)
+    dataset = _named_dataset(data)
+    rows, row = training_rows(trainer_class, data, dataset)
     if rows is not None:
         rows -= data.eval_rows
     revision = (args.model_init_kwargs or {}).get("revision")
     check_expert(data.model_name_or_path, revision, args.expert)
     family, transformer, vae = empty_models(data.model_name_or_path, revision)
-    _check_encoded(trainer_class, data, args, family, transformer)
+    _check_encoded(dataset, trainer_class, args, family, transformer)
     shapes = _shapes(family, vae, row, args)
     facts = {
         "rows": _rows(rows, data.eval_rows),
@@ -51,19 +54,23 @@ def describe(
     return "\n".join(["# configuration, where it is not the default", _configuration(data, args), *lines])
 
 
+def _named_dataset(data: DataArguments) -> "MapDataset | None":
+    if data.dataset_name is None:
+        return None
+    from ..data.tables import load_rows
+
+    return load_rows(data.dataset_name, data.dataset_split, data.column)
+
+
 def _check_encoded(
-    trainer_class: type[Any], data: DataArguments, args: Any, family: Any, transformer: "ModelMixin"
+    dataset: "MapDataset | None", trainer_class: type[Any], args: Any, family: Any, transformer: "ModelMixin"
 ) -> None:
     """Every row of an encoded dataset, as the trainer checks it."""
-    if data.dataset_name is None:
-        return
     from ..data.columns import is_encoded
-    from ..data.tables import load_rows
     from ..trainer.setup.encoded_rows import check_encoded_rows
     from ..trainer.setup.rows import encoded_cache_dir
 
-    dataset = load_rows(data.dataset_name, data.dataset_split, data.column)
-    if is_encoded(dataset, trainer_class.row_type):
+    if dataset is not None and is_encoded(dataset, trainer_class.row_type):
         length = family.prompt_length(transformer) or args.max_sequence_length or family.published_prompt_tokens
         where = Path(encoded_cache_dir(args))
         check_encoded_rows(

@@ -5,13 +5,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..load import SANDBOX, ScriptArguments, generation_defaults, load_judge, load_training_rows
 from ..methods import Method, known_methods
 from ..presets import preset_for
 from .options import mapping
 from .parser import UsageError, nearest, parse, read_yaml, required, say
+
+
+if TYPE_CHECKING:
+    from ..data.columns import MapDataset
 
 
 _SAMPLES = 4  # sample videos of the sandbox
@@ -218,16 +222,17 @@ def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> An
     )
 
 
-def training_rows(trainer_class: type[Any], data: DataArguments) -> tuple[int | None, Mapping[str, Any]]:
+def training_rows(
+    trainer_class: type[Any], data: DataArguments, dataset: "MapDataset | None"
+) -> tuple[int | None, Mapping[str, Any]]:
     """
-    How many rows there are, and one of them; the sandbox's are counted without being made. For another model without a
-    dataset, `(None, {})`.
+    How many rows there are, and one of them: of the dataset that is named, or of the sandbox's, which are counted
+    without being made. For another model without a dataset, `(None, {})`.
     """
-    if data.dataset_name is not None:
+    if dataset is not None:
         from ..data.columns import undecoded
-        from ..data.tables import load_rows
 
-        dataset = undecoded(load_rows(data.dataset_name, data.dataset_split, data.column))
+        dataset = undecoded(dataset)
         return len(dataset), dataset[0]
     if data.model_name_or_path != SANDBOX:
         return None, {}

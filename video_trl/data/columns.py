@@ -232,7 +232,8 @@ def _refuse_transform(dataset: datasets.Dataset) -> None:
         )
 
 
-def _cells(dataset: MapDataset, column: str) -> Iterator[Any]:
+def cells(dataset: MapDataset, column: str) -> Iterator[Any]:
+    """One column of all rows; the scores of encoded data come from the index, without a tensor being read."""
     if isinstance(dataset, datasets.Dataset):
         yield from dataset.select_columns(column)[column]
     elif isinstance(dataset, IndexedRows) and column == "rejected_scores":
@@ -254,7 +255,7 @@ def _check_present(dataset: MapDataset, column: str) -> None:
             null for chunk in _arrow_cells(dataset, column) for null in chunk.is_null().to_pylist()
         )
     else:
-        nulls = (cell is None for cell in _cells(dataset, column))
+        nulls = (cell is None for cell in cells(dataset, column))
     for row, null in enumerate(nulls):
         if null:
             raise ValueError(
@@ -264,7 +265,7 @@ def _check_present(dataset: MapDataset, column: str) -> None:
 
 
 def _check_prompts(dataset: MapDataset) -> None:
-    for row, prompt in enumerate(_cells(dataset, "prompt")):
+    for row, prompt in enumerate(cells(dataset, "prompt")):
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
             raise ValueError(f"Row {row}: expected a string in column 'prompt', got {kind}. Keep only the text.")
@@ -281,8 +282,8 @@ def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
         chunks = _arrow_cells(dataset, column)
         return [length or 0 for chunk in chunks for length in chunk.value_lengths().to_pylist()]
     if column == "rejected":
-        return [0 if cell is None else len(as_videos(cell)) for cell in _cells(dataset, column)]
-    return [0 if cell is None else len(cell) for cell in _cells(dataset, column)]
+        return [0 if cell is None else len(as_videos(cell)) for cell in cells(dataset, column)]
+    return [0 if cell is None else len(cell) for cell in cells(dataset, column)]
 
 
 def _check_rejected(dataset: MapDataset) -> None:
@@ -296,7 +297,7 @@ def _check_rejected(dataset: MapDataset) -> None:
 def _missing_rejected(dataset: MapDataset) -> Iterator[tuple[int, int]]:
     """Row and index of each rejected video that is None."""
     if not isinstance(dataset, datasets.Dataset):
-        for row, cell in enumerate(_cells(dataset, "rejected")):
+        for row, cell in enumerate(cells(dataset, "rejected")):
             videos = cell if isinstance(cell, (list, tuple)) else [cell]
             yield from ((row, index) for index, video in enumerate(videos) if video is None)
         return
@@ -333,7 +334,7 @@ def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[
                 f"got {list(columns)}. {advice}"
             )
         return
-    for row, cell in enumerate(_cells(dataset, "rejected_scores")):
+    for row, cell in enumerate(cells(dataset, "rejected_scores")):
         if cell is None:
             if required:
                 raise ValueError(f"Row {row}: expected scores of {counts[row]} rejected videos, got none. {advice}")
@@ -361,7 +362,7 @@ def _check_weights(dataset: MapDataset, columns: Sequence[str]) -> None:
             f"`pair_weights` needs the column 'weight', a positive number a row, got {list(columns)}. "
             "`video-trl curate self-pairs` writes it; or leave the option off."
         )
-    for row, cell in enumerate(_cells(dataset, "weight")):
+    for row, cell in enumerate(cells(dataset, "weight")):
         if not isinstance(cell, (int, float)) or not 0 < cell < math.inf:
             raise ValueError(f"Row {row}: 'weight' must be a positive, finite number, got {cell!r}.")
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,20 @@ def files_below(root: Path) -> list[Path]:
     ]
 
 
-def videos_below(root: Path) -> list[Path]:
-    """Video files of a folder and its subfolders, by their suffix."""
-    return [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
+def videos_in(files: Iterable[Path]) -> list[Path]:
+    """Those of the files that are videos by their suffix."""
+    return [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
 
 
-def captions_below(root: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
+def captions_below(root: Path, files: Sequence[Path]) -> dict[str, str]:
     """
     Captions of the videos of a folder: `"sub/clip"` -> text of `sub/clip.txt` or `sub/clip.json` (WebDataset's
-    layout), in capitals or not, and `file_name` -> text of its `metadata.jsonl` or `metadata.csv`. With `files`, only
-    these are read beside the metadata.
+    layout), in capitals or not, and `file_name` -> text of its `metadata.jsonl` or `metadata.csv`. Beside the metadata
+    only `files` are read, such as those of [`files_below`].
 
     A file that is a link out of `root` is not read: what is trained on can be published.
     """
     captions = _metadata_captions(root)
-    files = files_below(root) if files is None else list(files)
     for suffix in reversed(CAPTION_SUFFIXES):  # the text wins
         for path in files:
             if path.suffix.lower() != suffix:
@@ -65,16 +64,16 @@ def caption_for(path: Path, root: Path, captions: Mapping[str, str]) -> str | No
     return captions.get(path.relative_to(root).as_posix()) or captions.get(stem_below(path, root))
 
 
-def captioned_rows(root: Path) -> list[dict[str, str]]:
+def captioned_rows(root: Path, files: Sequence[Path]) -> list[dict[str, str]]:
     """
-    `prompt` and `video` of each video of a folder, with the captions of [`captions_below`].
+    `prompt` and `video` of each video of a folder, whose files are given, with the captions of [`captions_below`].
 
     Raises:
         ValueError: If a video has no caption; names the first one.
     """
-    captions = captions_below(root)
+    captions = captions_below(root, files)
     rows, without = [], []
-    for path in videos_below(root):
+    for path in videos_in(files):
         caption = caption_for(path, root, captions)
         rows.append({"prompt": caption or "", "video": str(path)})
         without += [] if caption else [path]
@@ -90,10 +89,11 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If a chosen video has no rejected one or no caption, or a rejected one belongs to none.
     """
-    captions = captions_below(root)
+    files = files_below(root)
+    captions, videos = captions_below(root, files), videos_in(files)
     rejected: dict[str, list[Path]] = {}
-    chosen = {stem_below(path, root / "chosen"): path for path in videos_below(root / "chosen")}
-    for path in videos_below(root / "rejected"):
+    chosen = {stem_below(path, root / "chosen"): path for path in videos if root / "chosen" in path.parents}
+    for path in (path for path in videos if root / "rejected" in path.parents):
         key = stem_below(path, root / "rejected")
         rejected.setdefault(key if key in chosen else key.rpartition("/")[0], []).append(path)
     alone = [str(path) for key, path in chosen.items() if key not in rejected]

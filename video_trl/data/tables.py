@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import CAPTION_KEYS, VIDEO_SUFFIXES, captioned_rows, files_below, pair_rows, videos_below
+from .folders import CAPTION_KEYS, VIDEO_SUFFIXES, captioned_rows, files_below, pair_rows, videos_in
 
 
 if TYPE_CHECKING:
@@ -108,12 +108,12 @@ def _folder_rows(root: Path) -> "datasets.Dataset | None":
 
     if (root / "chosen").is_dir() and (root / "rejected").is_dir():
         return datasets.Dataset.from_list(pair_rows(root))
-    names = files_below(root)
-    if any(path.suffix.lower() in _BUILDERS and _is_table(path) for path in names):
+    files = files_below(root)
+    if any(path.suffix.lower() in _BUILDERS and _is_table(path) for path in files):
         return None
-    if tars := [path for path in names if path.suffix.lower() == ".tar"]:
+    if tars := [path for path in files if path.suffix.lower() == ".tar"]:
         return _load_tars(tars)
-    return datasets.Dataset.from_list(captioned_rows(root)) if videos_below(root) else None
+    return datasets.Dataset.from_list(captioned_rows(root, files)) if videos_in(files) else None
 
 
 def _is_table(path: Path) -> bool:

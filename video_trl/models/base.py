@@ -264,6 +264,23 @@ class FamilyDefaults:
         """Nothing: text-to-video has no first frame."""
         return {}
 
+    def compression(self, vae: ModelMixin) -> tuple[int, int]:
+        """What the VAE says of itself."""
+        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+
+    def check_video(self, vae: ModelMixin, shape: Sequence[int]) -> None:
+        """Raise a `ValueError` unless `(T, H, W)` are a first frame and whole latent frames, with whole sides."""
+        frames, side = self.compression(vae)
+        check_video_size(shape, frame_chunk=frames, side=side)
+
+    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
+        raise AssertionError("refused before: there is no method in `context_parallel_methods`")
+
+
+def encode_mode(vae: ModelMixin, pixels: Tensor) -> Tensor:
+    """Mode of the posterior `(B, C, F, H', W')`, float32, of videos `(B, 3, T, H, W)`, as the VAE has it."""
+    return vae.encode(pixels.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
+
 
 def check_video_size(shape: Sequence[int], *, frame_chunk: int, side: int) -> None:
     """Raise a `ValueError` unless `(T, H, W)` are `k * frame_chunk + 1` frames and sides divisible by `side`."""

@@ -26,6 +26,7 @@ from .base import (
     check_channels,
     check_pixels,
     check_video_size,
+    encode_mode,
     module_device,
     unwrap,
 )
@@ -99,8 +100,7 @@ class CogVideoXFamily(FamilyDefaults):
         """
         check_pixels(video)
         self.check_video(vae, video.shape[2:])
-        mode = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode()
-        return mode.float() * vae.config.scaling_factor
+        return encode_mode(vae, video) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class CogVideoXImageToVideoFamily(CogVideoXFamily):
         """
         vae = pipeline.vae
         pixels = pipeline.video_processor.preprocess(images)[:, :, None]  # (B, 3, 1, H, W)
-        mode = vae.encode(pixels.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
+        mode = encode_mode(vae, pixels)
         factor = vae.config.scaling_factor
         # Some checkpoints divide image latents by what they multiply video latents by.
         return {"first_frame_latents": 1 / factor * mode if vae.config.invert_scale_latents else factor * mode}

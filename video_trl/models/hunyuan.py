@@ -7,10 +7,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
-    ContextParallelConfig,
     DiffusionPipeline,
     HunyuanVideoTransformer3DModel,
-    ModelMixin,
     SchedulerMixin,
 )
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from .base import (
     check_channels,
     check_patches,
     check_pixels,
-    check_video_size,
+    encode_mode,
     module_device,
     pad_with_zeros,
     prompt_mask,
@@ -130,8 +128,7 @@ class HunyuanVideoFamily(FamilyDefaults):
         """
         check_pixels(video)
         self.check_video(vae, video.shape[2:])
-        mode = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode()
-        return mode.float() * vae.config.scaling_factor
+        return encode_mode(vae, video) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
@@ -203,23 +200,11 @@ class HunyuanVideoFamily(FamilyDefaults):
         frames, height, width = latents_shape[-3:]
         return frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
 
-    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
-        raise AssertionError("refused before: there is no method in `context_parallel_methods`")
-
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless latents have the transformer's channels and can be cut into its patches."""
         config = unwrap(transformer).config
         check_channels(shape, config.out_channels)
         check_patches(shape, (config.patch_size_t, config.patch_size, config.patch_size))
-
-    def check_video(self, vae: AutoencoderKLHunyuanVideo, shape: Sequence[int]) -> None:
-        """Raise a `ValueError` unless `(T, H, W)` are `4k + 1` frames and sides divisible by 8."""
-        frames, side = self.compression(vae)
-        check_video_size(shape, frame_chunk=frames, side=side)
-
-    def compression(self, vae: AutoencoderKLHunyuanVideo) -> tuple[int, int]:
-        """4 frames and 8 pixels."""
-        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
 
 
 def hunyuan_family(

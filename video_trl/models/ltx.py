@@ -8,10 +8,8 @@ import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
-    ContextParallelConfig,
     DiffusionPipeline,
     LTXVideoTransformer3DModel,
-    ModelMixin,
     SchedulerMixin,
 )
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from .base import (
     check_channels,
     check_frames_behind_the_first,
     check_pixels,
-    check_video_size,
+    encode_mode,
     module_device,
     pad_with_zeros,
     prompt_mask,
@@ -60,11 +58,6 @@ class LTXFamily(FamilyDefaults):
     @property
     def condition_columns(self) -> tuple[str, ...]:
         return ("prompt_embeds", "prompt_mask", *self.image_columns, FRAME_RATE)
-
-    @property
-    def ffn_target_modules(self) -> list[str]:
-        """The two layers of `ff`."""
-        return ["ff.net.0.proj", "ff.net.2"]
 
     def predict(
         self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -180,24 +173,12 @@ class LTXFamily(FamilyDefaults):
         frames, height, width = latents_shape[-3:]
         return frames, height, width
 
-    def share_tokens(self, transformer: ModelMixin, config: ContextParallelConfig) -> None:
-        raise AssertionError("refused before: there is no method in `context_parallel_methods`")
-
     def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless latents `(C, F, H, W)` or `(B, C, F, H, W)` have the transformer's channels."""
         check_channels(shape, unwrap(transformer).config.out_channels)
 
-    def check_video(self, vae: AutoencoderKLLTXVideo, shape: Sequence[int]) -> None:
-        """Raise a `ValueError` unless `(T, H, W)` are `8k + 1` frames and sides divisible by 32."""
-        frames, side = self.compression(vae)
-        check_video_size(shape, frame_chunk=frames, side=side)
-
-    def compression(self, vae: AutoencoderKLLTXVideo) -> tuple[int, int]:
-        """8 frames and 32 pixels."""
-        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
-
     def _mode(self, vae: AutoencoderKLLTXVideo, video: Tensor) -> Tensor:
-        latents = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
+        latents = encode_mode(vae, video)
         mean, std = (each.view(1, -1, 1, 1, 1).to(latents) for each in (vae.latents_mean, vae.latents_std))
         return (latents - mean) / std
 

@@ -27,6 +27,7 @@ from .base import (
     check_patches,
     check_pixels,
     check_video_size,
+    encode_mode,
     module_device,
     pad_with_zeros,
     unwrap,
@@ -126,7 +127,7 @@ class WanFamily(FamilyDefaults):
         """
         check_pixels(video)
         self.check_video(vae, video.shape[2:])
-        latents = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
+        latents = encode_mode(vae, video)
         mean, inverse_std = _latent_statistics(vae, latents)
         return (latents - mean) * inverse_std
 

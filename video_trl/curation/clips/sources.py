@@ -163,9 +163,10 @@ def _list_source(
 
 def _list_folder(root: Path) -> Iterator[Row]:
     """Videos and tars below a folder, in the order of their names; hidden ones and other files are left out."""
-    captions = captions_below(root)
+    files = files_below(root)
+    captions = captions_below(root, files)
     ignored: Counter[str] = Counter()
-    for path in files_below(root):
+    for path in files:
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
             yield _file_row(path, f"{root}/{name}", caption_for(path, root, captions))

@@ -77,7 +77,6 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             recorded.
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
-        is_finite (`bool`): Whether all numbers are known to be finite; older versions did not look.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
 
     Raises:
@@ -99,7 +98,6 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.row_type: str = index["row_type"]
         self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
-        self.is_finite: bool = index.get("is_finite", False)
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
         self._rows: list[dict[str, Any]] = index["rows"]
         self._shard_of: dict[str, str] = {key: shard for key, (shard, _) in index["tensors"].items()}
@@ -318,7 +316,6 @@ class EncodedWriter:
             "row_type": self._row_type,
             "encoder": self._encoder,
             "fps": self._fps,
-            "is_finite": True,  # see `add`
             "shards": self._shards,
             "tensors": self._tensors,
             "rows": rows,

@@ -136,7 +136,7 @@ def _check_form(
 
 
 def _known_forms(dataset: MapDataset, row_type: str, columns: Sequence[str], cache_dir: Path) -> RowForms:
-    if isinstance(dataset, EncodedDataset) and dataset.is_finite:
+    if isinstance(dataset, EncodedDataset):  # its writer has looked whether all numbers are finite
         return _gather(dataset.shapes(columns), len(dataset), dataset.twins())
     identity = fingerprint_of(dataset)
     if identity is None:

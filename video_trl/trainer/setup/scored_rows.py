@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
-from ...data.columns import MapDataset, as_scores, as_tensor, column_names
+from ...data.columns import MapDataset, as_scores, as_tensor, cells, column_names
 from .rows import IndexedDataset
 
 
@@ -74,13 +73,6 @@ def keep_low_scores(rows: IndexedDataset, below: float) -> IndexedDataset:
 
 def _kept(dataset: MapDataset, below: float) -> list[tuple[int, np.ndarray]]:
     """Row, and which of its rejected videos `(m,)` stay, of every row that keeps one; without scores it does not."""
-    stays = [
-        (number, as_scores([] if cell is None else cell)[:, 1] < below) for number, cell in enumerate(_scores(dataset))
-    ]
+    scores = enumerate(cells(dataset, "rejected_scores"))
+    stays = [(number, as_scores([] if cell is None else cell)[:, 1] < below) for number, cell in scores]
     return [(number, mask) for number, mask in stays if mask.any()]
-
-
-def _scores(dataset: MapDataset) -> list[Any]:
-    if isinstance(dataset, datasets.Dataset):
-        return list(dataset.select_columns("rejected_scores")["rejected_scores"])
-    return [dataset[number].get("rejected_scores") for number in range(len(dataset))]
