@@ -1,37 +1,9 @@
 "use strict";
 
 // Who marks, what is asked, which pair is shown, and the marks so far.
-const state = { rater: "", questions: [], task: null, answers: { left: {}, right: {} }, back: 0, busy: false };
+const state = { rater: "", questions: [], task: null, answers: { left: {}, right: {} }, back: 0 };
 const SIDES = ["left", "right"];
-const byId = (id) => document.getElementById(id);
-
-async function ask(path, body) {
-  const options = body === undefined ? {} : {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
-  };
-  const response = await fetch(path, options);
-  const content = await response.json();
-  if (!response.ok) throw new Error(content.error);
-  return content;
-}
-
-function show(section) {
-  for (const name of ["welcome", "marking", "finished"]) byId(name).hidden = name !== section;
-}
-
-async function attempt(action) {
-  if (state.busy) return;
-  state.busy = true;
-  byId("message").hidden = true;
-  try {
-    await action();
-  } catch (error) {
-    byId("message").textContent = error instanceof TypeError ? "The marking program does not answer. Is it still running?" : error.message;
-    byId("message").hidden = false;
-  } finally {
-    state.busy = false;
-  }
-}
+const act = (action) => attempt(action, "marking", () => {});
 
 async function next(back) {
   const { task, done, total } = await ask(`/api/task?rater=${encodeURIComponent(state.rater)}&back=${back}`);
@@ -82,16 +54,16 @@ function draw() {
 byId("start").addEventListener("submit", (event) => {
   event.preventDefault();
   state.rater = byId("name").value.trim();
-  attempt(async () => {
+  act(async () => {
     state.questions = (await ask("/api/study")).questions;
     await next(0);
   });
 });
-byId("save").addEventListener("click", () => attempt(async () => {
+byId("save").addEventListener("click", () => act(async () => {
   await ask("/api/vote", { rater: state.rater, task: state.task.task, answers: state.answers });
   await next(0);
 }));
-byId("back").addEventListener("click", () => attempt(() => next(state.back + 1)));
+byId("back").addEventListener("click", () => act(() => next(state.back + 1)));
 byId("replay").addEventListener("click", () => {
   for (const side of SIDES) { byId(side).currentTime = 0; byId(side).play().catch(() => {}); }
 });

@@ -1,45 +1,12 @@
 "use strict";
 
 // State of the page: who votes, what is asked, which pair is shown, and the answers so far.
-const state = { rater: "", questions: [], task: null, answers: {}, back: 0, shown: 0, ready: false, busy: false };
+const state = { rater: "", questions: [], task: null, answers: {}, back: 0, shown: 0, ready: false };
 const KEYS = { ArrowLeft: "left", 1: "left", ArrowDown: "same", 2: "same", ArrowRight: "right", 3: "right" };
 const LABELS = { left: "Left is better", same: "Same", right: "Right is better" };
-const byId = (id) => document.getElementById(id);
 const videos = () => [byId("left"), byId("right")];
 
-async function ask(path, body) {
-  const options = body === undefined ? {} : {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
-  };
-  const response = await fetch(path, options);
-  const content = await response.json();
-  if (!response.ok) throw new Error(content.error);
-  return content;
-}
-
-function show(section) {
-  for (const name of ["welcome", "voting", "finished"]) byId(name).hidden = name !== section;
-}
-
-function complain(text) {
-  byId("message").textContent = text;
-  byId("message").hidden = text === "";
-}
-
-// Runs one action at a time; what goes wrong is said on the page, and the answers stay.
-async function attempt(action) {
-  if (state.busy) return;
-  state.busy = true;
-  complain("");
-  try {
-    await action();
-  } catch (error) {
-    complain(error instanceof TypeError ? "The voting program does not answer. Is it still running?" : error.message);
-  } finally {
-    state.busy = false;
-    drawAnswers();
-  }
-}
+const act = (action) => attempt(action, "voting", drawAnswers);
 
 async function begin() {
   if (state.questions.length === 0) state.questions = (await ask("/api/study")).questions;
@@ -85,7 +52,7 @@ function loaded() {
 }
 
 function goBack() {
-  attempt(() => next(state.back + 1));
+  act(() => next(state.back + 1));
 }
 
 function drawQuestions() {
@@ -126,10 +93,10 @@ function open() {
 }
 
 function answer(question, side) {
-  if (!state.ready || state.busy || (side === "same" && !question.ties)) return;
+  if (!state.ready || page.busy || (side === "same" && !question.ties)) return;
   state.answers[question.key] = side;
   drawAnswers();
-  if (open() === undefined) attempt(submit);
+  if (open() === undefined) act(submit);
 }
 
 async function submit() {
@@ -147,7 +114,7 @@ async function submit() {
 byId("start").addEventListener("submit", (event) => {
   event.preventDefault();
   state.rater = byId("name").value.trim();
-  attempt(async () => {
+  act(async () => {
     await begin();
     localStorage.setItem("rater", state.rater);
   });
@@ -185,4 +152,4 @@ document.addEventListener("keydown", (event) => {
 state.rater = localStorage.getItem("rater") ?? "";
 byId("name").value = state.rater;
 if (state.rater === "") show("welcome");
-else attempt(begin);
+else act(begin);

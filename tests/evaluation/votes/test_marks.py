@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from tests.support.evaluation.browser import chromium, page_of
 from tests.support.paths import ROOT
 from video_trl.cli import main
 from video_trl.curation.annotated import DIMENSIONS, annotated_pairs, read_votes
@@ -125,6 +126,26 @@ def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"annotator": "a", "pair_id": "p"}\n')
     with pytest.raises(ValueError, match="line 1: no mark of these dimensions"):
         MarkingServer(pairs, tmp_path / "other.jsonl", port=0)
+
+
+def test_a_pair_is_marked_in_a_real_browser(pairs, tmp_path):
+    with (
+        chromium() as browser,
+        MarkingServer(pairs, tmp_path / "marks.jsonl", port=0) as server,
+        page_of(browser, viewport={"width": 1280, "height": 1200}) as page,
+    ):
+        page.goto(server.url)
+        page.fill("#name", "anna")
+        page.click("text=Start")
+        for done in range(2):
+            page.locator("#count", has_text=f"{done} of 2").wait_for(timeout=20_000)
+            for side, mark in (("left", 2), ("right", 5)):
+                for question in MARKED:
+                    page.click(f"button[data-side={side}][data-question={question}][data-mark='{mark}']")
+            page.click("#save")
+        page.get_by_text("All 2 pairs have your marks, anna.").wait_for(timeout=20_000)
+    lines = [json.loads(line) for line in (tmp_path / "marks.jsonl").read_text().splitlines()]
+    assert sorted(line["image_quality"] for line in lines) == [2, 2, 5, 5]
 
 
 def test_the_page_names_only_ids_that_it_has():

@@ -73,15 +73,23 @@ def _ballot(server, rater="Ada", **changes):
     return {"rater": rater, "task": _task(server, rater)["task"]["task"], "answers": answers, "seconds": 2.5} | changes
 
 
+_KINDS = (
+    ("/", "text/html"),
+    ("/page.js", "text/javascript"),
+    ("/vote.js", "text/javascript"),
+    ("/vote.css", "text/css"),
+)
+
+
 def test_page_is_served_with_a_policy_that_runs_no_foreign_code(server):
-    for path, kind in (("/", "text/html"), ("/vote.js", "text/javascript"), ("/vote.css", "text/css")):
+    for path, kind in _KINDS:
         status, headers, content = _ask(server, path)
         assert status == 200 and headers["Content-Type"].startswith(kind) and content
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "script-src 'self'" in policy
         assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
     assert b"<script>" not in _ask(server, "/")[2] and b"style=" not in _ask(server, "/")[2]
-    assert b"innerHTML" not in _ask(server, "/vote.js")[2]
+    assert all(b"innerHTML" not in _ask(server, script)[2] for script in ("/vote.js", "/page.js"))
 
 
 def test_pairs_are_blind_and_prompts_are_data(server):

@@ -24,6 +24,7 @@ from video_trl.data import check_columns, encode_dataset
 from video_trl.data.encoding.store import EncodedDataset
 from video_trl.models import WanFamily
 from video_trl.trainer.setup.encoded_rows import check_encoded_rows
+from video_trl.trainer.setup.scored_rows import check_rejected_scores
 
 
 def spoiled(rows, column, change, number=4):
@@ -139,6 +140,7 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(EncodedDataset, "_tensor", noting)
     with caplog.at_level(logging.WARNING):
         check_columns(made, "group", physics_rewarding=True)
+        check_rejected_scores(made, below=1.1)
         shapes = check_encoded_rows(
             made, "group", tiny_transformer(), WanFamily(), max_sequence_length=MAX_SEQUENCE_LENGTH, cache_dir=tmp_path
         )

@@ -8,11 +8,9 @@ The pairs are those of [`~video_trl.curation.annotated.pairs_to_mark`], the file
 import csv
 import fcntl
 import hashlib
-import hmac
 import json
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from typing import IO, Any
 from starlette.exceptions import HTTPException
 
 from ...files import write_atomically
-from .server import PageServer, checked_rater
+from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +36,7 @@ MARKED = {
 }
 _PAGES = {
     "/": ("marks.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
     "/marks.js": ("marks.js", "text/javascript"),
     "/vote.css": ("vote.css", "text/css"),
 }
@@ -160,8 +159,7 @@ class MarkingDesk:
     def __init__(self, pairs: Sequence[Pair], marks: MarkFile, questions: Mapping[str, str]) -> None:
         self._pairs, self._marks, self._questions = {pair.pair_id: pair for pair in pairs}, marks, dict(questions)
         self._lock, self._open = threading.Lock(), True
-        self._secret = secrets.token_bytes(32)
-        self._videos: dict[str, str] = {}
+        self._names = OpaqueNames()
 
     def describe(self) -> dict[str, Any]:
         return {"questions": [{"key": key, "text": text} for key, text in self._questions.items()]}
@@ -174,10 +172,7 @@ class MarkingDesk:
         with self._lock:
             marked = [pair for pair in self._marks.of(rater) if pair in self._pairs]
             waiting = [pair for pair in self.order(rater) if pair not in marked]
-            if back and len(marked) < back:
-                raise HTTPException(HTTPStatus.CONFLICT, "There is no earlier pair.")
-            name = marked[-back] if back else next(iter(waiting), None)
-            state = {"done": len(marked), "total": len(self._pairs)}
+            name, state = next_pair(marked, waiting, back)
             return state | {"task": None if name is None else self._view(rater, self._pairs[name])}
 
     def take(self, body: Any) -> None:
@@ -187,7 +182,7 @@ class MarkingDesk:
         with self._lock:
             if not self._open:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "The marking program was stopped.")
-            of_token = {self._token(rater, name): pair for name, pair in self._pairs.items()}
+            of_token = {self._names.name(rater, name): pair for name, pair in self._pairs.items()}
             if not isinstance(body["task"], str) or body["task"] not in of_token:
                 raise HTTPException(HTTPStatus.CONFLICT, "The page is of an earlier start. Reload it.")
             pair = of_token[body["task"]]
@@ -207,9 +202,10 @@ class MarkingDesk:
 
     def video(self, name: str) -> Path:
         with self._lock:
-            if name not in self._videos or not Path(self._videos[name]).is_file():
+            path = Path(self._names.shown(name))
+            if not path.is_file():
                 raise HTTPException(HTTPStatus.NOT_FOUND, "No such video.")
-            return Path(self._videos[name])
+            return path
 
     def close(self) -> None:
         with self._lock:
@@ -222,15 +218,10 @@ class MarkingDesk:
         return (_SIDES[1], _SIDES[0]) if swapped else _SIDES
 
     def _view(self, rater: str, pair: Pair) -> dict[str, Any]:
-        names = [self._token(rater, pair.pair_id, side) for side in self._sides(rater, pair)]
-        self._videos |= {
-            name: _file_of(pair, side) for name, side in zip(names, self._sides(rater, pair), strict=True)
-        }
-        left, right = (f"/video/{name}" for name in names)
-        return {"task": self._token(rater, pair.pair_id), "prompt": pair.prompt, "left": left, "right": right}
-
-    def _token(self, *parts: str) -> str:
-        return hmac.new(self._secret, json.dumps(parts).encode(), "sha256").hexdigest()[:32]
+        left, right = (
+            self._names.show(_file_of(pair, side), rater, pair.pair_id, side) for side in self._sides(rater, pair)
+        )
+        return {"task": self._names.name(rater, pair.pair_id), "prompt": pair.prompt, "left": left, "right": right}
 
 
 class MarkingServer:

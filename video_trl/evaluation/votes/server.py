@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PAGES = {
     "/": ("vote.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
     "/vote.js": ("vote.js", "text/javascript"),
     "/vote.css": ("vote.css", "text/css"),
 }
@@ -241,14 +242,56 @@ def serve_votes(
             logger.warning("Stopped. All votes that were given are in %s.", votes_path)
 
 
+class OpaqueNames:
+    """Names of pairs and videos that tell a page nothing. Those of an earlier start of the program mean nothing."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._videos: dict[str, Any] = {}
+
+    def name(self, *parts: str) -> str:
+        """The name of a thing that these parts identify."""
+        return hmac.new(self._secret, json.dumps(parts).encode(), "sha256").hexdigest()[:32]
+
+    def show(self, video: Any, *parts: str) -> str:
+        """Path under which a page finds a video; what it stands for is remembered for as long as names are kept."""
+        name = self.name(*parts)
+        self._videos[name] = video
+        while len(self._videos) > _MAX_VIDEOS:
+            del self._videos[next(iter(self._videos))]
+        return f"/video/{name}"
+
+    def shown(self, name: str) -> Any:
+        """
+        Raises:
+            HTTPException: If no video was shown under this name.
+        """
+        if name not in self._videos:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "No such video.")
+        return self._videos[name]
+
+
+def next_pair(answered: Sequence[str], waiting: Sequence[str], back: int) -> tuple[str | None, dict[str, int]]:
+    """
+    The first pair that waits, none if all are answered, or the one that was answered `back` answers ago; and how many
+    are done, of how many.
+
+    Raises:
+        HTTPException: If so many have not been answered.
+    """
+    if back and len(answered) < back:
+        raise HTTPException(HTTPStatus.CONFLICT, "There is no earlier pair.")
+    pair = answered[-back] if back else next(iter(waiting), None)
+    return pair, {"done": len(answered), "total": len(answered) + len(waiting)}
+
+
 class _Desk:
     """Hands out pairs and takes votes; one request at a time."""
 
     def __init__(self, study: Study, votes: VoteFile) -> None:
         self.study, self._votes = study, votes
         self._lock, self._open = threading.Lock(), True
-        self._secret = secrets.token_bytes(32)
-        self._videos: dict[str, tuple[Task, str]] = {}  # opaque name -> pair and which of its runs
+        self._names = OpaqueNames()  # of videos: the pair, and which of its runs
 
     def describe(self) -> dict[str, Any]:
         questions = [{"key": q.key, "text": q.text, "ties": q.ties} for q in self.study.questions]
@@ -258,12 +301,8 @@ class _Desk:
         """The first pair without a vote of the rater; with `back`, the pair that was voted on so many votes ago."""
         with self._lock:
             order, votes = self.study.order(rater), self._votes.of(rater)
-            open_tasks = [key for key in order if key not in votes]
-            voted = [key for key in order if key in votes]
-            state = {"done": len(voted), "total": len(order)}
-            if back and len(voted) < back:
-                raise HTTPException(HTTPStatus.CONFLICT, "There is no earlier pair.")
-            key = voted[-back] if back else next(iter(open_tasks), None)
+            voted, waiting = ([key for key in order if (key in votes) == done] for done in (True, False))
+            key, state = next_pair(voted, waiting, back)
             return state | {"task": None if key is None else self._view(rater, self.study.tasks[key])}
 
     def take(self, body: Any) -> None:
@@ -274,7 +313,7 @@ class _Desk:
         with self._lock:
             if not self._open:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "The voting program was stopped.")
-            tokens = {self._token(rater, key): key for key in self.study.tasks}
+            tokens = {self._names.name(rater, key): key for key in self.study.tasks}
             if not isinstance(body["task"], str) or body["task"] not in tokens:
                 raise HTTPException(HTTPStatus.CONFLICT, "The page is of an earlier start. Reload it.")
             task = self.study.tasks[tokens[body["task"]]]
@@ -314,9 +353,7 @@ class _Desk:
     def video(self, name: str) -> Path:
         """File of a video that was shown, checked again: a link may have been put in its place."""
         with self._lock:
-            if name not in self._videos:
-                raise HTTPException(HTTPStatus.NOT_FOUND, "No such video.")
-            task, side = self._videos[name]
+            task, side = self._names.shown(name)
         run = task.a if side == "a" else task.b
         if not inside(run, task.case) or not run.video(task.case).is_file():
             raise HTTPException(HTTPStatus.NOT_FOUND, "The video is gone.")
@@ -325,19 +362,12 @@ class _Desk:
     def _view(self, rater: str, task: Task) -> dict[str, Any]:
         left = self.study.left(rater, task.key)
         right = "b" if left == "a" else "a"
-        names = {side: self._token(rater, task.key, side) for side in (left, right)}
-        self._videos |= {name: (task, side) for side, name in names.items()}
-        while len(self._videos) > _MAX_VIDEOS:
-            del self._videos[next(iter(self._videos))]
         return {
-            "task": self._token(rater, task.key),
+            "task": self._names.name(rater, task.key),
             "prompt": task.case.prompt.text,
-            "left": f"/video/{names[left]}",
-            "right": f"/video/{names[right]}",
+            "left": self._names.show((task, left), rater, task.key, left),
+            "right": self._names.show((task, right), rater, task.key, right),
         }
-
-    def _token(self, *parts: str) -> str:
-        return hmac.new(self._secret, json.dumps(parts).encode(), "sha256").hexdigest()[:32]
 
 
 def checked_rater(name: Any) -> str:
