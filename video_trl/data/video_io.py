@@ -122,8 +122,7 @@ def video_shape(
 
     Every frame that it would return is decoded, which finds damage; none is converted or kept.
 
-    Raises:
-        What [`read_video`] raises.
+    It raises what [`read_video`] raises.
     """
     _check_size(num_frames, fps, height, width)
     count, size = 0, (0, 0)

@@ -132,8 +132,11 @@ class DenoisingStep:
         seed (`int`): Seed of the run.
         device (`torch.device`): Where the results are needed.
         now (`Callable`): The step under which samples draw: optimizer steps done so far, or `EVALUATION_STEP`.
-        sampling (`str`), shift (`float`), logit_mean (`float`), logit_std (`float`), timestep_range (`(float, float)`,
-            *optional*): Distribution of the timesteps, and the part of their scale that it is restricted to.
+        sampling (`str`): Distribution of the timesteps, as `timestep_sampling` of [`VideoTrainerConfig`].
+        shift (`float`): Shift of the noise levels; 1 leaves them.
+        logit_mean (`float`): Mean of the logit-normal distribution.
+        logit_std (`float`): Its standard deviation.
+        timestep_range (`(float, float)`, *optional*): Part of the scale, of [0, 1], that timesteps are restricted to.
 
     Attributes:
         noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
