@@ -1,5 +1,7 @@
 """Adapters as they are published: the same output whichever tool wrote the file, or a refusal before any work."""
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -115,6 +117,17 @@ def test_a_scale_of_one_is_exact_and_others_are_in_proportion(tmp_path):
     stock.load_lora_weights(str(exported.parent), weight_name=exported.name)
     rounding.assert_close(output(stock), output(half), rounding.SINGLE)
     assert torch.equal(loaded(hub.import_lora(file, tmp_path / "imported", scale=0.5)), output(half))
+
+
+def test_a_file_that_asks_for_dropout_generates_without(tmp_path):
+    """As diffusers writes it, with all options of PEFT; it would make another video each time."""
+    trained, file = adapter("wan-t2v", tmp_path / "ours")
+    weights, config = hub.load_lora_state(file)
+    options = {**config.to_dict(), "lora_dropout": 0.5, "target_modules": sorted(config.target_modules)}
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in options.items()})}
+    tensors = {f"transformer.{name}": weight for name, weight in weights.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "dropout.safetensors", header)
+    assert torch.equal(loaded(tmp_path / "dropout.safetensors"), output(trained))
 
 
 def test_a_run_says_how_strongly_its_adapter_acted(tmp_path):

@@ -78,8 +78,9 @@ def read_simpletuner(config: str | os.PathLike[str]) -> Imported:
 def _backends(path: Path) -> dict[str, Backend]:
     """Datasets that are not switched off, by their names."""
     content = read_json(path)
-    entries = content if isinstance(content, list) else [None]
-    if not all(isinstance(entry, Mapping) and isinstance(entry.get("id"), str) for entry in entries):
+    listed = content if isinstance(content, list) else [content]
+    entries = [entry for entry in listed if isinstance(entry, Mapping) and isinstance(entry.get("id"), str)]
+    if len(entries) < len(listed):
         raise ValueError(f"{path}: expected a list of datasets with an `id` each, as SimpleTuner reads it.")
     used = [entry for entry in entries if not (entry.get("disabled") or entry.get("disable"))]
     twice = sorted({entry["id"] for entry in used if sum(other["id"] == entry["id"] for other in used) > 1})

@@ -77,7 +77,7 @@ def probe_models(
     if physion is None:
         train, test = contact_clips(num_train, seed=11), contact_clips(num_test, seed=12)
     else:
-        frames = {"num_frames": num_frames, "frame_step": frame_step}
+        frames: dict[str, Any] = {"num_frames": num_frames, "frame_step": frame_step}
         train, test = (read_physion(physion, split, **frames) for split in ("train", "test"))
     # The sandbox has so few tokens that none need be pooled.
     pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {"cells": cells}
