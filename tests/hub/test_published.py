@@ -94,6 +94,20 @@ def test_an_alpha_that_is_not_known_is_asked_for(tmp_path, layout, capsys):
     assert not (tmp_path / "back").exists()
 
 
+def test_an_adapter_of_cogvideox_acts_at_the_scale_that_it_was_trained_at(tmp_path):
+    """As VideoREPA's is published: of rank 2 alpha, without a word of alpha."""
+    trained, file = adapter("cogvideox-t2v", tmp_path / "ours", r=8, lora_alpha=4)
+    silent = tmp_path / "pytorch_lora_weights.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file), silent)  # without metadata
+    with pytest.raises(ValueError, match="does not say the alpha of 8 of its 8 layers"):
+        find_adapter(str(tmp_path))
+    pipeline = tiny_pipeline("cogvideox-t2v")
+    load_adapter(pipeline, find_adapter(str(tmp_path), alpha=4), "tiny", alpha=4)
+    assert pipeline.transformer.transformer_blocks[0].attn1.to_q.scaling == {"default": 0.5}
+    ours, theirs = dict(trained.transformer.named_parameters()), dict(pipeline.transformer.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_layers_without_alpha_beside_others_are_asked_for_too(tmp_path):
     _, file = adapter("wan-t2v", tmp_path / "ours", target_modules=["attn1.to_q"])
     told = safetensors.torch.load_file(publish(file, tmp_path / "told.safetensors", "diffusion-pipe", alpha=2))

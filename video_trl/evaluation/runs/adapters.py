@@ -20,7 +20,8 @@ def find_adapter(adapter: str | None, alpha: Alpha | None = None, scale: float =
 
     Args:
         adapter (`str`, *optional*): Repository id or folder with `pytorch_lora_weights.safetensors`, or a file.
-        alpha (`float` or `"rank"`, *optional*), scale (`float`): As in [`~video_trl.hub.read_adapter`].
+        alpha (`float` or `"rank"`, *optional*): As in [`~video_trl.hub.read_adapter`].
+        scale (`float`, defaults to `1.0`): As there.
 
     Raises:
         ValueError: If it is not there, or as in `read_adapter`; or if there is none for `alpha` or `scale` to change.
@@ -57,7 +58,8 @@ def load_adapter(
         pipeline (`DiffusionPipeline`): The pipeline, without an adapter.
         file (`Path`): What [`find_adapter`] found.
         model (`str`): How messages call the pipeline.
-        alpha (`float` or `"rank"`, *optional*), scale (`float`): As in [`~video_trl.hub.read_adapter`].
+        alpha (`float` or `"rank"`, *optional*): As in [`~video_trl.hub.read_adapter`].
+        scale (`float`, defaults to `1.0`): As there.
 
     Raises:
         ValueError: If a layer of the file is not there in the model or has another size, or if the pipeline has
