@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import datasets
@@ -223,6 +223,11 @@ def _check_kind(dataset: Any) -> None:
         raise ValueError(
             "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
             "encoded once, before training, and a run can then be resumed exactly."
+        )
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            f"Expected a dataset with a length, got a {type(dataset).__name__}. Make a list of its rows, or a "
+            "`datasets.Dataset` with `Dataset.from_generator`."
         )
 
 
