@@ -97,8 +97,8 @@ def made(runner, arm, seed, gain, *, win_gap=0.0, fall=0.0):
     make_run(folder, arm, scores, prompts=SENTENCES, training_seed=training_seed)
     (folder / "modes.json").write_text(json.dumps(["lawful", "neither"] * 4))
     log = [
-        {"step": step, "dgr": 125 - fall * step, "loss/dpo": 0.69 * math.exp(-fall * step), "win_gap": win_gap * step}
-        | {"lose_gap": (win_gap + 0.001) * step, "chosen_weight": 200.0 - fall * step}
+        {"step": step, "loss": 1.0, "loss/dpo": 0.69 * math.exp(-fall * step), "dgr": 125 - fall * step}
+        | {"win_gap": win_gap * step, "lose_gap": (win_gap + 0.001) * step, "chosen_weight": 200.0 - fall * step}
         for step in range(20, 401, 20)
     ]
     result = {"cpu_seconds": 60.0, "win_gaps": [win_gap, win_gap + 0.01], "log_history": log}
@@ -156,6 +156,7 @@ def test_a_page_says_what_is_there_and_what_is_missing(study, written):
     assert cells(text, "Comparisons", f"{REG_DPO} over DPO")[1] == "not run yet"
 
 
+@pytest.mark.slow
 def test_claims_follow_from_the_numbers(study, written):
     arms = study.STUDIES["reg_dpo"].arms
     results = [(BASE, 0, {"gain": 0.0})]
@@ -175,7 +176,8 @@ def test_claims_follow_from_the_numbers(study, written):
     }
     assert {claim: cells(text, "The paper's claims", claim)[2] for claim in outcomes} == outcomes
     assert "(9 of 9)" in cells(text, "The paper's claims", "the SFT term curbs the win gap")[2]
-    assert cells(text, "At the end of training", "DPO")[-1] == "200, 200, 200"
+    # The mean ratio of ten entries is below half of its start for the first time over steps 120 to 300.
+    assert cells(text, "At the end of training", "DPO")[-1] == "300, 300, 300"
     assert cells(text, "At the end of training", "r = 25")[-1] == "never, never, never"
     assert "reg_dpo_curves.png" in text
 
