@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from video_trl.evaluation.runs.tables import RunTable
 
 MARKS = ("<!-- results of examples/studies/preferences_report.py -->", "<!-- end of results -->")
-NOT_YET = "not run yet"
 LAST_ENTRIES = 5  # of a log that stand for the end of a run: a quarter of it
 MODES = "modes.json"
 
@@ -163,15 +162,15 @@ class Report:
     def scores(self) -> str:
         rows = [["arm", "seeds", "videos", "CPU s", "pc", "gap closed", "sa", "lawful, violated, neither, %",
                  "pc over base", "held-out win_gap"]]  # fmt: skip
-        for arm in (BASE, *self.study.arms):
-            units = list(self.units[arm].values())[: 1 if arm == BASE else None]
-            rows.append([arm, *self._scores(arm, units)] if units else [arm, NOT_YET, *[""] * 8])
+        there = [arm for arm in self.study.arms if self.units[arm]]
+        rows += [[arm, *self._scores(arm, list(self.units[arm].values()))] for arm in (BASE, *there)]
         note = (
             f"Means over seeds. Videos: seen in training. Gap: between the base model and lawful clips of the same "
             f"sentences after the autoencoder (pc {self.real_pc:.3f}). Intervals: 95 %, paired bootstrap over "
             f"{len(set(self._base.prompts))} sentences ({len(self._base.prompts)} videos a seed), win_gap over rows."
         )
-        return f"### Scores\n\n{markdown_table(rows)}\n\n{note}"
+        missing = [arm for arm in self.study.arms if arm not in there]
+        return f"### Scores\n\n{markdown_table(rows)}\n\n{note}{not_yet(missing)}"
 
     def _scores(self, arm: str, units: list[Unit]) -> list[str]:
         from video_trl.sandbox import mode_shares
@@ -219,12 +218,12 @@ class Report:
             words = verdict(found[0], num_seeds=len(self.common(a, b)), p_adjusted=p)
             number = str(len(self.common(a, b)))
             rows.append([f"{a} over {b}", number, interval(found[0]), f"{p:.2g}", words, *map(interval, found[1:])])
-        rows += [[f"{a} over {b}", NOT_YET, *[""] * 5] for a, b in self.study.comparisons if (a, b) not in pairs]
         note = (
             "Fixed before there were results. p: sign test over sentences in pc, corrected by Holm's method for the "
             f"{len(pairs)} comparisons of this table that could be made."
         )
-        return f"### Comparisons\n\n{markdown_table(rows)}\n\n{note}"
+        missing = [f"{a} over {b}" for a, b in self.study.comparisons if (a, b) not in pairs]
+        return f"### Comparisons\n\n{markdown_table(rows)}\n\n{note}{not_yet(missing)}"
 
     def figure(self, path: Path) -> str:
         """pc over base of every arm: interval with all seeds pooled, and each seed as a dash."""
@@ -356,14 +355,18 @@ class Report:
         for arm in MEASURED:
             path = self.runner.folder / "memory" / f"{self.runner.unit(arm, 0)}.json"
             if not path.is_file() or not self.units[arm]:
-                rows.append([arm, NOT_YET, *[""] * 4])
                 continue
             memory, weights = read_json(path), self.runner.folder / self.runner.unit(arm, min(self.units[arm]))
             file = sum(file.stat().st_size for file in weights.rglob("*.safetensors"))
             sizes = (memory["weights"], memory["weights"] + memory["training"], file)
             cells = [f"{memory['trained']:,}", *(f"{size / 2**20:.1f} MiB" for size in sizes)]
             rows.append([arm, *cells, interval(self.difference(arm, BASE, "pc"))])
-        return f"### Table 2d: the reference\n\n{markdown_table(rows)}"
+        missing = [arm for arm in MEASURED if arm not in [row[0] for row in rows]]
+        return f"### Table 2d: the reference\n\n{markdown_table(rows)}{not_yet(missing)}"
+
+
+def not_yet(names: Sequence[str]) -> str:
+    return f"\n\n**Not run yet:** {'; '.join(names)}." if names else ""
 
 
 def holds(value: bool) -> str:
