@@ -73,6 +73,7 @@ def dynamic(weight: float) -> dict[str, Any]:
 
 R0 = {"sft_weight": 0.0}
 UNWEIGHTED = {**R0, "physics_rewarding": False}
+ALL_WEIGHTS = {**R0, "use_peft": False, "lora_target_modules": None}
 DPO, EQUAL_VIDEOS, FOUND_LONGER = "DPO", "SFT judged, equal videos", "SFT as found, longer"
 LORA_SR, GROUP, VIDEO_DPO = "DPO, one loser", "groupwise", "DPO, own best over own worst"
 COPIED, COPIED_SLOW = "PhyGDPO, r = 0, copied reference", "PhyGDPO, r = 0, copied reference, a tenth of the rate"
@@ -102,8 +103,8 @@ ARMS: dict[str, Arm] = {
     LORA_SR: Arm("pair", "1 of 3", fixed(0)),
     GROUP: Arm("group", options=UNWEIGHTED),
     VIDEO_DPO: Arm("pair", "own best, own worst", fixed(0)),
-    COPIED: Arm("group", options={**R0, "use_peft": False}),
-    COPIED_SLOW: Arm("group", options={**R0, "use_peft": False}, rate=0.1),
+    COPIED: Arm("group", options=ALL_WEIGHTS),
+    COPIED_SLOW: Arm("group", options=ALL_WEIGHTS, rate=0.1),
     **{f"PhyGDPO, r = 0, m = {number}": Arm("group", f"{number} of 7", R0) for number in (1, 3, 7)},
     # At equal videos: a step of these sees all of a group, a step of the others two videos of it.
     "groupwise, sum": Arm("group", options={**UNWEIGHTED, "loss_type": "sum"}, steps=0.5),
