@@ -611,8 +611,11 @@ class _Results:
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Every number behind the report as JSON, with the settings that made it."""
+        cases, rule = self.shown()
         content = {
             "sentence": self.sentence(),
+            "shown": {"cases": cases, "rule": rule},
+            "base_modes": self.modes[0],
             "settings": dict(settings),
             "real_pc": self.real_pc,
             "comparisons": [{**asdict(each), "verdict": each.verdict} for each in self.comparisons],

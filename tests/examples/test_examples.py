@@ -239,6 +239,8 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
         (arm, seed) for arm in arms for seed in (0, 1)
     ]
     assert len(results["base"]) == 3 * 2 and results["settings"]["beta"] == 500 and 0.9 < results["real_pc"] <= 1
+    assert len(results["base_modes"]) == 6 and set(results["shown"]["cases"]) <= set(range(6))
+    assert results["shown"]["rule"] in page
     lawful = sum(mode == "lawful" for mode in results["runs"][-2]["modes"])
     assert f"{lawful} after Reg-DPO" in results["sentence"] and "law of motion in" in results["sentence"]
     assert not any(run["win_gaps"] for run in results["runs"] if run["method"].startswith("SFT"))  # no reference
