@@ -146,12 +146,16 @@ def test_repa_study_end_to_end(tmp_path):
     sizes = ["--base_steps", "2", "--base_clips", "8", "--num_clips", "8", "--max_steps", "2", "--held_out", "6"]
     run = [*folder, *sizes, "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12", "--probe_test", "6"]
     run += ["--use_cpu", "--cache_dir", str(tmp_path / "cache")]
-    script.main([*run, "--arms", "base", "sft", "trd", "--seeds", "0", "1"])
-    assert len(list((tmp_path / "results").glob("*.json"))) == 5
+    script.main([*run, "--arms", "base", "sft", "trd", "oracle-stop-0.5", "--seeds", "0", "1"])
+    assert len(list((tmp_path / "results").glob("*.json"))) == 7
     page, picture = tmp_path / "repa.md", tmp_path / "repa.svg"
     script.main([*folder, "--use_cpu", "--report", str(page), "--figure", str(picture)])
     text = page.read_text()
-    assert text.count("| trd |") == 4 and text.count("| teacher |") == 1 and "better" not in text
+    assert (
+        text.count("| trd |") == text.count("| oracle-stop-0.5 |") == 4
+        and text.count("| teacher |") == 1
+        and "better" not in text
+    )
     assert "<svg" in picture.read_text()
     with pytest.raises(ValueError, match="arms of"):
         script.main([*run, "--arms", "dpo"])

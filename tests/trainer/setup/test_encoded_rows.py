@@ -150,9 +150,9 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     made = encoded(tmp_path, [*raw, twin])
     tensor, read = EncodedDataset._tensor, []
 
-    def noting(dataset, key):
-        read.append(key)
-        return tensor(dataset, key)
+    def noting(dataset, number):
+        read.append(dataset.index.tensor(number)[0])
+        return tensor(dataset, number)
 
     monkeypatch.setattr(EncodedDataset, "_tensor", noting)
     with caplog.at_level(logging.WARNING):

@@ -395,8 +395,8 @@ def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | N
         "prompt_embeds": _prompt_key(row.prompt),
         **videos,
         "rejected_scores": row.scores,
-        **({} if row.weight is None else {"weight": row.weight}),
-        **({"conditions": conditions} if conditions else {}),
+        "weight": row.weight,
+        **conditions,
     }
 
 

@@ -59,7 +59,7 @@ def check_encoded_rows(
     Check all rows of an encoded dataset against each other and against the transformer.
 
     Args:
-        dataset (`MapDataset`): The rows. Of an `EncodedDataset` the index and the headers of its files are read; all
+        dataset (`MapDataset`): The rows. Of an `EncodedDataset` the index is read; all
             others are read once, and what was found is kept under the dataset's fingerprint, where it has one.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         transformer (`ModelMixin`): The policy.
@@ -137,7 +137,12 @@ def _check_form(
 
 def _known_forms(dataset: MapDataset, row_type: str, columns: Sequence[str], cache_dir: Path) -> RowForms:
     if isinstance(dataset, EncodedDataset):  # its writer has looked whether all numbers are finite
-        return _gather(dataset.shapes(columns), len(dataset), dataset.twins())
+        forms = [
+            {"latents": [form["video"]] if row_type == "video" else [form["chosen"], *form["rejected"]]}
+            | {name: form[name] for name in columns}
+            for form in dataset.forms
+        ]
+        return RowForms(forms, dataset.index.form_of(), dataset.index.twins())
     identity = fingerprint_of(dataset)
     if identity is None:
         return _read_all(dataset, row_type, columns)
