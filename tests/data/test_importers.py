@@ -79,6 +79,17 @@ def test_phygdpos_groups_become_rows(phygdpo):
     assert [len(row["rejected"]) for row in read_phygdpo(phygdpo, seeds=[3]).rows] == [1, 1]
 
 
+def test_the_parts_of_a_table_belong_together(phygdpo):
+    scores = phygdpo / "videophy/evaluated_score"
+    for seed in SEEDS:
+        first, second = scores / f"train_part_0_14B_seed_{seed}", scores / f"train_part_1_14B_seed_{seed}"
+        lines = (first / "final.csv").read_text().splitlines(keepends=True)
+        put(second / "final.csv", "".join([lines[0], lines[-1]]).encode())
+        (first / "final.csv").write_text("".join(lines[:-1]))
+    imported = read_phygdpo(phygdpo)
+    assert len(imported.rows) == 2 and imported.skipped == []
+
+
 def test_the_command_writes_what_training_reads(phygdpo, tmp_path, capsys):
     (phygdpo / f"DPO_data/Wan14B/seed_3/{NAMES[1]}.mp4").write_bytes(b"no video")
     out = tmp_path / "out"

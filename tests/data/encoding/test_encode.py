@@ -633,9 +633,22 @@ def text_encoder_eps(pipeline):
     pipeline.text_encoder.encoder.final_layer_norm.variance_epsilon = 1e-3
 
 
-@pytest.mark.parametrize(
-    "change", [tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps]
-)
+def hook_on_the_vae(pipeline):
+    pipeline.vae.encoder.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def other_method(pipeline):
+    encode_as_before = pipeline.vae.encode
+    pipeline.vae.encode = lambda video, **options: encode_as_before(video * 0.5, **options)
+
+
+CHANGES = [
+    tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps, hook_on_the_vae,
+    other_method,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_decides_the_numbers_is_in_the_key(tmp_path, change):
     """Also where neither weights nor configuration say it; what does not, is not."""
     rows = [{"prompt": "A red ball falls", "video": tiny_video(0)}]

@@ -70,7 +70,7 @@ def read_phygdpo(
     model, generated = _generated(root, tables)
     real = _real_videos(root, real_videos)
     imported = Imported()
-    scored = {seed: _read_table(path, imported) for seed, path in tables.items()}
+    scored = {seed: _read_tables(paths, imported) for seed, paths in tables.items()}
     identifiers = sorted(set().union(*scored.values()))
 
     def groups() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,18 +100,14 @@ def read_phygdpo(
     return with_readable_videos(groups(), imported, len(identifiers))
 
 
-def _tables(root: Path, model: str | None, seeds: Sequence[int] | None) -> dict[int, Path]:
-    """Seed -> its table, of one model."""
-    found: dict[str, dict[int, Path]] = {}
+def _tables(root: Path, model: str | None, seeds: Sequence[int] | None) -> dict[int, list[Path]]:
+    """Seed -> its tables, one of each part of the prompts, of one model."""
+    found: dict[str, dict[int, list[Path]]] = {}
     for place in folders_below(root):
         named = _SCORED.fullmatch(place.name)
         if named is not None and (place / _TABLE).is_file():
             of_model = found.setdefault(_GENERATED.get(named["size"], named["size"]), {})
-            if (seed := int(named["seed"])) in of_model:
-                raise ValueError(
-                    f"Two tables of seed {seed}: {of_model[seed]} and {place / _TABLE}. Keep one of them."
-                )
-            of_model[seed] = place / _TABLE
+            of_model.setdefault(int(named["seed"]), []).append(place / _TABLE)
     if not found:
         raise ValueError(
             f"{root}: expected tables such as train_part_0_14B_seed_0/{_TABLE}, found none. They are in PhyGDPO's "
@@ -126,12 +122,12 @@ def _tables(root: Path, model: str | None, seeds: Sequence[int] | None) -> dict[
     unknown = sorted(set(seeds or ()) - set(tables))
     if unknown:
         raise ValueError(f"`--seeds`: there is no table of {model} with seed {unknown}; there are {list(tables)}.")
-    return {seed: path for seed, path in tables.items() if not seeds or seed in seeds}
+    return {seed: paths for seed, paths in tables.items() if not seeds or seed in seeds}
 
 
-def _generated(root: Path, tables: dict[int, Path]) -> tuple[str, dict[int, Path]]:
+def _generated(root: Path, tables: dict[int, list[Path]]) -> tuple[str, dict[int, Path]]:
     """Name of the model, and seed -> folder of its videos."""
-    size = next(iter(tables.values())).parent.name.rpartition("_seed_")[0].rpartition("_")[2]
+    size = next(iter(tables.values()))[0].parent.name.rpartition("_seed_")[0].rpartition("_")[2]
     model = _GENERATED.get(size, size)
     folders = [place for place in folders_below(root) if place.name in (model, size) and any(place.glob("seed_*"))]
     if len(folders) != 1:
@@ -161,20 +157,21 @@ def _real_videos(root: Path, given: str | os.PathLike[str] | None) -> Path:
     return found
 
 
-def _read_table(path: Path, imported: Imported) -> dict[str, _Scored]:
+def _read_tables(paths: Sequence[Path], imported: Imported) -> dict[str, _Scored]:
     """Identifier of a video -> its caption and scores, in [0, 1]."""
     scored: dict[str, _Scored] = {}
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: expected the columns {list(_COLUMNS)}, got {reader.fieldnames}.")
-        for place, record in _records(reader, path, imported):
-            identifier, line = _line(record, place, imported)
-            if line is not None and identifier in scored:
-                imported.skip(place, f"{identifier} stands in {scored[identifier].place} already")
-            elif line is not None:
-                scored[identifier] = line
+    for path in paths:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path}: expected the columns {list(_COLUMNS)}, got {reader.fieldnames}.")
+            for place, record in _records(reader, path, imported):
+                identifier, line = _line(record, place, imported)
+                if line is not None and identifier in scored:
+                    imported.skip(place, f"{identifier} stands in {scored[identifier].place} already")
+                elif line is not None:
+                    scored[identifier] = line
     return scored
 
 
