@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import datasets
 import pyarrow as pa
 
-from ...data.buckets import ASPECT_RATIOS, AspectBucket, aspect_buckets, nearest_bucket
-from ...data.video_file import DEFAULT_LIMITS, VideoLimits
+from ...data.buckets import AspectBucket, aspect_buckets, nearest_bucket
+from ...data.video_file import MAX_PIXELS, VideoLimits
 from ...files import remove_leftovers, write_atomically
 from ...load import SANDBOX
 from ..captions import load_captioner
@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 
 # 150 frames at 29.97 fps are 5.005 s, and nobody means to exclude them from "5 seconds".
 DURATION_TOLERANCE = 0.05
-RATIOS = tuple(f"{across}:{down}" for across, down in ASPECT_RATIOS)
+# Those of `ASPECT_RATIOS`, written out: `video-trl curate --help` reads this file without importing it.
+RATIOS = ("9:16", "3:4", "1:1", "16:9")
 
 
 class Captioner(Protocol):
@@ -89,7 +90,7 @@ class GTPairConfig:
     max_seconds: float = field(default=6.0, metadata={"help": "Acquisition: longest clip."})
     min_edge: int = field(default=512, metadata={"help": "Acquisition: shortest side in pixels."})
     ratios: list[str] = field(
-        default_factory=lambda: list(RATIOS),
+        default_factory=lambda: [*RATIOS],
         metadata={"help": "Aspect ratios, width:height, that clips are cropped to: any of 9:16 3:4 1:1 16:9."},
     )
     max_crop: float = field(
@@ -97,7 +98,7 @@ class GTPairConfig:
         metadata={"help": "Acquisition: largest proportion of the picture that the nearest ratio cuts off."},
     )
     max_pixels: int = field(
-        default=DEFAULT_LIMITS.max_pixels,
+        default=MAX_PIXELS,
         metadata={"help": "Acquisition: most pixels of a frame (8K); a file with more is not decoded."},
     )
 
