@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -39,7 +39,7 @@ def probe_models(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 16,
-    cells: tuple[int, int] | None = CELLS,
+    cells: tuple[int, int] | Literal["all"] | None = None,
 ) -> dict[str, ProbeResult]:
     """
     Fit a linear probe on each of: pixels (the floor), the model, the model with each adapter, the teacher (the
@@ -59,8 +59,9 @@ def probe_models(
         num_train (`int`), num_test (`int`): Simulated clips to fit the probe on, and to test it on.
         height (`int`, *optional*), width (`int`, *optional*): Size that clips are brought to; by default the file's.
         batch_size (`int`, *optional*, defaults to `16`): Clips in one call.
-        cells (`tuple[int, int]`, *optional*, defaults to `(2, 3)`): On Physion, rows and columns that each token frame
-            is pooled to; None for all its tokens, which takes as much more memory and time.
+        cells (`tuple[int, int]` or `"all"`, *optional*): Rows and columns that each token frame is pooled to, or all
+            its tokens, which takes as much more memory and time. By default (2, 3) on Physion and (4, 4), which are
+            all there are, on simulated clips.
 
     Returns:
         `dict[str, ProbeResult]`: By name, in the order above; `probe_table` prints it.
@@ -80,7 +81,9 @@ def probe_models(
         frames: dict[str, Any] = {"num_frames": num_frames, "frame_step": frame_step}
         train, test = (read_physion(physion, split, **frames) for split in ("train", "test"))
     # The sandbox has so few tokens that none need be pooled.
-    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {"cells": cells}
+    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {"cells": CELLS}
+    if cells is not None:
+        pooling["cells"] = None if cells == "all" else cells
     common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
     results = {"pixels": probe_features(PixelFeatures(), train, test, name="pixels", **common)}
     pipeline = _load(model)
