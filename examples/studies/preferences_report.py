@@ -223,7 +223,8 @@ class Report:
             f"{len(pairs)} comparisons of this table that could be made."
         )
         missing = [f"{a} over {b}" for a, b in self.study.comparisons if (a, b) not in pairs]
-        return f"### Comparisons\n\n{markdown_table(rows)}\n\n{note}{not_yet(missing)}"
+        table = f"\n\n{markdown_table(rows)}\n\n{note}" if pairs else ""
+        return f"### Comparisons{table}{not_yet(missing)}"
 
     def figure(self, path: Path) -> str:
         """pc over base of every arm: interval with all seeds pooled, and each seed as a dash."""
@@ -362,7 +363,8 @@ class Report:
             cells = [f"{memory['trained']:,}", *(f"{size / 2**20:.1f} MiB" for size in sizes)]
             rows.append([arm, *cells, interval(self.difference(arm, BASE, "pc"))])
         missing = [arm for arm in MEASURED if arm not in [row[0] for row in rows]]
-        return f"### Table 2d: the reference\n\n{markdown_table(rows)}{not_yet(missing)}"
+        table = f"\n\n{markdown_table(rows)}" if rows[1:] else ""
+        return f"### Table 2d: the reference{table}{not_yet(missing)}"
 
 
 def not_yet(names: Sequence[str]) -> str:
