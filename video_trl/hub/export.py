@@ -17,7 +17,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from .lora import PREFIX, expert_of, write_tensors
+from .lora import EXPERT_KEY, PREFIX, expert_of, write_tensors
 from .published import CONFIG_KEY, Alpha, read_adapter
 from .wan_names import original_name
 
@@ -91,7 +91,8 @@ def export_lora(
         path = path.with_stem(f"{path.stem}_{expert}")
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
-    return write_tensors(path, tensors, {"format": "pt", CONFIG_KEY: json.dumps(settings)})
+    header = {"format": "pt", CONFIG_KEY: json.dumps(settings)} | ({} if expert is None else {EXPERT_KEY: expert})
+    return write_tensors(path, tensors, header)
 
 
 def _alpha(config: LoraConfig, name: str, rank: int) -> float:

@@ -359,8 +359,15 @@ class VideoConfig(TrainingArguments):
         optimizer = self.optim.value
         has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion"))
         has_epsilon = any(kind in optimizer for kind in ("adam", "ademamix"))
+        engine = {} if self.deepspeed_plugin is None else self.deepspeed_plugin.deepspeed_config
         reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
         causes = (
+            ("optimizer" in engine, ("optim", "optim_args"), "DeepSpeed's configuration has an `optimizer`"),
+            (
+                "scheduler" in engine,
+                ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+                "DeepSpeed's configuration has a `scheduler`",
+            ),
             (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
             (not has_epsilon, ("adam_epsilon",), f"`optim={optimizer!r}` has none"),
             (not reads_more, ("optim_args",), f"`optim={optimizer!r}` reads none"),

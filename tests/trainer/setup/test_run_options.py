@@ -1,6 +1,7 @@
 """What can be known before anything is encoded is told before; options without effect are told too."""
 
 import logging
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -121,6 +122,14 @@ def told(caplog, make):
 )
 def test_an_option_without_effect_is_told(tmp_path, caplog, changes, expected):
     assert expected in told(caplog, lambda: trainer(config(tmp_path, **changes)))
+
+
+def test_what_deepspeeds_configuration_decides_is_told(tmp_path):
+    args = config(tmp_path, optim="sgd", lr_scheduler_type="linear")
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "Adam"}, "scheduler": {}})
+    idle = args.options_without_effect()
+    assert idle["optim"] == "DeepSpeed's configuration has an `optimizer`"
+    assert idle["lr_scheduler_type"] == "DeepSpeed's configuration has a `scheduler`"
 
 
 def test_an_option_with_effect_is_not(tmp_path, caplog):
