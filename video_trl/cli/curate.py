@@ -80,7 +80,8 @@ class AnnotatedArguments:
 
 def annotated(argv: Sequence[str]) -> int:
     from ..curation.annotated import DIMENSIONS, annotated_pairs, read_votes
-    from ..curation.engine.manifest import summarize, write_table
+    from ..curation.engine.manifest import Shard, summarize, write_table
+    from ..curation.engine.output import output_folder
 
     (args,) = parse("curate annotated", __doc__, [AnnotatedArguments], argv)
     dimensions = args.dimensions or DIMENSIONS
@@ -94,8 +95,9 @@ def annotated(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     folder = Path(args.output_dir)
-    write_table(table, folder / "manifest.parquet")
-    write_table(pairs.with_format("arrow")[:], folder / "pairs" / "train.parquet")
+    with output_folder(folder, "annotated", ("manifest.parquet", "pairs"), Shard()):
+        write_table(table, folder / "manifest.parquet")
+        write_table(pairs.with_format("arrow")[:], folder / "pairs" / "train.parquet")
     say(f"{summarize(table)}\ndataset: {folder / 'pairs'}; every pair: {folder / 'manifest.parquet'}")
     return 0
 

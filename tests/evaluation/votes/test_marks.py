@@ -150,6 +150,7 @@ def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
         ("gone.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,no.mp4\n", "there is no file"),
         ("half.csv", "pair_id,prompt,video_a\np,x,a0.mp4\n", r"expected values for \['video_b'\]"),
         ("twice.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,b0.mp4\np,x,a1.mp4,b1.mp4\n", "stands there twice"),
+        ("secret.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,pairs.jsonl\n", r"pairs\.jsonl"),
         ("pairs.txt", "", "in a .csv or .jsonl file"),
     ):
         (tmp_path / name).write_text(content)

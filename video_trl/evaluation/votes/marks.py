@@ -19,6 +19,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from ...data.video_io import VideoDecodeError, probe_video
 from .held_file import HeldFile, read_lines
 from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
@@ -59,7 +60,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     are relative to the file.
 
     Raises:
-        ValueError: Another kind of file, no pair, a value or a video that is missing, or an id given twice.
+        ValueError: Another kind of file, no pair, a value or a video that is missing, a file that is no video, or an
+            id given twice.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
@@ -80,6 +82,11 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         if gone or pair.pair_id in pairs:
             reason = f"there is no file {gone[0]}" if gone else f"the pair_id {pair.pair_id!r} stands there twice"
             raise ValueError(f"{path}, pair {number}: {reason}.")
+        try:
+            for video in (pair.video_a, pair.video_b):
+                probe_video(video)  # the page shows it to people: no other file of this machine
+        except VideoDecodeError as error:
+            raise ValueError(f"{path}, pair {number}: {error}") from error
         pairs[pair.pair_id] = pair
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, got none.")

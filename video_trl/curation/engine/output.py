@@ -1,0 +1,59 @@
+"""The folder that a curation run writes to: whose it is, and that one launch at a time works in it."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...files import lock, read_json, remove_leftovers, write_json
+from .manifest import Shard
+
+
+logger = logging.getLogger(__name__)
+
+#: In a run's folder: what kind of run writes there.
+OWNER_NAME = ".curation.json"
+
+
+@contextmanager
+def output_folder(root: Path, kind: str, outputs: Sequence[str], shard: Shard) -> Iterator[None]:
+    """
+    Holds the folder of a run. A run of the same kind goes on with what it finds there, whatever its settings are.
+
+    Args:
+        root (`Path`): The folder; made where needed.
+        kind (`str`): Pipeline that writes there, such as `"gt-pair"`.
+        outputs (`Sequence[str]`): What it replaces there at its end, or before.
+        shard ([`Shard`]): Part of this process; each of a launch holds the folder.
+
+    Raises:
+        ValueError: One of `outputs` is there and is not of a run of this kind, or another launch works in the folder.
+    """
+    owner = root / OWNER_NAME
+    found = read_json(owner).get("kind") if owner.is_file() else None
+    there = [name for name in outputs if (root / name).exists()]
+    # `stages` alone is what versions have left that did not write down whose the folder is.
+    if found != kind and (found is not None or (there and not (root / "stages").is_dir())):
+        whose = f"files of {found}" if found is not None else f"{there[0]!r}, which {kind} has not written"
+        raise ValueError(f"{root} holds {whose}, and {kind} would replace it. Pass another `output_dir`.")
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock(
+            root / f".curation-{shard.index}.lock", seconds=0, waiting=f"Another process is working in {root}."
+        )
+    except TimeoutError as error:
+        raise ValueError(f"Another process works in {root} ({error}). Wait for it, or pass another folder.") from error
+    try:
+        if found is None and shard.index == 0:
+            write_json(owner, {"kind": kind})
+        yield
+    finally:
+        held.release()
+
+
+def sweep(root: Path, folders: Sequence[str]) -> None:
+    """Removes what killed processes left half written in some folders of a run, which this process holds."""
+    for name in folders:
+        for folder, _, _ in os.walk(root / name):
+            remove_leftovers(folder, locked=True)
