@@ -1,16 +1,14 @@
 """The folder that a curation run writes to: whose it is, and that one launch at a time works in it."""
 
-import logging
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...files import lock, read_json, remove_leftovers, write_json
+from ...files import read_json, remove_leftovers, write_json
 from .manifest import Shard
 
-
-logger = logging.getLogger(__name__)
 
 #: In a run's folder: what kind of run writes there.
 OWNER_NAME = ".curation.json"
@@ -38,18 +36,18 @@ def output_folder(root: Path, kind: str, outputs: Sequence[str], shard: Shard) -
         whose = f"files of {found}" if found is not None else f"{there[0]!r}, which {kind} has not written"
         raise ValueError(f"{root} holds {whose}, and {kind} would replace it. Pass another `output_dir`.")
     root.mkdir(parents=True, exist_ok=True)
+    # Not `files.lock`, which writes into the file: a run that is done changes nothing when it is started again.
+    descriptor = os.open(root / f".curation-{shard.index}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        held = lock(
-            root / f".curation-{shard.index}.lock", seconds=0, waiting=f"Another process is working in {root}."
-        )
-    except TimeoutError as error:
-        raise ValueError(f"Another process works in {root} ({error}). Wait for it, or pass another folder.") from error
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another process works in {root}. Wait for it, or pass another folder.") from error
         if found is None and shard.index == 0:
             write_json(owner, {"kind": kind})
         yield
     finally:
-        held.release()
+        os.close(descriptor)
 
 
 def sweep(root: Path, folders: Sequence[str]) -> None:
