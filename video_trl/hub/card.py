@@ -167,7 +167,7 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
     """
     path = Path(card)
     parsed = ModelCard(path.read_text(encoding="utf-8"))
-    if not _EVALUATION.search(parsed.text):
+    if not is_model_card(parsed.text):
         raise ValueError(f"{path} has no section for evaluations; expected a card that video_trl wrote.")
     entries = parsed.data.to_dict()
     entries.pop("model-index", None)
@@ -178,6 +178,11 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
     section = evaluation_section(measurements)
     text = _EVALUATION.sub(lambda _: section, parsed.text)
     write_atomically(path, f"---\n{front_matter.to_yaml()}\n---\n{text}")
+
+
+def is_model_card(text: str) -> bool:
+    """Whether a README is one that [`model_card`] wrote."""
+    return _EVALUATION.search(text) is not None
 
 
 def evaluation_section(evaluation: Sequence[Measurement | Mapping[str, Any]]) -> str:

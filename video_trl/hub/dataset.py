@@ -95,11 +95,7 @@ def export_dataset(
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
     _check_places(dataset, media, media_folders)
-    strange = [
-        path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME, _LIST)
-    ]
-    if strange:
-        raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
+    _check_replaceable(folder)
     remove_leftovers(folder.parent)
     with resumable_folder(folder, replace=True) as partial:
         assert partial is not None
@@ -169,7 +165,7 @@ def push_dataset(
                     repo_type="dataset",
                     folder_path=exported,
                     commit_message="Upload a dataset with video_trl",
-                    allow_patterns=[glob.escape(name) for name in read_json(exported / _LIST)["files"]],
+                    allow_patterns=[glob.escape(name) for name in _listed(exported)],
                     delete_patterns=["data/*.parquet", "samples/*"],
                 )
             )
@@ -185,12 +181,29 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
+def _check_replaceable(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: A file in the folder is none that [`export_dataset`] has written.
+    """
+    own = {_LIST, LOCK_NAME, *_listed(folder)} if folder.is_dir() else set()
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    for name in names:
+        if name not in own:
+            raise ValueError(f"{folder} holds more than an export ({name}), which would be lost. Pass a new folder.")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Files and their hashes as the list of an export has them; nothing where there is no list."""
+    return read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+
+
 def _check_export(folder: Path) -> None:
     """
     Raises:
         ValueError: The folder is not what [`export_dataset`] wrote.
     """
-    listed = read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+    listed = _listed(folder)
     found = _hashes(folder)
     wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     if wrong or not listed:

@@ -79,6 +79,7 @@ def test_a_push_uploads_card_and_tables_and_nothing_else_of_the_folder(finished,
         use(server, monkeypatch)
         push_dataset(exported, f"{USER}/groups")
         assert server.dataset("groups").files == sent
+        (exported / "data" / ".notes.parquet").unlink()
         push_groups(folder, f"{USER}/again")
         assert server.dataset("again").files == sent
 

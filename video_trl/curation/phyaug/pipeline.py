@@ -6,6 +6,7 @@ model's scores show which actions are hard for it. 4. More clips are sampled fro
 videos of these captions become the rejected ones.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -223,6 +224,8 @@ def begin(root: Path, config: PhyAugConfig) -> None:
     _write_state(root, config, "running", {})
     for name in (f"groups/{GROUPS_NAME}", f"groups/{CARD_NAME}", *_TABLES):
         (root / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it stays where it holds files of others
+        (root / "groups").rmdir()
 
 
 def finish(result: PhyAugResult, attempts: pa.Table, config: PhyAugConfig, root: Path) -> None:
