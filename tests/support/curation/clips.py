@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from tests.support.data.media import REPEATABLE
 from video_trl.curation.clips.sources import list_clips
 from video_trl.curation.engine.manifest import Shard
 from video_trl.curation.gt_pair.pipeline import acquire, filter_clips, normalise
@@ -53,7 +54,7 @@ def encode(
     times_ms = times_ms or [round(1000 * index / 16) for index in range(len(video))]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(16))
+        stream = container.add_stream(codec, rate=Fraction(16), options=REPEATABLE if codec == "libx264" else {})
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = pix_fmt
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)

@@ -44,6 +44,10 @@ def frame_numbers(video: np.ndarray) -> list[int]:
     return ((levels.mean(axis=(1, 3, 4)) > 125) << np.arange(_BITS)).sum(axis=1).tolist()
 
 
+# Equal frames give equal bytes, as with `write_video`: tests compare files that were written one by one.
+REPEATABLE = {"threads": "1", "x264-params": "cpu-independent=1"}
+
+
 def write_media(
     path: Path,
     video: np.ndarray,
@@ -65,7 +69,7 @@ def write_media(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=dict(container_options or {})) as container:
-        options = dict(options or {})
+        options = (REPEATABLE if codec == "libx264" else {}) | dict(options or {})
         stream = container.add_stream(codec, rate=rate)
         stream.codec_context.max_b_frames = int(options.pop("bf", 0))
         stream.codec_context.options = options
