@@ -26,10 +26,13 @@ install: $(INSTALLED)  ## make .venv with the pinned environment
 # torch goes first, so that no other package's resolution can pick another build of it. TORCH_ARGS can name an index with
 # another build, such as the CPU one: pip takes 2.13.0+cpu for the pinned 2.13.0.
 TORCH_ARGS ?=
+# HASHES=.ci/hashes.txt: nothing but torch is installed whose checksum is not the one of that file.
+HASHES ?=
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_ARGS) torch
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	$(if $(HASHES),$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r $(HASHES))
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(if $(HASHES),--no-build-isolation) -e '.[dev]'
 	touch $@
 
 $(INSTALLED_DOCS): $(INSTALLED)

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "sandbox": {"judges", "teachers", "data", "diffusion"},
     "load": {"judges", "teachers", "data", "sandbox"},
     "hub": {"data", "load"},
-    "curation": {"data", "judges", "models", "losses", "load"},
+    "curation": {"data", "judges", "models", "losses", "load", "hub"},
     "evaluation": {"judges", "data", "models", "teachers", "load", "hub"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},
     "experiment": {"load", "evaluation", "trainer"},

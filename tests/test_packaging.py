@@ -1,5 +1,6 @@
 """What is published: tested versions are declared, wheel and sdist hold what they should, the wheel works alone."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -54,6 +55,36 @@ def test_the_test_environment_lies_within_what_is_declared():
     for text in [*PROJECT["dependencies"], *extras["dev"], *extras["docs"]]:
         requirement = Requirement(text)
         assert pins[_normal(requirement.name)] in requirement.specifier, text
+
+
+def _hashed():
+    """Name and version -> number of checksums, of `.ci/hashes.txt`."""
+    entries = re.split(r"\n(?=\S)", (ROOT / ".ci" / "hashes.txt").read_text("utf-8").strip())
+    parts = [entry.partition("==") for entry in entries if not entry.startswith("#")]
+    return {_normal(name): (Version(rest.split()[0]), rest.count("--hash=sha256:")) for name, _, rest in parts}
+
+
+def test_every_package_of_the_test_environment_but_torch_has_its_checksums():
+    """If not: python .ci/dependencies.py hashes UV"""
+    pins, hashed = _pins("constraints.txt"), _hashed()
+    assert {name: version for name, (version, _) in hashed.items()} == {name: pins[name] for name in hashed}
+    assert min(number for _, number in hashed.values()) >= 1 and "torch" not in hashed
+    extras = PROJECT["optional-dependencies"]
+    needed = {_normal(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras["dev"], *extras["docs"]]}
+    assert needed - {"torch"} <= set(hashed)
+
+
+def test_every_dependency_has_its_licence_on_its_page():
+    """If not: python .ci/dependencies.py licences"""
+    path = ROOT / ".ci" / "dependencies.py"
+    script = importlib.util.module_from_spec(importlib.util.spec_from_file_location("dependencies", path))
+    script.__spec__.loader.exec_module(script)
+    page = script.PAGE.read_text("utf-8")
+    for name in script.direct():
+        assert re.search(rf"\| {re.escape(name)} \| |installs?: .*\b{re.escape(name)} \(", page), name
+    for name in ("torch", "diffusers", "starlette"):
+        assert f"| {script.licence(name)} |" in page
+    assert "not stated" not in page
 
 
 def test_only_tested_versions_of_python_are_declared():

@@ -15,6 +15,7 @@ from .methods import own_methods
 # Reports of use that the libraries underneath would send unasked. Whoever wants them sets the variables.
 for _name, _off in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "RAY_USAGE_STATS_ENABLED": "0",
     "WANDB_ERROR_REPORTING": "false",

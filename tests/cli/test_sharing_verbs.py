@@ -22,6 +22,7 @@ def server(monkeypatch, tmp_path):
         use(made, monkeypatch)
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", made.url)
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("datasets.config.USE_PARQUET_EXPORT", False)  # asks another server than the Hub's
         yield made
 
 

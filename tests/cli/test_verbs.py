@@ -191,6 +191,12 @@ def test_report_prints_the_comparison_and_writes_the_page(runs, here, capsys):
     assert "'sft' is not among the methods" in capsys.readouterr().err
 
 
+def half_of_a_table(dataset, path, **options):
+    with open(path, "w") as file:
+        file.write("rater,tas")
+    raise OSError(28, "No space left on device")
+
+
 def test_vote_counts_and_exports(runs, here, capsys):
     study = open_study(runs)
     file = VoteFile("votes.jsonl", study)
@@ -203,6 +209,11 @@ def test_vote_counts_and_exports(runs, here, capsys):
     assert main(["vote", *runs, "--results"]) == 0
     assert "0/0/4" in capsys.readouterr().out
     assert main(["vote", *runs, "--export", "votes.parquet"]) == 0
+    (here / "votes.csv").write_text("an older table")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.Dataset.to_csv", half_of_a_table)
+        assert main(["vote", *runs, "--export", "votes.csv"]) == 1
+    assert (here / "votes.csv").read_text() == "an older table"
     table = datasets.Dataset.from_parquet("votes.parquet")
     assert len(table) == 8 and set(table["choice"]) == {"right", "same"}
     assert main(["vote", *reversed(runs), "--results"]) == 1

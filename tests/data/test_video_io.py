@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import (
     VideoDecodeError,
@@ -171,7 +171,7 @@ def test_equal_frames_give_equal_bytes_on_every_processor_and_under_load(tmp_pat
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, video_io.__file__, str(tmp_path), str(number), asm],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, **variables},
             stdout=subprocess.PIPE,
             text=True,
         )

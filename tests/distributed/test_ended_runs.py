@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.support.distributed import ending_worker
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from video_trl.files import file_checksum
 
 
@@ -24,7 +24,7 @@ LORA = "pytorch_lora_weights.safetensors"
 def start(directory: Path) -> subprocess.Popen:
     """The launcher ignores SIGUSR1, as in examples/accelerate_configs/multi_node.sbatch."""
     command = f'trap "" USR1; exec {TORCHRUN} {ending_worker.__file__} {directory}'
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from tests.support.evaluation.runs import ColourJudge
+from tests.support.evaluation.runs import ColourJudge, make_run
 from video_trl import files
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.evaluate import TrainingEvaluator, evaluate_model, evaluate_pipeline, sandbox_prompts
 from video_trl.evaluation.runs.generate import VideoGenerator, generate_run
-from video_trl.evaluation.runs.run import load_run
+from video_trl.evaluation.runs.run import load_run, make_room
 from video_trl.evaluation.runs.score import score_run
 from video_trl.evaluation.runs.tables import tabulate
 from video_trl.load import load_judge
@@ -116,6 +116,29 @@ def test_a_run_in_memory_replaces_a_run_and_nothing_else(generator, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "all I have"
     table = evaluate_pipeline(tmp_path / "run", generator, judge, ["A red ball rolls to the left."], name="second")
     assert load_run(tmp_path / "run").name == "second" and len(table.rows()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "thesis.txt"]
+
+
+@pytest.mark.parametrize("description", [None, '{"program": "another", "format": 7}'])
+def test_what_else_is_in_the_folder_of_a_replaced_run_is_kept(tmp_path, description):
+    folder = make_run(tmp_path / "run", "ours", [(0.5, 0.5)], scored=False).folder
+    (folder / "thesis.txt").write_text("all I have")
+    if description is not None:
+        (folder / "run.json").write_text(description)
+        (folder / "thesis.txt").rename(folder / "videos" / "thesis.txt")
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    make_room(folder)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("run.kept-")
+    assert {path.name: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+
+
+def test_videos_without_a_description_are_those_of_others(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "00000-0.mp4").write_bytes(b"holiday")
+    with pytest.raises(ValueError, match=r"no evaluation run \(videos\)"):
+        make_run(tmp_path, "ours", [(0.5, 0.5)], scored=False)
+    assert (tmp_path / "videos" / "00000-0.mp4").read_bytes() == b"holiday"
 
 
 def test_other_ranks_return_nothing_and_the_first_waits_for_their_files(tmp_path, monkeypatch):

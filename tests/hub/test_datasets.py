@@ -28,6 +28,7 @@ def server(monkeypatch):
         use(made, monkeypatch)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", made.url)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # asks another server than the Hub's
         yield made
 
 
@@ -171,12 +172,18 @@ def test_a_killed_export_goes_on_with_what_it_has_written(pairs, tmp_path, monke
     ]
 
 
-def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_path):
-    (tmp_path / "mine" / "data").mkdir(parents=True)
-    (tmp_path / "mine" / "notes.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds more than an export \(notes.txt\)"):
-        hub.export_dataset(pairs, tmp_path / "mine", name="x")
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "years of work" and (tmp_path / "mine" / "data").is_dir()
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "data/train.csv", "data/.notes", "samples/a/b.mp4"])
+def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_path, name):
+    """Also under the names that an export uses: a dataset that somebody else has made looks like that."""
+    folder = tmp_path / "mine"
+    if name != "README.md":  # that is an export's own
+        hub.export_dataset(pairs.select([0]), folder, name="x")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("years of work")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"holds more than an export \({name}\)"):
+        hub.export_dataset(pairs, folder, name="x")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_failed_upload_leaves_the_files_and_says_so(server, pairs, tmp_path):

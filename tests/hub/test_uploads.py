@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from tests.hub.test_lora_and_card import generate, with_adapter
 from tests.support.hub_server import TOKEN, USER, Clock, HubServer, serving, use
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from tests.support.tiny import tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import write_video
@@ -197,12 +197,13 @@ def test_the_server_is_as_strict_as_the_hub(server, clock):
 
 PULL = """
 import torch
-from datasets import load_dataset
+from datasets import config, load_dataset
 
 from tests.hub.test_lora_and_card import generate, with_adapter
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from video_trl.hub import LORA_FILE_NAME
 
+config.USE_PARQUET_EXPORT = False  # asks another server than the Hub's
 pipeline = tiny_wan_pipeline()
 pipeline.load_lora_weights("somebody/adapter", weight_name=LORA_FILE_NAME)
 assert torch.equal(generate(pipeline), generate(with_adapter(lora_alpha=32)))
@@ -231,7 +232,7 @@ def test_two_processes_with_caches_of_their_own_share_an_adapter_and_a_dataset(s
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_TOKEN": TOKEN,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
         }
         command = [sys.executable, "-c", code, str(adapter)]
         run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=280)

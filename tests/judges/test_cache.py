@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,14 @@ def test_a_file_that_is_no_cache_is_named(judge, tmp_path):
         CachedJudge(judge, path)
     with pytest.raises(ValueError, match="chunk_size"):
         CachedJudge(judge, tmp_path / "cache.sqlite", chunk_size=0)
+
+
+@pytest.mark.parametrize("columns", ["visits (day TEXT)", "scores (player TEXT, points INT)"])
+def test_a_database_of_something_else_is_not_changed(judge, tmp_path, columns):
+    path = tmp_path / "mine.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"CREATE TABLE {columns}")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="database of something else"):
+        CachedJudge(judge, path)
+    assert path.read_bytes() == before

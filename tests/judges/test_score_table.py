@@ -144,6 +144,15 @@ def test_a_file_that_is_no_table_of_scores_is_not_overwritten(demo, tmp_path):
         assert mine.read_text() == content
 
 
+@pytest.mark.parametrize("content", [b"notes of mine", b'{"judge": "mine"}\n', b"\n\nnotes", bytes(range(256))])
+def test_a_file_that_holds_no_unfinished_scores_is_neither_changed_nor_deleted(demo, tmp_path, content):
+    mine, judge = tmp_path / "scores.csv.unfinished.jsonl", Counting()
+    mine.write_bytes(content)
+    with pytest.raises(ValueError, match="no file of unfinished scores"):
+        score_table(demo / "clips" / "prompts.csv", tmp_path / "scores.csv", judge)
+    assert mine.read_bytes() == content and not judge.asked
+
+
 def test_a_table_that_was_cut_anywhere_is_refused_or_lacks_whole_rows(demo, tmp_path):
     output, cut = tmp_path / "scores.csv", tmp_path / "cut.csv"
     score_table(demo / "clips" / "prompts.csv", output, Counting())

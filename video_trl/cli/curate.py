@@ -84,7 +84,8 @@ class AnnotatedArguments:
 def annotated(argv: Sequence[str]) -> int:
     (args,) = parse("curate annotated", __doc__, [AnnotatedArguments], argv)
     from ..curation.annotated import DIMENSIONS, annotated_pairs, read_votes
-    from ..curation.engine.manifest import summarize, write_table
+    from ..curation.engine.manifest import Shard, summarize, write_table
+    from ..curation.engine.output import output_folder
 
     dimensions = args.dimensions or DIMENSIONS
     pairs, table = annotated_pairs(
@@ -97,8 +98,9 @@ def annotated(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     folder = Path(args.output_dir)
-    write_table(table, folder / "manifest.parquet")
-    write_table(pairs.with_format("arrow")[:], folder / "pairs" / "train.parquet")
+    with output_folder(folder, "annotated", ("manifest.parquet", "pairs"), Shard()):
+        write_table(table, folder / "manifest.parquet")
+        write_table(pairs.with_format("arrow")[:], folder / "pairs" / "train.parquet")
     say(f"{summarize(table)}\ndataset: {folder / 'pairs'}; every pair: {folder / 'manifest.parquet'}")
     return 0
 

@@ -62,15 +62,16 @@ def run(argv: Sequence[str]) -> int:
     if args.results or args.export is not None:
         from ..evaluation.runs.tables import text_table
         from ..evaluation.votes.results import vote_results, votes_dataset, votes_table
-        from ..files import formula_free
+        from ..files import atomic_file, formula_free
 
         say(text_table(votes_table(vote_results(args.votes, runs))))
         if args.export is not None:
             table = votes_dataset(args.votes)
-            if Path(args.export).suffix == ".parquet":
-                table.to_parquet(args.export)
-            else:
-                table.map(lambda row: {name: formula_free(value) for name, value in row.items()}).to_csv(args.export)
+            with atomic_file(args.export) as partial:
+                if Path(args.export).suffix == ".parquet":
+                    table.to_parquet(partial)
+                else:
+                    table.map(lambda row: {name: formula_free(value) for name, value in row.items()}).to_csv(partial)
             say(f"\n{len(table)} answers in {args.export}")
         return 0
     if args.questions == "marks":

@@ -52,15 +52,14 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
     Reads votes from a `.csv` or `.jsonl` file.
 
     Columns: `pair_id`, `video` (path or name), `annotator`, `prompt`, and one for each dimension with a whole number
-    from 1 to 5.
+    from 1 to 5. A line with `"correction": true`, as the marking page writes it, replaces what the rater said before.
 
     Raises:
         ValueError: Another kind of file, a missing column or value, a mark outside 1 to 5, or a rater who marks a
             video of a pair twice. Names the line.
     """
     path = Path(path)
-    votes = []
-    voters: set[tuple[str, str, str]] = set()
+    votes: dict[tuple[str, str, str], Vote] = {}
     for line, record in _records(path):
         missing = [name for name in ("pair_id", "video", "annotator", "prompt", *dimensions) if _blank(record, name)]
         if missing:
@@ -74,15 +73,15 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
             if text not in {"1", "2", "3", "4", "5"}:
                 raise ValueError(f"{path}, line {line}: expected a whole number from 1 to 5 in {name}, got {text!r}.")
             marks[name] = int(text)
-        who = tuple(str(record[name]) for name in ("pair_id", "video", "annotator"))
-        if who in voters:
-            raise ValueError(f"{path}, line {line}: {who[2]} has marked {who[1]} of pair {who[0]} before. Keep one.")
-        voters.add(who)  # type: ignore[arg-type]
-        pair_id, video, annotator = who
-        votes.append(
-            {"pair_id": pair_id, "video": video, "annotator": annotator, "prompt": str(record["prompt"]), **marks}
-        )
-    return votes
+        pair_id, video, annotator = who = (str(record["pair_id"]), str(record["video"]), str(record["annotator"]))
+        if who in votes and record.get("correction") is not True:
+            raise ValueError(
+                f"{path}, line {line}: {annotator} has marked {video} of pair {pair_id} before. Keep one."
+            )
+        votes[who] = {
+            "pair_id": pair_id, "video": video, "annotator": annotator, "prompt": str(record["prompt"]), **marks
+        }  # fmt: skip
+    return list(votes.values())
 
 
 def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> list[dict[str, str]]:

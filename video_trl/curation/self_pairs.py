@@ -22,6 +22,7 @@ import pyarrow as pa
 from ..data.tables import load_rows
 from ..load import SANDBOX, check_judge, heldout_prompts, load_judge
 from .engine.manifest import Shard, Stage, digest, kept_rows, run_stage, write_table
+from .engine.output import output_folder
 from .generate import VideoModel, check_model, job_table, run_jobs
 from .phyaug.groups import JUDGED, JUDGED_VERSION, JudgeBatch
 
@@ -140,7 +141,8 @@ def run_self_pairs(config: SelfPairsConfig, *, shard: Shard | None = None) -> Se
         [`SelfPairsResult`]. The first process writes `videos.parquet` and `pairs/` into the folder of the run.
 
     Raises:
-        ValueError: No prompts, a model or judge that cannot be loaded, or no prompt with two judged videos.
+        ValueError: No prompts, a model or judge that cannot be loaded, or no prompt with two judged videos; or
+            `output_dir` holds files of others, or another launch works there.
     """
     shard = shard or Shard.from_environment()
     model = config.video_model()
@@ -148,6 +150,13 @@ def run_self_pairs(config: SelfPairsConfig, *, shard: Shard | None = None) -> Se
     check_judge(config.judge, **config.judge_arguments())
     prompts = read_prompts(config.prompts, config.num_prompts)
     root = Path(config.output_dir).absolute()
+    with output_folder(root, "self-pairs", ("videos.parquet", "pairs"), shard):
+        return _run_stages(config, model, prompts, root, shard)
+
+
+def _run_stages(
+    config: SelfPairsConfig, model: VideoModel, prompts: Sequence[str], root: Path, shard: Shard
+) -> SelfPairsResult:
     (root / "stages").mkdir(parents=True, exist_ok=True)
 
     size = f"{config.height}x{config.width}"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
 from .runs.generate import VideoGenerator, generate_run, load_generator
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
-from .runs.run import RUN_FILE, SCORE_FOLDER, EvaluationRun, shard
+from .runs.run import SCORE_FOLDER, EvaluationRun, make_room, shard
 from .runs.score import score_run, slug
 from .runs.tables import RunTable, benchmark_named, tabulate
 
@@ -123,8 +122,9 @@ def evaluate_pipeline(
     batch_size: int = 16,
 ) -> RunTable:
     """
-    Evaluates a pipeline in memory, in this process and from the start: a run that is in the directory is replaced. The
-    judge sees the frames as the pipeline makes them, so that compression has no part in its scores.
+    Evaluates a pipeline in memory, in this process and from the start: a run that is in the directory is replaced, and
+    stays under another name if there is anything else in the directory. The judge sees the frames as the pipeline
+    makes them, so that compression has no part in its scores.
 
     Args:
         run_dir (path): Directory of the run.
@@ -140,8 +140,7 @@ def evaluate_pipeline(
     Raises:
         ValueError: As in [`generate_run`].
     """
-    if os.path.isfile(os.path.join(run_dir, RUN_FILE)):
-        shutil.rmtree(run_dir)
+    make_room(run_dir)
     run = generate_run(
         run_dir,
         generator,
@@ -205,7 +204,7 @@ class TrainingEvaluator:
     def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> dict[str, float]:
         generator = VideoGenerator(pipeline, model=f"run in {output_dir}", fps=self.fps, call_kwargs=self.call_kwargs)
         folder = os.path.join(output_dir, "evaluation", f"step-{step}")
-        shutil.rmtree(folder, ignore_errors=True)
+        make_room(folder)
         # The trainer calls this on one process of the launch, so the others have no part of the work.
         run = generate_run(
             folder,

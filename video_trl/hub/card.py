@@ -167,7 +167,7 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
     """
     path = Path(card)
     parsed = ModelCard(path.read_text(encoding="utf-8"))
-    if not _EVALUATION.search(parsed.text):
+    if not is_model_card(parsed.text):
         raise ValueError(f"{path} has no section for evaluations; expected a card that video_trl wrote.")
     entries = parsed.data.to_dict()
     entries.pop("model-index", None)
@@ -178,6 +178,11 @@ def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> Non
     section = evaluation_section(measurements)
     text = _EVALUATION.sub(lambda _: section, parsed.text)
     write_atomically(path, f"---\n{front_matter.to_yaml()}\n---\n{text}")
+
+
+def is_model_card(text: str) -> bool:
+    """Whether a README is one that [`model_card`] wrote."""
+    return _EVALUATION.search(text) is not None
 
 
 def evaluation_section(evaluation: Sequence[Measurement | Mapping[str, Any]]) -> str:
@@ -216,6 +221,12 @@ def cell(value: Any) -> str:
     return unmarked(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
+def code(text: str) -> str:
+    """A text in the type of code, in one line: between backticks, where it holds nothing that would end them."""
+    plain = text and text.isprintable() and not set("`|") & set(text)
+    return f"`{text}`" if plain else f"<code>{unmarked(text)}</code>"
+
+
 def fence(text: str) -> str:
     """Marks of a code block that no line of the text can end."""
     return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
@@ -224,7 +235,7 @@ def fence(text: str) -> str:
 def render(template: str, **values: Any) -> str:
     text = resources.files("video_trl").joinpath(f"templates/{template}").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"cell": cell, "fence": fence}
+    environment.filters |= {"cell": cell, "code": code, "fence": fence}
     return environment.from_string(text).render(**values)
 
 
@@ -245,7 +256,7 @@ def _model_index(repo_id: str, measurements: Sequence[Measurement], task: str | 
 
 def _link(base_model: str, expert: tuple[str, str] | None) -> str:
     is_repo = is_repo_id(base_model)
-    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo else f"`{base_model}`"
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo else code(base_model)
     return link if expert is None else f"the `{expert[0]}` transformer of {link}"
 
 

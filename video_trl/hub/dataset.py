@@ -1,5 +1,6 @@
 """Export datasets with their videos to parquet, write a dataset card, and upload both to the Hub."""
 
+import glob
 import os
 import tempfile
 from collections import Counter
@@ -23,10 +24,9 @@ from ..files import (
     read_json,
     remove_leftovers,
     resumable_folder,
-    unmarked,
     write_json,
 )
-from .card import CARD_NAME, render, settings_table, table
+from .card import CARD_NAME, code, render, settings_table, table
 from .upload import explained, without_conflict
 
 
@@ -63,6 +63,7 @@ def export_dataset(
     description: str = "",
     details: Mapping[str, Any] | None = None,
     media_folders: Sequence[str | os.PathLike[str]] | None = None,
+    card: str | None = None,
 ) -> Path:
     """
     Write a dataset as a folder that can go anywhere: `data/*.parquet` with the bytes of the videos in them, a card,
@@ -79,6 +80,7 @@ def export_dataset(
         details (`dict`, *optional*): Table of settings and counts of that.
         media_folders (list of `str` or `Path`, *optional*): Folders that the files must lie under, links followed. By
             default all files must lie under one folder, which is neither the home folder nor one above or beside it.
+        card (`str`, *optional*): The whole `README.md`, in place of the one that is made.
 
     Returns:
         `Path`: The folder. `export.json` in it lists the files and their hashes; [`push_dataset`] sends nothing else.
@@ -93,19 +95,17 @@ def export_dataset(
     if len(dataset) == 0 or not any(isinstance(_media_type(features[column]), datasets.Video) for column in media):
         raise ValueError(f"Expected rows with videos, got {len(dataset)} rows with {sorted(dataset.column_names)}.")
     _check_places(dataset, media, media_folders)
-    strange = [
-        path.name for path in folder.glob("*") if path.name not in ("data", "samples", CARD_NAME, LOCK_NAME, _LIST)
-    ]
-    if strange:
-        raise ValueError(f"{folder} holds more than an export ({strange[0]}), which would be lost. Pass a new folder.")
+    _check_replaceable(folder)
     remove_leftovers(folder.parent)
     with resumable_folder(folder, replace=True) as partial:
         assert partial is not None
-        samples = _write_shards(undecoded(dataset), features, media, partial, split)
-        card = dataset_card(
-            dataset, features, name=name, split=split, samples=samples, license=license, description=description,
-            details=details,
-        )  # fmt: skip
+        rows = _write_shards(undecoded(dataset), features, media, partial, split)
+        if card is None:
+            samples = [_show(row, number, media, partial) for number, row in enumerate(rows)]
+            card = dataset_card(
+                dataset, features, name=name, split=split, samples=samples, license=license, description=description,
+                details=details,
+            )  # fmt: skip
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
         write_json(partial / _LIST, {"rows": len(dataset), "files": _hashes(partial)}, indent=1)
     return folder
@@ -132,7 +132,7 @@ def push_dataset(
         folder (`str` or `Path`, *optional*): Where to write the files, and to leave them; a temporary one by default.
         private (`bool`, *optional*): Visibility of a new repository; the account's default.
         token (`str`, *optional*): Access token; the one logged in with.
-        **card: `split`, `license`, `description`, `details` and `media_folders` of [`export_dataset`].
+        **card: `split`, `license`, `description`, `details`, `media_folders` and `card` of [`export_dataset`].
 
     Returns:
         `huggingface_hub.CommitInfo`: The commit, with its URL.
@@ -165,7 +165,7 @@ def push_dataset(
                     repo_type="dataset",
                     folder_path=exported,
                     commit_message="Upload a dataset with video_trl",
-                    allow_patterns=[CARD_NAME, "data/*.parquet", "samples/*"],
+                    allow_patterns=[glob.escape(name) for name in _listed(exported)],
                     delete_patterns=["data/*.parquet", "samples/*"],
                 )
             )
@@ -181,12 +181,29 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
+def _check_replaceable(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: A file in the folder is none that [`export_dataset`] has written.
+    """
+    own = {_LIST, LOCK_NAME, *_listed(folder)} if folder.is_dir() else set()
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    for name in names:
+        if name not in own:
+            raise ValueError(f"{folder} holds more than an export ({name}), which would be lost. Pass a new folder.")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Files and their hashes as the list of an export has them; nothing where there is no list."""
+    return read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+
+
 def _check_export(folder: Path) -> None:
     """
     Raises:
         ValueError: The folder is not what [`export_dataset`] wrote.
     """
-    listed = read_json(folder / _LIST)["files"] if (folder / _LIST).is_file() else {}
+    listed = _listed(folder)
     found = _hashes(folder)
     wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     if wrong or not listed:
@@ -259,7 +276,7 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"}]}],
     )
     kinds = [
-        {"column": Markup(f"`{unmarked(column)}`"), "type": _kind(feature), "what": _MEANING.get(column, "")}
+        {"column": Markup(code(column)), "type": _kind(feature), "what": _MEANING.get(column, "")}
         for column, feature in features.items()
     ]
     return render(
@@ -305,17 +322,16 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     """
     Write the rows with the bytes of their files, as many in a file as it should hold. What an export before this one
-    has written of the same rows and files stays as it is. Returns what the card shows of the first rows.
+    has written of the same rows and files stays as it is. Returns the first rows, with their files, for the card.
     """
     data = folder / "data"
     data.mkdir(exist_ok=True)
-    samples: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     written: list[Path] = []
     for first, rows in _shards(dataset, media):
         path = data / f"{split}-{len(written):05d}.{_identity(rows, media, features)}.parquet"
-        if not samples:
+        if not shown:
             shown = [_embed(row, number, media) for number, row in enumerate(rows[:_SHOWN_ROWS])]
-            samples = [_show(row, number, media, folder) for number, row in enumerate(shown)]
         if not path.exists():
             embedded = [_embed(row, first + number, media) for number, row in enumerate(rows)]
             content = datasets.Dataset.from_list(embedded, features=features)
@@ -326,7 +342,7 @@ def _write_shards(
         other.unlink()
     for number, path in enumerate(written):
         path.rename(data / f"{split}-{number:05d}-of-{len(written):05d}.parquet")
-    return samples
+    return shown
 
 
 def _shards(dataset: datasets.Dataset, media: set[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

@@ -19,6 +19,7 @@ CREATE TABLE IF NOT EXISTS scores (
     PRIMARY KEY (judge, video, prompt)
 ) WITHOUT ROWID
 """
+_COLUMNS = ["judge", "video", "prompt", "result"]
 
 
 class CachedJudge:
@@ -46,6 +47,13 @@ class CachedJudge:
         self.judge, self.path, self.chunk_size = judge, Path(path), chunk_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            columns = [row[1] for row in database.execute("PRAGMA table_info(scores)")]
+            if tables and (tables, columns) != (["scores"], _COLUMNS):
+                raise ValueError(
+                    f"{self.path} is the database of something else, with the tables {', '.join(tables)}, and is not "
+                    "changed. Pass another path."
+                )
             database.execute(_SCHEMA)
 
     @property

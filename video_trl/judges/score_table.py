@@ -15,6 +15,7 @@ from .base import VideoJudge
 from .precomputed import SUFFIXES, read_table
 
 
+_START = '\n{"video_hash": "'  # of a file of unfinished scores
 _PLAIN = ("video", "video_hash", "prompt", "sa", "pc")
 
 
@@ -46,7 +47,7 @@ def score_table(
 
     Raises:
         ValueError: before anything is judged: another ending, a batch size below 1, missing columns, a video that is
-            missing or unreadable (named), or an output file that is no table of scores.
+            missing or unreadable (named), or a file of somebody else under one of the two names.
     """
     table, output = Path(table), Path(output)
     if output.suffix not in SUFFIXES:
@@ -96,7 +97,10 @@ def _known_scores(output: Path, kept: Path, identity: str) -> dict[tuple[str, st
         if not {*_PLAIN, "judge", "details"} <= set(rows[0]):
             raise ValueError(f"{output} is no table of scores, and is not overwritten. Pass another file, or move it.")
     if kept.exists():
-        for line in kept.read_text(encoding="utf-8").split("\n"):
+        content = kept.read_text(encoding="utf-8", errors="replace")
+        if not content.startswith(_START[: len(content)]):
+            raise ValueError(f"{kept} is no file of unfinished scores, and is not changed. Move it away.")
+        for line in content.split("\n"):
             with contextlib.suppress(ValueError):  # half a line of a process that was stopped
                 rows.append(json.loads(line))
     return {

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from video_trl import files
 from video_trl.curation.engine import journal
 from video_trl.curation.engine.manifest import (
@@ -253,7 +253,7 @@ def test_processes_share_the_rows_and_all_get_the_whole_result(tmp_path):
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": PYTHONPATH},
         )
         for rank in range(2)
     ]

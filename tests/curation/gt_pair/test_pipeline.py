@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from tests.support.curation.clips import SMALL, moving_video, write_clip
-from tests.support.paths import DOCS, EXAMPLES, ROOT
+from tests.support.paths import DOCS, EXAMPLES, PYTHONPATH
 from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from video_trl import VideoDPOTrainer, VideoRegDPOTrainer
 from video_trl.curation import GTPairConfig, run_gt_pair
@@ -239,7 +239,7 @@ run_gt_pair(GTPairConfig(**json.loads(sys.argv[1])))
 def start(config):
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, json.dumps(dataclasses.asdict(config))],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stderr=subprocess.DEVNULL,
     )
 
@@ -283,7 +283,7 @@ def test_two_processes_of_the_example_do_together_what_one_does(done, model, foo
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     ran = subprocess.run(
         [*launcher, str(EXAMPLES / "curate_gt_pairs.py"), "--config", str(settings)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=400,

@@ -1,14 +1,8 @@
 """What leaves PhyAugPipe: scored rejected videos, a folder that can go anywhere, and its upload."""
 
-import base64
 import json
-import os
 import pickle
-import subprocess
-import sys
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -18,10 +12,11 @@ import yaml
 
 from tests.support.curation.clips import write_clip
 from tests.support.curation.phyaug_runs import config, small_pool
-from tests.support.paths import ROOT
+from tests.support.hub_server import USER, serving, use
 from video_trl.curation.phyaug.groups import JudgeBatch
 from video_trl.curation.phyaug.pipeline import export_groups, push_groups, run_phyaug
 from video_trl.data import read_video
+from video_trl.hub import push_dataset
 from video_trl.load import load_judge
 from video_trl.losses import physics_weights
 
@@ -64,9 +59,10 @@ def test_weights_in_the_rows_are_those_of_the_scores(finished):
         assert [weight["gamma"] for weight in row["rejected_weights"]] == pytest.approx(gamma.tolist())
 
 
-def test_an_export_holds_its_videos_and_reads_back(finished, tmp_path):
+def test_an_export_holds_its_videos_and_reads_back(finished, tmp_path, monkeypatch):
     folder, result = finished
-    exported = export_groups(folder, rows_per_file=2)
+    monkeypatch.setattr("video_trl.hub.dataset._ROWS_PER_FILE", 2)
+    exported = export_groups(folder)
     assert sorted(path.name for path in (exported / "data").iterdir()) == [
         "train-00000-of-00002.parquet",
         "train-00001-of-00002.parquet",
@@ -96,72 +92,25 @@ def test_nothing_is_sent_before_the_run_is_finished(finished, tmp_path):
         push_groups(tmp_path, "somebody/groups")
 
 
-class HubOfOneDataset(BaseHTTPRequestHandler):
-    """As much of the Hub's protocol as one upload needs; `received` maps each path to its bytes."""
-
-    received: dict[str, bytes]
-    blobs: dict[str, bytes]
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        here = f"http://127.0.0.1:{self.server.server_port}"
-        answer: dict = {}
-        if self.path == "/api/repos/create":
-            assert json.loads(body)["type"] == "dataset"
-            answer = {"url": f"{here}/datasets/somebody/groups"}
-        elif self.path.endswith("/preupload/main"):
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            answer = {
-                "files": [
-                    {"path": p, "uploadMode": "regular" if p == "README.md" else "lfs", "shouldIgnore": False}
-                    for p in paths
-                ]
-            }
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            actions = [
-                o | {"actions": {"upload": {"href": f"{here}/{o['oid']}"}}} for o in json.loads(body)["objects"]
-            ]
-            answer = {"transfer": "basic", "objects": actions}
-        elif self.path.endswith("/commit/main"):
-            for value in (json.loads(line)["value"] for line in body.splitlines()[1:]):
-                stored = self.blobs[value["oid"]] if "oid" in value else base64.b64decode(value["content"])
-                self.received[value["path"]] = stored
-            answer = {"commitUrl": f"{here}/datasets/somebody/groups/commit/{'0' * 40}", "commitOid": "0" * 40}
-        self.answer(json.dumps(answer).encode())
-
-    def do_PUT(self):
-        self.blobs[self.path[1:]] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(b"{}")
-
-    def answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.mark.slow  # huggingface_hub reads its address when it is imported, hence a process of its own
-def test_a_push_uploads_card_and_tables(finished):
+def test_a_push_uploads_card_and_tables_and_nothing_else_of_the_folder(finished, monkeypatch):
     folder, _ = finished
-    handler = type("Handler", (HubOfOneDataset,), {"received": {}, "blobs": {}})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_TOKEN": "hf_of_nobody",
-            "PYTHONPATH": str(ROOT),
-        }
-        code = f"from video_trl.curation import push_groups; push_groups({str(folder)!r}, 'somebody/groups')"
-        command = [sys.executable, "-c", code]
-        run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=200)
-        server.shutdown()
-    assert run.returncode == 0, run.stderr[-3000:]
-    exported = folder / "export"
-    sent = {str(path.relative_to(exported)): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
-    assert handler.received == sent and set(sent) == {"README.md", "data/train-00000-of-00001.parquet"}
+    exported = export_groups(folder)
+    sent = {path: (exported / path).read_bytes() for path in ("README.md", "data/train-00000-of-00001.parquet")}
+    (exported / "data" / ".notes.parquet").write_bytes(b"private")  # hidden: not taken for a damaged export
+    with serving() as server:
+        use(server, monkeypatch)
+        push_dataset(exported, f"{USER}/groups")
+        assert server.dataset("groups").files == sent
+        (exported / "data" / ".notes.parquet").unlink()
+        push_groups(folder, f"{USER}/again")
+        assert server.dataset("again").files == sent
+
+
+def test_an_export_folder_with_files_of_others_stays_as_it_is(finished):
+    folder, _ = finished
+    export_groups(folder)
+    (folder / "export" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.txt"):
+        push_groups(folder, "somebody/groups")
+    assert (folder / "export" / "thesis.txt").read_text() == "years of work"
+    (folder / "export" / "thesis.txt").unlink()

@@ -2,15 +2,12 @@
 
 import pytest
 
-from tests.support.evaluation.browser import chromium, page_of
+from tests.support.evaluation.browser import HOSTILE, chromium, page_of
 from tests.support.evaluation.runs import make_run
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
 from video_trl.evaluation.votes.server import VotingServer
 from video_trl.evaluation.votes.study import read_votes
-
-
-EVIL = "<img src=x onerror=alert(1)>\"'</script><script>alert(2)</script>\nsecond line"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +18,7 @@ def browser():
 
 @pytest.fixture
 def folders(tmp_path):
-    prompts = [EvaluationPrompt(EVIL), EvaluationPrompt("A ball falls."), EvaluationPrompt("A block slides.")]
+    prompts = [EvaluationPrompt(HOSTILE), EvaluationPrompt("A ball falls."), EvaluationPrompt("A block slides.")]
     for number, name in enumerate(("<b>ours</b>", "base")):
         make_run(tmp_path / str(number), name, [(0.2 + number / 2, 0.5)] * 3, prompts=prompts, scored=False)
     return [tmp_path / "0", tmp_path / "1"]
@@ -98,7 +95,7 @@ def test_prompts_and_names_are_shown_and_not_run(browser, folders, tmp_path):
             page.keyboard.press("1")
             page.keyboard.press("1")
         page.get_by_text("All 3 pairs have your vote, <i>Bo</i>.").wait_for(timeout=20_000)
-        assert sorted(shown) == sorted([EVIL, "A ball falls.", "A block slides."])
+        assert sorted(shown) == sorted([HOSTILE, "A ball falls.", "A block slides."])
         assert "ours" not in page.content()  # `page_of` also fails on any dialog, console error or outside request
         page.get_by_text("Change the last vote").click()
         _wait(page, 3)

@@ -2,17 +2,19 @@
 
 import http.client
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 
-from tests.support.evaluation.browser import chromium, page_of
+from tests.support.evaluation.browser import HOSTILE, chromium, page_of
+from tests.support.evaluation.held_files import CHANGES, OTHER_FILES
 from tests.support.paths import ROOT
 from video_trl.cli import main
 from video_trl.curation.annotated import DIMENSIONS, annotated_pairs, read_votes
 from video_trl.data import write_video
-from video_trl.evaluation.votes.marks import MARKED, MarkingServer, read_pairs
+from video_trl.evaluation.votes.marks import MARKED, MarkFile, MarkingServer, Pair, read_pairs
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_marks_survive_a_restart_and_can_be_changed(pairs, tmp_path):
         first = ask(server, "/api/task?rater=anna")[1]["task"]
         ask(server, "/api/vote", {"rater": "anna", "task": first["task"], "answers": marks(1, 1)})
     with MarkingServer(pairs, path, port=0) as server:
-        with pytest.raises(ValueError, match="in use by another program"):
+        with pytest.raises(ValueError, match="Another process is writing"):
             MarkingServer(pairs, path, port=0)
         shown = ask(server, "/api/task?rater=anna")[1]
         assert shown["done"] == 1 and shown["task"]["prompt"] != first["prompt"]
@@ -107,7 +109,39 @@ def test_what_is_no_mark_changes_nothing(pairs, tmp_path, change, status):
         answer = {"rater": "anna", "task": task["task"], "answers": marks(3, 3)} | change
         assert ask(server, "/api/vote", answer)[0] == status
         assert ask(server, "/video/../pairs.jsonl")[0] == 404
-    assert not (tmp_path / "marks.jsonl").exists()
+    assert (tmp_path / "marks.jsonl").read_bytes() == b""  # held from the start
+
+
+@pytest.mark.parametrize("by", ["the next pair", "the end"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_marks_outlive_what_happens_to_their_file(tmp_path, change, by):
+    path, dimensions = tmp_path / "held" / "marks.jsonl", ("overall_quality",)
+    held = MarkFile(path, dimensions)
+    for number, mark in enumerate((1, 2, 3)):
+        pair = Pair("p", "a ball falls", "a.mp4", "b.mp4")
+        held.add(f"rater {number}", pair, {side: {"overall_quality": mark} for side in ("video_a", "video_b")})
+    CHANGES[change](path)
+    expected = {"rater 0": 1, "rater 1": 2, "rater 2": 3}
+    if by == "the next pair":
+        held.add("rater 1", pair, {side: {"overall_quality": 5} for side in ("video_a", "video_b")})
+        expected["rater 1"] = 5
+        with pytest.raises(ValueError, match="Another process is writing"):  # the lock moved along
+            MarkFile(path, dimensions)
+    held.close()
+    marked = {(vote["annotator"], vote["video"]): vote["overall_quality"] for vote in read_votes(path, dimensions)}
+    assert marked == {(rater, video): mark for rater, mark in expected.items() for video in ("a.mp4", "b.mp4")}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_wrong_file_is_left_as_it_is(tmp_path, name):
+    path = tmp_path / "other.jsonl"
+    header = b'{"pair_id": "p", "video": "a.mp4", "annotator": "Ada", "prompt": "x", "overall_quality": 3}'
+    path.write_bytes(OTHER_FILES[name].replace(b"{HEADER}", header))
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="other"):
+        MarkFile(path, ("overall_quality",))
+    assert path.read_bytes() == content and path.stat().st_mtime_ns == 1 and os.listdir(tmp_path) == ["other.jsonl"]
 
 
 def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
@@ -116,6 +150,7 @@ def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
         ("gone.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,no.mp4\n", "there is no file"),
         ("half.csv", "pair_id,prompt,video_a\np,x,a0.mp4\n", r"expected values for \['video_b'\]"),
         ("twice.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,b0.mp4\np,x,a1.mp4,b1.mp4\n", "stands there twice"),
+        ("secret.csv", "pair_id,prompt,video_a,video_b\np,x,a0.mp4,pairs.jsonl\n", r"pairs\.jsonl"),
         ("pairs.txt", "", "in a .csv or .jsonl file"),
     ):
         (tmp_path / name).write_text(content)
@@ -129,6 +164,8 @@ def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
 
 
 def test_a_pair_is_marked_in_a_real_browser(pairs, tmp_path):
+    rows = [json.loads(line) | {"prompt": HOSTILE} for line in pairs.read_text().splitlines()]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (
         chromium() as browser,
         MarkingServer(pairs, tmp_path / "marks.jsonl", port=0) as server,
@@ -139,6 +176,7 @@ def test_a_pair_is_marked_in_a_real_browser(pairs, tmp_path):
         page.click("text=Start")
         for done in range(2):
             page.locator("#count", has_text=f"{done} of 2").wait_for(timeout=20_000)
+            assert page.locator("#prompt").text_content() == HOSTILE and page.locator("#prompt *").count() == 0
             for side, mark in (("left", 2), ("right", 5)):
                 for question in MARKED:
                     page.click(f"button[data-side={side}][data-question={question}][data-mark='{mark}']")

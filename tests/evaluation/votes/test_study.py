@@ -3,13 +3,13 @@
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import Counter
 
 import pytest
 
+from tests.support.evaluation.held_files import CHANGES, OTHER_FILES
 from tests.support.evaluation.runs import colour_video, make_run
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.statistics import holm
@@ -200,35 +200,6 @@ def test_a_changed_video_makes_another_study(tmp_path):
         vote_results(path, folders)
 
 
-def _replaced(path):
-    """An editor's way to save: another file takes the name. It had been opened before the last vote."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    (path.parent / "copy").write_bytes(b"".join(lines[:-1]))
-    os.replace(path.parent / "copy", path)
-
-
-def _moved(path):
-    path.rename(path.with_name("elsewhere.jsonl"))
-
-
-def _without_last_newline(path):
-    path.write_bytes(path.read_bytes().rstrip(b"\n"))
-
-
-CHANGES = {
-    "replaced": _replaced,
-    "deleted": os.unlink,
-    "moved": _moved,
-    "folder deleted": lambda path: shutil.rmtree(path.parent),
-    "emptied": lambda path: os.truncate(path, 0),
-    "last vote cut out": lambda path: os.truncate(path, path.read_bytes().rstrip(b"\n").rfind(b"\n") + 1),
-    "cut in the middle of a vote": lambda path: os.truncate(path, path.stat().st_size - 30),
-    "no last newline": _without_last_newline,
-    "lines of another system": lambda path: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n")),
-    "touched": os.utime,
-}
-
-
 @pytest.mark.parametrize("by", ["the next vote", "the end"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_votes_outlive_what_happens_to_their_file(runs, tmp_path, change, by):
@@ -257,22 +228,6 @@ def test_votes_that_somebody_adds_to_the_held_file_count(runs, tmp_path):
     assert votes.of("Ada") == {"1/00000-0": by_hand}
     votes.close()
     assert [vote.rater for vote in read_votes(path)[1]] == ["Ada", "Bo"]
-
-
-OTHER_FILES = {
-    "a line of JSON": b'{"model": "tiny", "layers": 2}',
-    "lines of JSON": b'{"prompt": "a"}\n{"prompt": "b"}\n',
-    "text": b"first line\nlast line without an end",
-    "a table": b"prompt,score\na,0.9\nb,0.",
-    "bytes": bytes(range(256)) * 4,
-    "half a header": b'{"format": 1, "study"',
-    "another format": b'{"format": 2, "study": "x", "runs": [], "questions": "gsb", "pairs": 1}\n{"half',
-    "questions of no study": b'{"format": 1, "study": "x", "runs": [], "questions": ["gsb"], "pairs": 1}\n',
-    "nothing but spaces": b"  \n \n",
-    "deep": b"[" * 100_000,
-    "a damaged line": b"{HEADER}\nnot json\nlast",
-    "a vote that is none": b'{HEADER}\n{"rater": ["Ada"]}\n{"half',
-}
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)

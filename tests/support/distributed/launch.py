@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 
 def launch(worker: str, *arguments: object, processes: int = 2, seconds: int = 280) -> None:
@@ -15,7 +15,7 @@ def launch(worker: str, *arguments: object, processes: int = 2, seconds: int = 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name(worker)), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
         cwd=repository,
         capture_output=True,
         text=True,

@@ -8,6 +8,15 @@ from typing import Any
 import pytest
 
 
+#: Each line runs or asks for something where it is shown as anything but text.
+HOSTILE = """<img src=x onerror=alert(1)> "'</script><script>alert(2)</script>
+"onmouseover="alert(3)" x="<svg onload=alert(4)></svg><iframe src="javascript:alert(5)"></iframe>
+![x](http://evil.example/x.png) [click](javascript:alert(6)) <!-- evaluation --> {{ 7 * 7 }}
+```
+<script>alert(7)</script> | cell | `code`
+"""
+
+
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A browser of the system (Debian's `chromium` package); playwright would download one of its own."""
@@ -31,11 +40,11 @@ def page_of(browser: Any, **kwargs: Any) -> Iterator[Any]:
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
+    page.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: _check_local(request.url, errors))
     yield page
     context.close()
-    assert not errors
+    assert not errors, errors
 
 
 def _check_local(url: str, errors: list[str]) -> None:

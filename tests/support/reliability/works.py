@@ -1,6 +1,9 @@
 """What is attacked: each kind of long work of the package, at small size and with real files."""
 
+import http.client
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from video_trl.data import EncodedDataset, encode_dataset
 from video_trl.data.encoding import store
 from video_trl.evaluation.evaluate import evaluate_model
 from video_trl.evaluation.runs.score import score_run
+from video_trl.evaluation.votes.server import VotingServer
+from video_trl.evaluation.votes.study import read_votes
 from video_trl.files import file_checksum, find_damage
 
 
@@ -129,6 +134,55 @@ def scored(folder: Path) -> dict[str, str]:
     return contents(folder / "run", "scores/*/0*.json", "*.mp4")
 
 
+# ---- votes ----------------------------------------------------------------------------------------------------------
+
+RATERS = ("Ada", "Bo", "Cy", "Di")
+
+
+def make_two_runs(folder: Path) -> None:
+    for name in ("ours", "base"):
+        make_run(folder / name, name, [(0.5, 0.5)] * 6, scored=False)
+
+
+def vote(folder: Path, rank: int) -> None:
+    """Raters at the voting page, all at once; a vote that the server has acknowledged is noted, and must be there."""
+    noted = folder / "acknowledged.txt"
+    if noted.exists():
+        lost = set(noted.read_text().splitlines()) - {f"{who} {prompt}" for who, prompt, _ in voted(folder)}
+        assert not lost, lost
+
+    def rate(server: VotingServer, rater: str) -> None:
+        while task := ask(server, f"/api/task?rater={rater}")["task"]:
+            answers = dict.fromkeys(("video_quality", "prompt_following"), "same")
+            body = {"rater": rater, "task": task["task"], "answers": answers, "seconds": 1.0}
+            assert ask(server, "/api/vote", body) == {"saved": True}
+            with open(noted, "a", buffering=1) as file:
+                file.write(f"{rater} {task['prompt']}\n")
+
+    with VotingServer([folder / "ours", folder / "base"], folder / "votes.jsonl", port=0) as server:
+        with ThreadPoolExecutor(len(RATERS)) as raters:
+            for done in [raters.submit(rate, server, rater) for rater in RATERS]:
+                done.result()
+
+
+def ask(server: VotingServer, path: str, body: Any = None) -> Any:
+    """The answer of the voting page's server; an error unless it is a good one."""
+    host = f"127.0.0.1:{server.port}"
+    headers = {"Origin": f"http://{host}", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    assert response.status == 200, answer
+    return answer
+
+
+def voted(folder: Path) -> list[tuple[str, str, dict[str, str]]]:
+    _, votes = read_votes(folder / "votes.jsonl")
+    return sorted((vote.rater, vote.prompt, dict(vote.answers)) for vote in votes)
+
+
 # ---- export and the Hub ---------------------------------------------------------------------------------------------
 
 
@@ -179,5 +233,6 @@ WORKS = {
         Work("scoring", score, scored, make_videos),
         Work("evaluation", evaluate, scored),
         Work("export", export, exported, write_pairs),
+        Work("voting", vote, voted, make_two_runs),
     )
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from tests.support.tiny import tiny_encoded_group
 from tests.support.trainer.runs import assert_equal_weights, config, losses, trained_weights, trainer
 from video_trl.trainer.checkpoints.signals import EXIT_CODE, TrainingInterrupted
@@ -78,7 +78,7 @@ made.train(resume_from_checkpoint="auto")
 
 def test_the_program_ends_with_the_code(tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

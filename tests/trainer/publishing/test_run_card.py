@@ -214,3 +214,12 @@ def test_a_video_that_cannot_be_read_is_left_out(tmp_path, caplog):
     facts = TrainingData(rows).facts(tmp_path / "run", 8, "words")
     assert facts.samples == [{"prompt": "a", "videos": {}}] * 2 and facts.name == "words"
     assert caplog.text.count("goes without the video video") == 2
+
+
+def test_a_readme_of_somebody_else_stays(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("# My thesis\n\nNot a card.\n")
+    made = trainer(config(tmp_path, max_steps=1))
+    made.train()
+    made.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "# My thesis\n\nNot a card.\n"
+    assert "is not a card of video_trl" in caplog.text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 
 FAST = ("sft", "dpo cogvideox-t2v", "reg-dpo sequential", "group-dpo", "repa")
@@ -19,7 +19,7 @@ def waits(directory: Path, *names: str) -> dict[str, dict[str, list]]:
     """What `host_reads` reports; it registers a backend, which a process cannot take back."""
     command = [sys.executable, "-m", "tests.support.trainer.host_reads", str(directory), *names]
     root = ROOT
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

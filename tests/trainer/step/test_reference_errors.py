@@ -15,7 +15,7 @@ import torch
 
 import video_trl
 from tests.support import rounding
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     RecordGradients,
@@ -205,7 +205,7 @@ def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
     """In a process of its own, on a device that only exists in the tests."""
     root = ROOT
     command = [sys.executable, "-m", "tests.support.trainer.reference_moves", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     (losses, first), (others, second), (expected, stays) = json.loads(done.stdout.splitlines()[-1])

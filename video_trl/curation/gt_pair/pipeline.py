@@ -7,7 +7,6 @@ generation, pair construction.
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +43,7 @@ from ..engine.manifest import (
     with_columns,
     write_table,
 )
+from ..engine.output import output_folder, sweep
 from ..generate import VideoModel, check_model, job_table, run_jobs
 from .elsewhere import bring_to_format, find_videos, jobs_elsewhere
 from .pairs import build_pairs
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 # 150 frames at 29.97 fps are 5.005 s, and nobody means to exclude them from "5 seconds".
 DURATION_TOLERANCE = 0.05
+_OUTPUTS = ("manifest.parquet", "generations.parquet", "pairs", "held_out")
 # Those of `ASPECT_RATIOS`, written out: `video-trl curate --help` reads this file without importing it.
 RATIOS = ("9:16", "3:4", "1:1", "16:9")
 
@@ -312,7 +313,8 @@ def run_gt_pair(
         [`GTPairResult`].
 
     Raises:
-        ValueError: No sources, a source that is none, a model that cannot be loaded or makes clips that are too short.
+        ValueError: No sources, a source that is none, a model that cannot be loaded or makes clips that are too short;
+            or `output_dir` holds files of others, or another launch works there.
         OSError: The disk is full, or a file of an earlier run is gone.
     """
     shard = shard or Shard.from_environment()
@@ -324,11 +326,23 @@ def run_gt_pair(
     elsewhere = {name: find_videos(source) for name, source in config.generators_elsewhere().items()}
     captioner = captioner or config.load_captioner()
     root = Path(config.output_dir).absolute()
+    with output_folder(root, "gt-pair", _OUTPUTS, shard):
+        return _run_stages(config, every, root, shard, captioner, text_detector, elsewhere)
+
+
+def _run_stages(
+    config: GTPairConfig,
+    sources: Sequence[ClipSource],
+    root: Path,
+    shard: Shard,
+    captioner: Captioner | None,
+    text_detector: TextDetector | None,
+    elsewhere: Mapping[str, Mapping[str, Path]],
+) -> GTPairResult:
     stores = root / "stages"
     stores.mkdir(parents=True, exist_ok=True)
-
     table = list_clips(
-        every,
+        sources,
         spool=root / "sources",
         split=config.dataset_split,
         video_column=config.video_column,
@@ -356,7 +370,7 @@ def run_gt_pair(
         if config.num_held_out:
             write_held_out(table, root)
         write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
-        sweep(root)
+        sweep(root, ("stages", "sources", "videos", "generated"))
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
     summary = f"{summarize(table)}; {len(pairs)} {row_type} rows"
     logger.info(summary)
@@ -513,13 +527,3 @@ def generate(
             failed.setdefault(content, f"{made[content]} of {wanted} videos")
     details = [failed.get(content) for content in table["content"].to_pylist()]
     return drop_where(table, [detail is not None for detail in details], "generation", details), generations
-
-
-def sweep(root: Path) -> None:
-    """Removes what killed processes left half written beside the files. To be called when all processes are done."""
-    for folder in ("stages", "sources", "videos", "generated"):
-        for path in (root / folder).rglob(".*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.is_file():
-                path.unlink()

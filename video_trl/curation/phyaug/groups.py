@@ -23,6 +23,8 @@ JUDGED_VERSION = 1
 JUDGED: dict[str, pa.DataType] = {"sa": pa.float64(), "pc": pa.float64(), "judge": pa.string()}
 
 RUN_NAME = "run.json"
+#: The dataset, in the folder `groups` of a run.
+GROUPS_NAME = "train-00000-of-00001.parquet"
 
 
 @dataclass
@@ -159,5 +161,4 @@ def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
     if state != "finished":
         status = "no run" if state is None else f"a run that is not finished (state {state!r})"
         raise ValueError(f"{root} holds {status}. Start the pipeline with the same settings: it goes on where it was.")
-    files = sorted(str(path) for path in (root / "groups").glob("*.parquet"))
-    return datasets.Dataset.from_parquet(files, cache_dir=str(root / ".cache"))
+    return datasets.Dataset.from_parquet(str(root / "groups" / GROUPS_NAME), cache_dir=str(root / ".cache"))

@@ -6,11 +6,11 @@ model's scores show which actions are hard for it. 4. More clips are sampled fro
 videos of these captions become the rejected ones.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,12 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from huggingface_hub import CommitInfo
 
 from ...data.buckets import AspectBucket
 from ...files import write_atomically
+from ...hub.card import CARD_NAME
+from ...hub.dataset import export_dataset, push_dataset
 from ...load import check_judge, load_judge
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
@@ -43,6 +46,7 @@ from ..engine.manifest import (
     with_columns,
     write_table,
 )
+from ..engine.output import output_folder
 from ..engine.ray import run_stage_on_ray
 from ..generate import check_model, generation_stage, job_table
 from .actions import (
@@ -56,7 +60,7 @@ from .actions import (
 )
 from .annotate import ANNOTATED, AnnotateBatch, check_annotator, load_annotator, prompt_hash
 from .config import PhyAugConfig, public
-from .groups import JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
+from .groups import GROUPS_NAME, JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
 from .report import write_dataset_card, write_funnel
 from .sampling import allocate, category_scores, draw, representatives
 
@@ -64,6 +68,8 @@ from .sampling import allocate, category_scores, draw, representatives
 __all__ = ["Category", "PhyAugConfig", "PhyAugResult", "allocate", "load_groups", "push_groups", "run_phyaug"]
 
 logger = logging.getLogger(__name__)
+
+_TABLES = ("manifest.parquet", "rejected.parquet", "representatives.parquet", "funnel.html")
 
 #: Columns computed from content and caption: their hash, which is the key of what models answer about the clip, and
 #: the values that the rules of the pool read.
@@ -152,7 +158,8 @@ def run_phyaug(
         [`PhyAugResult`].
 
     Raises:
-        ValueError: No sources, a source, model, judge or list that cannot be read, or a stage that no clip passed.
+        ValueError: No sources, a source, model, judge or list that cannot be read, or a stage that no clip passed; or
+            `output_dir` holds files of others, or another launch works there.
         ChatUnavailableError: A server cannot be reached. What was computed before stays.
         OSError: The disk is full, or a file of an earlier run is gone.
     """
@@ -165,10 +172,17 @@ def run_phyaug(
     actions = read_actions(config.actions)
     check_models(config)
     root = Path(config.output_dir).absolute()
+    with output_folder(root, "phyaug", (RUN_NAME, "groups", *_TABLES), shard):
+        return _run_stages(config, every, root, shard, actions)
+
+
+def _run_stages(
+    config: PhyAugConfig, sources: Sequence[Any], root: Path, shard: Shard, actions: Actions
+) -> PhyAugResult:
     run = Runner(config, root, shard)
     if shard.index == 0:
         begin(root, config)
-    table = read_pool(config, every, root, run)
+    table = read_pool(config, sources, root, run)
     funnel = {"pool": len(table), "usable": require_rows(table, "reading the pool")}
     table = annotate(table, config, run)
     funnel["physics-rich"] = require_rows(table, f"the filter (richness of {config.min_richness:g} and more)")
@@ -208,9 +222,10 @@ def check_models(config: PhyAugConfig) -> None:
 def begin(root: Path, config: PhyAugConfig) -> None:
     """Says that a run is under way, before anything else; what an earlier one finished must not look like its end."""
     _write_state(root, config, "running", {})
-    shutil.rmtree(root / "groups", ignore_errors=True)
-    for name in ("manifest.parquet", "rejected.parquet", "representatives.parquet", "funnel.html"):
+    for name in (f"groups/{GROUPS_NAME}", f"groups/{CARD_NAME}", *_TABLES):
         (root / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it stays where it holds files of others
+        (root / "groups").rmdir()
 
 
 def finish(result: PhyAugResult, attempts: pa.Table, config: PhyAugConfig, root: Path) -> None:
@@ -227,9 +242,9 @@ def finish(result: PhyAugResult, attempts: pa.Table, config: PhyAugConfig, root:
     provenance = {"config": config.fingerprint, "prompt template": prompt_hash(), **identities}
     fates = count_outcomes(result.manifest)
     write_funnel(root / "funnel.html", result.funnel, fates, result.categories, provenance)
-    write_table(result.groups.with_format("arrow")[:], root / "groups" / "train-00000-of-00001.parquet")
+    write_table(result.groups.with_format("arrow")[:], root / "groups" / GROUPS_NAME)
     write_dataset_card(
-        root / "groups" / "README.md",
+        root / "groups" / CARD_NAME,
         result.funnel,
         fates,
         result.categories,
@@ -420,9 +435,9 @@ def generate(table: pa.Table, config: PhyAugConfig, root: Path, run: Runner) -> 
 
 def push_groups(
     output_dir: str | os.PathLike[str], repo_id: str, *, private: bool | None = None, token: str | None = None
-) -> Any:
+) -> CommitInfo:
     """
-    Uploads the dataset of a finished run, its card and its videos (inside the tables), to the Hub.
+    Uploads the dataset of a finished run, its card and its videos (inside the tables), to the Hub, and nothing else.
 
     Args:
         output_dir (`str` or `Path`): Of the run.
@@ -434,36 +449,26 @@ def push_groups(
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: The run is not finished. Raised before anything is sent.
+        ValueError: The run is not finished, or as [`export_groups`]. Raised before anything is sent.
+        HubUploadError: The Hub refused, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
-    folder = export_groups(output_dir)
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload groups of PhyAugPipe"
-    )
+    return push_dataset(export_groups(output_dir), repo_id, private=private, token=token)
 
 
-def export_groups(output_dir: str | os.PathLike[str], rows_per_file: int = 256) -> Path:
+def export_groups(output_dir: str | os.PathLike[str]) -> Path:
     """
-    Writes the dataset of a finished run as a folder that can go anywhere: `README.md` and `data/*.parquet` with the
-    bytes of the videos in them.
+    Writes the dataset of a finished run as [`~video_trl.hub.export_dataset`] does, with its own card, to the folder
+    `export` of the run.
 
     Raises:
-        ValueError: The run is not finished.
+        ValueError: The run is not finished, a video is gone or cannot be read, or `export` holds anything else.
     """
-    groups = load_groups(output_dir)
-    folder = Path(output_dir) / "export"
-    shutil.rmtree(folder, ignore_errors=True)
-    files = -(-len(groups) // rows_per_file)
-    for number in range(files):
-        part = groups.select(range(number * rows_per_file, min((number + 1) * rows_per_file, len(groups))))
-        table = datasets.table.embed_table_storage(part.with_format("arrow")[:])
-        write_table(table, folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet")
-    shutil.copy(Path(output_dir) / "groups" / "README.md", folder / "README.md")
-    return folder
+    root = Path(output_dir)
+    card = root / "groups" / CARD_NAME
+    groups = load_groups(root)
+    return export_dataset(
+        groups, root / "export", name=root.name, media_folders=[root], card=card.read_text(encoding="utf-8")
+    )
 
 
 def _only(column: pa.ChunkedArray) -> str:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ...data.video_io import VideoDecodeError, probe_video, video_hash
-from ...files import fingerprint, read_json, remove_leftovers, write_atomically
+from ...files import fingerprint, read_json, remove_folder, remove_leftovers, write_atomically
 from .prompts import EvaluationPrompt, check_prompts, prompts_hash
 
 
@@ -228,7 +229,8 @@ def create_run(
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    strange = [path.name for path in folder.iterdir() if path.name not in _OWN_NAMES and not path.name.startswith(".")]
+    # The description is written first: videos or scores without it are those of somebody else.
+    strange = [path.name for path in folder.iterdir() if path.name != RUN_FILE and not path.name.startswith(".")]
     if strange and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} holds files that are no evaluation run ({strange[0]}). Pass a new directory.")
     with contextlib.suppress(FileExistsError):
@@ -237,6 +239,24 @@ def create_run(
     _check_same(run, json.loads(text))
     (folder / VIDEO_FOLDER).mkdir(exist_ok=True)
     return run
+
+
+def make_room(folder: str | os.PathLike[str]) -> None:
+    """
+    Deletes the run in a directory, where there is one, for another in its place. If there is anything else in the
+    directory, or the description is not of a run, it stays under another name.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).is_file():
+        return
+    others = [path.name for path in folder.iterdir() if path.name not in _OWN_NAMES and not path.name.startswith(".")]
+    with contextlib.suppress(ValueError):
+        load_run(folder)
+        if not others:
+            remove_folder(folder)
+            return
+    kept = folder.rename(folder.with_name(f"{folder.name}.kept-{secrets.token_hex(4)}"))
+    logger.warning("%s holds more than a run; it is %s now.", folder, kept)
 
 
 def _check_same(run: EvaluationRun, record: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ The pairs are those of [`~video_trl.curation.annotated.pairs_to_mark`], the file
 """
 
 import csv
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from ...files import write_atomically
+from ...data.video_io import VideoDecodeError, probe_video
+from .held_file import HeldFile, read_lines
 from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
 
@@ -60,7 +60,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     are relative to the file.
 
     Raises:
-        ValueError: Another kind of file, no pair, a value or a video that is missing, or an id given twice.
+        ValueError: Another kind of file, no pair, a value or a video that is missing, a file that is no video, or an
+            id given twice.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
@@ -81,6 +82,11 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         if gone or pair.pair_id in pairs:
             reason = f"there is no file {gone[0]}" if gone else f"the pair_id {pair.pair_id!r} stands there twice"
             raise ValueError(f"{path}, pair {number}: {reason}.")
+        try:
+            for video in (pair.video_a, pair.video_b):
+                probe_video(video)  # the page shows it to people: no other file of this machine
+        except VideoDecodeError as error:
+            raise ValueError(f"{path}, pair {number}: {error}") from error
         pairs[pair.pair_id] = pair
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, got none.")
@@ -89,64 +95,58 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 
 class MarkFile:
     """
-    The file of marks, held by one process. A line for each video, rater and pair; new ones are on the disk before they
-    are acknowledged, and marks that are given again replace the first ones.
+    The file of marks, held by one process, see [`~video_trl.evaluation.votes.held_file.HeldFile`]. A line for each
+    video, rater and pair. Marks that are given again are further lines with `"correction": true`: the last one counts.
 
     Args:
         path (path): JSON lines; made where needed.
         dimensions (`Sequence[str]`): Every line has a mark in each.
 
     Raises:
-        ValueError: If another process holds the file, or it holds anything else.
+        ValueError: If the file holds anything but marks in these dimensions, or another process holds it.
     """
 
     def __init__(self, path: str | os.PathLike[str], dimensions: Sequence[str]) -> None:
         self.path, self.dimensions = Path(path), tuple(dimensions)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = open(self.path.with_name(f".{self.path.name}.lock"), "w")
-        try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(f"{self.path} is in use by another program. Stop that one first.") from error
-            self._lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-            for number, line in enumerate(self.path.read_text().splitlines() if self.path.is_file() else []):
-                try:
-                    row = json.loads(line)
-                    key = (row["annotator"], row["pair_id"])
-                    faulty = [name for name in self.dimensions if row[name] not in range(1, 6)]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{self.path}, line {number + 1}: no mark of these dimensions ({error})."
-                    ) from error
-                if faulty:
-                    raise ValueError(f"{self.path}, line {number + 1}: expected 1 to 5 in {faulty}.")
-                self._lines.setdefault(key, []).append(row)
-        except BaseException:
-            self._lock.close()
-            raise
+        self._file = HeldFile(path, self._check)
 
     def of(self, rater: str) -> list[str]:
         """Ids of the pairs that the rater has marked, in the order of the file."""
-        return [pair for who, pair in self._lines if who == rater]
+        return list(dict.fromkeys(row["pair_id"] for row in self._file.records if row["annotator"] == rater))
 
     def add(self, rater: str, pair: Pair, marks: Mapping[str, Mapping[str, int]]) -> None:
         """
         Raises:
+            ValueError: If the file was replaced by something else.
             OSError: If the marks cannot be written; the file is as it was.
         """
-        rows = [
-            {"pair_id": pair.pair_id, "video": _file_of(pair, side), "annotator": rater, "prompt": pair.prompt}
-            | dict(marks[side])
-            for side in _SIDES
-        ]
-        key = (rater, pair.pair_id)
-        lines = {**self._lines, key: rows}
-        write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for kept in lines.values() for row in kept))
-        self._lines = lines
+        again = {"correction": True} if pair.pair_id in self.of(rater) else {}
+        self._file.add(
+            [
+                {"pair_id": pair.pair_id, "video": _file_of(pair, side), "annotator": rater, "prompt": pair.prompt}
+                | dict(marks[side])
+                | again
+                for side in _SIDES
+            ]
+        )
 
     def close(self) -> None:
-        self._lock.close()
+        """Lets the file go; marks that somebody removed meanwhile are put back."""
+        self._file.close()
+
+    def _check(self, content: bytes) -> list[dict[str, Any]]:
+        texts, rows = ("pair_id", "video", "annotator", "prompt"), []
+        for number, row in read_lines(content, self.path, "marks"):
+            there = row if isinstance(row, dict) else {}
+            wrong = [name for name in texts if not isinstance(there.get(name), str)]
+            wrong += [name for name in self.dimensions if there.get(name) not in range(1, 6)]
+            if wrong:
+                raise ValueError(
+                    f"{self.path}, line {number}: no mark of these dimensions: expected texts in {', '.join(texts)} "
+                    f"and 1 to 5 in {', '.join(self.dimensions)}; {wrong[0]} is {there.get(wrong[0])!r}."
+                )
+            rows.append(there)
+        return rows
 
 
 def _file_of(pair: Pair, side: str) -> str:
@@ -196,7 +196,7 @@ class MarkingDesk:
             left, right = self._sides(rater, pair)
             try:
                 self._marks.add(rater, pair, {left: answers["left"], right: answers["right"]})
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 text = f"The marks could not be saved ({error}). They are not counted."
                 raise HTTPException(HTTPStatus.INSUFFICIENT_STORAGE, text) from error
 

@@ -4,25 +4,20 @@ A blind side-by-side study of two or more runs: the pairs to compare, and the fi
 The page is served by `video_trl.evaluation.votes.server`, results are made by `video_trl.evaluation.votes.results`.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from ...files import fingerprint, write_atomically
+from ...files import fingerprint
 from ..runs.run import Case, EvaluationRun, load_run
 from .gsb import BAD, GOOD, SAME
+from .held_file import HeldFile, read_lines
 
-
-logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _KINDS: dict[str, type | tuple[type, ...]] = {"seed": int, "position": int, "seconds": (int, float), "answers": dict}
@@ -192,12 +187,7 @@ def inside(run: EvaluationRun, case: Case) -> bool:
 
 class VoteFile:
     """
-    The file of votes, held by one process: votes are appended, each one on the disk before it is acknowledged.
-
-    A file that holds anything but votes of this study is left as it is. While it is held, somebody may replace,
-    delete, empty or edit the file. The next vote notices: what is there now counts, and votes that it lacks are added
-    to it. If it has become something else it stays as it is, all votes go into `NAME.recovered-...` beside it, and no
-    more are taken until the name leads to votes of this study or to nothing.
+    The file of votes, held by one process, see [`~video_trl.evaluation.votes.held_file.HeldFile`].
 
     Args:
         path (path): JSON lines; made where needed.
@@ -209,13 +199,7 @@ class VoteFile:
 
     def __init__(self, path: str | os.PathLike[str], study: Study) -> None:
         self.path, self.study = Path(path), study
-        self._file = _open(self.path)
-        try:
-            self._votes = self._take(self._file)
-        except BaseException:
-            self._file.close()
-            raise
-        self._known = _stamp(os.fstat(self._file.fileno()))
+        self._file = HeldFile(path, self._check, study.header())
 
     def add(self, vote: Vote) -> None:
         """
@@ -225,94 +209,24 @@ class VoteFile:
             ValueError: If the file was replaced by something else.
             OSError: If the vote cannot be written. The file is as it was.
         """
-        self._follow()
-        self._append(self._file, [asdict(vote)])
-        self._votes.append(vote)
-        self._known = _stamp(os.fstat(self._file.fileno()))
+        self._file.add([asdict(vote)])
 
     def of(self, rater: str) -> dict[str, Vote]:
         """The rater's votes by task."""
-        return {vote.task: vote for vote in self._votes if vote.rater == rater}
+        return {record["task"]: Vote(**record) for record in self._file.records if record["rater"] == rater}
 
     def close(self) -> None:
         """Lets the file go; votes that somebody removed meanwhile are put back."""
-        if self._file.closed:
-            return
-        try:
-            self._follow()
-        except (OSError, ValueError) as error:
-            logger.error("%s", error)
         self._file.close()
 
-    def _follow(self) -> None:
-        """Sees to it that the name still leads to a file with all votes."""
-        with contextlib.suppress(FileNotFoundError):
-            if _stamp(os.stat(self.path)) == self._known:
-                return
-        try:
-            file = _open(self.path)
-            if os.path.samestat(os.fstat(file.fileno()), os.fstat(self._file.fileno())):
-                file.close()  # edited in place
-                file = self._file
-            try:
-                there = self._take(file)
-                known = {_line(vote) for vote in there}
-                missing = [vote for vote in self._votes if _line(vote) not in known]
-                self._append(file, [asdict(vote) for vote in missing])
-            except BaseException:
-                if file is not self._file:
-                    file.close()
-                raise
-        except (OSError, ValueError) as error:
-            content = "".join(f"{json.dumps(record)}\n" for record in (self.study.header(), *map(asdict, self._votes)))
-            rescued = write_atomically(f"{self.path}.recovered-{fingerprint(content)[:8]}", content)
-            raise ValueError(f"{error} The {len(self._votes)} votes that were given are in {rescued}.") from error
-        if file is not self._file:
-            self._file.close()
-            self._file = file
-        if missing:
-            logger.warning("%s was changed by others; added %d votes that it had lost.", self.path, len(missing))
-        self._votes = there + missing
-        self._known = _stamp(os.fstat(file.fileno()))
-
-    def _take(self, file: IO[bytes]) -> list[Vote]:
-        """Locks a file and reads its votes. It is changed only if it is ours: a header, or an end to its last line."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"Another process is writing {self.path}. Stop it, or pass another file.") from error
-        file.seek(0)
-        content = file.read()
-        if not content:
-            self._append(file, [self.study.header()])
-            _sync_folder(self.path.parent)
-            return []
+    def _check(self, content: bytes) -> list[dict[str, Any]]:
         header, votes = _parse(content, self.path)
         if header != self.study.header():
             raise ValueError(
                 f"{self.path} holds votes about other videos or questions ({header}) than these runs "
                 f"({self.study.header()}). Pass another file, or the runs of that one."
             )
-        lines, torn = _lines(content)
-        if torn:
-            logger.warning("%s: dropped the last line, which a stopped process left incomplete.", self.path)
-            file.truncate(len(content) - len(torn))
-        elif not content.endswith(b"\n"):  # as some editors leave it
-            file.write(b"\n")
-        return votes
-
-    def _append(self, file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
-        if not records:
-            return
-        content = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records).encode()
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)  # half a line would swallow the next one
-            raise
+        return [asdict(vote) for vote in votes]
 
 
 def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]]:
@@ -330,44 +244,9 @@ def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]
     return header, list({(vote.rater, vote.task): vote for vote in votes}.values())
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{path} is a folder or a device. Pass a file for the votes.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return open(path, "a+b", buffering=0)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """Which file it is, and what another writer changes."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _line(vote: Vote) -> str:
-    return json.dumps(asdict(vote), sort_keys=True)
-
-
-def _lines(content: bytes) -> tuple[list[bytes], bytes]:
-    """
-    Lines of a file, and what a stopped process left of its last one. A last line that lacks only its newline counts.
-    """
-    *lines, last = content.split(b"\n")
-    try:
-        json.loads(last)
-        return [*lines, last], b""
-    except (ValueError, RecursionError):
-        return lines, last
-
-
 def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Vote]]:
-    records: list[tuple[int, Any]] = []
-    for number, line in enumerate(_lines(content)[0], start=1):
-        try:
-            records += [(number, json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            if not records:
-                break  # no file of votes at all
-            raise ValueError(f"{path}: line {number} is damaged ({error}). Restore or remove it.") from error
-    header = records[0][1] if records else None
+    records = read_lines(content, path, "votes")
+    header = records[0][1]
     if not (
         isinstance(header, dict)
         and header.get("format") == _FORMAT
@@ -396,12 +275,3 @@ def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Vote]]:
             raise ValueError(f"{path}: line {number} has answers {vote.answers} to the questions {sorted(keys)}.")
         votes.append(vote)
     return header, votes
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file is safe only when its name is on the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

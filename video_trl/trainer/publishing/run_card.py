@@ -159,7 +159,8 @@ class ModelCardCallback(TrainerCallback):
 
     def write(self, directory: Path, state: TrainerState, **details: Any) -> None:
         """
-        Write the card, and what was spent so far, into the folder of the run or of a checkpoint.
+        Write the card, and what was spent so far, into the folder of the run or of a checkpoint. A `README.md` there
+        that is not a card of this package stays as it is.
 
         Args:
             directory (`Path`): Folder.
@@ -169,7 +170,11 @@ class ModelCardCallback(TrainerCallback):
         """
         self._details |= {name: value for name, value in details.items() if value is not None}
         write_json(directory / RESOURCES_NAME, {"seconds": self.seconds()})
-        write_atomically(directory / hub.CARD_NAME, self._card(state))  # an upload may be reading the old one
+        path = directory / hub.CARD_NAME
+        if path.is_file() and not hub.card.is_model_card(path.read_text(encoding="utf-8", errors="replace")):
+            logger.warning("%s is not a card of video_trl and stays. Move it for the run's card to be written.", path)
+            return
+        write_atomically(path, self._card(state))  # an upload may be reading the old one
 
     def _card(self, state: TrainerState) -> str:
         args, facts, details = self._args, self._facts, self._details
