@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ...load import SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
+from ...load import SANDBOX, contact_clips, default_teacher, load_adapter, load_pipeline, load_teacher
 from .physion import (
     CELLS,
     DiffusionFeatures,
@@ -84,13 +84,13 @@ def probe_models(
             whole = type(base).from_pretrained(adapter, subfolder="transformer", dtype=base.dtype)
             pipeline.transformer = whole.to(base.device)
         elif adapter:
-            pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
+            load_adapter(pipeline, adapter)
         features = DiffusionFeatures(pipeline, block=block, noise_levels=noise_levels, **pooling)
         results[adapter or model] = probe_features(features, train, test, name=adapter or model, **common)
         if pipeline.transformer is not base:
             pipeline.transformer = base
         elif adapter:
-            pipeline.unload_lora_weights()
+            base.unload_lora()
     teacher = teacher or default_teacher(model)
     if teacher is not None:
         ceiling = TeacherFeatures(load_teacher(teacher, **(teacher_kwargs or {})), **pooling)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ...data.video_io import write_video
 from ...files import announce, fingerprint, remove_leftovers
 from ...judges import VideoJudge
-from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
+from ...load import SANDBOX, generation_defaults, load_adapter, load_pipeline, pipeline_source
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, EvaluationRun, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores
@@ -115,7 +115,7 @@ def load_generator(
         )
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
-        pipeline.load_lora_weights(adapter_file.parent, weight_name=adapter_file.name, adapter_name="default")
+        load_adapter(pipeline, adapter_file)
         _check_adapter_fits(pipeline, adapter_file, model)
         pipeline.transformer.eval()  # diffusers adds layers in training mode, with the dropout that a file asks for
     return VideoGenerator(
