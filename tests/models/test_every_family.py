@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders import vae
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.models.calls import image, pixels, recorded_calls
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_latents_shape, tiny_pipeline
-from video_trl.models import ModelFamily, experts_of, family_of, pipeline_index, supported_pipelines, tap_block
+from video_trl.models import (
+    ModelFamily,
+    experts_of,
+    family_of,
+    lora_targets,
+    pipeline_index,
+    supported_pipelines,
+    tap_block,
+)
 from video_trl.models.base import FRAME_RATE
 
 
@@ -213,3 +221,13 @@ def test_idle_weights_are_those_without_a_gradient(name, pipeline, family):
     idle = {each for each, weight in transformer.named_parameters() if weight.grad is None or not weight.grad.any()}
     transformer.zero_grad()
     assert family.idle_weights(transformer) == idle
+
+
+def test_adapters_of_all_linear_layers_are_within_the_blocks_and_none_is_idle(name, pipeline, family):
+    transformer = pipeline.transformer
+    targets = lora_targets(family, transformer, "all-linear")
+    linear = [(each, layer) for each, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    adapted = {each for each, _ in linear if any(f".{each}".endswith(f".{target}") for target in targets)}
+    inside = {layer for block in family.blocks(transformer) for layer in block.modules()}
+    idle = {weight.rpartition(".")[0] for weight in family.idle_weights(transformer)}
+    assert adapted == {each for each, layer in linear if layer in inside} - idle

@@ -167,7 +167,7 @@ def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if not name.startswith("trained_head.")}
 
 
-@pytest.mark.parametrize("family", proven.CELLS["videos"])
+@pytest.mark.parametrize("family", proven.later_ones_slow(proven.CELLS["videos"]))
 def test_from_videos_to_videos(family, tmp_path):
     """Raw rows are encoded, trained on, and the adapter's file makes the same video in a fresh pipeline."""
     tiny = TINY_FAMILIES[family]
@@ -205,7 +205,7 @@ def test_from_videos_to_videos(family, tmp_path):
     assert f"import {type(fresh).__name__}" in card and ("load_image" in card) == ("i2v" in family)
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("family", [*FAMILIES[1:], pytest.param("ltx2-t2v", marks=pytest.mark.slow)])
 def test_a_pipeline_is_loaded_by_its_path(family, tmp_path):
     tiny_pipeline(family).save_pretrained(tmp_path / "pipeline")
     made = make(family, "DPO", tmp_path / "run", bf16=True, extra={"model": str(tmp_path / "pipeline")})

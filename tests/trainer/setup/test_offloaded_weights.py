@@ -108,7 +108,7 @@ def workload(name: str, latents_shape: tuple[int, int, int, int], rank: int = 16
 
 def test_an_estimate_has_the_weights_of_two_blocks(tmp_path):
     small = Workload(
-        {"_class_name": "WanTransformer3DModel", **tiny_transformer(num_layers=6).config},
+        {"_class_name": "WanTransformer3DModel", **tiny_transformer(num_layers=4).config},
         (4, 2, 4, 4),
         num_videos=2,
         reference="adapter",
@@ -116,9 +116,9 @@ def test_an_estimate_has_the_weights_of_two_blocks(tmp_path):
         bf16=False,
     )
     whole, offloaded = (estimate(small, Placement(offload_weights=offload)) for offload in (False, True))
-    transformer = tiny_transformer(num_layers=6)
+    transformer = tiny_transformer(num_layers=4)
     block = sum(weight.nbytes for weight in transformer.blocks[0].parameters())
-    assert whole.parts["weights"] - offloaded.parts["weights"] == 4 * block
+    assert whole.parts["weights"] - offloaded.parts["weights"] == 2 * block
     assert replace(whole, placement=offloaded.placement, parts=offloaded.parts) == offloaded
     assert "offload_weights" in str(offloaded.placement)
 

@@ -417,7 +417,8 @@ def advise(workload: Workload, placement: Placement, gpu_memory: int | None) -> 
     return (
         f"Memory ran out. As estimated, a step takes\n{describe_estimate(cost)}\n"
         f"{describe_recommendation(workload, room, placement.num_gpus)}\n"
-        "`step_mode` and `checkpointing_policy` are arguments of the trainer; engines: docs/trainers/scaling.md."
+        "`step_mode`, `checkpointing_policy` and `offload_weights` are arguments of the trainer; engines: "
+        "docs/trainers/scaling.md."
     )
 
 
