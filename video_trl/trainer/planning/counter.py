@@ -341,8 +341,9 @@ def _without_contents(
     with torch.device("meta"):
         transformer = kind.from_config({**config})
         family = family_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
+        idle = family.idle_weights(transformer)
         for name, weight in transformer.named_parameters():
-            weight.requires_grad_(name not in family.idle_weights(transformer))
+            weight.requires_grad_(name not in idle)
         if adapter is not None:
             rank, choice = adapter
             transformer.requires_grad_(False)
