@@ -60,28 +60,6 @@ def load_pipeline(name: str, **options: Any) -> "DiffusionPipeline":
     return DiffusionPipeline.from_pretrained(name, **options)
 
 
-def load_adapter(pipeline: "DiffusionPipeline", source: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """
-    Adds a LoRA file to a pipeline, with its own alpha also where diffusers has no LoRA loader for the pipeline's class
-    (HunyuanVideo-1.5).
-
-    Args:
-        pipeline (`DiffusionPipeline`): The pipeline; of one with two transformers, the first gets the adapter.
-        source (`str` or `Path`): Folder with `pytorch_lora_weights.safetensors`, or a LoRA file.
-        adapter_name (`str`, defaults to `"default"`): What to call it.
-
-    Raises:
-        OSError: If there is no such file.
-    """
-    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-
-    path = Path(source)
-    folder, file = (path, LORA_WEIGHT_NAME_SAFE) if path.is_dir() else (path.parent, path.name)
-    loader: Any = pipeline
-    load = loader.load_lora_weights if isinstance(pipeline, LoraBaseMixin) else pipeline.transformer.load_lora_adapter
-    load(folder, weight_name=file, adapter_name=adapter_name)
-
-
 def pipeline_source(name: str) -> str:
     """What diffusers loads a pipeline of that name from: the folder of the sandbox's, else the name itself."""
     if name != SANDBOX:

@@ -34,7 +34,8 @@ from tests.support.tiny import (
 )
 from tests.support.trainer.runs import assert_equal_weights, frozen_weights, trained_weights
 from video_trl.data import read_video
-from video_trl.load import load_adapter
+from video_trl.hub import LORA_FILE_NAME
+from video_trl.hub.card import WITHOUT_LORA_LOADER
 from video_trl.models import family_of
 from video_trl.trainer import LogVideosCallback
 
@@ -104,6 +105,14 @@ def velocity(pipeline: Any, family: str) -> Tensor:
     timesteps = adapter.noise_process.sample_timesteps(torch.tensor([0.6]))
     with torch.no_grad():
         return adapter.predict(pipeline.transformer.eval(), row["latents"][None], timesteps, conditions)
+
+
+def load_adapter(pipeline: Any, directory: Path) -> None:
+    """As a user does, and as the card says it: by the pipeline, or its transformer where that has no LoRA loader."""
+    if type(pipeline).__name__ in WITHOUT_LORA_LOADER:
+        pipeline.transformer.load_lora_adapter(directory, weight_name=LORA_FILE_NAME)
+    else:
+        pipeline.load_lora_weights(directory)
 
 
 def first_log(made: Any) -> dict[str, float]:

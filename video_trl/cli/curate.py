@@ -17,11 +17,14 @@ A run that was stopped goes on where it was. docs/data/gt_pair.md, docs/data/phy
 docs/data/self_pairs.md explain every stage.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .parser import UsageError, nearest, parse, required, say
+from .sources import read_dataclass
 
 
 def run(argv: Sequence[str]) -> int:
@@ -36,9 +39,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def gt_pairs(argv: Sequence[str]) -> int:
-    from ..curation import GTPairConfig, Shard, run_gt_pair
+    config = _options("gt-pairs", "gt_pair.pipeline:GTPairConfig", argv)
+    from ..curation import Shard, run_gt_pair
 
-    (config,) = parse("curate gt-pairs", __doc__, [GTPairConfig], argv)
     required("sources", config.sources, "my/clips")
     result = run_gt_pair(config)
     if Shard.from_environment().index == 0:
@@ -47,9 +50,9 @@ def gt_pairs(argv: Sequence[str]) -> int:
 
 
 def phyaug(argv: Sequence[str]) -> int:
-    from ..curation import PhyAugConfig, Shard, run_phyaug
+    config = _options("phyaug", "phyaug.config:PhyAugConfig", argv)
+    from ..curation import Shard, run_phyaug
 
-    (config,) = parse("curate phyaug", __doc__, [PhyAugConfig], argv)
     required("sources", config.sources, "my/clips")
     result = run_phyaug(config)
     if Shard.from_environment().index == 0:
@@ -79,10 +82,10 @@ class AnnotatedArguments:
 
 
 def annotated(argv: Sequence[str]) -> int:
+    (args,) = parse("curate annotated", __doc__, [AnnotatedArguments], argv)
     from ..curation.annotated import DIMENSIONS, annotated_pairs, read_votes
     from ..curation.engine.manifest import summarize, write_table
 
-    (args,) = parse("curate annotated", __doc__, [AnnotatedArguments], argv)
     dimensions = args.dimensions or DIMENSIONS
     pairs, table = annotated_pairs(
         read_votes(required("votes", args.votes, "marks.jsonl"), dimensions),
@@ -101,15 +104,26 @@ def annotated(argv: Sequence[str]) -> int:
 
 
 def self_pairs(argv: Sequence[str]) -> int:
-    from ..curation import SelfPairsConfig, Shard, run_self_pairs
+    config = _options("self-pairs", "self_pairs:SelfPairsConfig", argv)
+    from ..curation import Shard, run_self_pairs
 
-    (config,) = parse("curate self-pairs", __doc__, [SelfPairsConfig], argv)
     result = run_self_pairs(config)
     if Shard.from_environment().index == 0:
         folder = Path(config.output_dir)
         say("\n".join(f"{stage:>14} {count:6d}" for stage, count in result.funnel.items()))
         say(f"dataset: {folder / 'pairs'}; every video with its scores: {folder / 'videos.parquet'}")
     return 0
+
+
+def _options(recipe: str, path: str, argv: Sequence[str]) -> Any:
+    """The configuration of a recipe, at `module:Class` of the curation; imported after the parser is content."""
+    module, _, name = path.partition(":")
+    stand_in = read_dataclass(f"video_trl.curation.{path}")
+    if stand_in is not None:
+        parse(f"curate {recipe}", __doc__, [stand_in], argv)
+    kind = vars(importlib.import_module(f"..curation.{module}", __package__))[name]
+    (config,) = parse(f"curate {recipe}", __doc__, [kind], argv)
+    return config
 
 
 def _say_where(funnel: Mapping[str, int], folder: Path, dataset: str, summary: str) -> None:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from ..load import SANDBOX
 from ..methods import Method
-from .methods import DataArguments, method_named, preset_values
+from .methods import DataArguments, config_of, method_named, preset_values
 from .parser import UsageError, check, parse, read_yaml, required, say
+from .sources import read_attribute
 from .train import launched
 
 
@@ -176,12 +177,12 @@ def _placement(args: EstimateArguments, step_mode: Any) -> "Placement":
 
 def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
     """Of a file for training, the options that matter here; a misspelt one is refused all the same."""
-    trainer_class = method.load()
-    kind = _with_options_of(trainer_class)
+    config = config_of(method)
+    kind = _with_options_of(method, config)
     words = list(argv)
     content = preset_values(method.name, words)
     if any(word.partition("=")[0] == "--config" for word in words):
-        words = check((kind, DataArguments, trainer_class.config_class), words)
+        words = check((kind, DataArguments, config), words)
         place = words.index("--config")
         content |= read_yaml(words[place + 1])
         words = [*words[:place], *words[place + 2 :]]
@@ -200,13 +201,15 @@ def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:
     return args
 
 
-def _with_options_of(trainer_class: type[Any]) -> type[EstimateArguments]:
+def _with_options_of(method: Method, config: type[Any]) -> type[EstimateArguments]:
     """The arguments, with those options of the method's configuration that decide how much a step computes."""
-    config = trainer_class.config_class
+    decisive = read_attribute(method.path, "workload_options")
+    if decisive is None:
+        decisive = method.load().workload_options
     types = get_type_hints(config)  # where annotations are strings, too
     own = [
         (item.name, types[item.name], field(default=item.default, metadata=item.metadata))
         for item in fields(config)
-        if item.name in trainer_class.workload_options
+        if item.name in decisive
     ]
     return make_dataclass("EstimateArguments", own, bases=(EstimateArguments,))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..load import SANDBOX
-from .options import JudgeArguments, RunArguments
+from .options import JudgeArguments, RunArguments, alpha_value
 from .parser import UsageError, parse, required, say
 
 
@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> int:
     table = evaluate_model(
         run_args.output_dir,
         model=run_args.model_name_or_path,
-        adapter=run_args.adapter,
+        **run_args.adapter_kwargs(),
         prompts=run_args.prompts,
         num_prompts=run_args.num_prompts,
         seeds=run_args.seeds,
@@ -131,6 +131,8 @@ def _physion(args: EvalArguments, run_args: RunArguments) -> str:
     results = probe_models(
         run_args.model_name_or_path,
         [run_args.adapter] if run_args.adapter else [],
+        adapter_alpha=alpha_value(run_args.adapter_alpha),
+        adapter_scale=run_args.adapter_scale,
         block=args.probe_block,
         teacher=args.teacher,
         physion=args.physion,

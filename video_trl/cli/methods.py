@@ -12,6 +12,7 @@ from ..methods import Method, known_methods
 from ..presets import preset_for
 from .options import mapping
 from .parser import UsageError, nearest, parse, read_yaml, required, say
+from .sources import read_config
 
 
 if TYPE_CHECKING:
@@ -111,14 +112,16 @@ def _listing() -> str:
 
 def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) -> tuple[DataArguments, Any]:
     """The data arguments and the method's configuration."""
-    trainer_class = method.load()
-    config = trainer_class.config_class
-    from transformers import TrainingArguments
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    own = {key for kind in config.__mro__ if kind not in TrainingArguments.__mro__ for key in kind.__annotations__}
+    stand_in = config_of(method)
+    foreign = next(kind for kind in stand_in.__mro__ if kind.__name__ == "TrainingArguments")
+    own = {key for kind in stand_in.__mro__ if kind not in foreign.__mro__ for key in kind.__annotations__}
     brief = [*own, *_COMMON, *(item.name for item in fields(DataArguments))]
     defaults = preset_values(method.name, argv)
+    # Help, and all that the parser refuses: before the seconds that it takes to import the configuration itself.
+    parse(f"{verb} {method.name}", text, [DataArguments, stand_in], argv, brief=brief, defaults=defaults)
+    config = method.load().config_class
+    from transformers.utils import is_torch_bf16_gpu_available
+
     words = [*argv]
     told = "--use_cpu" in argv or file_values(argv).get("use_cpu") is not None
     without_gpu = "--dry_run" in argv and not told and not is_torch_bf16_gpu_available()
@@ -145,6 +148,11 @@ def parse_training(verb: str, method: Method, argv: Sequence[str], text: str) ->
             "--greater_is_better true --eval_strategy steps --eval_steps 100."
         )
     return data, args
+
+
+def config_of(method: Method) -> type[Any]:
+    """The configuration of a method as its source describes it; where that cannot be read, the class itself."""
+    return read_config(method.path) or method.load().config_class
 
 
 def preset_values(method: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -14,17 +14,18 @@ others; --accelerate_config is --config_file) are passed on to it, and it become
 code are its own. The adapter, its model card and the log are left in --output_dir.
 """
 
-import argparse
 import logging
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .methods import DataArguments, check_training, make_trainer, method_named, parse_training
+from .methods import DataArguments, check_training, config_of, make_trainer, method_named, parse_training
 from .parser import check, read_yaml, say
+from .sources import read_arguments, read_dataclass
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     method, rest = method_named("train", argv, __doc__)
     launcher, ours = split_launcher(rest)
     if launcher and not {"-h", "--help", "--help_all", "--dry_run"} & set(ours):
-        check((DataArguments, method.load().config_class), ours)  # refused here, and not by every process
+        check((DataArguments, config_of(method)), ours)  # refused here, and not by every process
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
         logger.info("Starting through accelerate: %s", " ".join(launcher))
         sys.stdout.flush()
@@ -84,27 +85,28 @@ def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     if not any(word.startswith("--") for word in argv):
         return [], list(argv)
-    from accelerate.commands.launch import launch_command_parser
-    from transformers import TrainingArguments
-
-    known = {
-        name.lstrip("-").replace("-", "_"): action
-        for action in launch_command_parser()._actions
-        for name in action.option_strings
-        if name.startswith("--") and not isinstance(action, argparse._HelpAction)
-    }
-    for name in (*TrainingArguments.__dataclass_fields__, "config", "num_frames"):
+    known = read_arguments("accelerate.commands.launch")
+    for name in (*_inherited_options(), "config", "num_frames"):
         known.pop(name, None)
     launcher: list[str] = []
     ours: list[str] = []
     words = [_ACCELERATE_CONFIG.sub("--config_file", word) for word in argv]
     while words:
         word = words.pop(0)
-        action = known.get(word[2:].partition("=")[0].replace("-", "_")) if word.startswith("--") else None
-        (ours if action is None else launcher).append(word)
-        if action is not None and "=" not in word and action.nargs != 0 and words:
+        takes_value = known.get(word[2:].partition("=")[0].replace("-", "_")) if word.startswith("--") else None
+        (ours if takes_value is None else launcher).append(word)
+        if takes_value and "=" not in word and words:
             launcher.append(words.pop(0))
     return launcher, ours
+
+
+def _inherited_options() -> list[str]:
+    arguments = read_dataclass("transformers.training_args:TrainingArguments")
+    if arguments is None:
+        from transformers import TrainingArguments
+
+        return [item.name for item in fields(TrainingArguments)]
+    return [item.name for item in fields(arguments)]
 
 
 def launched(launcher: Sequence[str]) -> tuple[int, str]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 VideoSource = str | os.PathLike[str] | Mapping[str, Any] | np.ndarray | list[Any]
 
+MAX_PIXELS = 33_177_600  # 8K, 7680 x 4320
 _ATTACHED_PICTURE = 1024  # AV_DISPOSITION_ATTACHED_PIC: the cover of an album is no video
 _JITTER = 1e-3  # seconds by which times may be off a constant rate where the container's clock is finer than that
 _SEGMENT = bytes.fromhex("18538067")  # Matroska's element that holds all others but the header
@@ -57,7 +58,7 @@ class VideoLimits:
         ValueError: A limit that is not positive.
     """
 
-    max_pixels: int = 7680 * 4320
+    max_pixels: int = MAX_PIXELS
     max_frames: int = 100_000
     max_seconds: float = 3600.0
     max_bytes: int = 2**31
