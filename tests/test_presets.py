@@ -17,7 +17,11 @@ from video_trl.presets import PRESETS, load_preset, preset_text
 
 METHODS = {method.name: method for method in own_methods()}
 # Configurations of examples for real models; those of the sandbox and of curation are launched otherwise.
-CONFIGS = {path.stem: path for path in (EXAMPLES / "configs").glob("wan*.yaml")}
+CONFIGS = {
+    path.stem: path
+    for path in (EXAMPLES / "configs").glob("*.yaml")
+    if yaml.safe_load(path.read_text()).get("model_name_or_path", "sandbox") != "sandbox"
+}
 GPU_GIB = 80  # of the H100 and A100 that the papers name
 
 

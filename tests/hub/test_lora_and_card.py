@@ -5,10 +5,12 @@ import re
 import resource
 from pathlib import Path
 
+import diffusers
 import peft
 import pytest
 import safetensors.torch
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
@@ -16,6 +18,9 @@ from safetensors import safe_open
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_transformer, tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import probe_video
+from video_trl.hub import model_card
+from video_trl.hub.card import WITHOUT_LORA_LOADER
+from video_trl.models import supported_pipelines
 
 
 TARGETS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
@@ -254,3 +259,11 @@ def test_no_text_ends_a_block_of_the_card_or_its_evaluation(tmp_path):
     assert snippet in changed and "## Samples" in changed and "| pc | 0.5 |" in changed
     hub.add_evaluation(path, [hub.Measurement("pc", 0.7)])
     assert "| pc | 0.7 |" in path.read_text() and "| pc | 0.5 |" not in path.read_text()
+
+
+def test_the_snippet_loads_by_the_transformer_where_a_pipeline_has_no_lora_loader():
+    without = [name for name in supported_pipelines() if not issubclass(getattr(diffusers, name), LoraBaseMixin)]
+    assert sorted(without) == sorted(WITHOUT_LORA_LOADER)
+    facts = {"repo_id": "me/adapter", "method": "DPO", "method_name": "dpo", "prompt": "a ball", "fps": 24.0}
+    card = model_card(base_model="x/y", pipeline_class="HunyuanVideo15Pipeline", **facts)
+    assert "pipeline.transformer.load_lora_adapter('me/adapter', weight_name=" in str(card)

@@ -1,16 +1,25 @@
 """What holds for every family: each test runs on every entry of `TINY_FAMILIES`."""
 
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.autoencoders import vae
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.models.calls import image, pixels, recorded_calls
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_latents_shape, tiny_pipeline
-from video_trl.models import ModelFamily, experts_of, family_of, pipeline_index, supported_pipelines, tap_block
+from video_trl.models import (
+    ModelFamily,
+    experts_of,
+    family_of,
+    lora_targets,
+    pipeline_index,
+    supported_pipelines,
+    tap_block,
+)
 from video_trl.models.base import FRAME_RATE
 
 
@@ -37,6 +46,8 @@ def call_of(name: str, family: ModelFamily, pipeline: Any) -> dict[str, Any]:
     tiny = TINY_FAMILIES[name]
     call = {"num_frames": tiny.frames, "height": tiny.side, "width": tiny.side, "output_type": "latent"}
     call |= {"max_sequence_length": prompt_length(family, pipeline), **tiny.call}
+    takes = inspect.signature(pipeline.__call__).parameters
+    call = {name: value for name, value in call.items() if name in takes}
     return call | ({"image": image(height=tiny.side, width=tiny.side)} if family.image_columns else {})
 
 
@@ -74,15 +85,18 @@ def test_predict_is_the_transformer_call_of_the_pipeline(name, pipeline, family,
     with ExitStack() as stack, torch.no_grad():
         recorded = [stack.enter_context(recorded_calls(transformer)) for transformer in transformers]
         pipeline(prompt=PROMPTS[0], num_inference_steps=2, generator=generator, **call_of(name, family, pipeline))
+    tiny = TINY_FAMILIES[name]
+    recorded = [[call for call in calls if tiny.is_ours(call[0])] for calls in recorded]
     assert sum(map(len, recorded)) == 2 and all(recorded)
     for number, (transformer, calls) in enumerate(zip(transformers, recorded, strict=True)):
         for kwargs, expected in calls:
-            compare_step(family, transformer, TINY_FAMILIES[name].noisy(kwargs), conditions, kwargs, expected)
+            noisy = tiny.noisy(kwargs)
+            compare_step(family, transformer, noisy, conditions, kwargs, expected, tiny.of_others)
             if experts:  # each within its own timesteps
                 assert experts[number].low <= kwargs["timestep"] <= experts[number].high
 
 
-def compare_step(family, transformer, noisy, conditions, kwargs, expected) -> None:
+def compare_step(family, transformer, noisy, conditions, kwargs, expected, of_others=()) -> None:
     timesteps = kwargs["timestep"]
     timesteps = (timesteps if timesteps.ndim == 1 else timesteps.amax(dim=1)).to(family_dtype(family))
     with recorded_calls(transformer) as ours, torch.no_grad():
@@ -91,6 +105,8 @@ def compare_step(family, transformer, noisy, conditions, kwargs, expected) -> No
     assert set(own) - {"return_dict"} <= set(kwargs)
     for argument, value in own.items():
         theirs = kwargs[argument]
+        if argument in of_others:
+            continue
         if argument == "timestep" and value.shape != theirs.shape:  # one a video where all tokens have the same
             theirs = theirs[:, 0] if theirs.ndim == 2 and (theirs == theirs[:, :1]).all() else theirs
         if argument == "encoder_hidden_states" and "prompt_mask" in conditions:  # what is masked may be anything
@@ -191,3 +207,27 @@ def test_tokens_are_those_of_every_block(name, pipeline, family):
         with tap_block(family, pipeline.transformer, index) as tap, torch.no_grad():
             family.predict(pipeline.transformer, torch.ones(1, *shape), timesteps, conditions)
         assert tap.tokens.shape[:2] == (1, frames * height * width)
+
+
+def test_idle_weights_are_those_without_a_gradient(name, pipeline, family):
+    """Of a random output, with which no weight has a gradient of zeros by chance."""
+    transformer, shape = pipeline.transformer, tiny_latents_shape(name)
+    conditions = conditions_of(name, family, pipeline, ['a ball with the word "red" on it'])
+    timesteps = family.noise_process.sample_timesteps(torch.tensor([0.4]))
+    generator = torch.Generator().manual_seed(3)
+    latents, weights = (torch.randn(1, *shape, generator=generator) for _ in range(2))
+    transformer.zero_grad()
+    (family.predict(transformer, latents, timesteps, conditions) * weights).sum().backward()
+    idle = {each for each, weight in transformer.named_parameters() if weight.grad is None or not weight.grad.any()}
+    transformer.zero_grad()
+    assert family.idle_weights(transformer) == idle
+
+
+def test_adapters_of_all_linear_layers_are_within_the_blocks_and_none_is_idle(name, pipeline, family):
+    transformer = pipeline.transformer
+    targets = lora_targets(family, transformer, "all-linear")
+    linear = [(each, layer) for each, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    adapted = {each for each, _ in linear if any(f".{each}".endswith(f".{target}") for target in targets)}
+    inside = {layer for block in family.blocks(transformer) for layer in block.modules()}
+    idle = {weight.rpartition(".")[0] for weight in family.idle_weights(transformer)}
+    assert adapted == {each for each, layer in linear if layer in inside} - idle

@@ -15,16 +15,25 @@ from datasets import Dataset, Features, List, Value, Video
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -37,21 +46,31 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from video_trl.models import ModelFamily, family_of
 from video_trl.models.base import FRAME_RATE
@@ -85,6 +104,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=MAX_SEQUENCE_LENGTH,
     )
+
+
+def _silent(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_vae(seed: int = 0, **config: Any) -> AutoencoderKLWan:
@@ -130,15 +154,15 @@ def tiny_text_encoder(seed: int = 0) -> UMT5EncoderModel:
 def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     """Text-to-video pipeline laid out as Wan 2.1's, scheduler included. A training step takes milliseconds."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipeline = WanPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=tiny_text_encoder(seed),
-        vae=tiny_vae(seed),
-        scheduler=scheduler,
-        transformer=tiny_transformer(seed),
+    return _silent(
+        WanPipeline(
+            tokenizer=tiny_tokenizer(),
+            text_encoder=tiny_text_encoder(seed),
+            vae=tiny_vae(seed),
+            scheduler=scheduler,
+            transformer=tiny_transformer(seed),
+        )
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @dataclass(frozen=True)
@@ -152,6 +176,8 @@ class TinyFamily:
         noisy: The noisy latents `(B, C, F, H, W)` in the keyword arguments of a transformer call of its pipeline.
         options: Of a trainer, without which it would be refused.
         call: Arguments of the pipeline's call that switch guidance off, so that each step is one transformer call.
+        is_ours: Which of several calls in a step is the one that training makes, by its keyword arguments.
+        of_others: Arguments of that call which do not reach the video.
     """
 
     make: Callable[..., DiffusionPipeline]
@@ -160,6 +186,8 @@ class TinyFamily:
     noisy: Callable[[dict[str, Any]], torch.Tensor] = lambda kwargs: kwargs["hidden_states"]
     options: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    is_ours: Callable[[dict[str, Any]], bool] = lambda kwargs: True
+    of_others: tuple[str, ...] = ()
 
 
 def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
@@ -201,17 +229,17 @@ def tiny_wan_i2v_pipeline(seed: int = 0, image_encoder: bool = True) -> WanImage
         hidden_act="gelu",
     )
     size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=tiny_text_encoder(seed),
-        vae=tiny_vae(seed),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        image_processor=CLIPImageProcessorPil(**size) if image_encoder else None,
-        image_encoder=CLIPVisionModel(clip).eval() if image_encoder else None,
-        transformer=tiny_transformer(seed, in_channels=12, **image),
+    return _silent(
+        WanImageToVideoPipeline(
+            tokenizer=tiny_tokenizer(),
+            text_encoder=tiny_text_encoder(seed),
+            vae=tiny_vae(seed),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            image_processor=CLIPImageProcessorPil(**size) if image_encoder else None,
+            image_encoder=CLIPVisionModel(clip).eval() if image_encoder else None,
+            transformer=tiny_transformer(seed, in_channels=12, **image),
+        )
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_wan_ti2v_vae(seed: int = 0) -> AutoencoderKLWan:
@@ -243,9 +271,7 @@ def tiny_wan_a14b_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
 
 
 def _with_experts(wan: DiffusionPipeline, second: WanTransformer3DModel, boundary_ratio: float) -> Any:
-    pipeline = type(wan)(**wan.components | {"transformer_2": second}, boundary_ratio=boundary_ratio)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _silent(type(wan)(**wan.components | {"transformer_2": second}, boundary_ratio=boundary_ratio))
 
 
 def tiny_wan_ti2v_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
@@ -271,25 +297,23 @@ def _as_skyreels(wan: DiffusionPipeline, pipeline_class: type[DiffusionPipeline]
     transformer = SkyReelsV2Transformer3DModel(**config).eval()
     taken = inspect.signature(pipeline_class.__init__).parameters
     parts = {name: part for name, part in wan.components.items() if name in taken}
-    pipeline = pipeline_class(**parts | {"transformer": transformer})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _silent(pipeline_class(**parts | {"transformer": transformer}))
 
 
 def tiny_wan_ti2v_pipeline(
     seed: int = 0, pipeline_class: type[WanPipeline] | type[WanImageToVideoPipeline] = WanPipeline
 ) -> WanPipeline | WanImageToVideoPipeline:
     """A pipeline laid out as Wan 2.2's 5B: one transformer for text and image to video, timesteps by token."""
-    pipeline = pipeline_class(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=tiny_text_encoder(seed),
-        vae=tiny_wan_ti2v_vae(seed),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
-        transformer=tiny_transformer(seed, in_channels=48, out_channels=48),
-        expand_timesteps=True,
+    return _silent(
+        pipeline_class(
+            tokenizer=tiny_tokenizer(),
+            text_encoder=tiny_text_encoder(seed),
+            vae=tiny_wan_ti2v_vae(seed),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+            transformer=tiny_transformer(seed, in_channels=48, out_channels=48),
+            expand_timesteps=True,
+        )
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_cogvideox_vae(seed: int = 0, **config: Any) -> AutoencoderKLCogVideoX:
@@ -351,18 +375,18 @@ def tiny_t5_encoder(seed: int = 0) -> T5EncoderModel:
 def tiny_cogvideox_pipeline(seed: int = 0, **components: Any) -> CogVideoXPipeline:
     """Text-to-video pipeline laid out as CogVideoX-5B's, scheduler included; `components` replace its own."""
     pipeline_class = components.pop("pipeline_class", CogVideoXPipeline)
-    pipeline = pipeline_class(
-        **{
-            "tokenizer": tiny_tokenizer(),
-            "text_encoder": tiny_t5_encoder(seed),
-            "vae": tiny_cogvideox_vae(seed),
-            "transformer": tiny_cogvideox_transformer(seed),
-            "scheduler": tiny_cogvideox_scheduler(),
-        }
-        | components
+    return _silent(
+        pipeline_class(
+            **{
+                "tokenizer": tiny_tokenizer(),
+                "text_encoder": tiny_t5_encoder(seed),
+                "vae": tiny_cogvideox_vae(seed),
+                "transformer": tiny_cogvideox_transformer(seed),
+                "scheduler": tiny_cogvideox_scheduler(),
+            }
+            | components
+        )
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_cogvideox_i2v_pipeline(seed: int = 0, **components: Any) -> CogVideoXImageToVideoPipeline:
@@ -410,15 +434,15 @@ def tiny_ltx_pipeline(
         num_layers=2,
         caption_channels=TEXT_DIM,
     ).eval()
-    pipeline = pipeline_class(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
-        vae=vae,
-        text_encoder=tiny_t5_encoder(seed),
-        tokenizer=tiny_tokenizer(),
-        transformer=transformer,
+    return _silent(
+        pipeline_class(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+            vae=vae,
+            text_encoder=tiny_t5_encoder(seed),
+            tokenizer=tiny_tokenizer(),
+            transformer=transformer,
+        )
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
@@ -452,17 +476,188 @@ def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     ).eval()
-    pipeline = HunyuanVideoPipeline(
-        text_encoder=text_encoder,
-        tokenizer=tiny_tokenizer(),
+    return _silent(
+        HunyuanVideoPipeline(
+            text_encoder=text_encoder,
+            tokenizer=tiny_tokenizer(),
+            transformer=transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tiny_tokenizer(),
+        )
+    )
+
+
+def tiny_hunyuan15_pipeline(seed: int = 0, task: str = "t2v") -> HunyuanVideo15Pipeline:
+    """
+    A pipeline laid out as HunyuanVideo-1.5's: words in a chat of 108 tokens, quoted ones as bytes, tokens of images.
+    Prompts of 16 tokens, of which the published one has 1000, are an attribute that no file keeps.
+    """
+    tokenizer = tiny_tokenizer()
+    last = "{% for message in messages %}{% if loop.last %}{{ message['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = "{{ 'a ' * 108 }}" + last
+    torch.manual_seed(seed)
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=TEXT_DIM,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    byt5 = T5Config(
+        vocab_size=384, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    siglip = SiglipVisionConfig(
+        hidden_size=TEXT_DIM,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    text_encoders = {"text_encoder": Qwen2_5_VLTextModel(qwen).eval(), "text_encoder_2": T5EncoderModel(byt5).eval()}
+    image_encoder = SiglipVisionModel(siglip).eval()
+    torch.manual_seed(seed)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_DIM,
+        text_embed_2_dim=TEXT_DIM,
+        image_embed_dim=TEXT_DIM,
+        rope_axes_dim=(2, 2, 4),
+        target_size=32,
+        task_type=task,
+    ).eval()
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16, 16, 16, 16), layers_per_block=1, spatial_compression_ratio=8
+    ).eval()
+    image: dict[str, Any] = {}
+    if task == "i2v":
+        processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        image = {"image_encoder": image_encoder, "feature_extractor": processor}
+    pipeline_class = HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline
+    pipeline = pipeline_class(
+        **text_encoders,
+        **image,
+        tokenizer=tokenizer,
+        tokenizer_2=ByT5Tokenizer(),
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=tiny_tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=1.0),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipeline.tokenizer_max_length = MAX_SEQUENCE_LENGTH
+    return _silent(pipeline)
+
+
+def tiny_hunyuan15_i2v_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
+    """The same from a first frame."""
+    return tiny_hunyuan15_pipeline(seed, "i2v")
+
+
+def tiny_ltx2_pipeline(seed: int = 0) -> LTX2Pipeline:
+    """A pipeline laid out as LTX-2's: a stream of sound beside that of the video, and connectors behind Gemma."""
+    ids = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    text = {
+        "hidden_size": TEXT_DIM,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 8,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 2, "boi_token_index": 2, "eoi_token_index": 2}
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    torch.manual_seed(seed)
+    gemma = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text | ids, vision_config=vision, **tokens)).eval()
+    connector = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": 8}
+    connectors = LTX2TextConnectors(
+        caption_channels=TEXT_DIM,
+        text_proj_in_factor=3,
+        connector_rope_base_seq_len=32,
+        **{f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in connector.items()},
+    ).eval()
+    torch.manual_seed(seed)
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+    ).eval()
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,  # by itself it counts stages that shrink the time alone
+        temporal_compression_ratio=8,
+    ).eval()
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=None,
+        resolution=32,
+        latent_channels=2,
+        mid_block_add_attention=False,
+        mel_bins=8,
+    ).eval()
+    vocoder = LTX2Vocoder(
+        in_channels=16,
+        hidden_channels=32,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    ).eval()
+    return _silent(
+        LTX2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+            vae=vae,
+            audio_vae=audio_vae,
+            text_encoder=gemma,
+            tokenizer=tokenizer,
+            connectors=connectors,
+            transformer=transformer,
+            vocoder=vocoder,
+        )
+    )
 
 
 def tiny_video(seed: int, num_frames: int = 5, height: int = 32, width: int = 32) -> np.ndarray:
@@ -608,5 +803,28 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         call={"guidance_scale": 1.0, "frame_rate": 8.0},
     ),
     "hunyuan-t2v": TinyFamily(tiny_hunyuan_pipeline, call={}),
+    "hunyuan1.5-t2v": TinyFamily(
+        tiny_hunyuan15_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4], call={}
+    ),
+    "hunyuan1.5-i2v": TinyFamily(
+        tiny_hunyuan15_i2v_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4], call={}
+    ),
+    "ltx2-t2v": TinyFamily(
+        tiny_ltx2_pipeline,
+        frames=9,
+        side=64,
+        noisy=lambda kwargs: _unpacked(kwargs["hidden_states"], kwargs),
+        # Of the guidances only that by the video alone is on, whose call is the one that training makes.
+        call={
+            "guidance_scale": 1.0,
+            "audio_guidance_scale": 1.0,
+            "stg_scale": 0.0,
+            "modality_scale": 2.0,
+            "guidance_rescale": 0.0,
+            "frame_rate": 8.0,
+        },
+        is_ours=lambda kwargs: kwargs["isolate_modalities"],
+        of_others=("audio_hidden_states", "audio_encoder_hidden_states", "audio_num_frames"),
+    ),
 }
 """Every family, by the name that its tests have. A new one is an entry here."""

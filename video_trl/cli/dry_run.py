@@ -1,7 +1,8 @@
 """Describe a run before it starts: configuration, rows, tokens, memory and steps. No weights are loaded."""
 
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from .parser import required
 
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import ModelMixin
 
     from ..data.columns import MapDataset
@@ -133,22 +135,35 @@ def empty_models(name: str, revision: str | None) -> tuple[Any, "ModelMixin", "M
     return family_for(transformer, scheduler, index), transformer, vae
 
 
-def empty_text_encoder(name: str, revision: str | None) -> Any:
-    """The text encoder of a pipeline, without memory."""
+def empty_encoders(name: str, revision: str | None, components: Iterable[str]) -> "dict[str, torch.nn.Module]":
+    """Encoders of a pipeline, by the names of its components, without memory."""
     import torch
-    import transformers
 
-    known = _known(name, revision)
-    if known is not None:
-        encoder_class = getattr(transformers, known["text_encoder"]["_class_name"])
-        config = encoder_class.config_class(**known["text_encoder"])
-    else:
-        kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
-        name = pipeline_source(name)
-        encoder_class = getattr(transformers, _index(name, kwargs)["text_encoder"][1])
-        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", **kwargs)
-    with torch.device("meta"):
-        return encoder_class(config)
+    known, kwargs = _known(name, revision), {} if revision is None else {"revision": revision}
+    name = pipeline_source(name)
+    index = {} if known is not None else _index(name, kwargs)
+    encoders: dict[str, torch.nn.Module] = {}
+    for component in components:
+        config = None if known is None else known[component]
+        library, kind = index[component] if config is None else (config.get("_library"), config["_class_name"])
+        encoder: Any = getattr(_library(library), kind)
+        if library not in (None, "transformers"):  # one of diffusers
+            config = config or encoder.load_config(name, subfolder=component, **kwargs)
+            with torch.device("meta"):
+                encoders[component] = encoder.from_config(config)
+            continue
+        config_class = encoder.config_class
+        made = config_class(**config) if config else config_class.from_pretrained(name, subfolder=component, **kwargs)
+        with torch.device("meta"):
+            encoders[component] = encoder(made)
+    return encoders
+
+
+def _library(name: str | None) -> Any:
+    """The module of a name in a `model_index.json`: a package, or the folder of a pipeline in diffusers."""
+    if name in (None, "transformers", "diffusers"):
+        return importlib.import_module(name or "transformers")
+    return importlib.import_module(f"diffusers.pipelines.{name}")
 
 
 def _known(name: str, revision: str | None) -> Any:
@@ -260,7 +275,8 @@ def _cost(
     mode: Literal["concat", "sequential"] = "sequential" if vars(args).get("step_mode") == "sequential" else "concat"
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
     shared = 1 if processes % args.context_parallel_size else args.context_parallel_size
-    cost = estimate(workload, Placement(processes, engine, shared, mode, policy))
+    placement = Placement(processes, engine, shared, mode, policy, offload_weights=args.offload_weights)
+    cost = estimate(workload, placement)
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in cost.parts.items())
     return {

@@ -67,6 +67,9 @@ class EstimateArguments:
     )
     activation_checkpointing: bool = field(default=True, metadata={"help": "Checkpoint activations."})
     checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
+    offload_weights: bool = field(
+        default=False, metadata={"help": "Frozen weights of the blocks in the host's memory; as in training."}
+    )
     accelerate_config: str | None = field(
         default=None, metadata={"help": "File of `accelerate launch` that says `num_gpus` and `engine`."}
     )
@@ -109,13 +112,19 @@ def run(argv: Sequence[str]) -> int:
 def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[int, int, int]) -> str:
     """Memory of encoding videos and prompts, whose models leave the GPU when training begins."""
     from ..trainer.planning.estimate import encoding_peak
-    from .dry_run import empty_text_encoder
+    from .dry_run import empty_encoders
 
     family, _, vae = models
-    peak = encoding_peak(vae, family, size)
-    text_encoder = empty_text_encoder(args.model_name_or_path, args.revision)
-    weights = sum(weight.numel() for weight in text_encoder.parameters()) * (2 if args.bf16 else 4)
-    return f"{peak / 2**30:.2f} GiB to encode a video, {weights / 2**30:.2f} GiB of text encoder"
+    parts = [f"{encoding_peak(vae, family, size) / 2**30:.2f} GiB to encode a video"]
+    # All encoders of prompts are there at once, then the VAE, then those of first frames, which are float32.
+    for what, names, width in (
+        ("text encoders", family.text_encoders, 2 if args.bf16 else 4),
+        ("image encoders", family.image_encoders, 4),
+    ):
+        encoders = empty_encoders(args.model_name_or_path, args.revision, names)
+        weights = width * sum(weight.numel() for encoder in encoders.values() for weight in encoder.parameters())
+        parts += [f"{weights / 2**30:.2f} GiB of {what} ({', '.join(names)})"] if names else []
+    return ", ".join(parts)
 
 
 def _size(args: EstimateArguments) -> tuple[int, int, int]:
@@ -162,7 +171,8 @@ def _placement(args: EstimateArguments, step_mode: Any) -> "Placement":
 
     policy = args.checkpointing_policy if args.activation_checkpointing else None
     engine: Any = args.engine
-    return Placement(args.num_gpus, engine, args.context_parallel_size, step_mode, policy)
+    shared, offloaded = args.context_parallel_size, args.offload_weights
+    return Placement(args.num_gpus, engine, shared, step_mode, policy, offload_weights=offloaded)
 
 
 def _arguments(method: Method, argv: Sequence[str]) -> EstimateArguments:

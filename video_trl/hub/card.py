@@ -275,6 +275,10 @@ def _eval_result(row: Measurement, task: str | None) -> EvalResult:
     )
 
 
+WITHOUT_LORA_LOADER = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+"""Pipelines of diffusers whose transformer loads adapters, but which have no `load_lora_weights` themselves."""
+
+
 def _snippet(
     repo_id: str,
     base_model: str,
@@ -303,9 +307,10 @@ def _snippet(
     if transformer_class is None:
         # Without the flag diffusers puts every adapter into the first transformer, without a warning.
         second = "" if component == "transformer" else ", load_into_transformer_2=True"
-        use = (
-            f"pipeline.load_lora_weights({repo_id!r}, weight_name={LORA_FILE_NAME!r}, adapter_name='default'{second})"
-        )
+        load_adapter = "pipeline.load_lora_weights"
+        if pipeline_class in WITHOUT_LORA_LOADER:
+            load_adapter = "pipeline.transformer.load_lora_adapter"
+        use = f"{load_adapter}({repo_id!r}, weight_name={LORA_FILE_NAME!r}, adapter_name='default'{second})"
     else:
         trained = f"{transformer_class}.from_pretrained({repo_id!r}, subfolder='transformer')"
         use = f"pipeline.{component} = {trained}.to(pipeline.dtype)"

@@ -6,7 +6,9 @@ from typing import Any
 from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     SchedulerMixin,
     SkyReelsV2Transformer3DModel,
@@ -17,7 +19,9 @@ from torch import nn
 from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
 from .hunyuan import HunyuanVideoFamily, hunyuan_family
+from .hunyuan15 import HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily, hunyuan15_family
 from .ltx import LTXFamily, LTXImageToVideoFamily, ltx_family
+from .ltx2 import LTX2Family, ltx2_family
 from .skyreels import SkyReelsFamily, SkyReelsImageToVideoFamily, skyreels_family
 from .wan import WanFamily, WanFirstFrameFamily, WanImageToVideoFamily, wan_family
 
@@ -29,7 +33,10 @@ __all__ = [
     "CogVideoXImageToVideoFamily",
     "Expert",
     "GenerationRules",
+    "HunyuanVideo15Family",
+    "HunyuanVideo15ImageToVideoFamily",
     "HunyuanVideoFamily",
+    "LTX2Family",
     "LTXFamily",
     "LTXImageToVideoFamily",
     "ModelFamily",
@@ -53,7 +60,9 @@ __all__ = [
 _FAMILIES: dict[type[nn.Module], tuple[Callable[..., ModelFamily], tuple[Any, ...]]] = {
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily, WanFirstFrameFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
+    HunyuanVideo15Transformer3DModel: (hunyuan15_family, (HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily)),
     HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily,)),
+    LTX2VideoTransformer3DModel: (ltx2_family, (LTX2Family,)),
     LTXVideoTransformer3DModel: (ltx_family, (LTXFamily, LTXImageToVideoFamily)),
     SkyReelsV2Transformer3DModel: (skyreels_family, (SkyReelsFamily, SkyReelsImageToVideoFamily)),
 }

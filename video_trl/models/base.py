@@ -137,6 +137,9 @@ class ModelFamily(Protocol):
     def ffn_target_modules(self) -> list[str]:
         """Linear layers of the feed-forward network of every block, as suffixes of module names."""
 
+    def idle_weights(self, transformer: nn.Module) -> frozenset[str]:
+        """Names of weights that take no part in `predict`, and so are neither trained nor adapted."""
+
     @property
     def context_parallel_methods(self) -> tuple[str, ...]:
         """How `share_tokens` can share tokens: `"ulysses"`, `"ring"`."""
@@ -242,6 +245,10 @@ class FamilyDefaults:
     def ffn_target_modules(self) -> list[str]:
         """Both layers of the feed-forward network `ff`."""
         return ["ff.net.0.proj", "ff.net.2"]
+
+    def idle_weights(self, transformer: nn.Module) -> frozenset[str]:
+        """None."""
+        return frozenset()
 
     def flow_shift(self, scheduler_config: Mapping[str, Any], num_tokens: int) -> float | None:
         """As configured; where the scheduler shifts by the number of tokens, the shift for that number."""
@@ -388,7 +395,7 @@ def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequ
         name for block in family.blocks(transformer) for name, layer in block.named_modules() if _is_linear(layer)
     }
     if names == ["all-linear"]:
-        return sorted(linear)
+        return _in_blocks(family, transformer, sorted(linear))
     presets = [name for name in names if name in get_args(LoraPreset)]
     layers = [f".{name}" for name, layer in transformer.named_modules() if _is_linear(layer)]
     unknown = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
@@ -401,12 +408,13 @@ def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequ
 
 
 def _in_blocks(family: ModelFamily, transformer: nn.Module, suffixes: list[str]) -> list[str]:
-    """The suffixes; the whole names of layers of the blocks where other layers would match the suffixes too."""
+    """The suffixes; the whole names of layers where others, outside of the blocks or idle, would match them too."""
     modules = set(family.blocks(transformer))
     blocks = [f"{name}." for name, module in transformer.named_modules() if module in modules]
     names = [name for name, module in transformer.named_modules() if _is_linear(module)]
     matching = [name for name in names if any(name.endswith(f".{suffix}") for suffix in suffixes)]
-    inside = [name for name in matching if name.startswith(tuple(blocks))]
+    idle = {weight.rpartition(".")[0] for weight in family.idle_weights(transformer)}
+    inside = [name for name in matching if name.startswith(tuple(blocks)) and name not in idle]
     return suffixes if inside == matching else inside
 
 

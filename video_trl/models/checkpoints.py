@@ -20,8 +20,9 @@ def known_checkpoint(name: str) -> dict[str, Mapping[str, Any]] | None:
         name (`str`): Repository id.
 
     Returns:
-        `dict[str, Mapping]` or `None`: Of `"transformer"`, `"vae"`, `"scheduler"` and `"text_encoder"`, the class as
-        `_class_name` and the arguments; `None` for a repository that is not listed.
+        `dict[str, Mapping]` or `None`: Of `"transformer"`, `"vae"`, `"scheduler"` and the encoders (`"text_encoder"`,
+        `"text_encoder_2"`, `"image_encoder"`, ...), the class as `_class_name`, its library as `_library` where that
+        is not transformers or diffusers, and the arguments; `None` for a repository that is not listed.
     """
     table = _table()
     if name not in table["checkpoints"]:

@@ -16,6 +16,7 @@ from .parallel.engines import Engine, check_deepspeed_installed
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
 from .setup.quantization import Quantization, check_optimizer, check_quantised_engine, check_quantization
+from .setup.single_file import check_transformer_file
 
 
 ContextParallelMethod = Literal["ulysses", "ring"]
@@ -107,6 +108,13 @@ class VideoConfig(TrainingArguments):
             "self-attention, whose output is stored."
         },
     )
+    offload_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen weights of the blocks under the adapter in the host's memory, and copy a block "
+            "at a time to the device: the same numbers, for small GPUs. Needs `activation_checkpointing`."
+        },
+    )
     attention_backend: str | None = field(
         default=None,
         metadata={
@@ -159,6 +167,13 @@ class VideoConfig(TrainingArguments):
         metadata={
             "help": "Keyword arguments of `DiffusionPipeline.from_pretrained` (revision, variant, token, ...), used "
             "when the model is given as a repository id or path."
+        },
+    )
+    transformer_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "One file with the weights of the transformer, in place of those of the named pipeline: "
+            ".safetensors as ComfyUI or the original code have them, or .gguf, frozen under an adapter."
         },
     )
     use_peft: bool = field(
@@ -304,6 +319,7 @@ class VideoConfig(TrainingArguments):
                     f"`{name}={value!r}` in `accelerator_config` is not supported: batches are divided among the "
                     f"processes so that every row counts exactly once. Leave it at {accepted!r}."
                 )
+        self._check_offloading()
         if isinstance(self.activation_checkpointing_kwargs, dict) and self.activation_checkpointing_kwargs:
             raise ValueError(
                 f"`activation_checkpointing_kwargs={self.activation_checkpointing_kwargs!r}` is not supported: blocks "
@@ -339,6 +355,11 @@ class VideoConfig(TrainingArguments):
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
         check_quantised_engine(self.quantization, engine)
+        if self.offload_weights and engine != "ddp":
+            raise ValueError(
+                f"`offload_weights` is supported with every process holding the adapter (engine 'ddp'), got the "
+                f"engine {engine!r}, which divides weights itself. Leave one of them out."
+            )
         if engine != "zero3":
             return
         if self.compile_blocks:
@@ -439,6 +460,8 @@ class VideoConfig(TrainingArguments):
             check_ring_backend(self.attention_backend)
         if self.attention_backend is not None:
             check_attention_backend(self.attention_backend)
+        if self.transformer_file is not None:
+            check_transformer_file(self.transformer_file, use_peft=self.use_peft, quantization=self.quantization)
         if self.quantization is not None:
             check_choice(self, "quantization", get_args(Quantization))
             check_quantization(self.quantization, use_peft=self.use_peft)
@@ -451,6 +474,22 @@ class VideoConfig(TrainingArguments):
                 f"`compile_blocks` with `checkpointing_policy={self.checkpointing_policy!r}` is not supported: it "
                 "decides within a block, which is compiled as a whole. Use 'full'."
             )
+
+    def _check_offloading(self) -> None:
+        if not self.offload_weights:
+            return
+        quantised = self.quantization is not None or (self.transformer_file or "").endswith(".gguf")
+        for holds, why in (
+            (not self.use_peft, "`use_peft=False`, which trains the weights themselves. Train an adapter"),
+            (quantised, "quantised weights, which are small already. Leave one of the two out"),
+            (self.compile_blocks, "`compile_blocks`, which would take weights that are not there. Leave it off"),
+            (
+                not self.gradient_checkpointing,
+                "`activation_checkpointing=False`: without it the backward pass needs all weights at once. Set it",
+            ),
+        ):
+            if holds:
+                raise ValueError(f"`offload_weights` does not go together with {why}.")
 
     def _check_timestep_range(self) -> None:
         if self.timestep_range is None:

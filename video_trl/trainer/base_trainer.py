@@ -69,6 +69,7 @@ from .setup.idle_options import idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
+from .setup.offloaded_weights import offload_weights
 from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference, reference_transformer
 from .setup.rows import (
@@ -252,6 +253,7 @@ class VideoTrainer(Trainer):
             `dict`: What a checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
         """
         args, family = self.args, self.family
+        idle = family.idle_weights(transformer)
         adapt_for_trainer(transformer, args.checkpointing_policy)
         set_seed(args.seed)  # the weights of a new adapter are random
         continues_adapter = bool(adapter_configs(transformer))
@@ -261,7 +263,7 @@ class VideoTrainer(Trainer):
             rank, alpha = args.lora_rank, args.lora_alpha
             self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
         else:
-            train_all_weights(transformer)
+            train_all_weights(transformer, idle)
         disable_dropout(transformer)
         self.reference: Reference | None = None
         if self.uses_reference:
@@ -269,7 +271,8 @@ class VideoTrainer(Trainer):
                 transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
             )
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
-        check_trained(transformer, trained_weights(transformer, self.adapter_name).values())
+        saved = trained_weights(transformer, self.adapter_name)
+        check_trained(transformer, [weight for name, weight in saved.items() if name not in idle])
         description = describe_run(transformer, self.adapter_name, args.seed, separate) | {"order": order}
         description[METHOD] = self.method_name
         self.trained_head = self.make_head(transformer)
@@ -289,6 +292,8 @@ class VideoTrainer(Trainer):
                 enable_context_parallelism(module, family, self.mesh)
             if args.attention_backend is not None:
                 set_attention_backend(module, args.attention_backend)
+            if args.offload_weights:
+                offload_weights(module, list(family.blocks(module)), args.device)
         return description
 
     def _make_parts(
@@ -491,6 +496,7 @@ class VideoTrainer(Trainer):
             engine="zero3-offload" if offloads_weights(self.accelerator) else self.engine,
             context_parallel=self.args.context_parallel_size,
             checkpointing_policy=policy,
+            offload_weights=self.args.offload_weights,
         )
 
     def get_train_dataloader(self) -> DataLoader:

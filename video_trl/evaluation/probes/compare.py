@@ -99,7 +99,7 @@ def probe_models(
         results[adapter or model] = probe_features(features, train, test, name=adapter or model, **common)
         pipeline.transformer = base
         if file is not None:
-            pipeline.unload_lora_weights()
+            base.unload_lora()
     if (name := teacher or default_teacher(model)) is not None:
         ceiling = TeacherFeatures(load_teacher(name, **(teacher_kwargs or {})), **pooling)
         results[f"{name} (teacher)"] = probe_features(ceiling, train, test, name=name, **common)

@@ -15,9 +15,11 @@ from diffusers import CogVideoXDDIMScheduler, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for, lora_targets
 from ..setup.activation_checkpointing import check_policy, enable_recompute
@@ -45,6 +47,8 @@ class StepCost:
         tokens (`int`): Tokens of one video.
         flops (`int`): Floating-point operations of matrix products, convolutions and attention, as
             `torch.utils.flop_counter` counts them.
+        block_weights (`int`): Of the weights, the frozen ones of all blocks.
+        largest_block (`int`): Of these, those of the block that has most.
     """
 
     weights: int
@@ -54,6 +58,8 @@ class StepCost:
     trained: int
     tokens: int
     flops: int
+    block_weights: int
+    largest_block: int
 
     @property
     def peak(self) -> int:
@@ -111,6 +117,30 @@ class LiveBytes(TorchDispatchMode):
             self.flops += sdpa_backward_flop_count(*shapes)
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class FullMasks(TorchFunctionMode):
+    """
+    Answers what a transformer asks of the contents of fake tensors, which have none: masks that choose tokens choose
+    all of them, and their negations none, so that there are as many tokens as with any other mask; other conditions
+    are false.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._empty: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.__bool__:
+            return False
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0][:0] if args[1] in self._empty else args[0][:]
+        output = function(*args, **(kwargs or {}))
+        if function is Tensor.__invert__:
+            self._empty[output] = True
         return output
 
 
@@ -232,12 +262,16 @@ def _count(
         enable_recompute(transformer, policy, host=_on_host)
     transformer.train()
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
+    blocks = [
+        sum(weight.nbytes for weight in block.parameters() if not weight.requires_grad)
+        for block in family.blocks(transformer)
+    ]
     counter = LiveBytes()
     with fake_weights(transformer):
         for weight in transformer.parameters():
             counter.add(weight)
         weights = counter.live
-        with counter, ExitStack() as stack:
+        with counter, FullMasks(), ExitStack() as stack:
             if bf16:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             batch = torch.randn(num_videos, *latents_shape)
@@ -257,6 +291,8 @@ def _count(
         trained=trained,
         tokens=math.prod(family.token_grid(transformer, latents_shape)),
         flops=counter.flops,
+        block_weights=sum(blocks) * (2 if reference == "copy" else 1),
+        largest_block=max(blocks) * (2 if reference == "copy" else 1),
     )
 
 
@@ -305,6 +341,9 @@ def _without_contents(
     with torch.device("meta"):
         transformer = kind.from_config({**config})
         family = family_for(transformer, CogVideoXDDIMScheduler(prediction_type="v_prediction"))  # any will do
+        idle = family.idle_weights(transformer)
+        for name, weight in transformer.named_parameters():
+            weight.requires_grad_(name not in idle)
         if adapter is not None:
             rank, choice = adapter
             transformer.requires_grad_(False)

@@ -112,6 +112,7 @@ class Placement:
         context_parallel (`int`): GPUs that share the tokens of a video.
         step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
         checkpointing_policy (`str`, *optional*): Which activations are checkpointed; none if `None`.
+        offload_weights (`bool`): Whether the frozen weights of the blocks are in the host's memory.
 
     Raises:
         ValueError: If a number is not positive, the GPUs are not divided by `context_parallel`, or there is no such
@@ -123,6 +124,7 @@ class Placement:
     context_parallel: int = 1
     step_mode: Literal["concat", "sequential"] = "concat"
     checkpointing_policy: str | None = "full"
+    offload_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineName):
@@ -134,15 +136,16 @@ class Placement:
             )
 
     @property
-    def cluster(self) -> tuple[EngineName, int]:
-        """Engine and context parallelism, which decide how weights and videos are divided among the GPUs."""
-        return self.engine, self.context_parallel
+    def cluster(self) -> tuple[EngineName, int, bool]:
+        """What decides where weights are, and how videos are divided among the GPUs."""
+        return self.engine, self.context_parallel, self.offload_weights
 
     def __str__(self) -> str:
         checkpointing = self.checkpointing_policy or "none"
         division = f", {self.context_parallel} GPUs a video" if self.context_parallel > 1 else ""
         of = f"{self.num_gpus} x {self.engine}" if self.num_gpus > 1 else "one GPU"
-        return f"{of}{division}, step_mode={self.step_mode}, activation checkpointing: {checkpointing}"
+        offloaded = ", offload_weights" if self.offload_weights else ""
+        return f"{of}{division}, step_mode={self.step_mode}, activation checkpointing: {checkpointing}{offloaded}"
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ def _parts(workload: Workload, placement: Placement, step: StepCost) -> dict[str
     sharded = engine in _SHARDS_WEIGHTS and number > 1
     on_host = engine == "zero3-offload"
     resident = 0 if on_host else base // number if sharded else base
+    if placement.offload_weights:  # a block that runs, and the one that comes next
+        resident = base - step.block_weights + 2 * step.largest_block
     inputs = min(_block_inputs(workload, placement, step), step.activations)
     parts = {
         "weights": resident + (2 * one_block if on_host or sharded else 0),
@@ -303,10 +308,13 @@ def encoding_peak(vae: ModelMixin, family: ModelFamily, size: tuple[int, int, in
     return counter.peak
 
 
-def placements(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iterator[Placement]:
+def placements(
+    num_gpus: int, engines: Sequence[EngineName], heads: int, *, offloadable: bool = False
+) -> Iterator[Placement]:
     """
-    Configurations for a number of GPUs, roughly fastest first: options of the step, then sharded weights, then
-    context parallelism over 2, 4 and 8 GPUs, which must divide the attention heads.
+    Configurations for a number of GPUs, roughly fastest first: options of the step, then weights in the host's memory
+    where they are frozen (`offloadable`), then sharded weights, then context parallelism over 2, 4 and 8 GPUs, which
+    must divide the attention heads.
     """
     for degree in (1, 2, 4, 8):
         if num_gpus % degree or heads % degree:
@@ -316,6 +324,10 @@ def placements(num_gpus: int, engines: Sequence[EngineName], heads: int) -> Iter
                 continue
             for mode, policy in _STEP_OPTIONS:
                 yield Placement(num_gpus, engine, degree, mode, policy)
+            if offloadable and engine == "ddp":
+                for mode, policy in _STEP_OPTIONS:
+                    if policy is not None:
+                        yield Placement(num_gpus, engine, degree, mode, policy, offload_weights=True)
 
 
 def recommend(
@@ -338,9 +350,10 @@ def recommend(
     # No engine shards quantised weights.
     engines = engines if num_gpus > 1 and workload.quantization is None else ("ddp",)
     steps: dict[tuple[str, str | None], StepCost] = {}
-    too_large: set[tuple[EngineName, int]] = set()
+    too_large: set[tuple[EngineName, int, bool]] = set()
     compares = workload.reference != "none"  # other trainers have no step mode
-    for placement in placements(num_gpus, engines, workload.config["num_attention_heads"]):
+    offloadable = workload.lora_rank is not None and workload.quantization is None
+    for placement in placements(num_gpus, engines, workload.config["num_attention_heads"], offloadable=offloadable):
         if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
             continue
         key = (placement.step_mode, placement.checkpointing_policy)
@@ -404,7 +417,8 @@ def advise(workload: Workload, placement: Placement, gpu_memory: int | None) -> 
     return (
         f"Memory ran out. As estimated, a step takes\n{describe_estimate(cost)}\n"
         f"{describe_recommendation(workload, room, placement.num_gpus)}\n"
-        "`step_mode` and `checkpointing_policy` are arguments of the trainer; engines: docs/trainers/scaling.md."
+        "`step_mode`, `checkpointing_policy` and `offload_weights` are arguments of the trainer; engines: "
+        "docs/trainers/scaling.md."
     )
 
 

@@ -1,5 +1,6 @@
 """Generate videos during a run without changing its random state."""
 
+import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,9 @@ class Sampler:
             if family.guidance is not None:
                 self.call_kwargs["guidance_scale"] = family.guidance
             self.call_kwargs["height"], self.call_kwargs["width"] = height * side, width * side
+        if pipeline is not None:  # some take the size from an image, or have one length of prompts
+            takes = inspect.signature(pipeline.__call__).parameters
+            self.call_kwargs = {name: value for name, value in self.call_kwargs.items() if name in takes}
 
     def generation(self) -> AbstractContextManager[DiffusionPipeline]:
         """Context that lends the pipeline, see [`generation`]."""

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from ..repa.head import detach_head
 from .activation_checkpointing import enable_recompute
+from .offloaded_weights import restore_weights
 
 
 class _TrackedConfig(FrozenDict):
@@ -23,10 +24,11 @@ class _TrackedConfig(FrozenDict):
 def adapt_for_trainer(transformer: ModelMixin, checkpointing_policy: str) -> None:
     """Add, to this instance, a configuration that trackers can read and the switch of activation checkpointing."""
     # An earlier trainer's accelerator has left its mixed precision on the instance, and would hide this one's; the
-    # trainer itself may have left its head.
+    # trainer itself may have left its head, and weights in the host's memory.
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         transformer.__dict__.pop(name, None)
     detach_head(transformer)
+    restore_weights(transformer)
     transformer._internal_dict = _TrackedConfig(transformer.config)
 
     def activation_checkpointing_enable(**kwargs: Any) -> None:  # the configuration has refused every argument

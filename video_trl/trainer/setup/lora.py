@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from diffusers import ModelMixin
@@ -125,13 +125,14 @@ def copy_adapter(transformer: ModelMixin, source: str) -> None:
     transformer.set_adapter(source)  # adding an adapter activates it
 
 
-def train_all_weights(transformer: ModelMixin) -> None:
-    """Make every weight of a transformer trainable, in float32, or float64 where it is float64."""
+def train_all_weights(transformer: ModelMixin, idle: Collection[str]) -> None:
+    """Make the weights of a transformer trainable but those named `idle`; in float32, or float64 where it is that."""
     if any(parameter.dtype.itemsize < 4 for parameter in transformer.parameters()):
         gib = sum(parameter.numel() for parameter in transformer.parameters()) * 4 / 2**30
         logger.warning("Casting the transformer to float32 (%.1f GiB): in half precision small updates are lost.", gib)
         transformer.float()
-    transformer.requires_grad_(True)
+    for name, weight in transformer.named_parameters():
+        weight.requires_grad_(name not in idle)
 
 
 def disable_dropout(transformer: nn.Module) -> None:

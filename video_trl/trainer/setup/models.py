@@ -25,9 +25,12 @@ from ...load import SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
 from .quantization import quantization_config
+from .single_file import load_transformer_file
 
 
 INDEX_NAME = "model_index.json"
+# Components that make the embeddings of prompts, large and frozen; one works on what another has made.
+_OF_PROMPTS = ("text_encoder", "text_encoder_2", "connectors")
 
 
 def load_model(
@@ -56,6 +59,11 @@ def load_model(
         raise ValueError(
             "`model_init_kwargs` is used when the model is named by a string, but it was passed as a "
             f"{type(model).__name__}. Pass the arguments to `from_pretrained` yourself."
+        )
+    elif args.transformer_file is not None:
+        raise ValueError(
+            f"`transformer_file={args.transformer_file!r}` takes the place of weights while a pipeline is loaded, but "
+            f"the model was passed as a {type(model).__name__}. Name it by a string, or leave the option unset."
         )
     elif args.quantization is not None:
         raise ValueError(
@@ -193,8 +201,10 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if name == SANDBOX:
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` has no use with `model='sandbox'`, which is part of the package.")
-        if args.quantization is not None:
-            raise ValueError(f"`quantization={args.quantization!r}` has no use with `model='sandbox'`, which is tiny.")
+        for option in ("quantization", "transformer_file"):
+            value = args.__dict__[option]
+            if value is not None:
+                raise ValueError(f"`{option}={value!r}` has no use with `model='sandbox'`, which is tiny and whole.")
         return load_pipeline(name)
     assert not isinstance(args.model_init_kwargs, str), "TrainingArguments parses JSON strings"
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
@@ -206,16 +216,21 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     component = "transformer" if expert is None else expert.component
     dtypes = {
         component: frozen if args.use_peft else torch.float32,
-        "text_encoder": frozen,
+        **{name: frozen for name in _OF_PROMPTS if name in index},
         "default": torch.float32,
     }
     options: dict[str, Any] = {"dtype": dtypes}
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen, component)
+    parts: dict[str, Any] = dict.fromkeys(left_out)
+    if args.transformer_file is not None:
+        parts[component] = load_transformer_file(
+            args.transformer_file, index[component][1], name, component, dtypes[component], kwargs
+        )
     # The base class would load a component all the same that is optional for this one and given as `None`.
     pipeline_class = getattr(diffusers, index["_class_name"])
     try:
-        return pipeline_class.from_pretrained(name, **(options | dict.fromkeys(left_out) | _with_dtypes(kwargs)))
+        return pipeline_class.from_pretrained(name, **(options | parts | _with_dtypes(kwargs)))
     except OSError as error:
         raise ValueError(f"Could not load the pipeline {name!r}: {error}") from error
 

@@ -25,6 +25,14 @@ _OPTIMIZERS: dict[str, str | None] = {
 # Everything outside the blocks, by families: a hundredth of the weights, and the first and last word on every number.
 _NOT_QUANTIZED = (
     "condition_embedder",
+    "context_embedder",
+    "context_embedder_2",
+    "image_embedder",
+    "x_embedder",
+    "time_text_embed",
+    "time_embed",
+    "caption_projection",
+    "proj_in",
     "patch_embedding",
     "patch_embed",
     "time_embedding",
@@ -139,12 +147,14 @@ def keep_weights_quantised(transformer: nn.Module) -> None:
     """
     Let no linear layer hold its weight in full precision from the forward to the backward pass.
 
-    torchao's own product saves the weight as it was multiplied, so that in the backward pass all layers would be
-    there a second time, in the precision of the computation; bitsandbytes' does not.
+    torchao's own product, and diffusers' of a GGUF file, save the weight as it was multiplied, so that in the backward
+    pass all layers would be there a second time, in the precision of the computation; bitsandbytes' does not.
     """
     for module in transformer.modules():
         if type(module) is nn.Linear and _by_torchao(module.weight):
             module.__class__ = _QuantisedLinear
+        elif isinstance(module, nn.Linear) and _is_gguf(module.weight):
+            module.__class__ = _GGUFLinear
 
 
 class _QuantisedLinear(nn.Linear):
@@ -154,13 +164,19 @@ class _QuantisedLinear(nn.Linear):
         return _Product.apply(input, self.weight, self.bias)
 
 
+class _GGUFLinear(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return _Product.apply(inputs, self.weight, bias)
+
+
 class _Product(torch.autograd.Function):
     """The product with a frozen weight, which is brought back to full precision once more for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.dtype = weight, inputs.dtype
-        return F.linear(inputs, weight, bias)
+        return F.linear(inputs, plain(weight).to(inputs.dtype) if _is_gguf(weight) else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -169,7 +185,15 @@ class _Product(torch.autograd.Function):
 
 def plain(weight: Tensor) -> Tensor:
     """A weight that a library keeps quantised inside of it, as ordinary numbers; any other as it is."""
+    if _is_gguf(weight):
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor  # of an optional package
+
+        return dequantize_gguf_tensor(weight)
     return weight.data.dequantize() if _by_torchao(weight) else weight.detach()
+
+
+def _is_gguf(weight: Tensor) -> bool:
+    return type(weight).__name__ == "GGUFParameter"
 
 
 def _by_torchao(weight: Tensor) -> bool:
