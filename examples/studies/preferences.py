@@ -386,8 +386,8 @@ class Runner:
         except ValueError:  # cut while it was made
             return None
 
-    def trainer(self, arm: str, seed: int, max_steps: int | None = None) -> Any:
-        """The trainer of an arm. What an arm does not say is as in the sandbox experiment."""
+    def trainer(self, arm: str, seed: int, **changes: Any) -> Any:
+        """The trainer of an arm, with changes. What neither says is as in the sandbox experiment."""
         from video_trl import (
             VideoGroupDPOConfig,
             VideoGroupDPOTrainer,
@@ -409,14 +409,14 @@ class Runner:
         values |= {
             "output_dir": str(self.folder / self.unit(arm, seed)),
             "overwrite_output_dir": True,  # an arm that was cut is trained again
-            "max_steps": max_steps or max(1, round(spec.steps * args.max_steps)),
+            "max_steps": max(1, round(spec.steps * args.max_steps)),
             "per_device_train_batch_size": max(1, round(spec.batch * args.per_device_train_batch_size)),
             "learning_rate": spec.rate * args.learning_rate,
             "seed": seed,
             "data_seed": seed,
             "disable_tqdm": True,
         }
-        return trainer_class(SANDBOX, config_class(**values | spec.options), self.rows.of(spec.data))
+        return trainer_class(SANDBOX, config_class(**values | spec.options | changes), self.rows.of(spec.data))
 
     def _train(self, arm: str, seed: int) -> None:
         from video_trl.experiment import held_out_win_gaps
@@ -462,7 +462,8 @@ class Runner:
         path = self.folder / "memory" / f"{self.unit(arm, 0)}.json"
         if path.is_file():
             return
-        trainer = self.trainer(arm, 0, max_steps=3)
+        # In a folder of its own: a trainer empties its folder of what an earlier one has left.
+        trainer = self.trainer(arm, 0, max_steps=3, output_dir=str(path.with_suffix("")))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
         gc.collect()  # what is freed later must not count as freed by training
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

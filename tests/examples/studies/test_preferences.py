@@ -210,12 +210,11 @@ def test_what_cannot_be_written_or_is_unknown_is_refused(study, report, tmp_path
 
 @pytest.mark.slow
 def test_arms_are_trained_judged_and_not_made_again(study, report, tmp_path):
-    """The real thing, small: every kind of rows, weights of both kinds, memory, a cut and a page."""
+    """The real thing, small: rows found, drawn, chosen and made anew, both kinds of weights, a cut, a page."""
     argv = [*SMALL, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--seeds", "0"]
-    kinds = {spec.data: arm for arm, spec in study.ARMS.items()}  # one arm of each kind
-    arms = [BASE, study.COPIED, *kinds.values()]
+    arms = [BASE, study.COPIED, FOUND, "PhyGDPO, wild against twins", "PhyGDPO, own best", "PhyGDPO, r = 0, m = 1"]
     study.main([*argv, "--arms", *arms])
-    assert (tmp_path / "dpo-one-loser-seed0" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "phygdpo-own-best-seed0" / "pytorch_lora_weights.safetensors").is_file()
     _, runner = study.parse(argv)
     copied = runner.unit(study.COPIED, 0)
     assert (tmp_path / copied / "transformer" / "config.json").is_file()
@@ -231,7 +230,6 @@ def test_arms_are_trained_judged_and_not_made_again(study, report, tmp_path):
     study.main([*argv, "--arms", *arms])
     assert runner.table(study.COPIED, 0) is not None
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == trained
-    for part in study.STUDIES.values():
-        (tmp_path / part.page).write_text(MARKS)
-    report.main([*argv, "--pages", str(tmp_path)])
+    (tmp_path / "sandbox_controls.md").write_text(MARKS)
+    report.main([*argv, "--pages", str(tmp_path), "--studies", "controls"])
     assert "twins | 1 | 8 |" in (tmp_path / "sandbox_controls.md").read_text()
