@@ -403,8 +403,8 @@ class VideoTrainer(Trainer):
         return None
 
     @classmethod
-    def has_head(cls) -> bool:
-        """Whether trainers of this class have a head."""
+    def has_head(cls, args: Any) -> bool:
+        """Whether trainers of this class with this configuration have a head."""
         return cls.make_head is not VideoTrainer.make_head
 
     def head_learning_rate(self) -> float | None:
