@@ -7,12 +7,17 @@ are compared with the base model, and with each other, on held-out sentences and
 """
 
 import json
+import multiprocessing
+import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +49,7 @@ _SFT_STEPS = 2.3  # steps of fine-tuning in the time of a step of a preference m
 _PROMPT_DRAW, _FIRST_NOISE_SEED = 1, 1
 _NUM_SAMPLES = 14  # prompts whose videos the page shows
 _HELD_OUT = 0.125  # proportion of the groups that no arm is trained on, for the gaps
+_DATA = "clips, judged, and rejected videos"
 _RESULT = "arm.json"  # an arm that has it is not trained again
 # Values of the trainer's configuration that the results name; the first four say how much was trained.
 _SETTINGS = (
@@ -76,6 +82,10 @@ class ExperimentArguments:
     eval_seeds: int = field(
         default=2, metadata={"help": "Sandbox experiment: videos of each held-out prompt, each from another noise."}
     )
+    arms_at_once: int = field(
+        default=2,
+        metadata={"help": "Sandbox experiment: arms trained at a time on a CPU, each by a process of one thread."},
+    )
     controls: bool = field(
         default=False,
         metadata={"help": "Sandbox experiment: also PhyGDPO without `sft_weight`, and fine-tuning in its time."},
@@ -85,36 +95,50 @@ class ExperimentArguments:
         metadata={"help": "Sandbox experiment: training seeds. Three or more are needed to call a method better."},
     )
 
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: If a number is too small for an interval, or for anything to be done.
+        """
+        for name, least in (("found_clips", 2), ("eval_prompts", 2), ("eval_seeds", 1), ("arms_at_once", 1)):
+            if vars(self)[name] < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {vars(self)[name]}.")
+
 
 @dataclass(frozen=True)
 class _Adapter:
     """A trained adapter: its arm, training seed, folder, cost, held-out gaps of its rows, and training log."""
 
     method: str
-    seed: int
-    folder: str
+    seed: int | None
+    folder: str | None
     cpu_seconds: float
     win_gaps: list[float]
     log_history: list[dict[str, Any]]
 
 
+_BASE_MODEL = _Adapter(BASE, None, None, 0.0, [], [])  # the arm without an adapter
+
+
 @dataclass
 class _Phases:
-    """One line for each phase, with the time that is left: each takes about as long as its weight says."""
+    """One line for each phase that is done, with the time that is left if each takes as long as its weight says."""
 
-    weights: list[tuple[str, float]]
-    done: int = 0
+    weights: dict[str, float]
+    shown: bool
+    done: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def start(self, name: str) -> None:
+    def finish(self, name: str) -> None:
+        if not self.shown:
+            return
+        self.done.append(name)
         elapsed = time.monotonic() - self.started
-        before = sum(weight for _, weight in self.weights[: self.done])
-        rest = sum(weight for _, weight in self.weights) - before
-        left = f", about {elapsed / before * rest / 60:.0f} min left" if before else ""
-        number = f"{self.done + 1}/{len(self.weights)}"
-        sys.stdout.write(f"[{number:>5}] {elapsed / 60:4.1f} min{left}: {name}\n")
+        before = sum(self.weights[done] for done in self.done)
+        left = elapsed / before * (sum(self.weights.values()) - before)
+        number = f"{len(self.done)}/{len(self.weights)}"
+        sys.stdout.write(f"[{number:>5}] {elapsed / 60:4.1f} min, about {left / 60:.0f} min left. Done: {name}\n")
         sys.stdout.flush()
-        self.done += 1
 
 
 def run_sandbox_experiment(
@@ -134,25 +158,27 @@ def run_sandbox_experiment(
         processes but the first.
 
     Raises:
-        ValueError: If `args` asks for what only one run can do: to resume, or to upload.
+        ValueError: If `args` asks for what only one run can do: to resume, or to upload; or as `experiment.check`.
     """
     from .evaluation.report.comparison import compare_tables
     from .evaluation.report.page import summary_table
 
     _refuse_what_needs_one_run(args)
+    experiment.check()
     folder = Path(args.output_dir)
     arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
-    phases = _Phases(_phases(arms, experiment))
-    phases.start("finding clips, judging them, and making rejected ones")
+    units = [(arm, seed) for arm in arms for seed in experiment.seeds]
+    phases = _Phases(_phases(units, experiment), shown=args.process_index == 0)
+    if args.process_index == 0:
+        sys.stdout.write(
+            f"Finding {experiment.found_clips} clips, making rejected videos; then {len(units)} trainings\n"
+        )
     found, groups = _datasets(data, experiment, args)
-    adapters = []
-    for arm in arms:
-        for seed in experiment.seeds:
-            phases.start(f"training {arm}, seed {seed}")
-            adapters.append(_train(arm, seed, args, found, groups))
+    phases.finish(_DATA)
+    adapters = _train_and_evaluate(units, args, experiment, found, groups, phases)
     if args.process_index != 0:
         return None
-    base, *tables = _evaluate(folder / "runs", adapters, experiment, phases)
+    base, *tables = [_evaluate(folder / "runs", adapter, experiment) for adapter in (_BASE_MODEL, *adapters)]
     pairs = [(arm, BASE) for arm in arms] + [(arm, JUDGED) for arm in arms if arm != JUDGED]
     comparisons = compare_tables([base, *tables], pairs)
     results = _Results(base, adapters, tables, comparisons, _real_clips(base))
@@ -161,19 +187,85 @@ def run_sandbox_experiment(
     report = results.write_report(folder / "report.html", settings)
     return (
         f"\n{results.sentence()}\n\n{results.arms_table()}\n\n{summary_table(comparisons)}\n\n"
-        f"Videos, curves and scores: {report}\nAdapters: {', '.join(adapter.folder for adapter in adapters)}"
+        f"Videos, curves and scores: {report}\nAdapters: {', '.join(str(adapter.folder) for adapter in adapters)}"
     )
 
 
-def _phases(arms: Sequence[str], experiment: ExperimentArguments) -> list[tuple[str, float]]:
+def _phases(units: Sequence[tuple[str, int]], experiment: ExperimentArguments) -> dict[str, float]:
     """Phases, and about how long each takes, in seconds of a processor."""
-    seeds, videos = len(experiment.seeds), experiment.eval_prompts * experiment.eval_seeds
+    evaluation = 0.3 * experiment.eval_prompts * experiment.eval_seeds
     training = {FOUND: 70.0, JUDGED: 70.0}
-    return [
-        ("data", 0.25 * experiment.found_clips),
-        *((arm, training.get(arm, 170.0)) for arm in arms for _ in range(seeds)),
-        *((name, 0.3 * videos) for name in [BASE] + [arm for arm in arms for _ in range(seeds)]),
-    ]
+    return {
+        _DATA: 0.2 * experiment.found_clips,
+        BASE: evaluation,
+        **{_phase(arm, seed): training.get(arm, 170.0) + evaluation for arm, seed in units},
+    }
+
+
+def _phase(arm: str, seed: int) -> str:
+    return arm if arm == BASE else f"{arm}, seed {seed}"
+
+
+def _train_and_evaluate(
+    units: Sequence[tuple[str, int]],
+    args: "VideoGroupDPOConfig",
+    experiment: ExperimentArguments,
+    found: "datasets.Dataset",
+    groups: "datasets.Dataset",
+    phases: _Phases,
+) -> list[_Adapter]:
+    """
+    Trains each arm and makes its videos. On a CPU several at a time: the model is too small for a second thread to
+    help, and arms know nothing of each other. A launch of several processes shares each training instead.
+    """
+    at_once = experiment.arms_at_once if args.world_size == 1 and args.device.type == "cpu" else 1
+    work = [(BASE, 0), *units]
+    if at_once == 1:
+        adapters = {}
+        for unit in work:
+            adapters[unit] = _train_and_evaluate_one(*unit, args, experiment, found, groups)
+            phases.finish(_phase(*unit))
+        return [adapters[unit] for unit in units]
+    with _environment(TQDM_DISABLE="1", OMP_NUM_THREADS="1"):  # children read it; bars of several would mix
+        pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
+        futures = {unit: pool.submit(_train_and_evaluate_one, *unit, args, experiment, found, groups) for unit in work}
+    try:
+        names = {future: _phase(*unit) for unit, future in futures.items()}
+        for future in as_completed(names):
+            future.result()
+            phases.finish(names[future])
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure nothing more is begun; what is whole is kept
+    return [futures[unit].result() for unit in units]
+
+
+def _train_and_evaluate_one(
+    arm: str,
+    seed: int,
+    args: "VideoGroupDPOConfig",
+    experiment: ExperimentArguments,
+    found: "datasets.Dataset",
+    groups: "datasets.Dataset",
+) -> _Adapter:
+    """Nothing is trained for the base model."""
+    adapter = _BASE_MODEL if arm == BASE else _train(arm, seed, args, found, groups)
+    if args.process_index == 0:
+        _evaluate(Path(args.output_dir) / "runs", adapter, experiment)
+    return adapter
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _refuse_what_needs_one_run(args: "VideoGroupDPOConfig") -> None:
@@ -222,6 +314,7 @@ def _train(
     stored = folder / _RESULT
     if stored.is_file():
         return _Adapter(**read_json(stored))
+    shutil.rmtree(Path(args.output_dir) / "runs" / folder.name, ignore_errors=True)  # videos of an earlier training
     held_out = max(1, round(_HELD_OUT * len(groups)))
     trained = groups.select(range(max(1, len(groups) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
@@ -283,31 +376,40 @@ def _win_gaps(trainer: Any, rows: "datasets.Dataset") -> list[float]:
     return [-2 / trainer.args.beta * reward for reward in rewards]
 
 
-def _evaluate(
-    folder: Path, adapters: Sequence[_Adapter], experiment: ExperimentArguments, phases: _Phases
-) -> "list[RunTable]":
-    """Base model first, then each adapter as it was saved, loaded the way a user will load it."""
-    from .evaluation.evaluate import evaluate_pipeline, sandbox_prompts
-    from .evaluation.runs.generate import load_generator
+def _evaluate(folder: Path, adapter: _Adapter, experiment: ExperimentArguments) -> "RunTable":
+    """
+    Videos and scores of the base model or of an adapter as it was saved, loaded the way a user will load it. What is
+    there already is not made again. The judge sees frames before they are compressed.
+    """
+    from .evaluation.evaluate import sandbox_prompts
+    from .evaluation.runs.generate import generate_run, load_generator
+    from .evaluation.runs.run import RUN_FILE, load_run
+    from .evaluation.runs.tables import tabulate
     from .load import load_judge
 
     prompts = sandbox_prompts(experiment.eval_prompts, seed=_PROMPT_DRAW)
     seeds = range(_FIRST_NOISE_SEED, _FIRST_NOISE_SEED + experiment.eval_seeds)
+    run_dir = folder / (BASE if adapter.folder is None else Path(adapter.folder).name)
+    if (run_dir / RUN_FILE).is_file():
+        stored = load_run(run_dir)
+        if [prompt.text for prompt in stored.prompts] != [prompt.text for prompt in prompts] or [*stored.seeds] != [
+            *seeds
+        ]:
+            shutil.rmtree(run_dir)  # asked for another number of videos
     judge = load_judge(SANDBOX)
-
-    def evaluated(name: str, adapter: str | None = None, training_seed: int | None = None) -> "RunTable":
-        phases.start(f"making and judging videos of {name}" + ("" if adapter is None else f", seed {training_seed}"))
-        return evaluate_pipeline(
-            folder / (BASE if adapter is None else Path(adapter).name),
-            load_generator(SANDBOX, adapter=adapter, device="cpu"),  # the same videos on every machine
-            judge,
-            prompts,
-            seeds=seeds,
-            name=name,
-            training_seed=training_seed,
-        )
-
-    return [evaluated(BASE), *(evaluated(adapter.method, adapter.folder, adapter.seed) for adapter in adapters)]
+    run = generate_run(
+        run_dir,
+        load_generator(SANDBOX, adapter=adapter.folder, device="cpu"),  # the same videos on every machine
+        prompts,
+        seeds=seeds,
+        name=adapter.method,
+        training_seed=adapter.seed,
+        batch_size=16,
+        judge=judge,
+        rank=0,
+        num_ranks=1,
+    )
+    return tabulate(run, judge=judge.name)
 
 
 def _real_clips(base: "RunTable") -> float:
