@@ -385,8 +385,10 @@ def dgr(s: Tensor, beta: float, *, loss_type: DPOLossType = "sigmoid", label_smo
             Win gap minus lose gap, from errors averaged over a video; negative once the preference is learned.
         beta (`float`):
             As in [`implicit_reward`], positive.
-        loss_type (`str`, defaults to `"sigmoid"`), label_smoothing (`float`, defaults to `0.0`):
-            Those of [`dpo_loss`], for its ratio; negative where the loss draws a margin back that is too wide.
+        loss_type (`str`, defaults to `"sigmoid"`):
+            That of [`dpo_loss`], for its ratio; negative where the loss draws a margin back that is too wide.
+        label_smoothing (`float`, defaults to `0.0`):
+            That of [`dpo_loss`].
 
     Returns:
         `torch.Tensor` of the shape of `s`: Ratios in (0, beta / 2), beta / 4 at `s = 0`. Detached: the ratio is a

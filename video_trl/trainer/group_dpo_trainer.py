@@ -234,7 +234,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, alignment: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses `(B,)` of groups with what is added beside the preference, and its metrics."""
-        preference, metrics = losses, {}
+        preference, metrics = losses, dict[str, Tensor]()
         sft_weight = as_sft_weight(self.args.sft_weight)
         if sft_weight != 0:
             weight = sft_weights(sft_weight, ratio * gap_slope(chosen_error, self.args.gap))  # (B,)

@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from transformers.trainer_utils import IntervalStrategy
 
@@ -149,7 +149,7 @@ class PreferenceConfig(VideoConfig):
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, 1 / self.heldout_evaluations
         return args
 
-    def lose_gap_arguments(self) -> dict[str, float | None]:
+    def lose_gap_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.hold_lose_gap`] that stand here."""
         return {"weight": self.lose_gap_weight, "clip": self.lose_gap_clip}
 
