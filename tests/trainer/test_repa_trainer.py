@@ -57,7 +57,7 @@ def losses_by_hand(made, index: int, row: dict) -> tuple[torch.Tensor, torch.Ten
     velocity = made.model(noisy[None], 1000 * sigma[None], padded, return_dict=False)[0][0]
     handle.remove()
     hidden = kept[0].view(3, 4, 24)  # three latent frames of 2 x 2 tokens
-    first, second, third = made.head.projector[0], made.head.projector[2], made.head.projector[4]
+    first, second, third = (made.alignment.head.projector[place] for place in (0, 2, 4))
     silu = torch.nn.functional.silu
     tokens = silu(silu(hidden @ first.weight.T + first.bias) @ second.weight.T + second.bias)
     tokens = tokens @ third.weight.T + third.bias
@@ -71,7 +71,7 @@ def losses_by_hand(made, index: int, row: dict) -> tuple[torch.Tensor, torch.Ten
     raw = relation_loss_by_hand(unprojected, teacher, 0.0)
     if made.args.alignment_loss == "repa":
         return error, -torch.nn.functional.cosine_similarity(student, teacher, dim=-1).mean(), raw
-    return error, relation_loss_by_hand(student, teacher, made.margin), raw
+    return error, relation_loss_by_hand(student, teacher, made.alignment.margin), raw
 
 
 @pytest.mark.parametrize("alignment_loss", ["trd", "repa"])
@@ -192,9 +192,9 @@ def test_tokens_of_the_cache_and_of_the_moment_agree(tmp_path):
             max_steps=1,
         )
         batch = first_batch(made, 0, 1)
-        seen = made.teacher_tokens(batch)
+        seen = made.alignment.look(batch)
         runs[precompute] = (batch, seen, made.compute_loss(made.model, batch, return_outputs=True)[1])
-        assert made.margin == 0.0  # VideoMAE's
+        assert made.alignment.margin == 0.0  # VideoMAE's
     cached, online = runs[True], runs[False]
     assert "video" in online[0] and cached[0]["teacher_tokens"].dtype == torch.int8
     assert cached[1].grid == online[1].grid == (4, 2, 2)

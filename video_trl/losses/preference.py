@@ -28,6 +28,10 @@ AlphaMode = Literal["sigmoid", "tanh"]
 GammaMode = Literal["paper", "official"]
 SFTWeightMode = Literal["dgr", "fixed"]
 SFTWeight = float | tuple[Literal["dgr"], float]
+Gap = Literal["raw", "log_ratio"]
+DPOLossType = Literal["sigmoid", "hinge", "ipo"]
+
+GAP_EPSILON = 1e-6  # added to both errors of a ratio: an error of 0 has a finite logarithm
 
 
 def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -81,43 +85,128 @@ def implicit_reward(policy_error: Tensor, reference_error: Tensor, beta: float) 
     Raises:
         ValueError: If the shapes differ, or the errors are in half precision, where a small gap rounds to 0.
     """
-    if policy_error.shape != reference_error.shape:
-        raise ValueError(
-            "`policy_error` and `reference_error` must have the same shape, got "
-            f"{tuple(policy_error.shape)} and {tuple(reference_error.shape)}."
-        )
-    for name, error in (("policy_error", policy_error), ("reference_error", reference_error)):
-        if error.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"`{name}` must be float32 or float64, got {error.dtype}: a small error gap is exactly 0 in half "
-                "precision. Form errors with `velocity_error`."
-            )
-    return -(beta / 2) * (policy_error - reference_error)
+    return -(beta / 2) * error_gap(policy_error, reference_error)
 
 
-def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+def error_gap(policy_error: Tensor, reference_error: Tensor, kind: Gap = "raw") -> Tensor:
     r"""
-    Negative log-likelihood, under Bradley-Terry, that the chosen video is preferred.
+    Gap of a video: how much worse than the reference the policy denoises it.
+
+    `"raw"` is the difference of the two errors, of which [`implicit_reward`] is made. `"log_ratio"` is
+
+    $$\log \frac{\ell^{\mathrm{policy}} + 10^{-6}}{\ell^{\mathrm{reference}} + 10^{-6}}$$
+
+    Errors differ by an order of magnitude over timesteps, their ratios do not, so that one `beta` (about 10) fits all
+    noise levels.
+
+    Args:
+        policy_error (`torch.Tensor` of any shape):
+            [`velocity_error`] of the trained model.
+        reference_error (`torch.Tensor` of the same shape):
+            That of the frozen model, on the same noisy latents.
+        kind (`str`, defaults to `"raw"`):
+            `"raw"` or `"log_ratio"`.
+
+    Returns:
+        `torch.Tensor` of the shape of the inputs: Gaps; exactly 0 when policy and reference agree.
+
+    Raises:
+        ValueError: As [`implicit_reward`], or if the kind is unknown.
+    """
+    _check_errors(policy_error, reference_error)
+    _check_mode("gap", kind, get_args(Gap))
+    if kind == "raw":
+        return policy_error - reference_error
+    return torch.log((policy_error + GAP_EPSILON) / (reference_error + GAP_EPSILON))
+
+
+def gap_slope(policy_error: Tensor, kind: Gap) -> Tensor | float:
+    """What [`error_gap`] multiplies the gradient of the policy's error by, detached; 1 for `"raw"`."""
+    return 1.0 if kind == "raw" else 1 / (policy_error.detach() + GAP_EPSILON)
+
+
+def hold_lose_gap(lose_gap: Tensor, weight: float = 1.0, clip: float | None = None) -> Tensor:
+    """
+    Gap of a rejected video as the loss sees it: at most `clip`, times `weight`.
+
+    Beyond the clip its gradient is exactly 0: a rejected video cannot be made worse without end.
+
+    Args:
+        lose_gap (`torch.Tensor` of any shape):
+            From [`error_gap`].
+        weight (`float`, defaults to `1.0`):
+            At 1 nothing changes, to the last bit.
+        clip (`float`, *optional*):
+            Without it nothing is clipped.
+    """
+    return weight * (lose_gap if clip is None else lose_gap.clamp(max=clip))
+
+
+def dpo_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    loss_type: DPOLossType = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""
+    Negative log-likelihood, under Bradley-Terry, that the chosen video is preferred; or another loss of the margin.
 
     $$\mathcal{L}_i = -\log \sigma (r^w_i - r^l_i)$$
 
     Source: Diffusion-DPO (https://huggingface.co/papers/2311.12908); for rectified flow, Flow-DPO
-    (https://huggingface.co/papers/2501.13918).
+    (https://huggingface.co/papers/2501.13918). The others have the names of TRL's DPO trainer: hinge of SLiC
+    (https://huggingface.co/papers/2305.10425), IPO (https://huggingface.co/papers/2310.12036), label smoothing of
+    conservative DPO (https://ericmitchell.ai/cdpo.pdf). With the margin \\( u = r^w_i - r^l_i \\):
+
+    | `loss_type` | loss | no gradient |
+    |---|---|---|
+    | `"sigmoid"` | \\( -(1 - e) \log \sigma(u) - e \log \sigma(-u) \\), smoothing e | at \\( \sigma(u) = 1 - e \\) |
+    | `"hinge"` | \\( \max(0, 1 - u) \\) | from \\( u = 1 \\) on |
+    | `"ipo"` | \\( (u - 1/2)^2 \\), which is TRL's without its factor \\( 1 / \beta^2 \\) | at \\( u = 1/2 \\) |
 
     Args:
         chosen_rewards (`torch.Tensor` of shape `(B,)`):
             Implicit reward of the chosen video, from [`implicit_reward`].
         rejected_rewards (`torch.Tensor` of shape `(B,)`):
             Implicit reward of the rejected video.
+        loss_type (`str`, defaults to `"sigmoid"`):
+            See above.
+        label_smoothing (`float`, defaults to `0.0`):
+            Proportion e, in [0, 0.5), of pairs whose labels may be wrong; of `"sigmoid"` alone.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: Loss of each pair, in nats; `log(2)` when policy and reference agree.
+        `torch.Tensor` of shape `(B,)`: Loss of each pair; `log(2)` (1, 1/4) when policy and reference agree.
 
     Raises:
-        ValueError: If the shapes are not the same `(B,)`.
+        ValueError: If the shapes are not the same `(B,)`, the type is unknown, or smoothing is out of range or given
+            with another type than `"sigmoid"`.
     """
     _check_pair(chosen_rewards, rejected_rewards)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+    check_dpo_loss(loss_type, label_smoothing)
+    margins = chosen_rewards - rejected_rewards
+    if loss_type == "hinge":
+        return torch.relu(1 - margins)
+    if loss_type == "ipo":
+        return (margins - 0.5).square()
+    if label_smoothing == 0:
+        return -F.logsigmoid(margins)
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def check_dpo_loss(loss_type: str, label_smoothing: float) -> None:
+    """Raise a `ValueError` if these are no options of [`dpo_loss`]."""
+    _check_mode("loss_type", loss_type, get_args(DPOLossType))
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"`label_smoothing` must be in [0, 0.5), got {label_smoothing}: with half of the labels wrong there is "
+            "nothing to learn."
+        )
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(
+            f"`label_smoothing` belongs to `loss_type='sigmoid'`, got {label_smoothing} with {loss_type!r}. "
+            "Leave it at 0."
+        )
 
 
 def group_dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -281,7 +370,7 @@ def sft_weights(sft_weight: SFTWeight, ratio: Tensor) -> Tensor:
     return coefficient * (ratio if mode == "dgr" else torch.ones_like(ratio))
 
 
-def dgr(s: Tensor, beta: float) -> Tensor:
+def dgr(s: Tensor, beta: float, *, loss_type: DPOLossType = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     r"""
     DPO gradient ratio: what the DPO loss multiplies the gradient of each error by.
 
@@ -296,12 +385,22 @@ def dgr(s: Tensor, beta: float) -> Tensor:
             Win gap minus lose gap, from errors averaged over a video; negative once the preference is learned.
         beta (`float`):
             As in [`implicit_reward`], positive.
+        loss_type (`str`, defaults to `"sigmoid"`):
+            That of [`dpo_loss`], for its ratio; negative where the loss draws a margin back that is too wide.
+        label_smoothing (`float`, defaults to `0.0`):
+            That of [`dpo_loss`].
 
     Returns:
         `torch.Tensor` of the shape of `s`: Ratios in (0, beta / 2), beta / 4 at `s = 0`. Detached: the ratio is a
         coefficient of gradients (Eq. 5), so no gradient flows through it.
     """
-    return (beta / 2) * torch.sigmoid((beta / 2) * s.detach())
+    check_dpo_loss(loss_type, label_smoothing)
+    margins = (beta / 2) * s.detach()  # of the other sign
+    if loss_type == "hinge":
+        return (beta / 2) * (margins > -1).to(margins.dtype)
+    if loss_type == "ipo":
+        return (beta / 2) * (2 * margins + 1)
+    return (beta / 2) * (torch.sigmoid(margins) - label_smoothing)
 
 
 def reg_dpo_loss(
@@ -312,6 +411,9 @@ def reg_dpo_loss(
     *,
     beta: float,
     sft_weight: SFTWeight,
+    gap: Gap = "raw",
+    lose_gap_weight: float = 1.0,
+    lose_gap_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""
     DPO with the error of the chosen video as a regulariser.
@@ -336,6 +438,12 @@ def reg_dpo_loss(
             As in [`implicit_reward`], positive.
         sft_weight (`float` or `("dgr", c)`):
             The weight r: fixed, or c times the [`dgr`] of each pair, detached. 0 is [`dpo_loss`].
+        gap (`str`, defaults to `"raw"`):
+            What rewards are made of, see [`error_gap`].
+        lose_gap_weight (`float`, defaults to `1.0`):
+            Weight of the rejected video's gap, see [`hold_lose_gap`].
+        lose_gap_clip (`float`, *optional*):
+            Largest gap of the rejected video that the loss sees.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: Loss of each pair, `(B,)`, which is `log(2) + r * chosen_error`
@@ -347,18 +455,19 @@ def reg_dpo_loss(
         ValueError: If the errors are not of one shape `(B,)` or in half precision, or the weight is negative, not
             finite, or of another mode.
     """
-    chosen_rewards = implicit_reward(chosen_error, chosen_reference_error, beta)
-    rejected_rewards = implicit_reward(rejected_error, rejected_reference_error, beta)
+    win_gap = error_gap(chosen_error, chosen_reference_error, gap)
+    lose_gap = error_gap(rejected_error, rejected_reference_error, gap)
+    held = hold_lose_gap(lose_gap, lose_gap_weight, lose_gap_clip)
+    chosen_rewards, rejected_rewards = -(beta / 2) * win_gap, -(beta / 2) * held
     dpo = dpo_loss(chosen_rewards, rejected_rewards)  # (B,); also checks the shapes
-    win_gap, lose_gap = chosen_error - chosen_reference_error, rejected_error - rejected_reference_error
-    ratio = dgr(win_gap - lose_gap, beta)
-    weight = sft_weights(sft_weight, ratio)
+    ratio = dgr(win_gap - held, beta)
+    weight = sft_weights(sft_weight, ratio * gap_slope(chosen_error, gap))
     metrics = {
         "loss/dpo": dpo,
         "loss/sft": chosen_error,
         "win_gap": win_gap,
         "lose_gap": lose_gap,
-        "s_theta": win_gap - lose_gap,
+        "s_theta": win_gap - held,
         "dgr": ratio,
         "sft_weight": weight,
         "chosen_weight": ratio + weight,
@@ -498,6 +607,20 @@ def check_physics_weights(
             alpha_mode,
             alpha_min,
         )
+
+
+def _check_errors(policy_error: Tensor, reference_error: Tensor) -> None:
+    if policy_error.shape != reference_error.shape:
+        raise ValueError(
+            "`policy_error` and `reference_error` must have the same shape, got "
+            f"{tuple(policy_error.shape)} and {tuple(reference_error.shape)}."
+        )
+    for name, error in (("policy_error", policy_error), ("reference_error", reference_error)):
+        if error.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"`{name}` must be float32 or float64, got {error.dtype}: a small error gap is exactly 0 in half "
+                "precision. Form errors with `velocity_error`."
+            )
 
 
 def _check_pair(chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:

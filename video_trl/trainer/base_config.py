@@ -509,7 +509,7 @@ def check_positive(config: VideoConfig, name: str) -> None:
         raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
-def check_choice(config: VideoConfig, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     """Raise a `ValueError` if the option of that name is none of the choices."""
     value = config.__dict__[name]
     if value not in choices:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import DistributedType
 from diffusers import DiffusionPipeline, ModelMixin
@@ -383,6 +384,18 @@ class VideoTrainer(Trainer):
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""
+        return self.encode(dataset, transformer)
+
+    def encode(
+        self,
+        dataset: MapDataset,
+        transformer: ModelMixin,
+        before_encoding: Callable[[np.ndarray], None] | None = None,
+    ) -> IndexedDataset:
+        """
+        What [`prepare_dataset`] does for all trainers. `before_encoding` is shown one video of each size, uint8 `(T, H,
+        W, 3)`, before the first is encoded.
+        """
         return prepare_rows(
             dataset,
             self.row_type,
@@ -391,6 +404,7 @@ class VideoTrainer(Trainer):
             transformer=transformer,
             family=self.family,
             max_sequence_length=self.max_sequence_length,
+            before_encoding=before_encoding,
         )
 
     def make_head(self, transformer: ModelMixin) -> nn.Module | None:
@@ -409,8 +423,8 @@ class VideoTrainer(Trainer):
         return None
 
     @classmethod
-    def has_head(cls) -> bool:
-        """Whether trainers of this class have a head."""
+    def has_head(cls, args: Any) -> bool:
+        """Whether trainers of this class with this configuration have a head."""
         return cls.make_head is not VideoTrainer.make_head
 
     def head_learning_rate(self) -> float | None:

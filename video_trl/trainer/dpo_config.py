@@ -1,7 +1,9 @@
 """Arguments of the pairwise preference trainer (Diffusion-DPO, Flow-DPO)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..losses.preference import DPOLossType, check_dpo_loss
 from .base_config import check_positive
 from .preference_config import PreferenceConfig
 
@@ -34,6 +36,20 @@ class VideoDPOConfig(PreferenceConfig):
             "error). Errors are averaged, not summed, over a video, hence its size next to the 0.1 of language models."
         },
     )
+    loss_type: DPOLossType = field(
+        default="sigmoid",
+        metadata={
+            "help": "Loss of the margin u = chosen reward - rejected reward, by TRL's names. 'sigmoid': -log "
+            "sigmoid(u). 'hinge': max(0, 1 - u). 'ipo': (u - 1/2)^2, which draws a wider margin back."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Proportion of pairs, in [0, 0.5), whose labels may be wrong (conservative DPO): with 'sigmoid' "
+            "the margin aims at log(1 / proportion - 1) instead of infinity."
+        },
+    )
     shared_noise: bool = field(
         default=True,
         metadata={
@@ -52,4 +68,9 @@ class VideoDPOConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         check_positive(self, "beta")
+        check_dpo_loss(self.loss_type, self.label_smoothing)
         super().__post_init__()
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of [`~video_trl.losses.preference.dpo_loss`] that stand here."""
+        return {"loss_type": self.loss_type, "label_smoothing": self.label_smoothing}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator, check_columns
 from ..data.columns import MapDataset
-from ..losses.preference import dgr, dpo_loss, implicit_reward
+from ..losses.preference import dgr, dpo_loss, error_gap, hold_lose_gap
 from .dpo_config import VideoDPOConfig
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import DIFFUSION_DPO
@@ -67,25 +67,32 @@ class VideoDPOTrainer(PreferenceTrainer):
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.step.timesteps(draw.u).repeat_interleave(2)  # (2B,)
         conditions = self.step.conditions(inputs, repeats=2)
-        denoising = self.step.prepare(latents, noise, timesteps, conditions)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=2)
 
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error = self.passes.policy(model, denoising)
 
-        rewards = implicit_reward(policy_error, reference_error, self.args.beta)  # (2B,)
-        chosen_rewards, rejected_rewards = rewards.view(batch_size, 2).unbind(dim=1)  # (B,) each
-        losses = dpo_loss(chosen_rewards, rejected_rewards)  # (B,)
+        beta, kind = self.args.beta, self.args.loss_arguments()
+        gap = error_gap(policy_error, reference_error, self.args.gap)  # (2B,)
+        win_gap, lose_gap = gap.view(batch_size, 2).unbind(dim=1)  # (B,) each
+        held_gap = hold_lose_gap(lose_gap, **self.args.lose_gap_arguments())
+        chosen_rewards, rejected_rewards = -(beta / 2) * win_gap, -(beta / 2) * held_gap
+        losses = dpo_loss(chosen_rewards, rejected_rewards, **kind)  # (B,)
+        penalised: dict[str, Tensor] = {}
+        if self.args.win_gap_penalty > 0:
+            penalised["loss/dpo"] = losses
+            losses = losses + self.args.win_gap_penalty * win_gap.relu()
         if self.args.pair_weights:
             losses = inputs["weight"] * losses
         loss = losses.mean()
 
-        win_gap, lose_gap = (policy_error - reference_error).view(batch_size, 2).unbind(dim=1)
         self.record(
             {
+                **penalised,
                 "win_gap": win_gap,
                 "lose_gap": lose_gap,
-                "s_theta": win_gap - lose_gap,
-                "dgr": dgr(win_gap - lose_gap, self.args.beta),
+                "s_theta": win_gap - held_gap,
+                "dgr": dgr(win_gap - held_gap, beta, **kind),
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
                 "rewards/margins": chosen_rewards - rejected_rewards,

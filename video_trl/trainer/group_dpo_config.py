@@ -1,12 +1,13 @@
 """Arguments of the groupwise preference trainer (PhyGDPO)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..losses.preference import AlphaMode, GammaMode, SFTWeight, check_physics_weights
 from .base_config import _FLAG, check_choice
 from .preference_config import PreferenceConfig
+from .repa.options import AlignmentOptions
 
 
 LossType = Literal["sampled", "sum", "plackett_luce"]
@@ -32,6 +33,7 @@ class VideoGroupDPOConfig(PreferenceConfig):
     logs_gaps = True
     regulariser_field = "sft_weight"
     reference_error_options = (*PreferenceConfig.reference_error_options, "shared_noise")
+    _VALID_DICT_FIELDS = PreferenceConfig._VALID_DICT_FIELDS + ["repa_options"]
 
     # Defaults of TrainingArguments that are replaced
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -79,6 +81,17 @@ class VideoGroupDPOConfig(PreferenceConfig):
             "by which the loss itself weighs the gradient of that error; or a multiple of it, such as '0.4*dgr'. "
             "Without it (0) the loss can be met by making the rejected videos worse alone."
         },
+    )
+    repa_coeff: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of VideoREPA's alignment of the chosen video's hidden states with a teacher's tokens, in "
+            "the same forward as the preference. 0: none, and no teacher."
+        },
+    )
+    repa_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of that alignment, by the names of `VideoREPAConfig`: teacher, align_layer, ..."},
     )
     scale_by_group: bool = field(
         default=True,
@@ -159,11 +172,50 @@ class VideoGroupDPOConfig(PreferenceConfig):
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
+        self.alignment_options()
 
     def options_without_effect(self) -> dict[str, str]:
         why = "`physics_rewarding` is off"
         weights = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
-        return super().options_without_effect() | weights
+        alignment = {} if self.repa_coeff else {"repa_options": "`repa_coeff` is 0"}
+        return super().options_without_effect() | weights | alignment
+
+    def alignment_options(self) -> AlignmentOptions | None:
+        """
+        What the chosen video's hidden states are aligned with, and how; none where they are not.
+
+        Raises:
+            ValueError: If `repa_coeff` is out of range, an option of it is unknown or out of range, or another option
+                does not go with it.
+        """
+        if not 0 <= self.repa_coeff < math.inf:
+            raise ValueError(f"`repa_coeff` must be finite and not negative, got {self.repa_coeff}. 0 is none.")
+        if self.repa_coeff == 0:
+            return None
+        assert not isinstance(self.repa_options, str), "TrainingArguments parses JSON strings"
+        given = self.repa_options or {}
+        known = {item.name for item in fields(AlignmentOptions)} - {"coefficient"}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(
+                f"`repa_options` has no {', '.join(unknown)}. It takes {', '.join(sorted(known))}; the coefficient is "
+                "`repa_coeff`."
+            )
+        options = AlignmentOptions(coefficient=self.repa_coeff, **given)
+        options.check()
+        refused = {
+            "step_mode": self.step_mode == "sequential",  # the relations' graph is that of the chosen video's error
+            "safeguard": self.safeguard == "parameter",
+            "group_parallel_size": self.group_parallel_size > 1,
+            "context_parallel_size": self.context_parallel_size > 1,
+            "compile_blocks": self.compile_blocks,
+            "resolution_buckets": bool(self.resolution_buckets),
+        }
+        for name in (name for name, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"`{name}={self.__dict__[name]!r}` does not go with `repa_coeff`, which looks into a block while all "
+                "videos of a group, whole and as they are, go through in one forward. Leave it at its default."
+            )
+        return options
 
     def physics_weight_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.physics_weights`] that stand here."""

@@ -1,25 +1,37 @@
 """Groupwise preference optimisation of a video transformer (PhyGDPO)."""
 
-from typing import Any
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from ..data import GroupCollator, check_columns
-from ..data.columns import MapDataset
+from ..data import check_columns
+from ..data.columns import MapDataset, undecoded
+from ..load import default_teacher
 from ..losses.preference import (
+    error_gap,
+    gap_slope,
     group_dgr,
     group_dpo_bound,
     group_dpo_loss,
     group_dpo_sampled_bound,
-    implicit_reward,
+    hold_lose_gap,
     physics_weights,
     sft_weights,
 )
+from ..teachers import VideoTeacher
 from .group_dpo_config import VideoGroupDPOConfig, as_sft_weight
+from .planning.estimate import Workload
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import PHYGDPO
-from .step.denoising import to_device
+from .repa.teacher_alignment import TeacherAlignment
+from .repa.teacher_rows import TeacherGroupCollator
+from .setup.chosen_rows import chosen_as_video
+from .setup.rows import IndexedDataset
+from .step.denoising import Denoising, to_device
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -40,8 +52,14 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
     ```
 
     The dataset has group rows (`prompt`, `chosen`, `rejected`, `rejected_scores`) or preference rows (`prompt`,
-    `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `VideoTrainer`.
+    `chosen`, `rejected`), raw or encoded. The arguments of the constructor are those of `VideoTrainer`, and:
+
+    Args:
+        teacher ([`~video_trl.teachers.VideoTeacher`], *optional*):
+            With `repa_coeff`: teacher to use instead of the one that `repa_options` names.
     """
+
+    args: VideoGroupDPOConfig
 
     method_name = "GroupDPO"
     tag = "group-dpo"
@@ -49,8 +67,73 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
     citation = PHYGDPO
     config_class = VideoGroupDPOConfig
     row_type = "group"
-    collator_class = GroupCollator
+    collator_class = TeacherGroupCollator
     workload_options = ("loss_type",)
+
+    def __init__(
+        self,
+        model: Any,
+        args: VideoGroupDPOConfig | None = None,
+        train_dataset: MapDataset | None = None,
+        eval_dataset: MapDataset | dict[str, MapDataset] | None = None,
+        *,
+        teacher: VideoTeacher | None = None,
+        **arguments: Any,
+    ) -> None:
+        if teacher is not None and (args is None or args.repa_coeff == 0):
+            raise ValueError(
+                "`teacher` is for `repa_coeff`, which is 0. Set it in the configuration, or drop `teacher`."
+            )
+        self._teacher, self._default_teacher = teacher, default_teacher(model)
+        super().__init__(model, args, train_dataset, eval_dataset, **arguments)
+
+    # ---- The alignment of the chosen video, where there is one ----
+
+    @cached_property
+    def alignment(self) -> TeacherAlignment | None:
+        """Teacher, grids, head and loss; none without `repa_coeff`."""
+        options = self.args.alignment_options()
+        if options is None:
+            return None
+        return TeacherAlignment(options, self.args, teacher=self._teacher, default_teacher=self._default_teacher)
+
+    @cached_property
+    def step_mode(self) -> Literal["concat", "sequential"]:
+        return "concat" if self.args.repa_coeff else super().step_mode
+
+    def check_dataset(self, dataset: MapDataset) -> None:
+        super().check_dataset(dataset)
+        if self.alignment is not None:
+            self.alignment.check(chosen_as_video(dataset), type(self).__name__)
+
+    def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
+        if self.alignment is None:
+            return super().prepare_dataset(dataset, transformer)
+        rows = self.alignment.prepare(
+            undecoded(chosen_as_video(dataset)),
+            lambda show: self.encode(dataset, transformer, show),
+            transformer=transformer,
+            family=self.family,
+            pipeline=self.pipeline,
+        )
+        return self.keep_compared(rows)
+
+    @classmethod
+    def has_head(cls, args: Any) -> bool:
+        return bool(args.repa_coeff)
+
+    def make_head(self, transformer: ModelMixin) -> nn.Module | None:
+        return None if self.alignment is None else self.alignment.make_head(transformer)
+
+    def head_learning_rate(self) -> float | None:
+        return None if self.alignment is None else self.alignment.options.head_learning_rate
+
+    def workload(self) -> Workload:
+        """With the relation loss, where there is one."""
+        relations = None if self.alignment is None else self.alignment.largest_relations()
+        return replace(super().workload(), alignment=relations)
+
+    # ---- The loss ----
 
     @classmethod
     def check_rows(cls, dataset: MapDataset, args: Any) -> None:
@@ -88,41 +171,37 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.step.timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
         conditions = self.step.conditions(inputs, repeats=group_size)
-        denoising = self.step.prepare(latents, noise, timesteps, conditions)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=group_size)
 
         reference_error = self.passes.reference(denoising, inputs["index"])
-        policy_error = self.passes.policy(model, denoising)
+        policy_error, alignment, aligned = self._policy(model, denoising, inputs)
 
         weighted = policy_error, reference_error
         if self.args.timestep_weighting == "bell":
             weights = self.step.bell_weights(timesteps)  # (B * (1 + k),)
             weighted = weights * policy_error, weights * reference_error
-        rewards = implicit_reward(*weighted, self.args.beta).view(batch_size, group_size)
-        chosen_rewards, rejected_rewards = rewards[:, 0], rewards[:, 1:]  # (B,), (B, k)
+        beta, gap = self.args.beta, error_gap(*weighted, self.args.gap).view(batch_size, group_size)
+        held_gap = hold_lose_gap(gap[:, 1:], **self.args.lose_gap_arguments())
+        chosen_rewards, rejected_rewards = -(beta / 2) * gap[:, 0], -(beta / 2) * held_gap  # (B,), (B, k)
         alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
         if self.args.physics_rewarding:
             sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
             alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
         losses, ratio = self._group_loss(chosen_rewards, rejected_rewards, alpha, gamma, sizes)  # (B,) each
 
-        regulariser: dict[str, Tensor] = {}
-        sft_weight = as_sft_weight(self.args.sft_weight)
-        if sft_weight != 0:
-            chosen_error = weighted[0].view(batch_size, group_size)[:, 0]
-            weight = sft_weights(sft_weight, ratio)  # (B,)
-            regulariser = {"loss/dpo": losses, "loss/sft": chosen_error, "sft_weight": weight}
-            regulariser["chosen_weight"] = ratio + weight
-            losses = losses + weight * chosen_error
+        chosen_error = weighted[0].view(batch_size, group_size)[:, 0]
+        losses, beside = self._regularised(losses, ratio, chosen_error, gap[:, 0], alignment)
         loss = losses.mean()
 
-        gap = (policy_error - reference_error).view(batch_size, group_size)
+        gap = error_gap(policy_error, reference_error, self.args.gap).view(batch_size, group_size)  # not weighted
         counted: Any = (
             _first(rejected_rewards, sizes) if "num_rejected" in inputs else ...
         )  # all of them, without asking the device
         self.record(
             {
                 **({"alpha": alpha[counted], "gamma": gamma[counted]} if self.args.physics_rewarding else {}),
-                **regulariser,
+                **beside,
+                **aligned,
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards[counted],
                 "rewards/margins": (chosen_rewards[:, None] - rejected_rewards)[counted],
@@ -133,6 +212,40 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss
+
+    def _policy(
+        self, model: nn.Module, denoising: Denoising, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """
+        Errors `(N,)` of the policy; and where there is an alignment, its loss `(B,)` on the chosen videos of the same
+        forward, and its metrics.
+        """
+        if self.alignment is None:
+            return self.passes.policy(model, denoising), None, {}
+        seen = self.alignment.look(inputs)  # by the teacher
+        with self.alignment.tap(model, denoising.target.shape, seen, every=denoising.group_size) as tap:
+            errors = self.passes.policy(model, denoising)
+        if tap.tokens is None:  # only the errors of the reference are wanted, for the cache
+            return errors, None, {}
+        return errors, *self.alignment.losses(tap.tokens, seen)
+
+    def _regularised(
+        self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, alignment: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses `(B,)` of groups with what is added beside the preference, and its metrics."""
+        preference, metrics = losses, dict[str, Tensor]()
+        sft_weight = as_sft_weight(self.args.sft_weight)
+        if sft_weight != 0:
+            weight = sft_weights(sft_weight, ratio * gap_slope(chosen_error, self.args.gap))  # (B,)
+            metrics |= {"loss/sft": chosen_error, "sft_weight": weight, "chosen_weight": ratio + weight}
+            losses = losses + weight * chosen_error
+        if self.args.win_gap_penalty > 0:
+            losses = losses + self.args.win_gap_penalty * win_gap.relu()
+        if self.alignment is not None and alignment is not None:
+            coefficient = self.alignment.options.coefficient_at(self.state.global_step, self.state.max_steps)
+            metrics["trd/coefficient"] = torch.full_like(losses, coefficient)
+            losses = losses + coefficient * alignment
+        return losses, metrics if losses is preference else {"loss/dpo": preference, **metrics}
 
     def _group_loss(
         self, chosen_rewards: Tensor, rejected_rewards: Tensor, alpha: Tensor, gamma: Tensor, sizes: Tensor

@@ -1,16 +1,19 @@
 """The arguments of every trainer whose loss compares videos."""
 
 import copy
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from transformers.trainer_utils import IntervalStrategy
 
+from ..losses.preference import Gap
 from .base_config import VideoConfig, check_choice, check_positive
 from .parallel.engines import SHARDED, Engine
 
 
 StepMode = Literal["auto", "concat", "sequential"]
+Safeguard = Literal["none", "output", "parameter"]
 
 
 @dataclass
@@ -84,6 +87,48 @@ class PreferenceConfig(VideoConfig):
         },
     )
 
+    # Parameters that keep a preference from being paid for with the chosen video
+    safeguard: Safeguard = field(
+        default="none",
+        metadata={
+            "help": "Hold the gradient of each rejected video back where it would make the chosen one worse. "
+            "'output': by the errors of the predictions (Diffusion-SDPO), at no cost. 'parameter': by the gradients "
+            "of the weights themselves, exact for a step of plain gradient descent; videos go through one by one, two "
+            "more gradients of the trained weights are held, one process."
+        },
+    )
+    safeguard_mu: float = field(
+        default=0.0,
+        metadata={
+            "help": "Proportion of the chosen video's own improvement that rejected videos must leave, in [0, 1]. 0: "
+            "it gets no worse; 1: nothing that acts against it is left."
+        },
+    )
+    win_gap_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of max(0, win_gap) beside the loss: a pull on the chosen video, outside of the sigmoid, "
+            "while the policy is worse at it than the reference. About beta / 4 with gap 'raw', 1 with 'log_ratio'."
+        },
+    )
+    gap: Gap = field(
+        default="raw",
+        metadata={
+            "help": "What rewards are made of. 'raw': policy error - reference error. 'log_ratio': the logarithm of "
+            "their quotient, which one `beta`, of about 10, fits at all noise levels."
+        },
+    )
+    lose_gap_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the rejected videos' gaps in the margin; less pushes them less."}
+    )
+    lose_gap_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest gap of a rejected video that the loss sees: beyond it, it is pushed no further. Unset: "
+            "none; 1 goes with gap 'log_ratio'."
+        },
+    )
+
     @property
     def largest_batch(self) -> int:
         """Rows of a batch, of training or evaluation."""
@@ -104,8 +149,21 @@ class PreferenceConfig(VideoConfig):
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, 1 / self.heldout_evaluations
         return args
 
+    def lose_gap_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of [`~video_trl.losses.preference.hold_lose_gap`] that stand here."""
+        return {"weight": self.lose_gap_weight, "clip": self.lose_gap_clip}
+
+    def options_without_effect(self) -> dict[str, str]:
+        idle = {"safeguard_mu": "`safeguard` is 'none'"} if self.safeguard == "none" else {}
+        return super().options_without_effect() | idle
+
     def check_engine(self, engine: Engine) -> None:
         super().check_engine(engine)
+        if self.safeguard == "parameter" and (engine != "ddp" or self.world_size > 1):
+            raise ValueError(
+                f"`safeguard='parameter'` compares gradients that one process has whole, got {self.world_size} "
+                f"processes and the engine '{engine}'. Use one process, or `safeguard='output'`."
+            )
         # Passes are joint, and batches at the end of an epoch may differ by a row between processes.
         if self.step_mode == "sequential" and engine in SHARDED and self.largest_batch > 1:
             raise ValueError(
@@ -128,8 +186,28 @@ class PreferenceConfig(VideoConfig):
                 f"`heldout_evaluations` must be 0 or at least 2, got {self.heldout_evaluations}. For a single "
                 "evaluation call `trainer.evaluate()`."
             )
+        self._check_safeguards()
         if self.precompute_ref_errors is not None and self.precompute_ref_errors < 1:
             raise ValueError(
                 f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "
                 "new noise in every step."
+            )
+
+    def _check_safeguards(self) -> None:
+        check_choice(self, "safeguard", get_args(Safeguard))
+        check_choice(self, "gap", get_args(Gap))
+        if not 0 <= self.safeguard_mu <= 1:
+            raise ValueError(f"`safeguard_mu` must be in [0, 1], got {self.safeguard_mu}.")
+        if self.safeguard == "parameter" and self.step_mode == "concat":
+            raise ValueError(
+                "`safeguard='parameter'` needs each video's own gradient, which `step_mode='concat'` does not have. "
+                "Leave `step_mode` at 'auto', or use `safeguard='output'`."
+            )
+        for name in ("win_gap_penalty", "lose_gap_weight"):
+            if not 0 <= self.__dict__[name] < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {self.__dict__[name]}.")
+        if self.lose_gap_clip is not None and not 0 < self.lose_gap_clip < math.inf:
+            raise ValueError(
+                f"`lose_gap_clip` must be positive and finite, got {self.lose_gap_clip}: gaps start at 0, and what is "
+                "clipped has no gradient. Leave it unset for none."
             )

@@ -28,6 +28,7 @@ from .step.passes import (
     SequentialPasses,
 )
 from .step.reference_errors import CachedPasses, cache_path, compute_errors
+from .step.safeguard import OutputSafeguard, ParameterSafeguard
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class PreferenceTrainer(VideoTrainer):
         """How the videos of a row go through the transformer; `"auto"` is settled here."""
         if self.args.step_mode != "auto":
             return self.args.step_mode
+        if self.args.safeguard == "parameter":
+            return "sequential"
         if self.engine in SHARDED and self.args.largest_batch > 1:  # where "sequential" is refused
             return "concat"
         memory = accelerator_memory(self.args.device)
@@ -64,7 +67,11 @@ class PreferenceTrainer(VideoTrainer):
             check_rejected_scores(dataset, args.rejected_score_below)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
-        rows, below = super().prepare_dataset(dataset, transformer), self.args.rejected_score_below
+        return self.keep_compared(super().prepare_dataset(dataset, transformer))
+
+    def keep_compared(self, rows: IndexedDataset) -> IndexedDataset:
+        """The rows with a rejected video that is compared with, see `rejected_score_below`."""
+        below = self.args.rejected_score_below
         return rows if below is None else keep_low_scores(rows, below)
 
     @classmethod
@@ -84,10 +91,14 @@ class PreferenceTrainer(VideoTrainer):
         assert self.reference is not None
         now, group = self.step.now, self._group()
         passes: Passes
+        mu, kind = self.args.safeguard_mu, self.args.safeguard
+        outputs = OutputSafeguard(mu, self.record) if kind == "output" else None
         if self.step_mode == "concat":
-            passes = ConcatPasses(self.family, self.reference, group)
+            passes = ConcatPasses(self.family, self.reference, group, outputs)
         else:
-            passes = SequentialPasses(self.family, self.reference, self.accelerator, group)
+            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+            gradients = ParameterSafeguard(trained, mu, self.record) if kind == "parameter" else None
+            passes = SequentialPasses(self.family, self.reference, self.accelerator, group, outputs, gradients)
         self._norms = _norms(self.model)
         self._check, self._is_same = self._same_path_check()
         checked = CheckedPasses(passes, self._check, now)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import GroupCollator
-from ..losses.preference import reg_dpo_loss
+from ..losses.preference import error_gap, reg_dpo_loss
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import REG_DPO
 from .reg_dpo_config import VideoRegDPOConfig
@@ -60,7 +60,7 @@ class VideoRegDPOTrainer(PreferenceTrainer):
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.step.timesteps(draw.u).repeat_interleave(2)  # (2B,)
         conditions = self.step.conditions(inputs, repeats=2)
-        denoising = self.step.prepare(latents, noise, timesteps, conditions)
+        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=2)
 
         reference_error = self.passes.reference(denoising, inputs["index"]).view(batch_size, 2)
         policy_error = self.passes.policy(model, denoising).view(batch_size, 2)
@@ -73,7 +73,13 @@ class VideoRegDPOTrainer(PreferenceTrainer):
             reference_error[:, 1],
             beta=self.args.beta,
             sft_weight=("dgr", coefficient) if self.args.sft_weight_mode == "dgr" else coefficient,
+            gap=self.args.gap,
+            lose_gap_weight=self.args.lose_gap_weight,
+            lose_gap_clip=self.args.lose_gap_clip,
         )
+        if self.args.win_gap_penalty > 0:
+            win_gap = error_gap(policy_error[:, 0], reference_error[:, 0], self.args.gap)
+            losses = losses + self.args.win_gap_penalty * win_gap.relu()
         loss = losses.mean()
 
         self.record(metrics)

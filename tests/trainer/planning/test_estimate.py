@@ -209,8 +209,8 @@ def test_a_trainer_describes_its_work(tmp_path):
 def test_a_trainer_with_a_teacher_describes_the_tokens_that_are_compared(tmp_path):
     made = repa_trainer(tmp_path)
     inputs = made.data_collator([made.train_dataset[0]])
-    (plan,) = made._plans.values()
-    teacher = plan.align_teacher(made.teacher_tokens(inputs).tokens)
+    (plan,) = made.alignment._plans.values()
+    teacher = plan.align_teacher(made.alignment.look(inputs).tokens)
     assert made.workload().alignment == tuple(teacher.shape[1:])
     assert "relation loss" in estimate(made.workload(), made.placement()).parts
     assert repa_trainer(tmp_path, alignment_loss="repa").workload().alignment is None

@@ -217,10 +217,12 @@ class AlignedTokens:
     Attributes:
         projected (`torch.Tensor` of shape `(B, F, N, D)`): Through the projector, float32, part of the graph.
         hidden (`torch.Tensor` of shape `(B, F, N, d)`): Pooled and resampled only, float32, no gradient.
+        plan ([`AlignmentPlan`]): How they got there.
     """
 
     projected: Tensor
     hidden: Tensor
+    plan: AlignmentPlan
 
 
 class AlignmentHead(nn.Module):
@@ -290,7 +292,7 @@ class AlignmentHead(nn.Module):
                 images = self.projector(tokens).flatten(0, 1).permute(0, 3, 1, 2)  # (B * F', D, H', W')
                 projected = self.downsample(images).permute(0, 2, 3, 1).unflatten(0, (len(tokens), frames))
             projected = _mix_frames(projected, plan.student_frames)
-            return AlignedTokens(projected, _mix_frames(pooled.detach(), plan.student_frames))
+            return AlignedTokens(projected, _mix_frames(pooled.detach(), plan.student_frames), plan)
 
 
 @dataclass
@@ -303,10 +305,17 @@ class AlignmentTap:
 
 @contextmanager
 def tap_alignment(
-    family: ModelFamily, transformer: nn.Module, index: int, head: AlignmentHead, plan: AlignmentPlan
+    family: ModelFamily,
+    transformer: nn.Module,
+    index: int,
+    head: AlignmentHead,
+    plan: AlignmentPlan,
+    *,
+    every: int = 1,
 ) -> Iterator[AlignmentTap]:
     """
-    Run a head on the hidden states behind block `index` (counted from 0) while the transformer runs as usual.
+    Run a head on the hidden states behind block `index` (counted from 0) while the transformer runs as usual; on the
+    first of each `every` videos.
 
     The head runs inside the transformer's forward, where wrappers for distributed training expect the use of its
     weights. Under activation checkpointing the block runs again in the backward pass; the head does not.
@@ -324,7 +333,8 @@ def tap_alignment(
             # Checkpointing discards what is saved for the backward pass inside a block and makes it again by running
             # the block without this hook: what the head saves must be kept instead.
             with saved_tensors_hooks(_keep, _keep):
-                tap.tokens = head(output[0] if isinstance(output, tuple) else output, plan)
+                hidden = output[0] if isinstance(output, tuple) else output
+                tap.tokens = head(hidden if every == 1 else hidden[::every], plan)
 
     handle = family.blocks(transformer)[index].register_forward_hook(run_head)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data import VideoCollator, column_names
+from ...data import GroupCollator, VideoCollator, column_names
 from ...data.columns import MapDataset, fingerprint_of
 from ...data.encoding.teacher_tokens import TeacherTokenDataset
 from ...data.video_io import read_video
@@ -129,33 +129,47 @@ class SelectedRows:
         return self.rows[self.indices[index]]
 
 
-@dataclass(frozen=True)
-class TeacherVideoCollator(VideoCollator):
+def stack_teacher(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """
-    Stack video rows and what they carry for the teacher.
+    Stack what rows carry for the teacher; nothing where they carry nothing.
 
-    Returns, from `__call__(rows)`, besides what [`VideoCollator`] returns:
+    Returns:
         `dict`: `teacher_tokens` int8 `(B, F', N', D)`, `teacher_scale` `(B, F', N')`, `teacher_grid` int64 `(3,)` and
         `teacher_frame_times` float32 `(F',)`; or `video` uint8 `(B, T, H, W, 3)`.
 
     Raises:
-        ValueError: As [`VideoCollator`], and if the tokens or videos of the rows differ in shape or place.
+        ValueError: If the tokens or videos of the rows differ in shape or place.
     """
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(rows)
-        names = ("video",) if "video" in rows[0] else TEACHER_COLUMNS
-        for name in names:
-            tensors = [torch.as_tensor(row[name]) for row in rows]
-            if any(tensor.shape != tensors[0].shape for tensor in tensors):
-                shapes = {int(row["index"]): tuple(tensor.shape) for row, tensor in zip(rows, tensors, strict=True)}
-                raise ValueError(
-                    f"'{name}' must have one shape in a batch, got (by row) {shapes}. Set `num_frames`, `height` and "
-                    "`width`, or train with a batch size of 1."
-                )
-            batch[name] = torch.stack(tensors)
-        for name in ("teacher_grid", "teacher_frame_times") if names == TEACHER_COLUMNS else ():
+    batch = {}
+    names = [name for name in ("video", *TEACHER_COLUMNS) if name in rows[0]]
+    for name in names:
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        if any(tensor.shape != tensors[0].shape for tensor in tensors):
+            shapes = {int(row["index"]): tuple(tensor.shape) for row, tensor in zip(rows, tensors, strict=True)}
+            raise ValueError(
+                f"'{name}' must have one shape in a batch, got (by row) {shapes}. Set `num_frames`, `height` and "
+                "`width`, or train with a batch size of 1."
+            )
+        batch[name] = torch.stack(tensors)
+    for name in ("teacher_grid", "teacher_frame_times"):
+        if name in batch:
             if not (batch[name] == batch[name][0]).all():
                 raise ValueError(f"'{name}' must agree in a batch, got {batch[name].tolist()}. Use one teacher size.")
             batch[name] = batch[name][0]
-        return batch
+    return batch
+
+
+@dataclass(frozen=True)
+class TeacherVideoCollator(VideoCollator):
+    """Stack video rows, as [`VideoCollator`] does, and what they carry for the teacher: see [`stack_teacher`]."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return super().__call__(rows) | stack_teacher(rows)
+
+
+@dataclass(frozen=True)
+class TeacherGroupCollator(GroupCollator):
+    """Stack group rows, as [`GroupCollator`] does, and what they carry for the teacher: see [`stack_teacher`]."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return super().__call__(rows) | stack_teacher(rows)

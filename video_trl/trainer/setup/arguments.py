@@ -53,7 +53,7 @@ def check_arguments(
         raise ValueError(f"{kind.__name__} has no reference; leave `ref_model` out.")
     if peft_config is not None and not args.use_peft:
         raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")
-    if optimizers[1] is not None and kind.has_head():
+    if optimizers[1] is not None and kind.has_head(args):
         raise ValueError(
             f"`optimizers` holds a scheduler, which has counted the groups of its optimizer; {kind.__name__} adds "
             "one, for its head. Pass `optimizers=(optimizer, None)` and name "
@@ -73,7 +73,7 @@ def check_arguments(
             f"{args.world_size} process(es) cannot be divided into groups of {args.processes_per_row} "
             f"({args.describe_processes_per_row()}). Launch a multiple of that, or lower the sizes."
         )
-    if args.context_parallel_size > 1 and kind.has_head():
+    if args.context_parallel_size > 1 and kind.has_head(args):
         raise ValueError(
             f"`context_parallel_size={args.context_parallel_size}` is not supported by {kind.__name__}: its head "
             "would see a part of the tokens only. Set it to 1."

@@ -106,17 +106,20 @@ class Denoising:
         timesteps (`torch.Tensor` of shape `(N,)`): Timesteps on the model's scale, float32.
         conditions (`dict[str, torch.Tensor]`): What the transformer is conditioned on, each `(N, ...)`.
         target (`torch.Tensor` of shape `(N, C, F, H, W)`): The velocity to regress.
+        group_size (`int`): How many of them a loss compares with each other, the chosen one first.
     """
 
     noisy_latents: Tensor
     timesteps: Tensor
     conditions: dict[str, Tensor]
     target: Tensor
+    group_size: int = 1
 
     def __getitem__(self, videos: slice) -> "Denoising":
         """Some of its videos."""
         conditions = {name: values[videos] for name, values in self.conditions.items()}
-        return Denoising(self.noisy_latents[videos], self.timesteps[videos], conditions, self.target[videos])
+        noisy_latents, timesteps, target = self.noisy_latents[videos], self.timesteps[videos], self.target[videos]
+        return Denoising(noisy_latents, timesteps, conditions, target, self.group_size)
 
     def one_by_one(self) -> list["Denoising"]:
         """Its videos, each by itself."""
@@ -207,8 +210,20 @@ class DenoisingStep:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
         return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.family.condition_columns}
 
-    def prepare(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Denoising:
-        """Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity."""
+    def prepare(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditions: dict[str, Tensor],
+        *,
+        group_size: int = 1,
+    ) -> Denoising:
+        """
+        Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity; groups of
+        `group_size` side by side, the chosen video first.
+        """
         process = self.family.noise_process
         noisy_latents = process.add_noise(latents, noise, timesteps)
-        return Denoising(noisy_latents, timesteps, conditions, process.velocity(latents, noise, timesteps))
+        target = process.velocity(latents, noise, timesteps)
+        return Denoising(noisy_latents, timesteps, conditions, target, group_size)

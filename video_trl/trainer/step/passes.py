@@ -25,6 +25,7 @@ from ...models import ModelFamily
 from ..parallel.engines import engine_of, prepare_reference
 from .denoising import Denoising
 from .group import GroupParallel
+from .safeguard import OutputSafeguard, ParameterSafeguard
 
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,17 @@ class ConcatPasses:
         family ([`ModelFamily`]): Of the transformer.
         reference ([`Reference`], *optional*): For the trainers that have one.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
+        outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back.
     """
 
     def __init__(
-        self, family: ModelFamily, reference: "Reference | None" = None, group: GroupParallel | None = None
+        self,
+        family: ModelFamily,
+        reference: "Reference | None" = None,
+        group: GroupParallel | None = None,
+        outputs: OutputSafeguard | None = None,
     ) -> None:
-        self._family, self._reference, self._group = family, reference, group
+        self._family, self._reference, self._group, self._outputs = family, reference, group, outputs
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         assert self._reference is not None, "only trainers with `uses_reference` have one"
@@ -66,9 +72,11 @@ class ConcatPasses:
 
     def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
-        prediction = self._family.predict(model, own.noisy_latents, own.timesteps, own.conditions)
-        errors = _errors(self._family, prediction, own)
-        return errors if self._group is None else self._group.gather(errors)
+        residuals: list[Tensor] | None = [] if self._outputs is not None and torch.is_grad_enabled() else None
+        errors = forward_errors(self._family, model, own, residuals)
+        errors = errors if self._group is None else self._group.gather(errors)
+        _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
+        return errors
 
     def backward(self) -> None:
         """Nothing: the graph of the loss reaches the weights."""
@@ -83,6 +91,8 @@ class SequentialPasses:
         reference ([`Reference`]): The reference.
         accelerator (`Accelerator`): Of the trainer; knows how processes go through several backward passes in a step.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
+        outputs ([`OutputSafeguard`], *optional*), gradients ([`ParameterSafeguard`], *optional*): Hold rejected videos
+            back.
     """
 
     def __init__(
@@ -91,8 +101,11 @@ class SequentialPasses:
         reference: "Reference",
         accelerator: Accelerator,
         group: GroupParallel | None = None,
+        outputs: OutputSafeguard | None = None,
+        gradients: ParameterSafeguard | None = None,
     ) -> None:
         self._family, self._reference, self._accelerator, self._group = family, reference, accelerator, group
+        self._outputs, self._gradients = outputs, gradients
         self._waiting: SequentialErrors | None = None  # for the backward pass of the loss
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
@@ -101,12 +114,17 @@ class SequentialPasses:
 
     def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
+        residuals: list[Tensor] | None = None
         if torch.is_grad_enabled():
-            self._waiting = SequentialErrors(own, self._family, model, **self._backward_passes(model))
+            residuals = None if self._outputs is None else []
+            how = self._backward_passes(model) | {"residuals": residuals, "safeguard": self._gradients}
+            self._waiting = SequentialErrors(own, self._family, model, **how)
             errors = self._waiting.errors
         else:
             errors = torch.cat([forward_errors(self._family, model, video) for video in own.one_by_one()])
-        return errors if self._group is None else self._group.gather(errors)
+        errors = errors if self._group is None else self._group.gather(errors)
+        _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
+        return errors
 
     def backward(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -122,16 +140,33 @@ class SequentialPasses:
         return {"backward": steps.backward_pass}
 
 
-def forward_errors(family: ModelFamily, model: nn.Module, denoising: Denoising) -> Tensor:
-    """Velocity errors `(N,)` of a transformer, from one forward."""
+def forward_errors(
+    family: ModelFamily, model: nn.Module, denoising: Denoising, residuals: list[Tensor] | None = None
+) -> Tensor:
+    """
+    Velocity errors `(N,)` of a transformer, from one forward, without the latent frames that are given: it predicts
+    nothing there. What they are the means of squares of is appended to `residuals`, float32, without a gradient.
+    """
     prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
-    return _errors(family, prediction, denoising)
-
-
-def _errors(family: ModelFamily, prediction: Tensor, denoising: Denoising) -> Tensor:
-    """Velocity errors `(N,)`, without the latent frames that are given: the transformer predicts nothing there."""
     given = family.given_frames
-    return velocity_error(prediction[:, :, given:], denoising.target[:, :, given:])
+    prediction, target = prediction[:, :, given:], denoising.target[:, :, given:]
+    if residuals is not None:
+        residuals.append(prediction.detach().float() - target.float())
+    return velocity_error(prediction, target)
+
+
+def _watch(
+    safeguard: OutputSafeguard | None,
+    errors: Tensor,
+    residuals: list[Tensor] | None,
+    group_size: int,
+    group: GroupParallel | None,
+) -> None:
+    """Let a safeguard hold back the rejected ones of the videos with these errors, where residuals were kept."""
+    if safeguard is None or residuals is None:
+        return
+    together = torch.cat(residuals)
+    safeguard.watch(errors, together if group is None else group.gather(together), group_size)
 
 
 class SequentialErrors:
@@ -139,7 +174,8 @@ class SequentialErrors:
     Errors of N videos with one graph alive at a time.
 
     `errors` are what the loss is made of; after its backward pass, which ends there, `backward` carries it on to the
-    weights. The graph of the last video is kept from the first pass, so that N videos cost 2N - 1 forwards, not 2N.
+    weights. The graph of one video is kept from the first pass, so that N videos cost 2N - 1 forwards, not 2N: the
+    last one's, or with a safeguard the first one's, whose gradient it needs before the others'.
 
     Args:
         denoising ([`Denoising`]): The videos.
@@ -148,6 +184,8 @@ class SequentialErrors:
         no_sync (`Callable`): Makes a context in which processes do not average gradients yet.
         backward (`Callable`, *optional*): Adds the gradients of a scalar, and gets whether it is the last of the
             step; the scalar's own backward pass if not given.
+        residuals (`list`, *optional*): Gets what the errors are made of, see `forward_errors`.
+        safeguard ([`ParameterSafeguard`], *optional*): Adds up the gradients.
 
     Attributes:
         errors (`torch.Tensor` of shape `(N,)`): A leaf of the graph, float32.
@@ -160,28 +198,45 @@ class SequentialErrors:
         model: nn.Module,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
         backward: Callable[[Tensor, bool], None] = lambda value, final: value.backward(),
+        residuals: list[Tensor] | None = None,
+        safeguard: ParameterSafeguard | None = None,
     ) -> None:
         self._family, self._model, self._no_sync, self._backward = family, model, no_sync, backward
-        *self._others, last = denoising.one_by_one()
-        with torch.no_grad():
-            known = [forward_errors(family, model, video) for video in self._others]
-        with self._local(final=not self._others):
-            self._last = forward_errors(family, model, last)
-        self.errors = torch.cat([*known, self._last.detach()]).requires_grad_()
+        self._safeguard, self._group_size = safeguard, denoising.group_size
+        self._videos = denoising.one_by_one()
+        self._kept = len(self._videos) - 1 if safeguard is None else 0
+        errors: list[Tensor] = []
+        for number, video in enumerate(self._videos):
+            if number == self._kept:
+                with self._local(final=len(self._videos) == 1):
+                    self._kept_error: Tensor | None = forward_errors(family, model, video, residuals)
+                errors.append(self._kept_error.detach())
+            else:
+                with torch.no_grad():
+                    errors.append(forward_errors(family, model, video, residuals))
+        self.errors = torch.cat(errors).requires_grad_()
 
     def backward(self) -> None:
         """Add the gradients of the weights, video by video, given the gradient of `errors`."""
         coefficients = self.errors.grad
         assert coefficients is not None, "the backward pass of the loss comes first"
+        if self._safeguard is not None:
+            self._safeguard.add_gradients(coefficients, self._group_size, self._add_gradient)
+            return
         # The graph that is alive goes first, and makes room.
-        with self._local(final=not self._others):
-            self._backward((coefficients[-1:] * self._last).sum(), not self._others)
-        del self._last
-        for number, video in enumerate(self._others):
-            final = number == len(self._others) - 1
-            with self._local(final=final):
-                errors = forward_errors(self._family, self._model, video)
-                self._backward((coefficients[number : number + 1] * errors).sum(), final)
+        *others, last = range(len(self._videos))
+        order = [last, *others]
+        for number in order:
+            self._add_gradient(number, final=number == order[-1])
+
+    def _add_gradient(self, number: int, final: bool = False) -> None:
+        """Add the weighted gradient of one video's error to those of the weights."""
+        assert self.errors.grad is not None
+        with self._local(final=final):
+            errors, self._kept_error = (self._kept_error if number == self._kept else None), None
+            if errors is None:
+                errors = forward_errors(self._family, self._model, self._videos[number])
+            self._backward((self.errors.grad[number : number + 1] * errors).sum(), final)
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""
