@@ -342,7 +342,9 @@ def test_a_bad_video_is_found_before_the_teacher_is_loaded(tmp_path, monkeypatch
     rows = [{"prompt": "a", "video": {"path": None, "bytes": content}} for content in (whole, cut)]
     args = repa_config(tmp_path, teacher="facebook/vjepa2-vitl-fpc64-256", cache_dir=str(tmp_path / "cache"))
     loaded = []
-    monkeypatch.setattr("video_trl.trainer.repa_trainer.load_teacher", lambda *names, **_: loaded.append(names))
+    monkeypatch.setattr(
+        "video_trl.trainer.repa.teacher_alignment.load_teacher", lambda *names, **_: loaded.append(names)
+    )
     with pytest.raises(VideoDecodeError, match="row 1, video"):
         VideoREPATrainer(tiny_wan_pipeline(), args, rows)
     assert loaded == []

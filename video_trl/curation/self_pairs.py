@@ -163,7 +163,7 @@ def _run_stages(
     clips: dict[str, list[Any]] = {
         "source_id": [f"prompt {number}" for number in range(len(prompts))],
         "content": [digest(prompt) for prompt in prompts],
-        "prompt": prompts,
+        "prompt": [*prompts],
         "reference_image": [None] * len(prompts),
         "bucket": [size] * len(prompts),
     }

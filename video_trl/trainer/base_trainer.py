@@ -393,8 +393,8 @@ class VideoTrainer(Trainer):
         before_encoding: Callable[[np.ndarray], None] | None = None,
     ) -> IndexedDataset:
         """
-        What [`prepare_dataset`] does for all trainers. `before_encoding` is shown one video of each size, uint8 `(T, H,
-        W, 3)`, before the first is encoded.
+        What [`prepare_dataset`] does for all trainers. `before_encoding` is shown one video of each size, uint8
+        `(T, H, W, 3)`, before the first is encoded.
         """
         return prepare_rows(
             dataset,

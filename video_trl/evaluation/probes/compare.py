@@ -80,10 +80,7 @@ def probe_models(
     else:
         frames: dict[str, Any] = {"num_frames": num_frames, "frame_step": frame_step}
         train, test = (read_physion(physion, split, **frames) for split in ("train", "test"))
-    # The sandbox has so few tokens that none need be pooled.
-    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if physion is None else {"cells": CELLS}
-    if cells is not None:
-        pooling["cells"] = None if cells == "all" else cells
+    pooling = _pooling(cells, simulated=physion is None)
     common: dict[str, Any] = {"batch_size": batch_size, "height": height, "width": width}
     results = {"pixels": probe_features(PixelFeatures(), train, test, name="pixels", **common)}
     pipeline = _load(model)
@@ -104,6 +101,12 @@ def probe_models(
         ceiling = TeacherFeatures(load_teacher(name, **(teacher_kwargs or {})), **pooling)
         results[f"{name} (teacher)"] = probe_features(ceiling, train, test, name=name, **common)
     return results
+
+
+def _pooling(cells: tuple[int, int] | Literal["all"] | None, *, simulated: bool) -> dict[str, Any]:
+    # The sandbox has so few tokens that none need be pooled.
+    pooling: dict[str, Any] = {"num_slices": 6, "cells": (4, 4)} if simulated else {"cells": CELLS}
+    return pooling if cells is None else pooling | {"cells": None if cells == "all" else cells}
 
 
 def _adapter_files(adapters: Sequence[str], alpha: Alpha | None, scale: float) -> dict[str, Path | None]:
