@@ -60,11 +60,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     A row of the group or preference type is `{"prompt": str, "chosen_latents": (C, F, H, W), "rejected_latents":
     (m, C, F, H, W), "prompt_embeds": (L_i, D), "rejected_scores": (m, 2)}`, the scores (columns `sa`, `pc`, in [0, 1])
-    only where the raw rows had them, and so `"weight"`, a float. A row of the video type is `{"prompt", "latents",
-    "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"`
-    `(L, D)` are added; for some families further embeddings of the prompt, or the `"frame_rate"` `()`. Latents are
-    float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of their
-    encoder and no padding that the collator can add.
+    only where the raw rows had them, and so `"weight"`, a float, and `"loss_weights"`, `(F,)` or `(F, H, W)`. A row of
+    the video type is `{"prompt", "latents", "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where
+    the model takes them, `"image_embeds"` `(L, D)` are added; for some families further embeddings of the prompt, or
+    the `"frame_rate"` `()`. Latents are float32 and normalised as the transformer takes them, scores are float32;
+    embeddings have the dtype of their encoder and no padding that the collator can add.
 
     Args:
         directory (`str` or `Path`): The folder.
@@ -125,6 +125,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
         if "weight" in row:
             example["weight"] = row["weight"]
+        if "loss_weights" in row:
+            example["loss_weights"] = self._tensor(row["loss_weights"])
         return example
 
     def shapes(self, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -156,6 +158,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def rejected_scores(self) -> list[Any]:
         """The judge's scores of each row, or none; no tensor is read."""
         return [row.get("rejected_scores") for row in self._rows]
+
+    def loss_weights(self) -> Iterator[Tensor | None]:
+        """Weights of the latents' elements in each row, or none; no other tensor is read."""
+        return (self._tensor(row["loss_weights"]) if "loss_weights" in row else None for row in self._rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

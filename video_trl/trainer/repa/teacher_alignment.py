@@ -133,8 +133,9 @@ class TeacherAlignment:
         Args:
             videos (`MapDataset`): The rows as video rows, raw or encoded.
             encode (`Callable`): Encodes and checks the rows.
-            transformer (`ModelMixin`), family ([`ModelFamily`]), pipeline (`DiffusionPipeline`, *optional*): The
-                model.
+            transformer (`ModelMixin`): The policy.
+            family ([`ModelFamily`]): Of the transformer.
+            pipeline (`DiffusionPipeline`, *optional*): Whose transformer it is.
 
         Raises:
             ValueError: If tokens cannot be compared with the transformer's.
