@@ -26,6 +26,9 @@ class NoiseProcess(Protocol):
     def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Velocity `(B, C, F, H, W)` that the transformer regresses at timesteps `(B,)`, in the same dtype."""
 
+    def separate(self, noisy_latents: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and noise, of which noisy latents and their velocity are made; the inverse of the two above."""
+
     def sample_timesteps(
         self,
         u: Tensor,
@@ -92,6 +95,14 @@ class FlowMatching:
         _check_shapes(latents, noise, timesteps)
         dtype = torch.promote_types(latents.dtype, torch.float32)
         return noise.to(dtype) - latents.to(dtype)
+
+    def separate(self, noisy_latents: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and noise `(B, C, F, H, W)` of noisy latents and their velocity; takes and raises the same."""
+        _check_shapes(noisy_latents, velocity, timesteps)
+        dtype = torch.promote_types(noisy_latents.dtype, torch.float32)
+        sigmas = (timesteps.to(dtype) / self.num_train_timesteps).view(-1, *(1,) * (noisy_latents.ndim - 1))
+        noisy_latents, velocity = noisy_latents.to(dtype), velocity.to(dtype)
+        return noisy_latents - sigmas * velocity, noisy_latents + (1 - sigmas) * velocity
 
     def sample_timesteps(
         self,
@@ -206,6 +217,12 @@ class VPrediction:
         """
         signal, noise_scale = self._scales(latents, noise, timesteps)
         return signal * noise.to(signal.dtype) - noise_scale * latents.to(signal.dtype)
+
+    def separate(self, noisy_latents: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and noise `(B, C, F, H, W)` of noisy latents and their velocity; takes and raises the same."""
+        signal, noise_scale = self._scales(noisy_latents, velocity, timesteps)
+        noisy_latents, velocity = noisy_latents.to(signal.dtype), velocity.to(signal.dtype)
+        return signal * noisy_latents - noise_scale * velocity, noise_scale * noisy_latents + signal * velocity
 
     def sample_timesteps(
         self,

@@ -10,19 +10,24 @@ Examples:
   video-trl data import videodpo vidpro10k-vc2-dataset --output_dir data/videodpo
   video-trl data import simpletuner config/multidatabackend.json --output_dir data/pairs
 
-What is checked is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos
+  video-trl data doctor my/pairs.jsonl --judge videophy2 --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+
+What is looked at is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos
 with captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a repository on the Hub. Exit code 1 if
-no trainer takes it, or a video cannot be read. An import writes a folder that --dataset_name takes; a row that cannot
-be used is left out and listed in its skipped.txt.
+no trainer takes it, a video cannot be read, or the doctor finds a problem: that something beside their content, blur,
+brightness, length or the traces of a generator, tells chosen from rejected videos, or that the judge does not. An
+import writes a folder that --dataset_name takes; a row that cannot be used is left out and listed in its skipped.txt.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from .options import mapping
 from .parser import UsageError, nearest, parse, required, say
 
 
-_ACTIONS = ("check", "import")
+_ACTIONS = ("check", "import", "doctor")
 _KINDS = ("phygdpo", "videodpo", "simpletuner")
 _SHOWN = 10  # rows that were left out
 
@@ -70,7 +75,8 @@ def run(argv: Sequence[str]) -> int:
     action, *rest = argv
     if action not in _ACTIONS:
         raise UsageError(f"no action {action!r}{nearest(action, _ACTIONS)}; expected one of {', '.join(_ACTIONS)}.")
-    return _check(rest) if action == "check" else _import(rest)
+    actions = {"check": _check, "import": _import, "doctor": _doctor}
+    return actions[action](rest)
 
 
 def _import(argv: Sequence[str]) -> int:
@@ -126,6 +132,56 @@ def _check(argv: Sequence[str]) -> int:
         lines.append(f"frames of the videos: {args.html}")
     say("\n".join(lines))
     return 0 if fed and "a video cannot be read" not in overview.problems else 1
+
+
+@dataclass
+class DoctorArguments:
+    """What chosen and rejected videos are told apart by."""
+
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    column: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns that have another name there: chosen=winner rejected=loser.", "action": "extend"},
+    )
+    judge: str | None = field(default=None, metadata={"help": "Judge to be tried, as `score --judge`. Unset: none."})
+    judge_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the judge, as a mapping in YAML or JSON."}
+    )
+    vae: str | None = field(
+        default=None, metadata={"help": "Model whose VAE encodes the videos for the probe. Unset: no probe."}
+    )
+    max_rows: int = field(default=200, metadata={"help": "At most so many rows, evenly spread."})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "What training brings videos to. Unset: as they are."}
+    )
+    fps: float | None = field(default=None, metadata={"help": "The same."})
+    height: int | None = field(default=None, metadata={"help": "The same."})
+    width: int | None = field(default=None, metadata={"help": "The same."})
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    args, names = parse(
+        "data doctor", __doc__, [DoctorArguments], argv, positional="dataset", positional_help="Name of the dataset."
+    )
+    if len(names) != 1:
+        raise UsageError(f"expected one dataset, got {' '.join(names)}.")
+    from ..data.tables import load_rows
+    from ..evaluation.data_doctor import diagnose
+    from ..load import load_judge, load_pipeline
+
+    pixels = {name: args.__dict__[name] for name in ("num_frames", "fps", "height", "width")}
+    found = diagnose(
+        load_rows(names[0], args.dataset_split, args.column),
+        judge=None if args.judge is None else load_judge(args.judge, **mapping("judge_options", args.judge_options)),
+        pipeline=None if args.vae is None else load_pipeline(args.vae),
+        max_rows=args.max_rows,
+        pixels=pixels,
+    )
+    lines = found.lines()
+    lines += [] if args.judge else ["no judge was tried: --judge NAME"]
+    lines += [] if args.vae else ["latents were not probed: --vae MODEL"]
+    say("\n".join(lines))
+    return 1 if found.problems else 0
 
 
 def _token_counter(model: str | None) -> Callable[[str], int] | None:

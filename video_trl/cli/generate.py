@@ -9,18 +9,58 @@ Examples:
   video-trl generate --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --fps 16 \\
       --num_frames 81 --height 480 --width 832 --prompts prompts.txt --seeds 0 1 --output_dir runs/wan
 
+  video-trl generate --from chosen --dataset_name my/pairs --kind repaint --output_dir matched
+
+With `--from chosen` no prompt is the start but the chosen video of each row: the model noises it in part and denoises
+it again, or paints a region of it anew, and `pairs.parquet` in the output directory is a dataset of such pairs.
+
 Under `accelerate launch -m video_trl generate ...` the videos are shared among the processes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from ..load import SANDBOX
 from .options import RunArguments
 from .parser import parse, required, say
 
 
+@dataclass
+class SourceArguments:
+    """What videos are made of: prompts, or the chosen videos of a dataset."""
+
+    source: Literal["prompts", "chosen"] = field(
+        default="prompts",
+        metadata={"help": "'prompts' or 'chosen'.", "aliases": ["--from"]},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows with chosen videos, as `train` takes them."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    column: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns that have another name there: chosen=winner.", "action": "extend"},
+    )
+    kind: Literal["partial", "repaint"] = field(
+        default="partial",
+        metadata={
+            "help": "'partial': noise the whole video in part. 'repaint': paint a moving region anew.",
+        },
+    )
+    eta: list[float] = field(
+        default_factory=lambda: [0.65, 0.8],
+        metadata={"help": "Lowest and highest noise level to begin at, in (0, 1)."},
+    )
+    round_trip: bool = field(
+        default=True, metadata={"help": "Write the chosen video as the VAE decodes it, as the rejected one is."}
+    )
+
+
 def run(argv: Sequence[str]) -> int:
-    (args,) = parse("generate", __doc__, [RunArguments], argv)
+    args, source = parse("generate", __doc__, [RunArguments, SourceArguments], argv)
+    if source.source == "chosen":
+        return _from_chosen(args, source)
     if args.model_name_or_path != SANDBOX:
         required("prompts", args.prompts, "prompts.txt")
     from ..evaluation.evaluate import evaluation_prompts
@@ -46,4 +86,37 @@ def run(argv: Sequence[str]) -> int:
         batch_size=args.batch_size,
     )
     say(f"{len(result.cases) - len(result.missing())} of {len(result.cases)} videos in {result.folder}")
+    return 0
+
+
+def _from_chosen(args: RunArguments, source: SourceArguments) -> int:
+    required("dataset_name", source.dataset_name, "my/pairs")
+    assert source.dataset_name is not None
+    from ..curation.matched import MatchedLosers, matched_losers
+    from ..data.tables import load_rows
+    from ..evaluation.runs.generate import load_generator
+
+    rows = load_rows(source.dataset_name, source.dataset_split, source.column)
+    generator = load_generator(
+        args.model_name_or_path,
+        adapter=args.adapter,
+        revision=args.revision,
+        fps=args.fps,
+        call_kwargs=args.call_kwargs(),
+        dtype=args.dtype,
+        device=args.device,
+    )
+    asked = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")
+    call = {name: generator.call_kwargs[name] for name in asked if name in generator.call_kwargs}
+    how = MatchedLosers(
+        kind=source.kind,
+        eta=source.eta,
+        seeds=args.seeds,
+        round_trip=source.round_trip,
+        fps=generator.fps,
+        **call,
+    )
+    weights = f"{generator.revision} {generator.adapter_hash}"
+    table = matched_losers(rows, generator.pipeline, args.output_dir, how, weights=weights)
+    say(f"{len(rows)} chosen videos with {len(how.seeds)} rejected ones each: {table}")
     return 0

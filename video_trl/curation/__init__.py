@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .engine.manifest import Rule, Shard, Stage, apply_rules, run_stage, summarize
     from .generate import VideoModel
     from .gt_pair.pipeline import GTPairConfig, GTPairResult, run_gt_pair
+    from .matched import MatchedLosers, matched_losers
     from .phyaug.pipeline import PhyAugConfig, PhyAugResult, load_groups, push_groups, run_phyaug
     from .phyaug.sampling import allocate
     from .self_pairs import SelfPairsConfig, SelfPairsResult, run_self_pairs
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "GTPairConfig": "gt_pair.pipeline",
     "GTPairResult": "gt_pair.pipeline",
+    "MatchedLosers": "matched",
     "PhyAugConfig": "phyaug.pipeline",
     "PhyAugResult": "phyaug.pipeline",
     "Rule": "engine.manifest",
@@ -30,6 +32,7 @@ _HOME = {
     "annotated_pairs": "annotated",
     "apply_rules": "engine.manifest",
     "load_groups": "phyaug.pipeline",
+    "matched_losers": "matched",
     "measure_clip": "clips.measures",
     "push_groups": "phyaug.pipeline",
     "read_votes": "annotated",
@@ -43,6 +46,7 @@ _HOME = {
 __all__ = [
     "GTPairConfig",
     "GTPairResult",
+    "MatchedLosers",
     "PhyAugConfig",
     "PhyAugResult",
     "Rule",
@@ -55,6 +59,7 @@ __all__ = [
     "annotated_pairs",
     "apply_rules",
     "load_groups",
+    "matched_losers",
     "measure_clip",
     "push_groups",
     "read_votes",

@@ -51,7 +51,8 @@ class GroupCollator:
         `prompt_embeds` `(B, L, D)` in the dtype they are stored in, the family's further `condition_columns` float32,
         `sa` and `pc` float32 `(B, m)` when all rows carry `rejected_scores`, `num_rejected` int64 `(B,)` when only the
         first so many rejected videos of each row are to be compared with, `weight` float32 `(B,)` when they carry
-        one, `index` int64 `(B,)`, the rows' `"index"`.
+        one, `loss_weights` float32 `(B, 1, F, H, W)` when one of them carries some (`H` and `W` are 1 where all have
+        one number a latent frame), `index` int64 `(B,)`, the rows' `"index"`.
 
     Raises:
         ValueError: The rows differ in the shape of their latents or in their number of rejected videos, or a prompt
@@ -80,7 +81,17 @@ class GroupCollator:
             batch["num_rejected"] = torch.tensor([row["num_rejected"] for row in rows])
         if all(row.get("weight") is not None for row in rows):
             batch["weight"] = torch.tensor([float(row["weight"]) for row in rows])
+        if any(row.get("loss_weights") is not None for row in rows):
+            batch["loss_weights"] = _loss_weights(rows, batch["chosen_latents"].shape[2])
         return {**batch, **_conditions(self.family, self.max_sequence_length, rows)}
+
+
+def _loss_weights(rows: Sequence[Row], frames: int) -> torch.Tensor:
+    """`(B, 1, F, H, W)`; ones for a row that has none."""
+    given = [row.get("loss_weights") for row in rows]
+    weights = [torch.ones(frames) if each is None else torch.as_tensor(each).float() for each in given]
+    weights = [each[:, None, None] if each.ndim == 1 else each for each in weights]  # (F, 1, 1) or (F, H, W)
+    return torch.stack(torch.broadcast_tensors(*weights))[:, None]
 
 
 def _indices(rows: Sequence[Row]) -> list[int]:

@@ -48,6 +48,8 @@ class IndexedRows(Protocol):
 
     def scores_are_whole(self) -> bool: ...
 
+    def loss_weights(self) -> Iterator[Any]: ...
+
 
 @runtime_checkable
 class Fingerprinted(Protocol):
@@ -192,6 +194,8 @@ def check_columns(
     if not encoded:
         _check_rejected(dataset)
     _check_scores(dataset, counts, columns, required=physics_rewarding)
+    if "loss_weights" in columns:
+        _check_loss_weights(dataset)
     if pair_weights:
         _check_weights(dataset, columns)
 
@@ -245,6 +249,8 @@ def cells(dataset: MapDataset, column: str) -> Iterator[Any]:
         yield from dataset.select_columns(column)[column]
     elif isinstance(dataset, IndexedRows) and column == "rejected_scores":
         yield from dataset.rejected_scores()
+    elif isinstance(dataset, IndexedRows) and column == "loss_weights":
+        yield from dataset.loss_weights()
     else:
         for row in range(len(dataset)):
             yield dataset[row].get(column)
@@ -374,6 +380,27 @@ def _check_weights(dataset: MapDataset, columns: Sequence[str]) -> None:
     for row, cell in enumerate(cells(dataset, "weight")):
         if not isinstance(cell, (int, float)) or not 0 < cell < math.inf:
             raise ValueError(f"Row {row}: 'weight' must be a positive, finite number, got {cell!r}.")
+
+
+def as_loss_weights(cell: Any) -> np.ndarray:
+    """A `loss_weights` cell as float32 of shape `(F,)` or `(F, H, W)`."""
+    return np.asarray(cell, dtype=np.float32)
+
+
+def _check_loss_weights(dataset: MapDataset) -> None:
+    for row, cell in enumerate(cells(dataset, "loss_weights")):
+        if cell is None:
+            continue
+        try:
+            weights = as_loss_weights(cell)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Row {row}: 'loss_weights' must be numbers of one shape: {error}") from error
+        if weights.ndim not in (1, 3) or not np.isfinite(weights).all() or not weights.any():
+            raise ValueError(
+                f"Row {row}: expected 'loss_weights' of shape (F,), one number a latent frame, or (F, H, W), one an "
+                f"element of the latents' grid, finite and not all 0; got shape {weights.shape}. Drop the row, or "
+                "leave its cell empty for weights of 1."
+            )
 
 
 def as_tensor(value: Any) -> torch.Tensor:

@@ -34,7 +34,7 @@ DPOLossType = Literal["sigmoid", "hinge", "ipo"]
 GAP_EPSILON = 1e-6  # added to both errors of a ratio: an error of 0 has a finite logarithm
 
 
-def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
+def velocity_error(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""
     Squared velocity error of each video, averaged over its latent elements.
 
@@ -45,6 +45,9 @@ def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
             Velocity predicted by the transformer, any floating dtype.
         target (`torch.Tensor` of shape `(B, C, F, H, W)`):
             Velocity to regress, from `noise_process.velocity`.
+        weights (`torch.Tensor` that expands to this shape, *optional*):
+            Weights of the elements: the mean is over them, divided by the sum of their magnitudes. Negative ones turn
+            a preference around: a segment in which the rejected video is the better one.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Mean squared error of each video; float32, or float64 for float64 inputs.
@@ -59,7 +62,11 @@ def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
         )
     # Cast before subtracting: the difference of two bfloat16 tensors is already rounded.
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
+    squares = (prediction.to(dtype) - target.to(dtype)).square()
+    if weights is None:
+        return squares.flatten(1).mean(dim=1)
+    weights = weights.to(dtype).expand_as(squares)
+    return (weights * squares).flatten(1).sum(dim=1) / weights.abs().flatten(1).sum(dim=1)
 
 
 def implicit_reward(policy_error: Tensor, reference_error: Tensor, beta: float) -> Tensor:

@@ -67,7 +67,8 @@ class VideoDPOTrainer(PreferenceTrainer):
         noise = draw.noise.expand(-1, 2, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.step.timesteps(draw.u).repeat_interleave(2)  # (2B,)
         conditions = self.step.conditions(inputs, repeats=2)
-        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=2)
+        weights = inputs.get("loss_weights")  # (B, 1, F, H, W), the same for all videos of a row
+        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=2, weights=weights)
 
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error = self.passes.policy(model, denoising)

@@ -171,7 +171,8 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         noise = draw.noise.expand(-1, group_size, *chosen.shape[1:]).flatten(0, 1)
         timesteps = self.step.timesteps(draw.u).repeat_interleave(group_size)  # (B * (1 + k),)
         conditions = self.step.conditions(inputs, repeats=group_size)
-        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=group_size)
+        weights = inputs.get("loss_weights")  # (B, 1, F, H, W), the same for all videos of a row
+        denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=group_size, weights=weights)
 
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error, alignment, aligned = self._policy(model, denoising, inputs)

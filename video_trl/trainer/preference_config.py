@@ -149,6 +149,12 @@ class PreferenceConfig(VideoConfig):
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, 1 / self.heldout_evaluations
         return args
 
+    @property
+    def pulls_on_errors(self) -> bool:
+        """Whether the loss has a term that lowers an error, or divides by one: more than differences of errors."""
+        weight = 0.0 if self.regulariser_field is None else self.__dict__[self.regulariser_field]
+        return self.gap != "raw" or self.win_gap_penalty > 0 or weight != 0
+
     def lose_gap_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.hold_lose_gap`] that stand here."""
         return {"weight": self.lose_gap_weight, "clip": self.lose_gap_clip}

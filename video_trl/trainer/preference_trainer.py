@@ -18,6 +18,7 @@ from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
 from .preference_config import PreferenceConfig
 from .setup.rows import IndexedDataset, encoded_cache_dir
 from .setup.scored_rows import check_rejected_scores, keep_low_scores
+from .setup.weighted_rows import check_loss_weights
 from .step.group import GroupParallel
 from .step.passes import (
     AdapterReference,
@@ -70,7 +71,8 @@ class PreferenceTrainer(VideoTrainer):
         return self.keep_compared(super().prepare_dataset(dataset, transformer))
 
     def keep_compared(self, rows: IndexedDataset) -> IndexedDataset:
-        """The rows with a rejected video that is compared with, see `rejected_score_below`."""
+        """The rows, checked, with a rejected video that is compared with, see `rejected_score_below`."""
+        check_loss_weights(rows, given_frames=self.family.given_frames, pulls_on_errors=self.args.pulls_on_errors)
         below = self.args.rejected_score_below
         return rows if below is None else keep_low_scores(rows, below)
 

@@ -20,20 +20,24 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("GroupDPO", {"loss_type": "sum", "sft_weight": "0.1*dgr"}),
     ("GroupDPO", {"loss_type": "plackett_luce", "physics_rewarding": False}),
 ]
+MASKED = ("GroupDPO", {"loss_type": "sum", "physics_rewarding": False, "masked": True})
 
 
-def near_rows(count: int) -> list[dict[str, Any]]:
+def near_rows(count: int, masked: bool = False) -> list[dict[str, Any]]:
     """Groups whose rejected videos are near the chosen one, where a preference loss does it the most harm."""
     rows = tiny_encoded_group(count)
     for row in rows:
         noise = row["rejected_latents"]
         row["rejected_latents"] = row["chosen_latents"] + 0.05 * noise
+        if masked:
+            row["loss_weights"] = (noise[0, 0] > 0).float()  # (F, H, W)
     return rows
 
 
 def step(directory, name: str, mode: str, **changes: Any) -> tuple[Any, Any, torch.Tensor, dict[str, torch.Tensor]]:
     """Trainer, denoising, coefficients of the errors, and gradients of one step of two groups, in float64."""
-    made = make(directory, name, mode, model=double(tiny_wan_pipeline()), rows=near_rows(2), **changes)
+    rows = near_rows(2, changes.pop("masked", False))
+    made = make(directory, name, mode, model=double(tiny_wan_pipeline()), rows=rows, **changes)
     disturb_adapter(made)
     seen: dict[str, Any] = {}
     prepare, policy = made.step.prepare, made.passes.policy
@@ -87,7 +91,7 @@ def test_by_the_weights_gradients_no_chosen_video_gets_worse(name, changes, mu, 
     assert (ours - total).abs().max() < 1e-5 * total.abs().max()
 
 
-@pytest.mark.parametrize(("name", "changes"), METHODS[1:4], ids=str)
+@pytest.mark.parametrize(("name", "changes"), [*METHODS[1:4], MASKED], ids=str)
 def test_by_outputs_the_gradients_are_those_of_scaled_errors(name, changes, tmp_path):
     """In both step modes; the scales from the residuals of one forward."""
     options = {**changes, "safeguard": "output", "safeguard_mu": 0.5}
@@ -96,7 +100,12 @@ def test_by_outputs_the_gradients_are_those_of_scaled_errors(name, changes, tmp_
         prediction = made.family.predict(
             made.model, denoising.noisy_latents, denoising.timesteps, denoising.conditions
         )
-    residuals = (prediction - denoising.target).flatten(1).unflatten(0, (2, -1))  # (B, 1 + k, elements)
+    residuals = (
+        prediction - denoising.target
+        if denoising.weights is None
+        else (denoising.weights * (prediction - denoising.target))
+    )
+    residuals = residuals.flatten(1).unflatten(0, (2, -1))  # (B, 1 + k, elements)
     scaled, held = coefficients.view(2, -1).clone(), 0
     for group, plain, sizes in zip(residuals, coefficients.view(2, -1), scaled, strict=True):
         for place in range(1, len(group)):

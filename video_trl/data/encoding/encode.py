@@ -200,6 +200,9 @@ def _build(job: _Job, cache_dir: Path) -> str:
             _encode_videos(job, inventory, rows, shapes, writer)
             if job.image_columns:
                 _encode_images(job, inventory, rows, shapes, writer)
+            for row in rows:
+                if row.loss_weights is not None:
+                    writer.add(_weights_key(row.loss_weights), torch.from_numpy(row.loss_weights))
             rates = _rates(job, inventory, rows, writer)
             index = [_index_row(job, row, shapes[row.videos[0]], rate) for row, rate in zip(rows, rates, strict=True)]
             writer.finish(index, skipped)
@@ -361,7 +364,8 @@ def _check_finite(encoded: torch.Tensor, name: str, encoder: nn.Module, what: st
 
 def _identity(row: Row) -> list[Any]:
     """What of a row the encoded dataset depends on."""
-    return [row.prompt, row.videos, row.scores, *([] if row.weight is None else [row.weight])]
+    optional = (row.weight, None if row.loss_weights is None else torch.from_numpy(row.loss_weights))
+    return [row.prompt, row.videos, row.scores, *(each for each in optional if each is not None)]
 
 
 def _rates(job: _Job, inventory: Inventory, rows: Sequence[Row], writer: EncodedWriter) -> list[float | None]:
@@ -396,8 +400,13 @@ def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | N
         **videos,
         "rejected_scores": row.scores,
         "weight": row.weight,
+        "loss_weights": None if row.loss_weights is None else _weights_key(row.loss_weights),
         **conditions,
     }
+
+
+def _weights_key(weights: np.ndarray) -> str:
+    return f"loss_weights/{fingerprint(torch.from_numpy(weights))}"
 
 
 def _image_key(column: str, digest: str, shape: tuple[int, int, int]) -> str:

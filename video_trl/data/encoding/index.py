@@ -63,6 +63,14 @@ class EncodedIndex:
         """The number of a tensor, by its name: all names are looked at."""
         return int(pc.index(self._tensors["key"], key).as_py())
 
+    def numbers(self, column: str) -> Iterator[int | None]:
+        """The number of the tensor in a column of each row, or `None`."""
+        if column not in self.columns:
+            yield from repeat(None, len(self))
+            return
+        for chunk in self._rows[column].iterchunks():
+            yield from chunk.to_pylist()
+
     def form_of(self) -> list[int]:
         """Which form each row has."""
         forms: list[int] = self._rows["form"].to_numpy().tolist()
@@ -136,7 +144,7 @@ def write_index(
         for name, value in row.items():
             if name == "prompt":
                 value = value.encode("utf-8", "surrogatepass")  # a string of Python may be no Unicode
-            elif name not in _OTHER:
+            elif name not in _OTHER and value is not None:
                 value = number_of[value] if isinstance(value, str) else [number_of[key] for key in value]
                 form[name] = shape_of[value] if isinstance(value, int) else [shape_of[each] for each in value]
             columns[name].append(value)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ...files import fingerprint
 from ..buckets import AspectBucket, nearest_bucket
-from ..columns import MapDataset, as_scores, as_videos
+from ..columns import MapDataset, as_loss_weights, as_scores, as_videos
 from ..images import image_hash, image_name
 from ..video_io import VideoDecodeError, VideoSource, probe_video, source_name, video_hash, video_shape
 from .store import SkippedRow
@@ -54,6 +55,7 @@ class Row:
     scores: list[list[float]] | None
     image: str | None  # hash, where the row brings its first frame
     weight: float | None  # of the row in the loss, where it has one
+    loss_weights: np.ndarray | None  # of the latents' elements in the errors
     bucket: AspectBucket | None  # size that all its videos are brought to; none: that of the options, or their own
 
     @property
@@ -149,7 +151,9 @@ def take_inventory(
         videos = tuple(d for d, place in zip(digests, places, strict=True) if place.column != IMAGE_COLUMN)
         image = None if len(videos) == len(digests) else digests[-1]
         weight = None if row_type == "video" or row.get("weight") is None else float(row["weight"])
-        return Row(row["prompt"], videos, names, numbers, image, weight, bucket), list(places), reasons
+        elements = None if row_type == "video" or row.get("loss_weights") is None else row["loss_weights"]
+        elements = None if elements is None else as_loss_weights(elements)
+        return Row(row["prompt"], videos, names, numbers, image, weight, elements, bucket), list(places), reasons
 
     numbered = ((number, dataset[number]) for number in range(len(dataset)))
     for row, places, reasons in in_threads(hashed, numbered, len(dataset), "Hashing videos"):

@@ -63,11 +63,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     A row of the group or preference type is `{"prompt": str, "chosen_latents": (C, F, H, W), "rejected_latents":
     (m, C, F, H, W), "prompt_embeds": (L_i, D), "rejected_scores": (m, 2)}`, the scores (columns `sa`, `pc`, in [0, 1])
-    only where the raw rows had them, and so `"weight"`, a float. A row of the video type is `{"prompt", "latents",
-    "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where the model takes them, `"image_embeds"`
-    `(L, D)` are added; for some families further embeddings of the prompt, or the `"frame_rate"` `()`. Latents are
-    float32 and normalised as the transformer takes them, scores are float32; embeddings have the dtype of their
-    encoder and no padding that the collator can add.
+    only where the raw rows had them, and so `"weight"`, a float, and `"loss_weights"`, `(F,)` or `(F, H, W)`. A row of
+    the video type is `{"prompt", "latents", "prompt_embeds"}`. For image-to-video, `"first_frame_latents"` and, where
+    the model takes them, `"image_embeds"` `(L, D)` are added; for some families further embeddings of the prompt, or
+    the `"frame_rate"` `()`. Latents are float32 and normalised as the transformer takes them, scores are float32;
+    embeddings have the dtype of their encoder and no padding that the collator can add.
 
     Args:
         directory (`str` or `Path`): The folder.
@@ -128,7 +128,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             example["chosen_latents"] = self._tensor(row["chosen"])
             example["rejected_latents"] = torch.stack([self._tensor(number) for number in row["rejected"]])
         named = ("video", "chosen", "rejected")
-        example.update({column: self._tensor(row[column]) for column in self.index.columns if column not in named})
+        others = [column for column in self.index.columns if column not in named and row[column] is not None]
+        example.update({column: self._tensor(row[column]) for column in others})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
         if row.get("weight") is not None:
@@ -146,6 +147,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def scores_are_whole(self) -> bool:
         """Whether every rejected video has an `(sa, pc)` in [0, 1]; no tensor is read."""
         return self.index.scores_are_whole()
+
+    def loss_weights(self) -> Iterator[Tensor | None]:
+        """Weights of the latents' elements in each row, or none; no other tensor is read."""
+        return (None if number is None else self._tensor(number) for number in self.index.numbers("loss_weights"))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

@@ -107,6 +107,8 @@ class Denoising:
         conditions (`dict[str, torch.Tensor]`): What the transformer is conditioned on, each `(N, ...)`.
         target (`torch.Tensor` of shape `(N, C, F, H, W)`): The velocity to regress.
         group_size (`int`): How many of them a loss compares with each other, the chosen one first.
+        weights (`torch.Tensor` of shape `(N, 1, F, H, W)`, *optional*): Weights of the elements in the errors; H and W
+            may be 1.
     """
 
     noisy_latents: Tensor
@@ -114,12 +116,14 @@ class Denoising:
     conditions: dict[str, Tensor]
     target: Tensor
     group_size: int = 1
+    weights: Tensor | None = None
 
     def __getitem__(self, videos: slice) -> "Denoising":
         """Some of its videos."""
         conditions = {name: values[videos] for name, values in self.conditions.items()}
         noisy_latents, timesteps, target = self.noisy_latents[videos], self.timesteps[videos], self.target[videos]
-        return Denoising(noisy_latents, timesteps, conditions, target, self.group_size)
+        weights = None if self.weights is None else self.weights[videos]
+        return Denoising(noisy_latents, timesteps, conditions, target, self.group_size, weights)
 
     def one_by_one(self) -> list["Denoising"]:
         """Its videos, each by itself."""
@@ -218,12 +222,14 @@ class DenoisingStep:
         conditions: dict[str, Tensor],
         *,
         group_size: int = 1,
+        weights: Tensor | None = None,
     ) -> Denoising:
         """
         Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity; groups of
-        `group_size` side by side, the chosen video first.
+        `group_size` side by side, the chosen video first; `weights` of groups `(N / group_size, 1, F, H, W)`.
         """
         process = self.family.noise_process
         noisy_latents = process.add_noise(latents, noise, timesteps)
         target = process.velocity(latents, noise, timesteps)
-        return Denoising(noisy_latents, timesteps, conditions, target, group_size)
+        weights = None if weights is None else weights.repeat_interleave(group_size, dim=0)  # the same for all
+        return Denoising(noisy_latents, timesteps, conditions, target, group_size, weights)

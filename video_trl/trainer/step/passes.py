@@ -91,8 +91,8 @@ class SequentialPasses:
         reference ([`Reference`]): The reference.
         accelerator (`Accelerator`): Of the trainer; knows how processes go through several backward passes in a step.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
-        outputs ([`OutputSafeguard`], *optional*), gradients ([`ParameterSafeguard`], *optional*): Hold rejected videos
-            back.
+        outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back, by their predictions.
+        gradients ([`ParameterSafeguard`], *optional*): Holds them back, by their gradients.
     """
 
     def __init__(
@@ -145,14 +145,16 @@ def forward_errors(
 ) -> Tensor:
     """
     Velocity errors `(N,)` of a transformer, from one forward, without the latent frames that are given: it predicts
-    nothing there. What they are the means of squares of is appended to `residuals`, float32, without a gradient.
+    nothing there. Up to a factor, their gradient by the prediction is appended to `residuals`, float32.
     """
     prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
     given = family.given_frames
     prediction, target = prediction[:, :, given:], denoising.target[:, :, given:]
+    weights = None if denoising.weights is None else denoising.weights[:, :, given:]
     if residuals is not None:
-        residuals.append(prediction.detach().float() - target.float())
-    return velocity_error(prediction, target)
+        residual = prediction.detach().float() - target.float()
+        residuals.append(residual if weights is None else weights * residual)
+    return velocity_error(prediction, target, weights)
 
 
 def _watch(

@@ -214,7 +214,7 @@ def _fingerprint(rows: IndexedDataset) -> str:
     hashes = []
     for number in range(len(rows.rows)):
         for name, value in sorted(rows.rows[number].items()):
-            hashes.append(fingerprint(name, value if isinstance(value, str) else as_tensor(value)))
+            hashes.append(fingerprint(name, value if value is None or isinstance(value, str) else as_tensor(value)))
     return fingerprint(hashes)
 
 
