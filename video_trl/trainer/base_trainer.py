@@ -38,6 +38,7 @@ from .checkpoints.settings import (
     check_settings,
 )
 from .checkpoints.signals import StopOnSignal
+from .checkpoints.weight_average import WeightAverage
 from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
     SHARDED,
@@ -69,6 +70,7 @@ from .setup.idle_options import idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
+from .setup.optimizers import optimizer_and_options
 from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference
 from .setup.rows import (
@@ -132,6 +134,7 @@ class VideoTrainer(Trainer):
         passes ([`Passes`]): Run reference and policy.
         metrics ([`Metrics`]): What has been recorded since the last log.
         checkpointer ([`Checkpointer`]): Saves and resumes.
+        average ([`WeightAverage`]): The moving average of the trained weights, if there is one.
         uploader ([`Uploader`]): Sends to the Hub.
         sampler ([`Sampler`]): Lends the pipeline to whoever generates.
 
@@ -257,8 +260,15 @@ class VideoTrainer(Trainer):
         self.adapter_name: str | None = None
         if args.use_peft:
             targets = lora_targets(family, transformer, args.lora_target_modules)
-            rank, alpha = args.lora_rank, args.lora_alpha
-            self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
+            self.adapter_name = attach_lora(
+                transformer,
+                peft_config,
+                targets,
+                rank=args.lora_rank,
+                alpha=args.lora_alpha,
+                use_rslora=args.use_rslora,
+                use_dora=args.use_dora,
+            )
         else:
             train_all_weights(transformer)
         disable_dropout(transformer)
@@ -324,6 +334,7 @@ class VideoTrainer(Trainer):
             description=description,
             should_save=args.should_save,
         )
+        self.average = WeightAverage(transformer, self.adapter_name, args.ema_decay)
         self.sampler = Sampler(
             self.pipeline,
             self.family,
@@ -331,6 +342,7 @@ class VideoTrainer(Trainer):
             device=args.device,
             max_sequence_length=self.max_sequence_length,
             fps=args.fps,
+            averaged=self.average.shown,
             tensorboard=lambda: next(
                 (each.tb_writer for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)),
                 None,
@@ -354,6 +366,7 @@ class VideoTrainer(Trainer):
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
         self.add_callback(self._guard)
         self.add_callback(GradientProof())
+        self.callback_handler.callbacks.insert(0, self.average)  # before what saves, evaluates or shows it
         self.add_callback(self._card)
         self.add_callback(self._signals)
         self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
@@ -419,6 +432,11 @@ class VideoTrainer(Trainer):
         if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
             check_optimizer(self.model if model is None else model, optimizer)
         return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: VideoConfig, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """As in `transformers.Trainer`, and also a class that is named by `optim_class`."""
+        return optimizer_and_options(args, model)
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
         """Add per-sample values, of any shape with the batch first, to the metrics of these names in the next log."""
@@ -547,9 +565,10 @@ class VideoTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._guard.check(self.args, self.state)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        with self.average.shown():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
         metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -656,15 +675,17 @@ class VideoTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.checkpointer.load(Path(resume_from_checkpoint))
+        self.average.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
-        self.checkpointer.load(Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, whole, and the card into a folder; all processes must call this."""
         directory = Path(output_dir or self.args.output_dir)
         self.checkpointer.save(directory)
+        self.average.save(self.checkpointer, directory)
         if self.args.should_save:
             write_atomically(directory / ARGUMENTS_NAME, self.args.to_json_string())
             self._card.write(directory, self.state)

@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 from ..load import SANDBOX
 from ..losses.alignment import MarginMode, RelationNorm, Relations, RelationWeighting
-from .base_config import VideoConfig, check_choice
+from .base_config import check_choice
 from .repa.alignment import Projector, SpatialPooling, SpatialTarget, TemporalTarget
+from .weighted_config import WeightedErrorConfig
 
 
 AlignmentLoss = Literal["trd", "repa"]
@@ -19,7 +20,7 @@ DEFAULT_MARGIN = 0.1
 
 
 @dataclass
-class VideoREPAConfig(VideoConfig):
+class VideoREPAConfig(WeightedErrorConfig):
     """
     Arguments of [`VideoREPATrainer`]; everything else is inherited from `VideoConfig` and
     [`~transformers.TrainingArguments`].

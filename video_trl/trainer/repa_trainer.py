@@ -289,7 +289,10 @@ class VideoREPATrainer(VideoTrainer):
             trd = [torch.stack(trd_loss(*pair, **relations)) for pair in _one_by_one(student, teacher)]
             alignment, parts["trd/spatial"], parts["trd/temporal"] = torch.stack(trd, dim=1)  # (B,) each
         coefficient = self.args.coefficient_at(self.state.global_step, self.state.max_steps)
-        losses = error + coefficient * alignment  # (B,)
+        weighted = error
+        if self.args.loss_weighting != "none":
+            weighted = error * self.step.loss_weights(timesteps, self.args.loss_weighting, self.args.min_snr_gamma)
+        losses = weighted + coefficient * alignment  # (B,)
         loss = losses.mean()
 
         with torch.no_grad():  # what the transformer itself has learned: a projector can absorb the loss above
