@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-regdpo study-phygdpo test-min build docs clean
+.PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-preferences test-min build docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -63,13 +63,9 @@ bench-sandbox: $(INSTALLED)  ## the sandbox comparison over three seeds
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
 		--seeds 0 1 2 --controls --output_dir outputs/bench
 
-study-regdpo: $(INSTALLED)  ## the stability study of Reg-DPO: 11 arms, three seeds, for docs/benchmarks/ (about an hour)
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/reg_dpo.py
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/reg_dpo.py --report docs/benchmarks/reg_dpo_stability.md
-
-study-phygdpo: $(INSTALLED)  ## the ablation of PhyGDPO: 8 arms, three seeds, for docs/benchmarks/ (about an hour)
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/phygdpo.py
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/phygdpo.py --report docs/benchmarks/phygdpo_ablation.md
+study-preferences: $(INSTALLED)  ## controls, Reg-DPO's arms, PhyGDPO's ablation: three seeds, for docs/benchmarks/ (seven hours of one core)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LAUNCH) examples/studies/preferences.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/preferences_report.py
 
 test-min: $(INSTALLED)  ## fast tests with the oldest versions that pyproject.toml allows, in .venv-min
 	test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min

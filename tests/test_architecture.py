@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "load": {"judges", "teachers", "data", "sandbox"},
     "hub": {"data", "load"},
     "curation": {"data", "judges", "models", "losses", "load"},
-    "evaluation": {"judges", "data", "models", "teachers", "load"},
+    "evaluation": {"judges", "data", "models", "teachers", "load", "hub"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},
     "experiment": {"load", "evaluation", "trainer"},
     "cli": {"load", "methods", "presets"},

@@ -181,7 +181,7 @@ def run_sandbox_experiment(
     base, *tables = [_evaluate(folder / "runs", adapter, experiment) for adapter in (_BASE_MODEL, *adapters)]
     pairs = [(arm, BASE) for arm in arms] + [(arm, JUDGED) for arm in arms if arm != JUDGED]
     comparisons = compare_tables([base, *tables], pairs)
-    results = _Results(base, adapters, tables, comparisons, _real_clips(base))
+    results = _Results(base, adapters, tables, comparisons, real_clips_pc([p.text for p in base.run.prompts]))
     settings = _settings(data, experiment, args) | {"winners": f"{len(groups)} of {experiment.found_clips} clips"}
     results.save(folder / "results.json", settings)
     report = results.write_report(folder / "report.html", settings)
@@ -325,7 +325,7 @@ def _train(
     cpu_seconds = time.process_time() - start
     trainer.save_model()
     rest = groups.select(range(len(trained), len(groups)))
-    gaps = [] if arm in (FOUND, JUDGED, LONGER) or not len(rest) else _win_gaps(trainer, rest)
+    gaps = [] if arm in (FOUND, JUDGED, LONGER) or not len(rest) else held_out_win_gaps(trainer, rest)
     adapter = _Adapter(arm, seed, str(folder), cpu_seconds, gaps, trainer.state.log_history)
     if args.process_index == 0:
         write_atomically(stored, json.dumps(asdict(adapter)))
@@ -363,8 +363,14 @@ def _shared(args: "VideoGroupDPOConfig", config_class: type[Any]) -> dict[str, A
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def _win_gaps(trainer: Any, rows: "datasets.Dataset") -> list[float]:
-    """Of each held-out row: error of the policy minus that of the reference on the chosen video, on one noise."""
+def held_out_win_gaps(trainer: Any, rows: "datasets.Dataset") -> list[float]:
+    """
+    Of each row: error of the policy minus that of the reference on the chosen video, on one noise.
+
+    Args:
+        trainer (`VideoTrainer`): A trained preference trainer, whose noise is used.
+        rows (`datasets.Dataset`): Rows that it was not trained on, of the type that it takes.
+    """
     import torch
 
     loader = trainer.get_eval_dataloader(trainer.prepare_dataset(rows, trainer.model))
@@ -412,8 +418,8 @@ def _evaluate(folder: Path, adapter: _Adapter, experiment: ExperimentArguments) 
     return tabulate(run, judge=judge.name)
 
 
-def _real_clips(base: "RunTable") -> float:
-    """Mean `pc` of lawful clips of the same sentences, after the autoencoder: what can be reached."""
+def real_clips_pc(prompts: Sequence[str]) -> float:
+    """Mean `pc` of lawful clips of the sandbox's sentences, after the autoencoder: what can be reached."""
     import numpy as np
     import torch
 
@@ -421,7 +427,6 @@ def _real_clips(base: "RunTable") -> float:
     from .sandbox.world.prompts import parse_prompt
 
     sandbox = load_sandbox()
-    prompts = [prompt.text for prompt in base.run.prompts]
     clips = np.stack([simulate(seed, spec=parse_prompt(prompt)).video for seed, prompt in enumerate(prompts)])
     videos = []
     with torch.no_grad():
@@ -429,7 +434,7 @@ def _real_clips(base: "RunTable") -> float:
             latents = sandbox.pipeline.vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
             decoded = sandbox.pipeline.vae.decode(latents).sample.clamp(-1, 1)
             videos += list(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy())
-    return float(np.mean([float(score["pc"]) for score in sandbox.judge.score(videos, prompts)]))
+    return float(np.mean([float(score["pc"]) for score in sandbox.judge.score(videos, list(prompts))]))
 
 
 def _settings(data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> dict[str, Any]:
@@ -606,8 +611,11 @@ class _Results:
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Every number behind the report as JSON, with the settings that made it."""
+        cases, rule = self.shown()
         content = {
             "sentence": self.sentence(),
+            "shown": {"cases": cases, "rule": rule},
+            "base_modes": self.modes[0],
             "settings": dict(settings),
             "real_pc": self.real_pc,
             "comparisons": [{**asdict(each), "verdict": each.verdict} for each in self.comparisons],

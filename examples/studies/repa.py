@@ -8,7 +8,9 @@ encoder make the model understand more, and learn to make videos faster, than th
 
 The shipped model knows as much as the teacher, so that there is nothing to hand on. The study starts from a young
 one: the same architecture and autoencoder, few steps from fresh weights. Arms: that base, SFT on the same clips, REPA
-(token-wise cosine), TRD, TRD on one kind of relations, at other blocks, with other weights. Measured are a probe
+(token-wise cosine), TRD, TRD that stops after 30 or 50 % of the steps (SFT stops at 0), TRD on one kind of relations,
+at other blocks, with other weights. Beside the trained teacher stands an oracle, whose tokens are the true state of
+the scene: what no encoder can better. Measured are a probe
 ("will the two balls touch?") on hidden states, the denoising error on held-out clips, and on request the judge's
 scores of generated videos. Every arm and seed leaves one result file; what is there is not made again, so that the
 study can be interrupted and continued:
@@ -29,18 +31,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_trl.files import write_atomically
+from video_trl.files import atomic_file, write_atomically
 
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from video_trl import VideoREPAConfig
     from video_trl.data.probe_clips import ProbeClip
     from video_trl.evaluation import PairedDifference
-    from video_trl.sandbox import Sandbox
+    from video_trl.sandbox import Clip, Sandbox
 
 
 STUDY_CONFIG = Path(__file__).parents[1] / "configs" / "sandbox-repa-study.yaml"
@@ -54,6 +57,13 @@ ARMS: dict[str, dict[str, Any]] = {
     SFT: {},
     "repa": {"alignment_loss": "repa"},
     TRD: {"alignment_loss": "trd"},
+    "trd-stop-0.3": {"coefficient_cutoff": 0.3},
+    "trd-stop-0.5": {"coefficient_cutoff": 0.5},
+    "oracle-repa": {"alignment_loss": "repa", "teacher": None},
+    "oracle": {"teacher": None},
+    "oracle-stop-0.3": {"teacher": None, "coefficient_cutoff": 0.3},
+    "oracle-stop-0.5": {"teacher": None, "coefficient_cutoff": 0.5},
+    "oracle-no-projector": {"teacher": None, "projector": "none"},
     "trd-spatial": {"relations": "spatial"},
     "trd-temporal": {"relations": "temporal"},
     "trd-paper": {"relation_weighting": "paper"},
@@ -79,12 +89,13 @@ class ScriptArguments:
     base_steps: int = field(
         default=150, metadata={"help": "Steps from fresh weights that make the base model; 0: the shipped model."}
     )
-    base_clips: int = field(default=1024, metadata={"help": "Clips of its corpus, 40 % of them violated."})
+    base_clips: int = field(default=1024, metadata={"help": "Clips of its corpus, half of them violated."})
     num_clips: int = field(default=512, metadata={"help": "Simulated clips to train the arms on."})
     arms: list[str] = field(
         default_factory=lambda: [
-            *(BASE, SFT, "repa", TRD, "trd-spatial", "trd-temporal"),
-            *("trd-no-projector", "trd-block-2", "trd-block-6", "trd-0.1", "trd-2"),
+            *(BASE, SFT, "repa", TRD, "trd-stop-0.3", "trd-stop-0.5", "trd-no-projector"),
+            *("oracle-repa", "oracle", "oracle-stop-0.3", "oracle-stop-0.5", "oracle-no-projector"),
+            *("trd-spatial", "trd-temporal", "trd-block-2", "trd-block-6", "trd-0.1", "trd-2"),
         ],
         metadata={"help": f"Any of {', '.join(ARMS)}."},
     )
@@ -154,18 +165,91 @@ def make_base(study: ScriptArguments, folder: Path) -> str:
     from diffusers import WanTransformer3DModel
 
     from video_trl.sandbox import load_sandbox
-    from video_trl.sandbox.weights.train_base import encode_corpus, train_transformer
+    from video_trl.sandbox.weights.train_transformer import Schedule, TransformerRun, encode_corpus, normalised
 
-    home = folder / "base"
+    home, work = folder / "base", folder / "base-work"
     if study.base_steps == 0 or (home / "model_index.json").is_file():
         return str(home) if study.base_steps else "sandbox"
+    work.mkdir(exist_ok=True)
     pipeline = load_sandbox().pipeline
     torch.manual_seed(5)
     pipeline.transformer = WanTransformer3DModel.from_config(pipeline.transformer.config)
-    latents, prompts = encode_corpus(pipeline.vae, study.base_clips, seed=7, measure=False)
-    train_transformer(pipeline, latents, prompts, steps=study.base_steps, seed=7)
+    corpus = [
+        encode_corpus(pipeline.vae, work / f"{name}.safetensors", study.base_clips // 2, seed=7, violated=violated)
+        for name, violated in (("lawful", False), ("violated", True))
+    ]
+    mixture = Schedule(lawful=0, mixed=study.base_steps - study.base_steps // 3, final=study.base_steps // 3)
+    run = TransformerRun(pipeline, train_text=False, seed=7)
+    run.train(*(normalised(pipeline.vae, part) for part in corpus), mixture, work)
     pipeline.save_pretrained(home)
     return str(home)
+
+
+class OracleTeacher:
+    """
+    A teacher that looks up the true state of each clip: what is where, how fast and how heavy it is.
+
+    Tokens lie as those of the sandbox's own teacher: two frames of 13 each, behind the first, at 4 x 4 places. Their
+    channels are a constant and, of the bodies in a place, the proportion of it that they cover, that times their
+    velocity to the right and upwards, and that times their mass (as the radius squared), each in units of its standard
+    deviation over all clips. A place without a body has the constant alone.
+
+    Args:
+        clips (`datasets.Dataset`): Rows of `build_clip_dataset`, whose files are named by the seeds of their scenes.
+    """
+
+    name = "sandbox-oracle"
+    grid = (6, 4, 4)
+
+    def __init__(self, clips: "datasets.Dataset") -> None:
+        import numpy as np
+        import torch
+
+        from video_trl.data.video_io import read_video
+        from video_trl.files import fingerprint
+        from video_trl.sandbox import simulate
+        from video_trl.sandbox.world.prompts import parse_prompt
+
+        states, keys = [], []
+        for row in clips:
+            clip = simulate(int(Path(row["video"]).stem), motion=parse_prompt(row["prompt"]).motion)
+            states.append(scene_state(clip))
+            keys.append(read_video(row["video"]).tobytes())
+        values = np.stack(states)  # (N, 6, 16, 4)
+        values /= values.std(axis=(0, 1, 2))
+        tokens = torch.from_numpy(np.concatenate([np.ones_like(values[..., :1]), values], axis=-1)).float()
+        self._tokens = dict(zip(keys, tokens, strict=True))
+        self.identity = fingerprint(self.name, tokens)
+
+    def __call__(self, video: "Tensor") -> Any:
+        """Tokens of clips `(B, T, 3, H, W)` in [0, 1] that it was made with."""
+        import torch
+
+        from video_trl.teachers import TeacherTokens
+
+        frames = (video * 255).round().byte().movedim(2, -1).numpy()
+        tokens = torch.stack([self._tokens[clip.tobytes()] for clip in frames])
+        return TeacherTokens(tokens, self.grid, 1.5 + 2.0 * torch.arange(self.grid[0]))
+
+    def to(self, device: Any) -> "OracleTeacher":
+        return self
+
+
+def scene_state(clip: "Clip") -> "np.ndarray":
+    """`(6, 16, 4)`: covered proportion, that times velocity (two channels), that times mass, of each token's place."""
+    import numpy as np
+
+    places, side = 4, 16  # a row of places, and points in a place on which the cover is measured
+    axis = (np.arange(places * side) + 0.5) / (places * side)
+    x, y = np.meshgrid(axis, axis[::-1])  # y up, as positions are
+    velocity = np.gradient(clip.positions, 1 / clip.fps, axis=0)  # (T, N, 2), frame heights a second
+    state = np.zeros((len(clip.positions), places * places, 4))
+    for body, radius in enumerate(clip.scene.appearance.radii):
+        for frame, (centre, speed) in enumerate(zip(clip.positions[:, body], velocity[:, body], strict=True)):
+            inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
+            cover = inside.reshape(places, side, places, side).mean(axis=(1, 3)).reshape(-1, 1)
+            state[frame] += cover * np.array([1.0, *speed, radius**2])
+    return state[1:].reshape(-1, 2, places * places, 4).mean(axis=1)
 
 
 def train(arm: str, base: str, args: "VideoREPAConfig", clips: "datasets.Dataset") -> list[dict[str, Any]]:
@@ -180,7 +264,8 @@ def train(arm: str, base: str, args: "VideoREPAConfig", clips: "datasets.Dataset
         values = {name: value for name, value in vars(args).items() if name in shared}
         trainer = VideoSFTTrainer(base, VideoSFTConfig(**values), clips)
     else:
-        trainer = VideoREPATrainer(base, replace(args, **ARMS[arm]), clips)
+        own = replace(args, **ARMS[arm])
+        trainer = VideoREPATrainer(base, own, clips, teacher=None if own.teacher else OracleTeacher(clips))
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history
@@ -202,6 +287,7 @@ class Material:
 def prepare(study: ScriptArguments, folder: Path) -> Material:
     import numpy as np
     import torch
+    from safetensors.torch import load_file, save_file
 
     from video_trl.evaluation.probes.physion import DiffusionFeatures
     from video_trl.sandbox import load_sandbox, simulate
@@ -210,11 +296,13 @@ def prepare(study: ScriptArguments, folder: Path) -> Material:
     features = DiffusionFeatures(load_sandbox().pipeline, block=PROBE_BLOCK)
 
     def encoded(name: str, videos: Sequence[Any]) -> "Tensor":
-        path = folder / f"latents-{name}.pt"
+        path = folder / f"latents-{name}.safetensors"
         if not path.is_file():
             chunks = [np.stack(videos[start : start + 32]) for start in range(0, len(videos), 32)]
-            torch.save(torch.cat([features.encode(torch.from_numpy(chunk)) for chunk in chunks]), path)
-        return torch.load(path, weights_only=True)
+            latents = torch.cat([features.encode(torch.from_numpy(chunk)) for chunk in chunks])
+            with atomic_file(path) as partial:
+                save_file({"latents": latents}, partial)
+        return load_file(path)["latents"]
 
     numbers = {"train": (study.probe_train, study.probe_seed), "test": (study.probe_test, study.probe_seed + 1)}
     probes = {split: contact_clips(number, seed=seed) for split, (number, seed) in numbers.items()}
@@ -346,7 +434,8 @@ def report(results: Results) -> str:
     judged = any(result["records"] for result in results[BASE])
     lines = [
         f"{len(results[SFT])} training seeds, {minutes:.0f} CPU minutes. Differences are paired (same clips and "
-        "noise, of two arms the same seeds) and pooled over seeds; the bootstrap resamples clips, not seeds, 95 %.",
+        "noise, of two arms the same seeds) and pooled over seeds; the bootstrap resamples clips, not seeds, 95 %. "
+        "The words of a column are those of a sign test over clips, corrected by Holm's method for its rows.",
         "",
         '## Probe: "will the two balls touch?"',
         "",
@@ -391,7 +480,9 @@ def probe_table(results: Results) -> list[str]:
     scenarios = list(dict.fromkeys(results[BASE][0]["probes"][BASE]["scenarios"]))
     heads = [*scenarios, "all", "all over base", "all over SFT"]
     lines = ["| features | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name in [*results, *EXTRAS]:
+    names = [*results, *EXTRAS]
+    columns = [compared(results, answers, names, other) for other in (BASE, SFT)]
+    for name in names:
         probes = [run["probes"][name] for run in results.get(name, results[BASE])]
         cells = []
         for scenario in (*scenarios, None):
@@ -403,7 +494,7 @@ def probe_table(results: Results) -> list[str]:
             ]
             accuracy = proportion_of([right for _, right in pairs], clusters=[number for number, _ in pairs])
             cells.append(f"{accuracy.value:.3f}" + ("" if scenario else f" [{accuracy.low:.3f}, {accuracy.high:.3f}]"))
-        cells += ["" if name in (other, BASE) else compared(results, answers, name, other) for other in (BASE, SFT)]
+        cells += [column[name] for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -411,9 +502,10 @@ def probe_table(results: Results) -> list[str]:
 def difference_table(results: Results, measured: Measure, head: str, over: str) -> list[str]:
     """Mean of each arm, and its paired differences from base and SFT."""
     lines = [f"| arm | {head} | {over.format('base')} | {over.format('SFT')} |", "|---" * 4 + "|"]
+    columns = [compared(results, measured, list(results), other) for other in (BASE, SFT)]
     for arm, runs in results.items():
         values = [abs(value) for run in runs for _, value in measured(run, arm)]
-        cells = ["" if arm in (other, BASE) else compared(results, measured, arm, other) for other in (BASE, SFT)]
+        cells = [column[arm] for column in columns]
         lines.append(f"| {arm} | {sum(values) / len(values):.4f} | {cells[0]} | {cells[1]} |")
     return lines
 
@@ -434,27 +526,39 @@ def log_table(results: Results) -> list[str]:
     return lines
 
 
-def difference(results: Results, measured: Measure, ours: str, theirs: str) -> "PairedDifference":
+def paired(results: Results, measured: Measure, ours: str, theirs: str) -> tuple[list[float], list[float], list[str]]:
     """
-    Paired difference of all runs of two arms; what has no training seeds stands against every seed of the other.
-    Larger is better for everything that is `measured`.
+    Values of all runs of two arms, and their clips; what has no training seeds stands against every seed of the other.
     """
-    from video_trl.evaluation import paired_bootstrap
-
     runs = [[measured(run, name) for run in results.get(name, results[BASE])] for name in (ours, theirs)]
     number = max(map(len, runs))
     a, b = (values * number if len(values) == 1 else values for values in runs)
-    labels = [label for run in a for label, _ in run]
-    return paired_bootstrap(*([value for run in runs for _, value in run] for runs in (a, b)), clusters=labels)
+    ours_flat, theirs_flat = ([value for run in arm for _, value in run] for arm in (a, b))
+    return ours_flat, theirs_flat, [label for run in a for label, _ in run]
 
 
-def compared(results: Results, measured: Measure, ours: str, theirs: str) -> str:
-    from video_trl.evaluation import verdict
+def difference(results: Results, measured: Measure, ours: str, theirs: str) -> "PairedDifference":
+    """Paired difference of all runs of two arms. Larger is better for everything that is `measured`."""
+    from video_trl.evaluation import paired_bootstrap
 
-    result = difference(results, measured, ours, theirs)
-    number = max(len(results.get(name, results[BASE])) for name in (ours, theirs))
-    sizes = f"{result.difference:+.4f} [{result.low:+.4f}, {result.high:+.4f}]"
-    return f"{sizes} {verdict(result, num_seeds=number)}"
+    a, b, labels = paired(results, measured, ours, theirs)
+    return paired_bootstrap(a, b, clusters=labels)
+
+
+def compared(results: Results, measured: Measure, names: Sequence[str], theirs: str) -> dict[str, str]:
+    """Each of `names` against another, in words, corrected for their number; empty for that one and the base."""
+    from video_trl.evaluation import holm, prompt_sign_test, verdict
+
+    names = [name for name in names if name not in (BASE, theirs)]
+    pairs = [paired(results, measured, name, theirs) for name in names]
+    adjusted = holm([prompt_sign_test(a, b, labels) for a, b, labels in pairs])
+    cells = {BASE: "", theirs: ""}
+    for name, p in zip(names, adjusted, strict=True):
+        found = difference(results, measured, name, theirs)
+        number = max(len(results.get(each, results[BASE])) for each in (name, theirs))
+        sizes = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        cells[name] = f"{sizes} {verdict(found, num_seeds=number, p_adjusted=p)}"
+    return cells
 
 
 def draw(results: Results, path: str) -> None:

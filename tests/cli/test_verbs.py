@@ -17,6 +17,7 @@ from video_trl.cli import main
 from video_trl.cli.doctor import FAULT, NOTE, OK, device, disk, memory, python, versions
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.benchmarks.vbench import FrameConsistency
+from video_trl.evaluation.probes import compare, physion
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.votes.study import Vote, VoteFile, open_study
 from video_trl.load import load_judge
@@ -140,6 +141,32 @@ def test_eval_probes_the_model_and_its_adapter(here, capsys):
         "pixels", "sandbox", str(here / "adapter"), "sandbox (teacher)"
     ]  # fmt: skip
     assert all(line.rstrip().endswith("/12 |") for line in lines[2:])
+
+
+@pytest.mark.parametrize(("value", "cells"), [("all", "all"), ("3x5", (3, 5)), (None, None)])
+def test_probe_cells_reach_the_probe(monkeypatch, value, cells):
+    given = {}
+    monkeypatch.setattr(compare, "probe_models", lambda *args, **options: given.update(options) or {})
+    monkeypatch.setattr(physion, "probe_table", lambda results: "")
+    assert main(["eval", "--benchmark", "physion", *([] if value is None else ["--probe_cells", value])]) == 0
+    assert given["cells"] == cells
+
+
+@pytest.mark.parametrize("value", ["0x3", "2", "every", "2x3x4"])
+def test_probe_cells_that_are_none_are_refused(capsys, value):
+    assert main(["eval", "--benchmark", "physion", "--probe_cells", value]) == 2
+    assert f"such as 2x3, or 'all', got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eval_probes_all_tokens(capsys):
+    """The sandbox's frames have 4 x 4 tokens: all of them are the default, and one cell is another probe."""
+    pytest.importorskip("sklearn")
+    tables = []
+    for cells in ("all", "4x4", "1x1"):
+        assert main(["eval", "--benchmark", "physion", "--probe_clips", "12", "--probe_cells", cells]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] != tables[2]
 
 
 def save_adapter(folder):

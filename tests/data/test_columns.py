@@ -190,6 +190,11 @@ def test_encoded_scores_are_checked_as_well():
         check_columns(rows, "group")
 
 
+def test_rows_without_a_number_are_refused():
+    with pytest.raises(ValueError, match="Expected a dataset with a length, got a list_iterator. Make a list"):
+        check_columns(iter([{"prompt": "a", "video": "a.mp4"}]), "video")
+
+
 def test_streaming_dataset_and_unknown_row_type():
     with pytest.raises(ValueError, match="got a streaming one. Load it without `streaming=True`"):
         check_columns(as_dataset(raw_rows()).to_iterable_dataset(), "group")

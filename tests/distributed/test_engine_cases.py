@@ -19,6 +19,15 @@ def test_fsdp2_stops_at_bad_numbers_and_trains_a_module_beside_the_transformer(t
     run(tmp_path, "stop+fsdp2", "head+fsdp2")
 
 
+def test_the_proof_at_the_start_and_the_clipping_of_gradients_hold_on_every_engine(tmp_path):
+    run(tmp_path, "proof+ddp", "proof+fsdp2")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs video-trl[deepspeed]")
+def test_they_hold_under_deepspeed_too(tmp_path):
+    run(tmp_path, "proof+zero2", "proof+zero3")
+
+
 def test_shared_tokens_are_not_shared_again(tmp_path):
     run(tmp_path, "again+ddp")
 

@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 
 from tests.support.distributed.cpu_engines import reset, zero
 from tests.support.tiny import tiny_encoded_group, tiny_transformer
@@ -116,6 +117,16 @@ def test_what_deepspeed_cannot_do_with_weights_fetched_layer_by_layer(tmp_path, 
             check_arguments(VideoGroupDPOTrainer, "sandbox", args, [{}], None, None, None, (None, None))
     finally:
         reset()
+
+
+def test_deepspeed_takes_no_optimizer_object(tmp_path, monkeypatch):
+    """transformers would drop it without a word and make the one that `optim` names."""
+    monkeypatch.setattr("video_trl.trainer.setup.arguments.requested_engine", lambda args: "zero2")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for pair in ((optimizer, None), (None, schedule)):
+        with pytest.raises(ValueError, match="`optimizers` has no effect with the engine 'zero2'.*by `optim`"):
+            check_arguments(VideoGroupDPOTrainer, "sandbox", config(tmp_path), [{}], None, None, None, pair)
 
 
 def test_videos_are_not_generated_by_one_of_several_sharded_processes(tmp_path):

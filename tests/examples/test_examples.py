@@ -146,12 +146,16 @@ def test_repa_study_end_to_end(tmp_path):
     sizes = ["--base_steps", "2", "--base_clips", "8", "--num_clips", "8", "--max_steps", "2", "--held_out", "6"]
     run = [*folder, *sizes, "--eval_prompts", "2", "--eval_seeds", "1", "--probe_train", "12", "--probe_test", "6"]
     run += ["--use_cpu", "--cache_dir", str(tmp_path / "cache")]
-    script.main([*run, "--arms", "base", "sft", "trd", "--seeds", "0", "1"])
-    assert len(list((tmp_path / "results").glob("*.json"))) == 5
+    script.main([*run, "--arms", "base", "sft", "trd", "oracle-stop-0.5", "--seeds", "0", "1"])
+    assert len(list((tmp_path / "results").glob("*.json"))) == 7
     page, picture = tmp_path / "repa.md", tmp_path / "repa.svg"
     script.main([*folder, "--use_cpu", "--report", str(page), "--figure", str(picture)])
     text = page.read_text()
-    assert text.count("| trd |") == 4 and text.count("| teacher |") == 1 and "better" not in text
+    assert (
+        text.count("| trd |") == text.count("| oracle-stop-0.5 |") == 4
+        and text.count("| teacher |") == 1
+        and "better" not in text
+    )
     assert "<svg" in picture.read_text()
     with pytest.raises(ValueError, match="arms of"):
         script.main([*run, "--arms", "dpo"])
@@ -235,6 +239,8 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
         (arm, seed) for arm in arms for seed in (0, 1)
     ]
     assert len(results["base"]) == 3 * 2 and results["settings"]["beta"] == 500 and 0.9 < results["real_pc"] <= 1
+    assert len(results["base_modes"]) == 6 and set(results["shown"]["cases"]) <= set(range(6))
+    assert results["shown"]["rule"] in page
     lawful = sum(mode == "lawful" for mode in results["runs"][-2]["modes"])
     assert f"{lawful} after Reg-DPO" in results["sentence"] and "law of motion in" in results["sentence"]
     assert not any(run["win_gaps"] for run in results["runs"] if run["method"].startswith("SFT"))  # no reference

@@ -3,47 +3,17 @@
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig
 from safetensors import safe_open
 
 from tests.support import rounding
+from tests.support.adapters import ATTENTION, adapter, output
 from tests.support.tiny import tiny_pipeline, tiny_transformer
 from video_trl import hub
-from video_trl.hub.export import diffusers_name, original_name
+from video_trl.hub.wan_names import diffusers_name, original_name
 
 
-ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 EVERYWHERE = ".*(to_[qkv]|to_out.0|add_[kv]_proj|net.0.proj|net.2|linear_[12]|time_proj|proj_out)"
 WAN_FAMILIES = ("wan-t2v", "wan-i2v")
-
-
-def adapter(family, folder, **config):
-    """A pipeline with an adapter that has moved, and its file."""
-    pipeline = tiny_pipeline(family)
-    pipeline.transformer.add_adapter(LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": ATTENTION} | config)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in pipeline.transformer.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return pipeline, hub.save_lora(pipeline.transformer, folder, base_model="somebody/base")
-
-
-def output(pipeline) -> torch.Tensor:
-    """One call of the transformer on fixed noise."""
-    generator = torch.Generator().manual_seed(0)
-    transformer = pipeline.transformer
-    for parameter in transformer.parameters():  # loaded ones lie where they lie in the file, and kernels notice
-        parameter.data = parameter.data.clone()
-    inputs = {
-        "hidden_states": torch.randn(1, transformer.config.in_channels, 2, 4, 4, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 512, 16, generator=generator),
-        "timestep": torch.tensor([500]),
-    }
-    if transformer.config.image_dim is not None:
-        inputs["encoder_hidden_states_image"] = torch.randn(1, 5, 16, generator=generator)
-    with torch.no_grad():
-        return transformer(**inputs, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("family", WAN_FAMILIES)
@@ -120,7 +90,7 @@ def test_every_linear_layer_of_wan_has_a_name():
 @pytest.mark.parametrize("matrices", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
 @pytest.mark.parametrize("alpha", [None, 2.0, 4.0])
 def test_a_file_of_another_tool_becomes_an_adapter(tmp_path, matrices, alpha):
-    """With either spelling, with alpha or without; the result is what diffusers makes of the file."""
+    """With either spelling, with alpha or, where it is given, without; the result is what diffusers makes of it."""
     _, file = adapter("wan-t2v", tmp_path / "ours")
     foreign = {}
     for key, tensor in hub.load_lora_state(file)[0].items():
@@ -131,7 +101,10 @@ def test_a_file_of_another_tool_becomes_an_adapter(tmp_path, matrices, alpha):
             foreign[f"{name}.alpha"] = torch.tensor(alpha)
     safetensors.torch.save_file(foreign, tmp_path / "foreign.safetensors")
     ours, theirs = tiny_pipeline("wan-t2v"), tiny_pipeline("wan-t2v")
-    ours.load_lora_weights(str(hub.import_lora(tmp_path / "foreign.safetensors", tmp_path / "back").parent))
+    given = "rank" if alpha is None else None
+    ours.load_lora_weights(
+        str(hub.import_lora(tmp_path / "foreign.safetensors", tmp_path / "back", alpha=given).parent)
+    )
     theirs.load_lora_weights(str(tmp_path), weight_name="foreign.safetensors")
     assert torch.equal(output(ours), output(theirs))
     config = ours.transformer.peft_config["default_0"]
@@ -163,8 +136,8 @@ def test_other_files_are_refused(tmp_path):
         hub.export_lora(file, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="must end in .safetensors"):
         hub.export_lora(adapter("wan-t2v", tmp_path / "wan")[1], tmp_path / "folder")
-    with pytest.raises(ValueError, match="No file .*nowhere"):
+    with pytest.raises(ValueError, match="No adapter at .*nowhere"):
         hub.import_lora(tmp_path / "nowhere", tmp_path / "back")
-    safetensors.torch.save_file({"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(1)}, tmp_path / "b")
-    with pytest.raises(ValueError, match="expected names in the layout.*lora_unet_blocks_0"):
+    safetensors.torch.save_file({"lora_te_layers_0_q_proj.lora_down.weight": torch.zeros(1)}, tmp_path / "b")
+    with pytest.raises(ValueError, match="expected LoRA matrices of layers.*lora_te_layers_0"):
         hub.import_lora(tmp_path / "b", tmp_path / "back")

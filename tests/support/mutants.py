@@ -2,42 +2,57 @@
 Change the package's mathematics in one place at a time, and see whether its tests notice.
 
 `python -m tests.support.mutants` changes signs, factors, comparisons, whole numbers and the order of arguments, and
-drops `detach`; then it runs the tests of the changed file. It lists the changes that no test has noticed.
+drops `detach`; then it runs the tests of the changed file. It lists the changes that no test has noticed. The slow
+tests run all changes, file by file (tests/test_mutants.py).
+
+The tests are collected once. For each change a copy of the process (`fork`) gets the changed code in its functions.
 """
 
 import argparse
 import ast
 import copy
-import importlib.machinery
+import functools
+import importlib
+import inspect
 import os
-import random
 import signal
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import pytest
+from _pytest.main import pytest_runtestloop
+
+from tests.support.mutants_without_effect import WITHOUT_EFFECT
 from tests.support.paths import ROOT
 
 
-# File -> tests that are to notice a change of it.
+# File -> tests that are to notice a change of it, cheap ones first.
 SUBJECTS = {
     "video_trl/losses/preference.py": ("tests/losses",),
     "video_trl/losses/alignment.py": ("tests/losses/test_alignment.py",),
     "video_trl/diffusion.py": ("tests/test_diffusion.py",),
+    "video_trl/trainer/step/denoising.py": ("tests/trainer/step/test_noise.py",),
     "video_trl/curation/phyaug/sampling.py": ("tests/curation/phyaug/test_sampling.py",),
     "video_trl/curation/phyaug/groups.py": ("tests/curation/phyaug/test_groups.py",),
-    "video_trl/curation/gt_pair/pairs.py": ("tests/curation/gt_pair/test_pipeline.py",),
-    "video_trl/curation/clips/measures.py": ("tests/curation/clips/test_measures.py",),
+    "video_trl/curation/gt_pair/pairs.py": ("tests/curation/gt_pair/test_pairs.py",),
+    "video_trl/curation/clips/measures.py": (
+        "tests/curation/clips/test_measure_numbers.py",
+        "tests/curation/clips/test_measures.py",
+    ),
 }
-SECONDS = 300  # a change may make a loop endless
+SECONDS = 120  # a change may make a loop endless
 _OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 _NEIGHBOUR = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+# Their first two arguments may come in any order.
+_SYMMETRIC = {"max", "min", "maximum", "minimum", "promote_types", "cosine_similarity", "_compute_dtype"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: where it is, of which kind, what stood and what stands there, and the new source of the file."""
+    """One change: where it is, of which kind, the line as it stands and as it then is, and the file's new source."""
 
     path: str
     line: int
@@ -48,6 +63,12 @@ class Mutant:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} {self.kind}: {self.before} -> {self.after}"
+
+    @property
+    def reason(self) -> str | None:
+        """Why no test can notice it, where that is known."""
+        lines = WITHOUT_EFFECT.get(self.path, {})
+        return next((reason for reason, changed in lines.items() if self.after in changed), None)
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -67,18 +88,29 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         new.value += 1
         yield "off by one", new
     elif isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "detach":
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name == "detach":
             yield "no detach", new.func.value
-        elif len(node.args) >= 2 and not any(isinstance(each, ast.Starred) for each in node.args[:2]):
+        elif (
+            len(node.args) >= 2
+            and name not in _SYMMETRIC
+            and not any(isinstance(each, ast.Starred) for each in node.args[:2])
+        ):
             new.args[:2] = reversed(new.args[:2])
             yield "swapped arguments", new
 
 
 def mutants_of(path: str) -> list[Mutant]:
-    """All changes of a file, but for those of annotations, documentation and messages."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    tree = ast.parse(text)
+    """All changes of a file's functions, but for those of annotations, documentation and messages."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    original = ast.unparse(tree).splitlines()  # a statement a line
     found = []
+
+    def note(child: ast.AST, kind: str) -> None:
+        source = ast.unparse(ast.fix_missing_locations(tree))
+        for before, after in zip(original, source.splitlines(), strict=True):
+            if before != after:  # nowhere, where two arguments that are alike were swapped
+                found.append(Mutant(path, child.lineno, kind, before.strip(), after.strip(), source))
 
     def visit(node: ast.AST) -> None:
         for name, value in ast.iter_fields(node):
@@ -88,85 +120,98 @@ def mutants_of(path: str) -> list[Mutant]:
                 if not isinstance(child, ast.AST):
                     continue
                 for kind, new in changes(child):
-                    before = ast.unparse(child)
                     if isinstance(value, list):
                         value[position] = new
                     else:
                         setattr(node, name, new)
-                    source = ast.unparse(ast.fix_missing_locations(tree))
+                    note(child, kind)
                     if isinstance(value, list):
                         value[position] = child
                     else:
                         setattr(node, name, child)
-                    found.append(Mutant(path, child.lineno, kind, before, ast.unparse(new), source))
                 visit(child)
 
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef | ast.ClassDef) and function in tree.body:
-            visit(function)
+    for definition in tree.body:
+        members = definition.body if isinstance(definition, ast.ClassDef) else [definition]
+        for function in members:
+            if isinstance(function, ast.FunctionDef):
+                visit(function)
     return found
 
 
-def chosen_mutants(number: int, seed: int) -> list[Mutant]:
-    """So many changes, of all files and kinds in turn."""
-    generator = random.Random(seed)
-    groups: dict[tuple[str, str], list[Mutant]] = {}
-    for path in SUBJECTS:
-        for mutant in mutants_of(path):
-            groups.setdefault((mutant.kind, path), []).append(mutant)
-    for group in groups.values():
-        generator.shuffle(group)
-    chosen: list[Mutant] = []
-    while len(chosen) < number and any(groups.values()):
-        for group in groups.values():
-            if group and len(chosen) < number:
-                chosen.append(group.pop())
-    return chosen
+def put_in(mutant: Mutant) -> None:
+    """The changed code into the functions of the module, which others have imported by name."""
+    module = importlib.import_module(mutant.path.removesuffix(".py").replace("/", "."))
+    changed = types.ModuleType(module.__name__)
+    changed.__dict__.update(__file__=module.__file__, __package__=module.__package__, __spec__=module.__spec__)
+    exec(compile(mutant.source, str(module.__file__), "exec"), changed.__dict__)
+    _replace(vars(module), vars(changed), module.__name__)
 
 
-def is_noticed(mutant: Mutant) -> bool:
-    """Whether the tests fail with the change. They run in a child of this process, which must not know the package."""
+def _replace(old: Any, new: Any, module: str) -> None:
+    for name, value in list(old.items()):
+        function = inspect.unwrap(value.__func__ if isinstance(value, staticmethod | classmethod) else value)
+        if isinstance(function, types.FunctionType) and function.__module__ == module and name in new:
+            other = new[name]
+            other = inspect.unwrap(other.__func__ if isinstance(other, staticmethod | classmethod) else other)
+            function.__code__, function.__defaults__ = other.__code__, other.__defaults__
+            function.__kwdefaults__ = other.__kwdefaults__
+        elif isinstance(value, type) and value.__module__ == module and name in new:
+            _replace(vars(value), vars(new[name]), module)
+
+
+def is_failing(session: pytest.Session, prepare: Callable[[], None]) -> bool:
+    """Whether a collected test fails in a copy of this process that has been prepared."""
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)
-        signal.alarm(SECONDS)
-        _import_changed(mutant)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        import pytest
-
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *SUBJECTS[mutant.path]])))
+        code = 1
+        try:
+            signal.alarm(SECONDS)
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            prepare()
+            pytest_runtestloop(session)
+            code = int(session.testsfailed > 0)
+        finally:
+            os._exit(code)
     _, status = os.waitpid(child, 0)
     return status != 0
 
 
-def _import_changed(mutant: Mutant) -> None:
-    get_code = importlib.machinery.SourceFileLoader.get_code
+class Hunt:
+    """A plugin of pytest that, instead of running the tests, runs them for every change."""
 
-    def changed(loader: importlib.machinery.SourceFileLoader, name: str):
-        path = loader.get_filename(name)
-        if Path(path) == ROOT / mutant.path:
-            return compile(mutant.source, path, "exec")
-        return get_code(loader, name)
+    def __init__(self, mutants: list[Mutant]) -> None:
+        self.mutants = mutants
+        self.survivors: list[Mutant] = []
 
-    importlib.machinery.SourceFileLoader.get_code = changed
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        assert session.items and not is_failing(session, lambda: None), "the tests fail without any change"
+        for mutant in self.mutants:
+            is_noticed = is_failing(session, functools.partial(put_in, mutant))
+            if not is_noticed:
+                self.survivors.append(mutant)
+            print("noticed " if is_noticed else "SURVIVED", mutant, flush=True)  # noqa: T201
+        return True
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--number", type=int, default=40, help="Changes to try.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the choice of changes.")
+    parser.add_argument("path", choices=SUBJECTS, help="The file to change.")
+    parser.add_argument("--part", type=int, default=0, help="Which part of its changes.")
+    parser.add_argument("--parts", type=int, default=1, help="Parts that they are divided into.")
     options = parser.parse_args()
     os.chdir(ROOT)
-    # Slow to import, and the same in every child.
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
-
-    assert not [name for name in sys.modules if name.startswith("video_trl")]
-    for mutant in chosen_mutants(options.number, options.seed):
-        print(f"{'noticed' if is_noticed(mutant) else 'SURVIVED'}  {mutant}", flush=True)  # noqa: T201
+    every = [mutant for mutant in mutants_of(options.path) if mutant.reason is None]
+    hunt = Hunt(every[options.part :: options.parts])
+    arguments = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-m", "not slow"]
+    code = pytest.main([*arguments, *SUBJECTS[options.path]], plugins=[hunt])
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), code
+    tried, left = len(hunt.mutants), len(hunt.survivors)
+    print(f"{tried - left} of {tried} changes noticed")  # noqa: T201
+    return int(left > 0.05 * tried)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,13 @@
 """Pipelines with a transformer for high and one for low noise: a run trains one of them, within its timesteps."""
 
+import math
 import shutil
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
-from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_wan_a14b_pipeline
+from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_pipeline, tiny_wan_a14b_pipeline
 from tests.support.trainer.runs import assert_equal_weights
 from tests.trainer.test_families import make
 from video_trl.hub import load_lora_state
@@ -55,6 +56,19 @@ def test_one_expert_is_loaded_trained_and_put_where_it_belongs(expert, saved, tm
     card = (tmp_path / "README.md").read_text()
     assert f"for the `{expert}` transformer of" in card
     assert ("load_into_transformer_2=True" in card) == (component == "transformer_2")
+
+
+def test_the_reference_in_a_pipeline_is_the_transformer_that_is_trained(tmp_path):
+    """Its two transformers have one architecture, so that the other one would pass for it."""
+    model, other = tiny_pipeline("wan-a14b-t2v"), tiny_pipeline("wan-a14b-t2v")
+    extra = {"model": model, "ref_model": other}
+    made = make("wan-a14b-t2v", "DPO", tmp_path, max_steps=1, extra=extra, expert="low_noise")
+    assert made.reference.transformer is other.transformer_2
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2))
+    other.transformer_2 = None
+    with pytest.raises(ValueError, match="Expected `ref_model` with a `transformer_2`, got a WanPipeline without it"):
+        make("wan-a14b-t2v", "DPO", tmp_path, extra=extra, expert="low_noise")
 
 
 def test_all_weights_of_the_second_expert_are_trained_too(saved, tmp_path):

@@ -3,12 +3,19 @@
 import json
 import math
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
 
 from tests.support import rounding
-from tests.support.tiny import tiny_encoded_video, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
+from tests.support.tiny import (
+    tiny_encoded_video,
+    tiny_group_dataset,
+    tiny_mp4,
+    tiny_transformer,
+    tiny_wan_pipeline,
+)
 from tests.support.trainer.repa_runs import aligned_rows, repa_config, repa_trainer, tiny_teacher, with_tokens
 from tests.support.trainer.runs import (
     RecordGradients,
@@ -21,6 +28,7 @@ from tests.support.trainer.runs import (
 from tests.trainer.test_group_dpo_trainer import generator_of
 from video_trl import VideoREPAConfig, VideoREPATrainer
 from video_trl.data.encoding.teacher_tokens import dequantise_tokens
+from video_trl.data.video_io import VideoDecodeError
 
 
 SHAPE = (4, 3, 4, 4)  # latents of 9 frames
@@ -297,6 +305,60 @@ def test_what_cannot_be_aligned_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="2 token rows and the teacher 3"):
         repa_trainer(tmp_path, train_dataset=raw, teacher=teacher, fps=8, cache_dir=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("teacher_tokens", lambda value: None, r"Row 3: expected a value in \['teacher_tokens'\], got none"),
+        (
+            "teacher_tokens",
+            lambda value: value[:, :, :5],
+            r"Row 3: expected .*\(4, 4, 12\).* as in row 0.*\(4, 4, 5\)",
+        ),
+        ("teacher_scale", lambda value: value * math.nan, "Row 3: 'teacher_scale' is not finite"),
+        (
+            "teacher_frame_times",
+            lambda value: value + 1,
+            "Row 3: expected .* as in row 0, whose latents have the same",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_all_rows_with_tokens_are_checked_before_the_first_step(tmp_path, column, change, message, as_dataset):
+    rows = aligned_rows(4)
+    rows[3][column] = change(rows[3][column])
+    if as_dataset:
+        rows = datasets.Dataset.from_list(
+            [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in rows]
+        )
+    with pytest.raises(ValueError, match=message):
+        repa_trainer(tmp_path, train_dataset=rows)
+
+
+def test_a_bad_video_is_found_before_the_teacher_is_loaded(tmp_path, monkeypatch):
+    whole = tiny_mp4(0, num_frames=9)
+    cut = whole[: len(whole) // 2]
+    rows = [{"prompt": "a", "video": {"path": None, "bytes": content}} for content in (whole, cut)]
+    args = repa_config(tmp_path, teacher="facebook/vjepa2-vitl-fpc64-256", cache_dir=str(tmp_path / "cache"))
+    loaded = []
+    monkeypatch.setattr("video_trl.trainer.repa_trainer.load_teacher", lambda *names, **_: loaded.append(names))
+    with pytest.raises(VideoDecodeError, match="row 1, video"):
+        VideoREPATrainer(tiny_wan_pipeline(), args, rows)
+    assert loaded == []
+
+
+def test_one_video_of_every_size_is_shown_to_the_teacher_before_any_is_encoded(tmp_path):
+    """A second size that cannot be aligned is not found hours later, also where the teacher looks in every step."""
+    sizes = ((32, 32), (32, 48))
+    rows = [
+        {"prompt": "a", "video": {"path": None, "bytes": tiny_mp4(0, num_frames=9, height=height, width=width)}}
+        for height, width in sizes
+    ]
+    made = {"train_dataset": rows, "teacher": tiny_teacher(), "precompute_teacher": False}
+    with pytest.raises(ValueError, match="32 x 48 pixels would be squeezed"):
+        repa_trainer(tmp_path / "run", **made, cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("video-*"))
 
 
 def short_rows() -> list[dict]:

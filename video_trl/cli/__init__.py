@@ -14,7 +14,7 @@ from .parser import UsageError, nearest, say
 # Verb -> what it does. Its module has the same name and is imported only when the verb is used.
 VERBS = {
     "train": "train a model, by any of the methods that it lists",
-    "data": "look through a dataset: rows, sizes, duplicates, and which trainers it feeds",
+    "data": "look through a dataset and say which trainers it feeds, or import one of another project",
     "curate": "make a preference dataset: gt-pairs, phyaug, annotated or self-pairs",
     "encode": "encode a dataset once, for any number of runs",
     "generate": "videos of prompts x seeds, as a run",

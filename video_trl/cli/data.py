@@ -1,24 +1,30 @@
 """
-Look through a dataset before it is used.
+Look through a dataset before it is used, or bring one of another project here.
 
 Examples:
 
   video-trl data check my/pairs.jsonl --column chosen=winner rejected=loser
   video-trl data check my/clips --html sheet.html             a folder of videos with captions; and a page of frames
   video-trl data check my/groups --tokenizer Wan-AI/Wan2.1-T2V-1.3B-Diffusers --max_sequence_length 512
+  video-trl data import phygdpo PhyGDPO --real_videos VIDGEN-1M_unzip --output_dir data/phygdpo
+  video-trl data import videodpo vidpro10k-vc2-dataset --output_dir data/videodpo
+  video-trl data import simpletuner config/multidatabackend.json --output_dir data/pairs
 
-The dataset is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos with
-captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a repository on the Hub. Exit code 1 if no
-trainer takes it, or a video cannot be read.
+What is checked is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos
+with captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a repository on the Hub. Exit code 1 if
+no trainer takes it, or a video cannot be read. An import writes a folder that --dataset_name takes; a row that cannot
+be used is left out and listed in its skipped.txt.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .parser import UsageError, nearest, parse, say
+from .parser import UsageError, nearest, parse, required, say
 
 
-_ACTIONS = ("check",)
+_ACTIONS = ("check", "import")
+_KINDS = ("phygdpo", "videodpo", "simpletuner")
+_SHOWN = 10  # rows that were left out
 
 
 @dataclass
@@ -41,6 +47,22 @@ class CheckArguments:
     html_rows: int = field(default=100, metadata={"help": "Only the first so many rows on it."})
 
 
+@dataclass
+class ImportArguments:
+    """Where it goes, and what PhyGDPO's data leave open."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write, for --dataset_name."})
+    real_videos: str | None = field(
+        default=None, metadata={"help": "phygdpo: folder with the videos of VidGen-1M. Unset: looked for."}
+    )
+    generator_model: str | None = field(
+        default=None, metadata={"help": "phygdpo: Wan1.3B or Wan14B, whose videos are rejected. Unset: the only one."}
+    )
+    seeds: list[int] = field(
+        default_factory=list, metadata={"help": "phygdpo: only the videos of these seeds. Unset: of all."}
+    )
+
+
 def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         say(f"usage: video-trl data ACTION [options]\n\nactions: {', '.join(_ACTIONS)}\n{__doc__}")
@@ -48,7 +70,35 @@ def run(argv: Sequence[str]) -> int:
     action, *rest = argv
     if action not in _ACTIONS:
         raise UsageError(f"no action {action!r}{nearest(action, _ACTIONS)}; expected one of {', '.join(_ACTIONS)}.")
-    return _check(rest)
+    return _check(rest) if action == "check" else _import(rest)
+
+
+def _import(argv: Sequence[str]) -> int:
+    args, where = parse(
+        "data import", __doc__, [ImportArguments], argv, positional="kind_and_data",
+        positional_help=f"Whose layout ({', '.join(_KINDS)}), and its folder or, of SimpleTuner, its configuration.",
+    )  # fmt: skip
+    if len(where) != 2 or where[0] not in _KINDS:
+        raise UsageError(f"expected one of {', '.join(_KINDS)} and what to read, got {' '.join(where)}.")
+    target = required("output_dir", args.output_dir, "data/imported")
+    options = {"real_videos": args.real_videos, "generator_model": args.generator_model, "seeds": args.seeds or None}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and where[0] != "phygdpo":
+        raise UsageError(f"--{next(iter(given))} is read for phygdpo, not for {where[0]}.")
+    from ..data.importers.imported import check_target, save_import
+    from ..data.importers.phygdpo import read_phygdpo
+    from ..data.importers.simpletuner import read_simpletuner
+    from ..data.importers.videodpo import read_videodpo
+
+    check_target(target)
+    readers = {"videodpo": read_videodpo, "simpletuner": read_simpletuner}
+    imported = read_phygdpo(where[1], **options) if where[0] == "phygdpo" else readers[where[0]](where[1])
+    folder = save_import(imported, target)
+    say(f"{len(imported.rows)} rows in {folder}")
+    if imported.skipped:
+        more = f"\n... and {len(imported.skipped) - _SHOWN} more" if len(imported.skipped) > _SHOWN else ""
+        say(f"left out ({folder / 'skipped.txt'}):\n" + "\n".join(imported.skipped[:_SHOWN]) + more)
+    return 0
 
 
 def _check(argv: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..load import SANDBOX
-from .options import JudgeArguments, RunArguments
+from .options import JudgeArguments, RunArguments, alpha_value
 from .parser import UsageError, parse, required, say
 
 
@@ -57,9 +57,12 @@ class EvalArguments:
     )
     probe_block: int = field(default=4, metadata={"help": "physion: block that is probed, counted from 1."})
     probe_clips: int = field(default=480, metadata={"help": "physion, simulated: clips to fit on, and to test on."})
-    probe_cells: str = field(
-        default="2x3",
-        metadata={"help": "physion: rows x columns that the tokens of a frame are pooled to; 'all' for every token."},
+    probe_cells: str | None = field(
+        default=None,
+        metadata={
+            "help": "physion: rows x columns that the tokens of a frame are pooled to, or 'all' for every token. "
+            "Unset: 2x3, and 4x4 on simulated clips."
+        },
     )
     teacher: str | None = field(default=None, metadata={"help": "physion: video encoder to probe as well."})
 
@@ -84,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
     table = evaluate_model(
         run_args.output_dir,
         model=run_args.model_name_or_path,
-        adapter=run_args.adapter,
+        **run_args.adapter_kwargs(),
         prompts=run_args.prompts,
         num_prompts=run_args.num_prompts,
         seeds=run_args.seeds,
@@ -124,13 +127,18 @@ def _physion(args: EvalArguments, run_args: RunArguments) -> str:
     from ..evaluation.probes.compare import probe_models
     from ..evaluation.probes.physion import probe_table
 
-    shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.probe_cells)
-    if shape is None and args.probe_cells != "all":
-        raise UsageError(f"--probe_cells: expected rows x columns such as 2x3, or 'all', got {args.probe_cells!r}.")
+    cells: Any = args.probe_cells
+    if cells not in (None, "all"):
+        shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cells)
+        if shape is None:
+            raise UsageError(f"--probe_cells: expected rows x columns such as 2x3, or 'all', got {cells!r}.")
+        cells = int(shape[1]), int(shape[2])
     frames: dict[str, Any] = {} if run_args.num_frames is None else {"num_frames": run_args.num_frames}
     results = probe_models(
         run_args.model_name_or_path,
         [run_args.adapter] if run_args.adapter else [],
+        adapter_alpha=alpha_value(run_args.adapter_alpha),
+        adapter_scale=run_args.adapter_scale,
         block=args.probe_block,
         teacher=args.teacher,
         physion=args.physion,
@@ -138,7 +146,7 @@ def _physion(args: EvalArguments, run_args: RunArguments) -> str:
         num_test=args.probe_clips,
         height=run_args.height,
         width=run_args.width,
-        cells=None if shape is None else (int(shape[1]), int(shape[2])),
+        cells=cells,
         **frames,
     )
     return probe_table(results)

@@ -5,6 +5,7 @@ Examples:
 
   video-trl generate --num_prompts 7 --output_dir runs/base
   video-trl generate --adapter out/phygdpo --num_prompts 7 --output_dir runs/phygdpo
+  video-trl generate --adapter out/phygdpo --adapter_scale 0.5 --num_prompts 7 --output_dir runs/half
   video-trl generate --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --fps 16 \\
       --num_frames 81 --height 480 --width 832 --prompts prompts.txt --seeds 0 1 --output_dir runs/wan
 
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     prompts = evaluation_prompts(args.prompts, args.num_prompts)
     generator = load_generator(
         args.model_name_or_path,
-        adapter=args.adapter,
+        **args.adapter_kwargs(),
         revision=args.revision,
         fps=args.fps,
         call_kwargs=args.call_kwargs(),

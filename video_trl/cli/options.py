@@ -26,6 +26,13 @@ class RunArguments:
     adapter: str | None = field(
         default=None, metadata={"help": "Repository id or folder with pytorch_lora_weights.safetensors."}
     )
+    adapter_alpha: str | None = field(
+        default=None,
+        metadata={"help": "Alpha that the adapter was trained with, for a file that does not say it; or 'rank'."},
+    )
+    adapter_scale: float = field(
+        default=1.0, metadata={"help": "Factor of what the adapter adds to each output; 0 is the base model."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
     prompts: str | None = field(
         default=None,
@@ -59,6 +66,11 @@ class RunArguments:
         """What the pipeline's call is given beside the prompt."""
         return {name: value for name in _CALL if (value := self.__dict__[name]) is not None}
 
+    def adapter_kwargs(self) -> dict[str, Any]:
+        """The adapter and how strongly it acts, as `load_generator` takes them."""
+        alpha = alpha_value(self.adapter_alpha)
+        return {"adapter": self.adapter, "adapter_alpha": alpha, "adapter_scale": self.adapter_scale}
+
     def shown_name(self) -> str:
         return self.name or (self.adapter or self.model_name_or_path).rstrip("/").rpartition("/")[2]
 
@@ -90,6 +102,19 @@ class JudgeArguments:
             return load_judge(self.judge, cache=self.judge_cache, **options)
         except TypeError as error:
             raise UsageError(f"--judge_options: {error}") from error
+
+
+def alpha_value(value: str | float | None) -> Any:
+    """
+    Alpha of an adapter: a number, or `"rank"`.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    try:
+        return value if value in (None, "rank") else float(value)
+    except ValueError as error:
+        raise UsageError(f"--adapter_alpha is a number, or 'rank', got {value!r}.") from error
 
 
 def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:

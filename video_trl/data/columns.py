@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import datasets
@@ -44,7 +44,9 @@ class IndexedRows(Protocol):
 
     def rejected_counts(self) -> list[int]: ...
 
-    def rejected_scores(self) -> list[Any]: ...
+    def rejected_scores(self) -> Iterator[Any]: ...
+
+    def scores_are_whole(self) -> bool: ...
 
 
 @runtime_checkable
@@ -222,6 +224,11 @@ def _check_kind(dataset: Any) -> None:
             "Expected a dataset with a length, got a streaming one. Load it without `streaming=True`: its videos are "
             "encoded once, before training, and a run can then be resumed exactly."
         )
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            f"Expected a dataset with a length, got a {type(dataset).__name__}. Make a list of its rows, or a "
+            "`datasets.Dataset` with `Dataset.from_generator`."
+        )
 
 
 def _refuse_transform(dataset: datasets.Dataset) -> None:
@@ -333,6 +340,8 @@ def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[
                 "`physics_rewarding` needs the column 'rejected_scores' (per rejected video 'sa' and 'pc' in [0, 1]), "
                 f"got {list(columns)}. {advice}"
             )
+        return
+    if isinstance(dataset, IndexedRows) and dataset.scores_are_whole():  # a million rows at once
         return
     for row, cell in enumerate(cells(dataset, "rejected_scores")):
         if cell is None:

@@ -31,7 +31,8 @@ def read_image(source: ImageSource, *, height: int | None = None, width: int | N
         `numpy.ndarray` of shape `(H, W, 3)`, uint8.
 
     Raises:
-        VideoDecodeError: The image is missing or damaged, or an array of another shape or dtype.
+        VideoDecodeError: The image is missing, damaged or too large, its levels are no bytes and not of 16 bits, or an
+            array has another shape or dtype.
     """
     if isinstance(source, np.ndarray):
         pixels = source
@@ -40,7 +41,7 @@ def read_image(source: ImageSource, *, height: int | None = None, width: int | N
                 f"<image array>: expected uint8 of shape (height, width, 3), got {pixels.dtype} {pixels.shape}."
             )
     else:
-        pixels = np.asarray(PIL.ImageOps.exif_transpose(_open(source)).convert("RGB"))
+        pixels = _pixels(source)
     return read_video(pixels[None], height=height, width=width)[0]
 
 
@@ -62,6 +63,23 @@ def image_hash(source: ImageSource) -> str:
     return fingerprint(np.ascontiguousarray(read_image(source)).data)
 
 
+def _pixels(source: ImageSource) -> np.ndarray:
+    """Upright RGB of 8 bits. Levels of 16 bits are scaled: PIL would make white of all that are above 255."""
+    image = _open(source)
+    if image.mode in ("I", "F"):
+        raise VideoDecodeError(
+            f"{image_name(source)}: expected levels of 8 or 16 bits, got 32 (mode {image.mode!r}), of unknown range. "
+            "Convert it to a PNG with 8 bits, or drop its row."
+        )
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:  # whatever PIL makes of damaged tags and palettes
+        raise _unreadable(source, error) from error
+
+
 def _open(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         return source
@@ -75,8 +93,11 @@ def _open(source: ImageSource) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(file)
         image.load()  # damage behind the header shows only here
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise VideoDecodeError(
-            f"{image_name(source)}: cannot read the image ({error}). Check the path and the file, or drop its row."
-        ) from error
+    except Exception as error:  # damaged files make PIL raise far more than it documents
+        raise _unreadable(source, error) from error
     return image
+
+
+def _unreadable(source: ImageSource, error: Exception) -> VideoDecodeError:
+    words = f"cannot read the image ({error or type(error).__name__}). Check the path and the file, or drop its row."
+    return VideoDecodeError(f"{image_name(source)}: {words}")

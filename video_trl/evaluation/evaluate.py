@@ -10,6 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..files import Absence
+from ..hub.published import Alpha
 from ..judges import VideoJudge
 from ..load import SANDBOX, heldout_prompts, load_judge
 from .benchmarks.videophy import load_videophy
@@ -36,6 +37,8 @@ def evaluate_model(
     *,
     model: str = SANDBOX,
     adapter: str | None = None,
+    adapter_alpha: Alpha | None = None,
+    adapter_scale: float = 1.0,
     prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None = None,
     num_prompts: int | None = None,
     seeds: Sequence[int] = (0,),
@@ -59,7 +62,8 @@ def evaluate_model(
 
     Args:
         run_dir (path): Directory of the run.
-        model, adapter, revision, fps, call_kwargs, dtype, device: As in [`load_generator`].
+        model, adapter, adapter_alpha, adapter_scale, revision, fps, call_kwargs, dtype, device: As in
+            [`load_generator`].
         prompts (path or list, *optional*): File for [`load_prompts`], or prompts; by default the sandbox's held-out.
         num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (20 by default), or the first so
             many of `prompts`.
@@ -85,8 +89,9 @@ def evaluate_model(
     if isinstance(judge, str):
         judge = load_judge(judge)
     generator = load_generator(
-        model, adapter=adapter, revision=revision, fps=fps, call_kwargs=call_kwargs, dtype=dtype, device=device
-    )
+        model, adapter=adapter, adapter_alpha=adapter_alpha, adapter_scale=adapter_scale, revision=revision, fps=fps,
+        call_kwargs=call_kwargs, dtype=dtype, device=device,
+    )  # fmt: skip
     run = generate_run(
         run_dir,
         generator,

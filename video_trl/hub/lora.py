@@ -4,7 +4,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -161,19 +163,24 @@ def write_lora(
     Raises:
         OSError: The file cannot be written, for instance because the disk is full.
     """
+    settings = adapter_metadata(config)
+    if base_model is not None:
+        settings[f"{PREFIX}base_model_name_or_path"] = base_model
+    tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    header |= {} if expert is None else {EXPERT_KEY: expert}
+    return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
+
+
+def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
+    """What diffusers is told of an adapter, beside its weights."""
     # Only what differs from the defaults: another version of PEFT need not know every option of this one. And no
     # dropout: diffusers adds adapters in training mode, where it would make noise of every video.
     defaults = LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
     options = {name: value for name, value in config.to_dict().items() if name in _PROVEN}
     settings = {key: value for key, value in options.items() if key in always or value != defaults[key]}
-    if base_model is not None:
-        settings["base_model_name_or_path"] = base_model
-    tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-    metadata = {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
-    header |= {} if expert is None else {EXPERT_KEY: expert}
-    return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
+    return {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 
 def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -196,15 +203,38 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
         raise ValueError(
             f"No LoRA weights at {path}; expected a folder with {LORA_FILE_NAME} as `save_lora` writes it."
         )
-    tensors, header = read_tensors(path)
+    return lora_state(*read_tensors(path), path)
+
+
+def lora_state(
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    What [`load_lora_state`] returns, from the tensors and the metadata of the file `path`.
+
+    Raises:
+        ValueError: Names without the prefix, no metadata, or options that the PEFT that is installed does not know.
+    """
     if METADATA_KEY not in header or not all(name.startswith(PREFIX) for name in tensors):
         raise ValueError(
             f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
-            "Save it with `video_trl.hub.save_lora`."
+            "Save it with `video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
         )
-    metadata = json.loads(header[METADATA_KEY])
-    config = LoraConfig(**{key.removeprefix(PREFIX): value for key, value in metadata.items()})
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+    settings = {key.removeprefix(PREFIX): value for key, value in json.loads(header[METADATA_KEY]).items()}
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, known_config(settings, path)
+
+
+def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
+    """
+    The configuration that the file `path` holds.
+
+    Raises:
+        ValueError: If the PEFT that is installed does not know one of its options.
+    """
+    unknown = sorted(set(settings) - {field.name for field in fields(LoraConfig)})
+    if unknown:
+        raise ValueError(f"{path} has options {unknown} that this version of PEFT does not know. Update PEFT.")
+    return LoraConfig(**settings)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:

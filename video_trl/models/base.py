@@ -402,7 +402,8 @@ def lora_targets(family: ModelFamily, transformer: nn.Module, choice: str | Sequ
 
 def _in_blocks(family: ModelFamily, transformer: nn.Module, suffixes: list[str]) -> list[str]:
     """The suffixes; the whole names of layers of the blocks where other layers would match the suffixes too."""
-    blocks = [f"{name}." for name, module in transformer.named_modules() if module in set(family.blocks(transformer))]
+    modules = set(family.blocks(transformer))
+    blocks = [f"{name}." for name, module in transformer.named_modules() if module in modules]
     names = [name for name, module in transformer.named_modules() if _is_linear(module)]
     matching = [name for name in names if any(name.endswith(f".{suffix}") for suffix in suffixes)]
     inside = [name for name in matching if name.startswith(tuple(blocks))]

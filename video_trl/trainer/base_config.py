@@ -39,10 +39,12 @@ _UNSUPPORTED = {
 
 _POSITIVE_OR_UNSET = (
     "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
+    "eval_steps", "save_total_limit",
 )  # fmt: skip
 _POSITIVE = (
     "lora_rank", "lora_alpha", "encode_batch_size", "timestep_logit_std", "context_parallel_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "save_steps", "logging_steps",
 )  # fmt: skip
 
 # One name may be given without a list; the command line makes a list of it, which is all its parser knows.
@@ -403,9 +405,11 @@ class VideoConfig(TrainingArguments):
         """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
         optimizer = self.optim.value
         has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion"))
+        has_epsilon = any(kind in optimizer for kind in ("adam", "ademamix"))
         reads_more = optimizer in ("sgd", "adagrad", "rmsprop") or "ademamix" in optimizer
         causes = (
             (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
+            (not has_epsilon, ("adam_epsilon",), f"`optim={optimizer!r}` has none"),
             (not reads_more and self.optim_class is None, ("optim_args",), f"`optim={optimizer!r}` reads none"),
             (self.timestep_sampling != "shifted", ("timestep_shift",), "`timestep_sampling` is not 'shifted'"),
             (
@@ -427,8 +431,14 @@ class VideoConfig(TrainingArguments):
                 "`optim_class` is given",
             ),
             (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
-            (self.eval_strategy == "no", ("eval_steps", "eval_delay"), "`eval_strategy` is 'no'"),
+            (
+                self.eval_strategy == "no",
+                ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+                "`eval_strategy` is 'no'",
+            ),
             (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
+            (self.save_strategy == "no", ("save_total_limit", "save_only_model"), "`save_strategy` is 'no'"),
+            (self.logging_strategy != "steps", ("logging_steps",), "`logging_strategy` is not 'steps'"),
         )
         return {name: why for holds, names, why in causes if holds for name in names}
 

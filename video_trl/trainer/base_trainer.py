@@ -72,7 +72,7 @@ from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dr
 from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
 from .setup.optimizers import optimizer_and_options
 from .setup.quantization import keep_weights_quantised
-from .setup.reference import check_ref_model, make_reference
+from .setup.reference import check_ref_model, make_reference, reference_transformer
 from .setup.rows import (
     IndexedDataset,
     check_timesteps,
@@ -206,7 +206,8 @@ class VideoTrainer(Trainer):
             compiles=args.compile_blocks,
             half=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
-        check_ref_model(transformer, ref_model, use_peft=args.use_peft)
+        reference = reference_transformer(ref_model, self.expert)
+        check_ref_model(transformer, reference, use_peft=args.use_peft)
         has_adapter = bool(peft_config or adapter_configs(transformer))
         tell_idle_options(args, self.idle_options(datasets, has_adapter, optimizers[0] is not None))
         prepare = partial(self.prepare_dataset, transformer=transformer)
@@ -218,7 +219,7 @@ class VideoTrainer(Trainer):
         self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, transformer, shapes)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
-        description = self._prepare_transformer(transformer, ref_model, peft_config, order)
+        description = self._prepare_transformer(transformer, reference, peft_config, order)
         self._make_parts(transformer, rows[0], evaluator, base_model_name(model, transformer), description, data)
         super().__init__(
             model=transformer,
@@ -243,7 +244,7 @@ class VideoTrainer(Trainer):
     def _prepare_transformer(
         self,
         transformer: ModelMixin,
-        ref_model: ModelMixin | DiffusionPipeline | None,
+        ref_model: ModelMixin | None,
         peft_config: PeftConfig | None,
         order: dict[str, Any] | None,
     ) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -36,12 +37,12 @@ from .repa.teacher_rows import (
     SelectedRows,
     TeacherRows,
     TeacherVideoCollator,
-    first_readable_video,
+    check_teacher_rows,
     has_teacher_tokens,
 )
 from .repa_config import VideoREPAConfig
 from .setup.chosen_rows import chosen_as_video
-from .setup.rows import IndexedDataset, encoded_cache_dir
+from .setup.rows import IndexedDataset, encoded_cache_dir, prepare_rows
 
 
 class VideoREPATrainer(VideoTrainer):
@@ -96,6 +97,7 @@ class VideoREPATrainer(VideoTrainer):
         self._default_teacher = default_teacher(model)
         self._plans: dict[Any, AlignmentPlan] = {}
         self._teacher_width = 0
+        self._shown: set[tuple[int, ...]] = set()  # sizes of videos that the teacher has seen one of
         super().__init__(model, args, train_dataset, eval_dataset, **arguments)
 
     # ---- Preparation ----
@@ -143,15 +145,25 @@ class VideoREPATrainer(VideoTrainer):
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         videos = undecoded(chosen_as_video(dataset))
-        with_tokens = has_teacher_tokens(videos)
-        if not with_tokens and self.pipeline is not None:
-            self._check_one_video(videos, transformer)  # before the first of many is encoded
-        prepared = super().prepare_dataset(videos, transformer)
-        if not with_tokens:
+        prepared = prepare_rows(
+            videos,
+            self.row_type,
+            self.args,
+            pipeline=self.pipeline,
+            transformer=transformer,
+            family=self.family,
+            max_sequence_length=self.max_sequence_length,
+            before_encoding=partial(self._show_teacher, transformer),
+        )
+        if has_teacher_tokens(videos):
+            check_teacher_rows(videos, prepared.shapes)
+        else:
             prepared = IndexedDataset(self._with_teacher(prepared.rows, videos), prepared.shapes)
-        if has_teacher_tokens(prepared.rows):
-            for shape in dict.fromkeys(prepared.shapes):
-                row = prepared.rows[prepared.shapes.index(shape)]
+        for shape in dict.fromkeys(prepared.shapes):
+            row = prepared.rows[prepared.shapes.index(shape)]
+            if "teacher_tokens" not in row:  # what is cached, or another process has encoded, was not shown
+                self._show_teacher(transformer, row["video"].numpy())
+            else:
                 self._teacher_width = torch.as_tensor(row["teacher_tokens"]).shape[-1]
                 grid, frame_times = (torch.as_tensor(row[name]).tolist() for name in TEACHER_COLUMNS[2:])
                 self._plan(transformer, shape, grid, frame_times)
@@ -177,13 +189,13 @@ class VideoREPATrainer(VideoTrainer):
         )
         return TeacherRows(rows, tokens)
 
-    def _check_one_video(self, videos: MapDataset, transformer: ModelMixin) -> None:
-        """Show the teacher one video and see whether its tokens can be compared with the transformer's."""
+    def _show_teacher(self, transformer: ModelMixin, video: np.ndarray) -> None:
+        """Whether the teacher's tokens of a video, uint8 `(T, H, W, 3)`, can be compared with the transformer's."""
         assert self.pipeline is not None
-        skip_bad = self.args.on_bad_video == "skip"
-        video = first_readable_video(videos, self._pixels(), skip_bad=skip_bad)  # (T, H, W, 3)
-        self.family.check_video(self.pipeline.vae, video.shape[:3])
-        output = self._look(video[None])
+        if video.shape in self._shown:
+            return
+        self._shown.add(video.shape)
+        output = self._look(torch.from_numpy(video)[None])
         channels = transformer.config.out_channels or transformer.config.in_channels
         frames_per_latent, side = self.family.compression(self.pipeline.vae)
         frames = (video.shape[0] - 1) // frames_per_latent + 1

@@ -1,4 +1,7 @@
+import faulthandler
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,6 +15,7 @@ from filelock import FileLock
 
 from tests.support.paths import ROOT
 from video_trl import files
+from video_trl.curation.engine import journal
 from video_trl.curation.engine.manifest import (
     OUTCOME,
     Rule,
@@ -156,6 +160,75 @@ def test_keys_that_repeat_are_a_fault_of_the_caller(tmp_path):
     stage = Stage("squares", squares, {"square": pa.float64()}, "name")
     with pytest.raises(AssertionError, match="`name` must be unique"):
         run_stage(table, stage, tmp_path)
+
+
+class Decoder:
+    """Squares numbers, and dies over some of them, as a decoder may; a file in `folder` stands for the other cause."""
+
+    def __init__(self, folder, deadly, how=signal.SIGKILL):
+        self.folder, self.deadly, self.how = folder, deadly, how
+
+    def __call__(self, batch):
+        if self.deadly in batch["x"]:
+            faulthandler.disable()  # no need to print where
+            os.kill(os.getpid(), self.how)
+        if (self.folder / "power cut").exists():
+            (self.folder / "power cut").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return squares(batch)
+
+
+def run_and_die(table, stage, folder):
+    """The signal that ended a run."""
+    process = multiprocessing.get_context("fork").Process(target=run_stage, args=(table, stage, folder))
+    process.start()
+    process.join(60)
+    return -process.exitcode
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV], ids=lambda how: how.name)
+def test_a_row_that_kills_the_process_ends_one_run_and_is_named_by_the_next(tmp_path, how):
+    table = table_of(x=[float(x) for x in range(7)])
+    function = Decoder(tmp_path, 4.0, how)
+    stage = stage_of(function, batch_size=3, trial=function)
+    assert run_and_die(table, stage, tmp_path) == how
+    done = run_stage(table, stage, tmp_path)
+    assert done["dropped_by"].to_pylist() == [None] * 4 + ["crashed"] + [None] * 2
+    assert how.name in done["detail"][4].as_py() and done["square"].to_pylist() == [0, 1, 4, 9, None, 25, 36]
+    assert not list(tmp_path.rglob("computing-*"))
+    assert run_stage(table, stage, tmp_path).equals(done)
+
+
+def test_a_kill_from_outside_costs_no_row(tmp_path):
+    table = table_of(x=[float(x) for x in range(5)])
+    function = Decoder(tmp_path, None)
+    stage = stage_of(function, batch_size=2, trial=function)
+    (tmp_path / "power cut").touch()
+    assert run_and_die(table, stage, tmp_path) == signal.SIGKILL
+    done = run_stage(table, stage, tmp_path)
+    assert done["dropped_by"].to_pylist() == [None] * 5 and done["square"].to_pylist() == [0, 1, 4, 9, 16]
+
+
+def test_a_row_that_kills_only_the_real_process_is_not_tried_for_ever(tmp_path):
+    table = table_of(x=[0.0, 1.0, 2.0])
+    stage = stage_of(Decoder(tmp_path, 1.0), trial=squares)
+    assert [run_and_die(table, stage, tmp_path) for _ in range(2)] == [signal.SIGKILL] * 2
+    assert run_stage(table, stage, tmp_path)["dropped_by"].to_pylist() == [None, "crashed", None]
+
+
+def test_an_exception_leaves_no_suspicion(tmp_path):
+    def failing(batch):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run_stage(table_of(x=[1.0]), stage_of(failing, trial=failing), tmp_path)
+    assert not list(tmp_path.rglob("computing-*"))
+
+
+def test_a_trial_ends_by_itself_and_what_it_raises_kills_nobody():
+    assert journal.death_of(lambda: time.sleep(60), seconds=0.1) is None
+    assert journal.death_of(lambda: 1 / 0) is None
+    assert journal.death_of(lambda: os._exit(7)) == "ended with exit code 7"
 
 
 def test_processes_share_the_rows_and_all_get_the_whole_result(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,6 +137,14 @@ def test_a_batch_that_kills_its_workers_is_named(cluster, tmp_path):
     with pytest.raises(RuntimeError, match=f"{MAX_TRIES} workers died over one batch.*'k56'"):
         run_stage_on_ray(TABLE, stage(Double(tmp_path / "log", poison=57)), tmp_path, RayCluster(max_workers=1))
     assert len(pids(tmp_path / "log")) == 14
+
+
+def test_a_file_that_kills_its_workers_costs_its_own_row(cluster, tmp_path):
+    function = Double(tmp_path / "log", poison=57)
+    table = run_stage_on_ray(TABLE, replace(stage(function), trial=function), tmp_path, RayCluster(max_workers=1))
+    crashed = {row["key"]: row["detail"] for row in table.to_pylist() if row["dropped_by"] == "crashed"}
+    assert list(crashed) == ["k57"] and "lost" in crashed["k57"]
+    assert table["double"].to_pylist() == [None if row == 57 else 2 * row for row in range(60)]
 
 
 def test_a_cluster_without_room_is_refused(cluster, tmp_path):

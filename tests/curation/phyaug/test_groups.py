@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
 
 from tests.support.curation.clips import write_clip
@@ -22,6 +23,7 @@ from video_trl.curation.phyaug.groups import JudgeBatch
 from video_trl.curation.phyaug.pipeline import export_groups, push_groups, run_phyaug
 from video_trl.data import read_video
 from video_trl.load import load_judge
+from video_trl.losses import physics_weights
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,26 @@ def test_a_video_that_cannot_be_judged_costs_nobody_else_the_score(tmp_path):
     columns = pickle.loads(pickle.dumps(stage))({"rejected": ["0.mp4", "1.mp4", "2.mp4"], "prompt": prompts})
     assert columns["dropped_by"] == [None, "not_judged", None] and "names no motion" in columns["detail"][1]
     assert columns["sa"][1] is None and all(0 <= columns["pc"][row] <= 1 for row in (0, 2))
+
+
+def test_a_judge_is_asked_with_videos_and_prompts_and_its_words_are_kept(tmp_path):
+    class Judge:
+        identity = "judge"
+
+        def score(self, videos, prompts):
+            assert videos == [str(tmp_path / "a.mp4")] and prompts == ["a ball"]
+            return [{"sa": None, "pc": 0.5, "error": "x" * 2000}]
+
+    columns = JudgeBatch(Judge, tmp_path)({"rejected": ["a.mp4"], "prompt": ["a ball"]})
+    assert columns["judge"] == ["judge"] and columns["detail"] == ["x" * 1000]
+
+
+def test_weights_in_the_rows_are_those_of_the_scores(finished):
+    for row in finished[1].groups:
+        sa, pc = (torch.tensor([score[name] for score in row["rejected_scores"]]) for name in ("sa", "pc"))
+        alpha, gamma = physics_weights(sa, pc)
+        assert [weight["alpha"] for weight in row["rejected_weights"]] == pytest.approx(alpha.tolist())
+        assert [weight["gamma"] for weight in row["rejected_weights"]] == pytest.approx(gamma.tolist())
 
 
 def test_an_export_holds_its_videos_and_reads_back(finished, tmp_path):

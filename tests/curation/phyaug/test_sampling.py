@@ -82,6 +82,12 @@ def test_a_huge_tau_neither_overflows_nor_forgets_the_easy_ones():
     assert allocate([3, 1000], [0.0, 1.0], tau=1e6, budget=10, redistribute=True).tolist() == [3, 7]
 
 
+def test_the_papers_budget_is_the_default():
+    assert allocate([10**6], [0.5]).tolist() == [20_000]
+    assert allocate([5, 5], [0.5, 0.0], budget=1).tolist() == [0, 1]
+    assert allocate([0, 0], [0.5, 0.0], budget=5).tolist() == [0, 0]
+
+
 def test_empty_categories_take_no_part():
     assert allocate({"a": 0, "b": 100}, {"b": 0.5}, budget=20) == {"a": 0, "b": 20}
     with_nan = allocate([0, 100, 100], [float("nan"), 0.5, 0.5], budget=20)

@@ -479,16 +479,64 @@ def test_a_damaged_index_and_one_of_another_version_are_refused(pipeline, tmp_pa
     index = encoded.directory / "index.json"
     text = index.read_text()
     for broken, words in (
-        (text.replace("a ball falls", "a bell falls"), "is damaged: its checksum differs"),
+        (text.replace('"row_type": "video"', '"row_type": "group"'), "is damaged: its checksum differs"),
         (text[:100], "cannot be read as JSON"),
-        (text.replace('"format": 2', '"format": 1'), "is not in format 2"),
-        ("[]", "is not in format 2"),
+        (text.replace('"format": 3', '"format": 2'), "is not in format 3"),
+        ("[]", "is not in format 3"),
     ):
         index.write_text(broken)
         with pytest.raises(ValueError, match=rf"{words}.* Delete .* and encode again"):
             EncodedDataset(encoded.directory)
     index.write_text(text)
     assert len(EncodedDataset(encoded.directory)) == 1
+    for name in ("rows.arrow", "tensors.arrow"):
+        whole = (encoded.directory / name).read_bytes()
+        for broken in (whole[:-1], whole.replace(whole[64:65], b"\xff")):
+            (encoded.directory / name).write_bytes(broken)
+            with pytest.raises(ValueError, match=rf"{name} is missing or damaged. Delete .* and encode again"):
+                EncodedDataset(encoded.directory)
+        (encoded.directory / name).write_bytes(whole)
+
+
+def test_rows_of_an_index_come_back_as_they_were_written(tmp_path):
+    """Scores, weights, prompts that are no Unicode, conditions and several forms; what is asked of all at once."""
+    shapes = [(4, 2, 2, 2), (4, 1, 2, 2)]
+    with EncodedWriter(tmp_path / "group-x", "group", "x") as writer:
+        for kind, shape in enumerate(shapes):
+            for number in range(3):
+                writer.add(f"v{kind}{number}", torch.full(shape, float(number)))
+        writer.add("p", torch.ones(5, 8))
+        writer.add("rate", torch.tensor(8.0))
+        rows = [
+            {
+                "prompt": "a \udce9",
+                "chosen": "v00",
+                "rejected": ["v01", "v02"],
+                "rejected_scores": [[0.1, 0.2], [1, 0]],
+            },
+            {"prompt": "b", "chosen": "v10", "rejected": ["v11", "v10"], "rejected_scores": None},
+            {"prompt": "c", "chosen": "v01", "rejected": ["v02", "v00"], "rejected_scores": None},
+        ]
+        writer.finish(
+            [
+                row | {"prompt_embeds": "p", "frame_rate": "rate", "weight": w}
+                for row, w in zip(rows, [None, 2.0, 0.5], strict=True)
+            ],
+            [],
+        )
+    encoded = EncodedDataset(tmp_path / "group-x")
+    assert [row["prompt"] for row in encoded] == ["a \udce9", "b", "c"]
+    assert [row.get("weight") for row in encoded] == [None, 2.0, 0.5]
+    assert encoded[0]["rejected_scores"].tolist() == torch.tensor([[0.1, 0.2], [1, 0]]).tolist()
+    assert "rejected_scores" not in encoded[1] and encoded[-1]["frame_rate"].item() == 8.0
+    assert [row["rejected_latents"].flatten(1).mean(1).tolist() for row in encoded] == [[1, 2], [1, 0], [2, 0]]
+    assert encoded[1]["chosen_latents"].shape == shapes[1] and encoded[2]["chosen_latents"].mean() == 1
+    assert encoded.rejected_counts() == [2, 2, 2] and encoded.index.twins() == [1]
+    assert list(encoded.rejected_scores()) == [[[0.1, 0.2], [1, 0]], None, None]
+    assert not encoded.scores_are_whole()
+    assert encoded.index.form_of() == [0, 1, 0] and encoded.forms[1]["rejected"] == [list(shapes[1])] * 2
+    with pytest.raises(IndexError):
+        encoded[3]
 
 
 def encode_on_a_full_disk(folder: Path) -> None:
@@ -585,9 +633,22 @@ def text_encoder_eps(pipeline):
     pipeline.text_encoder.encoder.final_layer_norm.variance_epsilon = 1e-3
 
 
-@pytest.mark.parametrize(
-    "change", [tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps]
-)
+def hook_on_the_vae(pipeline):
+    pipeline.vae.encoder.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def other_method(pipeline):
+    encode_as_before = pipeline.vae.encode
+    pipeline.vae.encode = lambda video, **options: encode_as_before(video * 0.5, **options)
+
+
+CHANGES = [
+    tile, cut_from_the_left, fill_on_the_left, lower_case, scale_attribute, text_encoder_eps, hook_on_the_vae,
+    other_method,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_decides_the_numbers_is_in_the_key(tmp_path, change):
     """Also where neither weights nor configuration say it; what does not, is not."""
     rows = [{"prompt": "A red ball falls", "video": tiny_video(0)}]
@@ -625,3 +686,23 @@ def test_prompts_that_are_cut_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         encode(rows[:1], tiny_wan_pipeline(), tmp_path, row_type="video", max_sequence_length=8)
     assert "longer than" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scores, whole",
+    [
+        ([[0.0, 1.0], [0.5, 0.5]], True),
+        ([[0.0, 1.0]], False),
+        ([[0.0, 1.0], [0.5]], False),
+        ([[0.0, 1.0], [0.5, 1.01]], False),
+        ([[0.0, 1.0], [0.5, math.nan]], False),
+        ([[0.0, 1.0], None], False),
+        (None, False),
+    ],
+)
+def test_scores_of_all_rows_are_looked_at_together(tmp_path, scores, whole):
+    with EncodedWriter(tmp_path / "group-x", "group", "x") as writer:
+        writer.add("v", torch.ones(4, 1, 2, 2))
+        row = {"prompt": "a", "chosen": "v", "rejected": ["v", "v"], "prompt_embeds": "v"}
+        writer.finish([row | {"rejected_scores": each} for each in ([[0.1, 0.2], [1, 0]], scores)], [])
+    assert EncodedDataset(tmp_path / "group-x").scores_are_whole() == whole

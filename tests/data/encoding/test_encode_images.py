@@ -1,7 +1,6 @@
 """First frames of image-to-video rows: where they come from, what is stored of them, and once."""
 
 import io
-import json
 from pathlib import Path
 
 import datasets
@@ -9,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support import rounding
 from tests.support.tiny import (
@@ -64,7 +64,8 @@ def png(pixels: np.ndarray) -> bytes:
 
 def stored(encoded: EncodedDataset) -> list[str]:
     """Names of all tensors on disk."""
-    return list(json.loads((encoded.directory / "index.json").read_text())["tensors"])
+    shards = sorted(encoded.directory.glob("*.safetensors"))
+    return [key for shard in shards for key in load_file(shard)]
 
 
 # --- Where the first frame comes from --------------------------------------------------------------------------------
@@ -228,3 +229,35 @@ def test_images_are_upright_and_rgb(tmp_path: Path):
     grey = PIL.Image.fromarray(pixels[..., 0])
     assert np.array_equal(read_image(grey), np.repeat(pixels[..., :1], 3, axis=2))
     assert read_image(pixels, height=8, width=8).shape == (8, 8, 3)
+
+
+def encoded(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_levels_of_16_bits_are_scaled_and_not_cut_off():
+    levels = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    seen = read_image({"bytes": encoded(PIL.Image.fromarray(levels))})
+    assert np.array_equal(seen, np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    with pytest.raises(VideoDecodeError, match="expected levels of 8 or 16 bits, got 32"):
+        read_image(PIL.Image.fromarray(np.ones((4, 4), dtype=np.float32)))
+
+
+def test_whatever_is_damaged_in_an_image_names_it():
+    """PIL raises a ValueError for a cut-off header, and others for tags that lie."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    good = [encoded(PIL.Image.fromarray(pixels), kind) for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF")]
+    rng, refused = np.random.default_rng(1), 0
+    for number in range(600):
+        data = bytearray(good[number % len(good)])
+        for place in rng.integers(0, min(len(data), 160), int(rng.integers(1, 10))):
+            data[place] = rng.integers(256)
+        try:
+            assert read_image({"path": "a.png", "bytes": bytes(data)}).dtype == np.uint8
+        except VideoDecodeError as error:
+            refused += "a.png: cannot read the image" in str(error)
+    assert refused > 100
+    with pytest.raises(VideoDecodeError, match="a.png: cannot read the image"):
+        read_image({"path": "a.png", "bytes": good[0][:8] + b"\0\0\0\5IHDR" + good[0][16:]})

@@ -88,6 +88,7 @@ def test_pooling_takes_frames_and_areas_where_they_are():
     for position, frame in enumerate((0, 2, 4)):
         assert torch.equal(pooled[0, position, 0], torch.tensor([[5.0], [25.0]]).expand(2, 3) + frame)
     assert pool_tokens(tokens, 9, (1, 1)).shape == (2, 5)
+    assert torch.equal(pool_tokens(tokens, 5, None), tokens.permute(0, 1, 4, 2, 3).flatten(1))  # every token
 
 
 @pytest.mark.parametrize("family", ["wan-t2v", "cogvideox-t2v"])
@@ -100,6 +101,10 @@ def test_features_of_a_pipeline_are_its_hidden_states_at_a_noise_level(family):
     assert both.shape == (3, 2, 2 * 2 * width) and both.dtype == torch.float32  # two latent frames behind the first
     rounding.assert_close(features(video[1:2]), both[1:2], rounding.SINGLE)  # whatever the batch
     assert not torch.allclose(both[:, 0], both[:, 1])
+    every = DiffusionFeatures(pipeline, block=1, noise_levels=(0.6,), cells=None)(video)
+    assert every.shape[2] == 2 * both.shape[2]  # 2 x 2 tokens instead of two halves
+    means = [part.reshape(3, 2, width, -1).mean(-1) for part in (every, both[:, 1])]
+    rounding.assert_close(*means, rounding.SINGLE)
     torch.testing.assert_close(
         DiffusionFeatures(pipeline, block=1, noise_levels=(0.6,), cells=(1, 2))(video)[:, 0], both[:, 1]
     )

@@ -6,21 +6,27 @@ Cases that only several processes have, each in a function that asserts what it 
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from transformers import Trainer
 
 from tests.support.distributed.cpu_engines import FSDP2, engine, zero
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
-from tests.support.trainer.runs import config, losses, trainer
+from tests.support.trainer.runs import config, losses, trained_weights, trainer
+from video_trl import VideoGroupDPOTrainer
+from video_trl.hub import load_lora_state
 from video_trl.trainer.step.nan_guard import NonFiniteLossError
 
 
-ENGINES = {"ddp": {"ddp_backend": "gloo"}, "fsdp2": FSDP2, "zero2": zero(2), "zero3": zero(3)}
+ENGINES = {"ddp": {"ddp_backend": "gloo"}, "fsdp2": FSDP2, "zero2": zero(2, sgd=True), "zero3": zero(3, sgd=True)}
 
 
 def stop(directory: Path, arguments: dict[str, Any]) -> None:
@@ -40,6 +46,54 @@ def stop(directory: Path, arguments: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         weights = safetensors.torch.load_file(directory / "after" / "pytorch_lora_weights.safetensors")
         assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def proof(directory: Path, arguments: dict[str, Any]) -> None:
+    """What gets no gradient, or is not in the optimizer, stops the run before an update; what is there is clipped."""
+    common = {"per_device_train_batch_size": 1, "max_steps": 1} | arguments
+
+    @contextmanager
+    def a_block_skipped(made: VideoGroupDPOTrainer) -> Iterator[None]:
+        made.model.blocks[1].forward = lambda tokens, *args, **kwargs: tokens
+        yield
+
+    @contextmanager
+    def a_weight_forgotten(made: VideoGroupDPOTrainer) -> Iterator[None]:
+        make = Trainer.create_optimizer  # DeepSpeed's integration makes another one than `made` has
+
+        def forgetful(self: Trainer, model: Any = None) -> torch.optim.Optimizer:
+            optimizer = make(self, model)
+            optimizer.param_groups[0]["params"].pop()
+            return optimizer
+
+        with patch.object(Trainer, "create_optimizer", forgetful):
+            yield
+
+    for spoiled, message in (
+        (a_block_skipped, "In the first step 8 (blocks.1."),
+        (a_weight_forgotten, "The optimizer lacks 1 (blocks."),
+    ):
+        made = trainer(config(directory / spoiled.__name__, **common), rows=4)
+        try:
+            with spoiled(made):
+                made.train()
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"{spoiled.__name__}: the training went on")
+        assert made.state.global_step == 0
+
+    limit = 1e-3  # far below the norm of this gradient; a step of SGD at a learning rate of 1 is the clipped gradient
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": limit}
+    made = trainer(config(directory / "clipped", lr_scheduler_type="constant", **common, **sgd), rows=4)
+    before = {name.replace(".default.", "."): weight for name, weight in trained_weights(made).items()}
+    made.train()
+    assert made.state.log_history[0]["grad_norm"] > 10 * limit, made.state.log_history
+    made.save_model(str(directory / "after"))
+    if dist.get_rank() == 0:
+        after, _ = load_lora_state(directory / "after")
+        moved = torch.stack([(after[name] - weight).double().square().sum() for name, weight in before.items()])
+        assert abs(moved.sum().sqrt().item() / limit - 1) < 0.01, moved.sum().sqrt()
 
 
 def head(directory: Path, arguments: dict[str, Any]) -> None:
@@ -91,7 +145,9 @@ def main() -> None:
         case, engine_name = name.split("+")
         with engine(ENGINES[engine_name]):
             (directory / name).mkdir(exist_ok=True)
-            {"stop": stop, "head": head, "raw": raw, "again": again}[case](directory / name, ENGINES[engine_name])
+            {"stop": stop, "head": head, "raw": raw, "again": again, "proof": proof}[case](
+                directory / name, ENGINES[engine_name]
+            )
         if dist.get_rank() == 0:
             (directory / name / "done").touch()
 

@@ -75,6 +75,23 @@ def test_a_bad_row_is_named_before_the_first_step(tmp_path, wrap, column, change
         trainer(config(tmp_path, cache_dir=str(tmp_path / "cache"), physics_rewarding=False), train_dataset=rows)
 
 
+@pytest.mark.parametrize("wrap", [list, as_table])
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (None, "Row 1: .*column 'frame_rate'.*(got none|not finite)"),  # a table shows what is missing as NaN
+        (math.nan, "Row 1: column 'frame_rate' holds numbers that are not finite"),
+        (0.0, "Row 1: expected a positive number in column 'frame_rate', got 0.0"),
+        (-8.0, "Row 1: expected a positive number"),
+    ],
+)
+def test_frame_rates_are_checked_where_a_transformer_is_told_them(tmp_path, wrap, rate, message):
+    rows = wrap(spoiled(tiny_encoded_video(2, family="ltx-t2v"), "frame_rate", lambda _: rate, number=1))
+    pipeline = tiny_pipeline("ltx-t2v")
+    with pytest.raises(ValueError, match=message):
+        VideoSFTTrainer(pipeline, head_config(tmp_path, cache_dir=str(tmp_path / "cache")), rows)
+
+
 def test_videos_of_another_size_than_the_transformer_takes_are_named(tmp_path):
     rows = spoiled(tiny_encoded_video(6), "latents", lambda latents: latents[:, :, :3])
     with pytest.raises(ValueError, match=r"Row 4: Latent frames, height and width must be divisible by the patch"):
@@ -133,9 +150,9 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     made = encoded(tmp_path, [*raw, twin])
     tensor, read = EncodedDataset._tensor, []
 
-    def noting(dataset, key):
-        read.append(key)
-        return tensor(dataset, key)
+    def noting(dataset, number):
+        read.append(dataset.index.tensor(number)[0])
+        return tensor(dataset, number)
 
     monkeypatch.setattr(EncodedDataset, "_tensor", noting)
     with caplog.at_level(logging.WARNING):

@@ -33,6 +33,14 @@ RAW = [{"prompt": "a", "chosen": "nowhere.mp4", "rejected": ["nowhere.mp4"]}]
         ({"report_to": "nonsense"}, "there is no tracker 'nonsense'; known:.*'wandb'"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy='steps'` needs an `eval_dataset`"),
         ({"eval_on_start": True}, "`eval_on_start=True` needs an `eval_dataset`"),
+        ({"seed": -1}, r"`seed` must be at least 0 and less than 2\*\*32, got -1"),
+        ({"data_seed": 2**32}, "`data_seed` must be at least 0"),
+        ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must not be negative"),
+        ({"save_strategy": "steps", "save_steps": 0}, "`save_steps` must be positive"),
+        ({"logging_steps": -1}, "`logging_steps` must be positive"),
+        ({"save_strategy": "steps", "save_total_limit": 0}, "`save_total_limit` must be positive"),
+        ({"output_dir": "/proc/nowhere/run"}, "`output_dir`: /proc/nowhere/run cannot be written"),
+        ({"output_dir": __file__}, "`output_dir`: .* cannot be written"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -54,6 +62,12 @@ def test_what_can_be_known_is_told_before_anything_is_encoded(tmp_path, changes,
 def test_optimizers_that_are_not_proven_are_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, optim=name)
+
+
+def test_no_evaluation_datasets_are_none(tmp_path):
+    args = config(tmp_path, physics_rewarding=False, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="`eval_strategy='steps'` needs an `eval_dataset`"):
+        trainer(args, train_dataset=RAW, eval_dataset={})
 
 
 def test_optimizers_of_packages_that_are_not_there_are_refused(tmp_path, monkeypatch):
@@ -95,7 +109,12 @@ def told(caplog, make):
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "`warmup_steps=5`"),
         ({"optim_args": "nonsense=1"}, "`optim_args='nonsense=1'`: `optim='adamw_torch_fused'` reads none"),
         ({"optim": "sgd", "adam_beta1": 0.5}, "`adam_beta1=0.5`: `optim='sgd'` has no betas"),
+        ({"optim": "sgd", "adam_epsilon": 1e-3}, "`adam_epsilon=0.001`: `optim='sgd'` has none"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-3}, "`adam_epsilon=0.001`: `optim='adafactor'` has none"),
+        ({"save_total_limit": 2}, "`save_total_limit=2`: `save_strategy` is 'no'"),
+        ({"logging_strategy": "epoch", "logging_steps": 3}, "`logging_steps=3`: `logging_strategy` is not 'steps'"),
         ({"eval_steps": 3}, "`eval_strategy` is 'no'"),
+        ({"load_best_model_at_end": True}, "`load_best_model_at_end=True`: `eval_strategy` is 'no'"),
         ({"use_peft": False}, "`lora_rank=4`: `use_peft` is off"),
     ],
     ids=lambda value: str(value)[:40],

@@ -84,6 +84,24 @@ def test_a_weight_that_leaves_the_optimizer_after_the_checks_stops_the_run(tmp_p
         made.train()
 
 
+class Averaging(torch.optim.SGD):
+    """With modes, as schedule-free optimizers have them."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+def test_an_optimizer_that_evaluates_other_weights_is_refused(tmp_path, adapter):
+    """What is saved would not be what is evaluated; by name such optimizers are refused too."""
+    pipeline = with_adapter(adapter)
+    optimizer = Averaging(pipeline.transformer.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="class Averaging, which exchanges the weights for averaged ones"):
+        trainer(config(tmp_path), model=pipeline, optimizers=(optimizer, None))
+
+
 # ---- The state of an adapter ----
 
 
@@ -103,12 +121,17 @@ def scaled_in_one_layer(pipeline):
     pipeline.transformer.blocks[1].attn1.to_v.set_scale("s", 2.0)
 
 
+def with_another_alpha_in_its_configuration(pipeline):
+    pipeline.transformer.peft_config["s"].lora_alpha = 16  # the layers keep what they were made with
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (switched_off, r"'s' of the transformer is switched off.*in 8 layers such as 'blocks.0.attn1.to_q'.*enable_l"),
         (merged, r"is merged into the base, which rounds, in 8 layers.*Load base and adapter anew"),
         (scaled, r"is scaled, which its file does not say, in 8 layers.*set_adapters\(\['s'\], \[1.0\]\)"),
+        (with_another_alpha_in_its_configuration, r"is scaled, which its file does not say, in 8 layers"),
         (scaled_in_one_layer, r"is scaled.*in 1 layers such as 'blocks.1.attn1.to_v'"),
     ],
 )

@@ -172,7 +172,7 @@ class _SmallPictures:
         """(height, width); a strip is cut down to 8 to 1, so that it cannot ask for more memory than a picture."""
         self._size = self._size or (frame.height, frame.width)
         scale = short_edge / min(self._size)
-        height, width = (min(max(round(side * scale), 1), 8 * short_edge) for side in self._size)
+        height, width = (min(round(side * scale), 8 * short_edge) for side in self._size)
         return height, width
 
 
@@ -214,10 +214,8 @@ def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64], pictures
     """
     frame_time = max(float(np.median(np.diff(clock))), 1e-3) if len(clock) > 1 else 1.0
     usual = ndimage.median_filter(brightness, size=2 * max(round(0.25 / frame_time), 2) + 1, mode="nearest")
-    far = brightness - usual
-    starts = np.flatnonzero((np.abs(far) > 15) & (np.abs(np.roll(far, 1)) <= 15 if len(far) > 1 else True))
-    if len(far) and abs(far[0]) > 15:
-        starts = np.union1d(starts, [0])
+    far = brightness - usual  # 0 at both ends: beyond them, the first and last frame stand for all others
+    starts = np.flatnonzero((np.abs(far) > 15) & (np.abs(np.roll(far, 1)) <= 15))
     if pictures is None:
         return len(starts)
     rise = max(round(_ONSET / frame_time), 1)  # frames within which a flash is there
@@ -228,7 +226,7 @@ def count_flashes(brightness: NDArray[Any], clock: NDArray[np.float64], pictures
         sign = 1 if far[start] > 0 else -1
         # A white sky cannot become brighter, nor a black night darker.
         free = before < 235 if sign > 0 else before > 20
-        count += start == 0 or not free.any() or float((sign * (peak - before) > 5)[free].mean()) > 0.75
+        count += not free.any() or float((sign * (peak - before) > 5)[free].mean()) > 0.75
     return count
 
 
@@ -243,7 +241,7 @@ def blended_share(slow: Pictures) -> float:
     """
     best = 0.0
     for seconds in (0.6, 1.5):
-        length = max(round(seconds / _TICK), 3)
+        length = round(seconds / _TICK)
         for start in range(len(slow) - length):
             first, last = slow[start], slow[start + length]
             change = last - first

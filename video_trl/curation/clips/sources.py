@@ -25,7 +25,7 @@ from ...data.folders import (
     files_below,
 )
 from ...data.video_file import open_bytes
-from ...data.video_io import video_hash
+from ...data.video_io import decode_video, video_hash
 from ...files import write_atomically
 from ..engine.manifest import OUTCOME, Batch, digest, new_manifest, with_columns
 
@@ -115,6 +115,18 @@ def open_clip(path: str, offset: int | None, length: int | None) -> str | dict[s
     with open_bytes(path) as file:
         file.seek(offset)
         return {"path": f"{path}@{offset}", "bytes": file.read(length)}
+
+
+def decode_clips(batch: Batch) -> None:
+    """
+    Decodes clips and keeps nothing of them.
+
+    Raises:
+        VideoDecodeError: One cannot be decoded to its end.
+    """
+    for path, offset, length in zip(batch["path"], batch["offset"], batch["length"], strict=True):
+        for _ in decode_video(open_clip(path, offset, length)):
+            pass
 
 
 def _name(source: ClipSource, number: int) -> str:

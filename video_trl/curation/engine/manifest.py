@@ -13,7 +13,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ...files import Absence, announce, atomic_file, hash_bytes, remove_leftovers
+from .journal import death_of, forget, interrupted, noted
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,9 @@ class Stage:
         key (`str`): Column that decides the result. Rows with a key that is in the store are not computed again.
         settings (`dict`): Everything else that decides the result, as JSON values. Other settings, other store.
         batch_size (`int`, defaults to `16`): Rows computed and committed together.
+        trial (`Callable[[Batch], object]`, *optional*): For a function that decodes files from anywhere, one of which
+            may kill the process, by a crash of a decoder or for its memory: what is tried, in a process of its own,
+            with each row over which a process was killed. A row that kills that one too is dropped by "crashed".
     """
 
     name: str
@@ -88,6 +94,7 @@ class Stage:
     key: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
+    trial: Callable[[Batch], object] | None = None
 
     @property
     def schema(self) -> pa.Schema:
@@ -235,14 +242,45 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     done = committed_keys(store, stage.key)
     mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
-    with tqdm(total=len(mine), desc=stage.name, unit="row", disable=shard.index > 0 or not mine) as progress:
-        for start in range(0, len(mine), stage.batch_size):
-            rows = mine[start : start + stage.batch_size]
+    tried = _try_suspects(todo, stage, store, mine) if stage.trial else {}
+    mine = [row for row in mine if row not in tried]
+    batches = [[row] for row, lives in tried.items() if lives]
+    batches += [mine[start : start + stage.batch_size] for start in range(0, len(mine), stage.batch_size)]
+    count = sum(map(len, batches))
+    with tqdm(total=count, desc=stage.name, unit="row", disable=shard.index > 0 or not count) as progress:
+        for rows in batches:
             batch = todo.take(rows).to_pydict()
-            commit_batch(store, stage, batch[stage.key], stage.function(batch))
+            note = noted(store, shard.index, batch[stage.key], tried=rows[0] in tried)
+            with note if stage.trial else nullcontext():
+                commit_batch(store, stage, batch[stage.key], stage.function(batch))
             progress.update(len(rows))
-    logger.info("%s: %d rows computed here, %d found in %s", stage.name, len(mine), len(done & set(keys)), store)
-    return join_results(table, stage, collect(store, stage, keys, shard))
+    logger.info("%s: %d rows computed here, %d found in %s", stage.name, count, len(done & set(keys)), store)
+    results = collect(store, stage, keys, shard)
+    forget(store)
+    return join_results(table, stage, results)
+
+
+def _try_suspects(rows: pa.Table, stage: Stage, store: Path, mine: Sequence[int]) -> dict[int, bool]:
+    """Rows over which processes were killed -> whether a process survives them. Those that none does are dropped."""
+    assert stage.trial is not None
+    keys, suspects = rows[stage.key].to_pylist(), interrupted(store)
+    lives: dict[int, bool] = {}
+    for row in [row for row in mine if keys[row] in suspects]:
+        # What has killed a process after its trial as well is not tried for ever.
+        trial = partial(stage.trial, rows.take([row]).to_pydict())
+        death = "killed" if suspects[keys[row]] else death_of(trial)
+        lives[row] = death is None
+        if death is not None:
+            commit_crashed(store, stage, keys[row], death)
+    return lives
+
+
+def commit_crashed(store: Path, stage: Stage, key: str, death: str) -> None:
+    """A row that no process survives: dropped by "crashed"."""
+    words = f"the process that read the file in stage {stage.name!r} was {death}, and so was the next one"
+    logger.warning("%s is dropped: %s.", key, words)
+    row: Batch = {name: [None] for name in stage.adds}
+    commit_batch(store, stage, [key], row | {"dropped_by": ["crashed"], "detail": [words]})
 
 
 def committed_keys(store: Path, key: str) -> set[str]:

@@ -8,7 +8,7 @@ committed twice has one name. What the driver finds in the store when it starts 
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,22 @@ from typing import Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from .manifest import Batch, Shard, Stage, collect, commit_batch, committed_keys, digest, join_results, kept_rows
+from .manifest import (
+    Batch,
+    Shard,
+    Stage,
+    collect,
+    commit_batch,
+    commit_crashed,
+    committed_keys,
+    digest,
+    join_results,
+    kept_rows,
+)
 
 
 MAX_TRIES = 4  # workers that a batch may cost
+_TRIES_OF_FILES = 2  # the same where a file may be to blame: then its rows are tried one by one
 _PATIENCE = 60.0  # seconds without an answer after which the log says so, and that files may take to arrive
 
 logger = logging.getLogger(__name__)
@@ -102,7 +114,9 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
         cluster ([`RayCluster`]): Where.
 
     Raises:
-        RuntimeError: A batch killed `MAX_TRIES` workers, or what workers have written is not in `folder` here.
+        RuntimeError: A batch killed `MAX_TRIES` workers (where the stage reads files, the row that does is found and
+            dropped by "crashed" instead), `MAX_TRIES` times all workers died in a row, or what workers have written
+            is not in `folder` here.
         Exception: Whatever the stage's function raises, on any node. Batches committed before stay.
     """
     store = (Path(folder) / stage.folder).absolute()
@@ -153,13 +167,14 @@ class _Pool:
 
         # Restarts are ours: Ray's own would wait, with the batch, for room that may never come back.
         options = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "max_restarts": 0, "max_task_retries": 0}
-        self.ray, self.actor = ray, ray.remote(**options)(Worker)
+        self.ray, self.actor, self.stage, self.store = ray, ray.remote(**options)(Worker), stage, store
         self.arguments, self.size = (ray.put(stage), str(store)), cluster.max_workers
+        self.max_tries = MAX_TRIES if stage.trial is None else _TRIES_OF_FILES
         self.failures = 0  # since the last answer
         self.busy: dict[Any, tuple[Any, int | None]] = {}  # answer to come -> worker, its batch (None: getting ready)
 
     def run(self, rows: pa.Table, batches: list[list[int]], progress: Any) -> None:
-        waiting, tries = deque(range(len(batches))), [0] * len(batches)
+        waiting, tries = deque(range(len(batches))), Counter[int]()
         left = len(batches)
         for _ in range(min(self.size, left)):
             self._start()
@@ -176,13 +191,15 @@ class _Pool:
             except self.ray.exceptions.RayActorError as error:
                 self._replace(error)
                 if batch is not None:
-                    waiting.appendleft(batch)
                     tries[batch] += 1
-                    if tries[batch] == MAX_TRIES:
-                        row = rows.take(batches[batch][:1]).to_pylist()[0]
-                        raise RuntimeError(
-                            f"{MAX_TRIES} workers died over one batch ({_line(error)}). Its first row: {row}."
-                        ) from error
+                    if tries[batch] < self.max_tries:
+                        waiting.appendleft(batch)
+                        continue
+                    parts = self._instead_of(batches[batch], rows, error)
+                    waiting.extend(range(len(batches), len(batches) + len(parts)))
+                    batches = [*batches, *parts]
+                    left += len(parts) - 1
+                    progress.update(0 if parts else 1)
                 continue
             except self.ray.exceptions.RayTaskError as error:
                 raise error.cause from error
@@ -191,6 +208,18 @@ class _Pool:
                 self.busy[worker.compute.remote(rows.take(batches[batch]).to_pydict())] = (worker, batch)
             else:
                 self.ray.kill(worker)
+
+    def _instead_of(self, batch: list[int], rows: pa.Table, error: Exception) -> list[list[int]]:
+        """What takes the place of a batch that kills its workers: its rows one by one. A single row is dropped."""
+        if self.stage.trial is None:
+            raise RuntimeError(
+                f"{MAX_TRIES} workers died over one batch ({_line(error)}). Its first row: "
+                f"{rows.take(batch[:1]).to_pylist()[0]}."
+            ) from error
+        if len(batch) > 1:
+            return [[row] for row in batch]
+        commit_crashed(self.store, self.stage, rows[self.stage.key][batch[0]].as_py(), f"lost ({_line(error)})")
+        return []
 
     def _replace(self, error: Exception) -> None:
         """Another worker for one that died; not forever, where none can live."""

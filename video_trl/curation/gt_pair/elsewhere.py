@@ -130,5 +130,5 @@ def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, 
         return added
 
     settings = {"version": ELSEWHERE_VERSION, "fps": fps, "num_frames": num_frames}
-    stage = Stage("elsewhere", convert, GENERATED, "job", settings, 8)
+    stage = Stage("elsewhere", convert, GENERATED, "job", settings, 8, trial=convert)
     return run_stage(jobs, stage, root / "stages", shard).drop_columns("made")

@@ -367,7 +367,7 @@ def acquire(table: pa.Table, config: GTPairConfig, stores: Path, shard: Shard, *
     """Stage 1: containers read, rules of acquisition applied, contents that came twice dropped."""
     function = partial(read_containers, limits=VideoLimits(max_pixels=config.max_pixels))
     settings = {"version": CONTAINER_VERSION, "max_pixels": config.max_pixels}
-    stage = Stage("probe", function, CONTAINER, "listing", settings, config.batch_size)
+    stage = Stage("probe", function, CONTAINER, "listing", settings, config.batch_size, trial=function)
     table = run_stage(table, stage, stores, shard)
     sizes = table.select(["width", "height"]).to_pydict()
     added = {"bucket": pa.string(), "crop_proportion": pa.float64()}
@@ -393,13 +393,16 @@ def filter_clips(
 ) -> pa.Table:
     """Stage 2: one decoding pass for what has not been measured before, then thresholds."""
     detector = text_detector or LineDetector()
+    limits = replace(MEASURE_LIMITS, max_pixels=config.max_pixels)
+    function = partial(measure_batch, text_detector=detector, limits=limits)
     stage = Stage(
         "measure",
-        partial(measure_batch, text_detector=detector, limits=replace(MEASURE_LIMITS, max_pixels=config.max_pixels)),
+        function,
         MEASURES,
         "content",
         {"version": MEASURES_VERSION, "text": detector.name},
         config.batch_size,
+        trial=function,
     )
     return apply_rules_to_table(run_stage(table, stage, stores, shard), config.filter_rules())
 
@@ -422,7 +425,7 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
         num_frames=config.num_frames,
         limits=VideoLimits(max_pixels=config.max_pixels),
     )
-    stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size)
+    stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size, trial=function)
     remove_leftovers(root / folder)
     return run_stage(table, stage, root / "stages", shard)
 

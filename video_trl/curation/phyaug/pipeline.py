@@ -26,7 +26,7 @@ from ...files import write_atomically
 from ...load import check_judge, load_judge
 from ..clips.container import CONTAINER, CONTAINER_VERSION, read_containers
 from ..clips.normalise import NORMALISE_VERSION, NORMALISED, normalise_batch
-from ..clips.sources import ClipSource, list_clips
+from ..clips.sources import ClipSource, decode_clips, list_clips
 from ..engine.manifest import (
     Batch,
     Rule,
@@ -274,7 +274,15 @@ def read_pool(config: PhyAugConfig, sources: Sequence[Any], root: Path, run: Run
     )
     table = run(
         table,
-        Stage("probe", read_containers, CONTAINER, "listing", {"version": CONTAINER_VERSION}, 8 * config.batch_size),
+        Stage(
+            "probe",
+            read_containers,
+            CONTAINER,
+            "listing",
+            {"version": CONTAINER_VERSION},
+            8 * config.batch_size,
+            trial=read_containers,
+        ),
     )
     prompts = table["prompt"].to_pylist()
     table = with_columns(table, describe_prompts(table.select(["content", "prompt"]).to_pydict()), PROMPT_COLUMNS)
@@ -307,6 +315,7 @@ def annotate(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Table:
         "clip",
         {"annotator": config.annotator, "options": public(options), "prompts": prompt_hash()},
         config.batch_size,
+        trial=decode_clips,  # the first stage that decodes whole clips; its model need not be loaded for that
     )
     return apply_rules_to_table(
         run(table, stage, gpu=True), [Rule("physics_poor", "physics_richness", config.min_richness)]
@@ -395,7 +404,8 @@ def generate(table: pa.Table, config: PhyAugConfig, root: Path, run: Runner) -> 
     folder = f"videos/{size}-{config.num_frames}-{config.fps:g}"
     function = partial(normalise_batch, root=root, folder=folder, fps=config.fps, num_frames=config.num_frames)
     settings = {"version": NORMALISE_VERSION, "bucket": size, "fps": config.fps, "num_frames": config.num_frames}
-    table = run(table, Stage("normalise", function, NORMALISED, "content", settings, config.batch_size))
+    stage = Stage("normalise", function, NORMALISED, "content", settings, config.batch_size, trial=function)
+    table = run(table, stage)
     require_rows(table, "normalisation")
     rejected = make_videos(kept_rows(table), config, config.seeds, root, run)
     failed: dict[str, str] = {}

@@ -116,9 +116,8 @@ def _fill(available: Integers, weight: NDArray[np.float64], difficulty: NDArray[
 def _round(quotas: NDArray[np.float64], total: int, difficulty: NDArray[np.float64]) -> Integers:
     """Integers that add up to `total`, each the floor or the ceiling of its quota; ties go to the harder one."""
     floors = np.floor(quotas + 1e-9).astype(np.int64)
-    remainders = np.where(quotas > 0, quotas - floors, -1.0)
-    rest = min(total - int(floors.sum()), int((quotas > 0).sum()))
-    order = np.lexsort((np.arange(len(quotas)), -difficulty, -np.round(remainders, 9), quotas <= 0))
+    rest = total - int(floors.sum())  # the sum of the remainders: none without a remainder gets one
+    order = np.lexsort((np.arange(len(quotas)), -difficulty, -np.round(quotas - floors, 9)))
     floors[order[: max(rest, 0)]] += 1
     return floors
 

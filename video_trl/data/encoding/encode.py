@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,7 @@ class _Job:
     batch_size: int
     on_bad_video: str
     device: torch.device
+    before_encoding: Callable[[np.ndarray], None] | None
 
     @property
     def image_columns(self) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ def encode_dataset(
     batch_size: int = 8,
     on_bad_video: Literal["raise", "skip"] = "raise",
     device: torch.device | str | None = None,
+    before_encoding: Callable[[np.ndarray], None] | None = None,
 ) -> EncodedDataset:
     """
     Encode a raw dataset with the pipeline's VAE and other encoders, or load the cached result.
@@ -119,6 +121,8 @@ def encode_dataset(
         on_bad_video (`"raise"` or `"skip"`, defaults to `"raise"`): What to do with a row that has a video that cannot
             be read wholly: stop, or leave the row out and report it in the log and in `EncodedDataset.skipped`.
         device (`torch.device` or `str`, *optional*): Where to encode; the accelerator if there is one.
+        before_encoding (callable, *optional*): Called with one video of each size, uint8 `(T, H, W, 3)`, when all have
+            been checked and before the first is encoded. What it raises ends the call. Not called for what is cached.
 
     Returns:
         [`EncodedDataset`]: Rows in the order of `dataset`.
@@ -130,18 +134,11 @@ def encode_dataset(
         OSError: The cache cannot be written. No incomplete cache is left under the final name.
     """
     job = _Job(
-        dataset=dataset,
-        pipeline=pipeline,
-        family=family,
-        row_type=row_type,
-        max_sequence_length=max_sequence_length,
+        dataset=dataset, pipeline=pipeline, family=family, row_type=row_type, max_sequence_length=max_sequence_length,
         pixels={"num_frames": num_frames, "fps": fps, "height": height, "width": width},
-        buckets=tuple(buckets),
-        max_crop=max_crop,
-        batch_size=batch_size,
-        on_bad_video=on_bad_video,
-        device=default_device() if device is None else torch.device(device),
-    )
+        buckets=tuple(buckets), max_crop=max_crop, batch_size=batch_size, on_bad_video=on_bad_video,
+        device=default_device() if device is None else torch.device(device), before_encoding=before_encoding,
+    )  # fmt: skip
     _check_job(job)
     encoded = EncodedDataset(Path(cache_dir) / first_on_each_machine(partial(_build, job, Path(cache_dir))))
     if encoded.skipped:
@@ -192,6 +189,9 @@ def _build(job: _Job, cache_dir: Path) -> str:
     shapes = video_shapes(inventory, job.pixels)
     rows, skipped = usable_rows(inventory)
     check_shapes(inventory, rows, shapes, partial(job.family.check_video, job.pipeline.vae))
+    if job.before_encoding is not None:
+        for digest in {shapes[row.videos[0]]: row.videos[0] for row in reversed(rows)}.values():
+            job.before_encoding(_frames(job, inventory, digest))
     fps = job.pixels["fps"] or probe_video(inventory.read(rows[0].videos[0])).fps
     fps = None if math.isnan(fps) else fps
     with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
@@ -395,8 +395,8 @@ def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | N
         "prompt_embeds": _prompt_key(row.prompt),
         **videos,
         "rejected_scores": row.scores,
-        **({} if row.weight is None else {"weight": row.weight}),
-        **({"conditions": conditions} if conditions else {}),
+        "weight": row.weight,
+        **conditions,
     }
 
 

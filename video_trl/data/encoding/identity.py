@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ _OF_ADAPTERS = ("_disable_adapters", "_active_adapter")  # PEFT's, which do, and
 def module_settings(module: nn.Module) -> dict[str, Any]:
     """
     Class and plain attributes of a module and of all modules in it, which its `config` need not say: tiling, slicing,
-    the scale of an adapter. Made for JSON.
+    the scale of an adapter; and the names of hooks on them and of functions in place of methods. Made for JSON.
     """
     return {
         name: [
             type(part).__qualname__,
             {key: _plain(value) for key, value in sorted(vars(part).items()) if _counts(key) and _is_plain(value)},
+            *_code_of(part),
         ]
         for name, part in module.named_modules()
     }
@@ -42,6 +44,14 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call has left there.
     return {**settings, "rules": {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}}
+
+
+def _code_of(part: nn.Module) -> list[str]:
+    """What runs beside the class's own code, by name."""
+    own = [value for key, value in sorted(vars(part).items()) if _counts(key) and callable(value)]
+    code = [*part._forward_pre_hooks.values(), *part._forward_hooks.values(), *own]
+    named = (FunctionType, MethodType, type)
+    return [f"{(each if isinstance(each, named) else type(each)).__qualname__}" for each in code]
 
 
 def _counts(name: str) -> bool:

@@ -2,7 +2,8 @@
 Read and write encoded datasets: safetensors shards and an index, in a folder named only when it is complete.
 
 Every tensor has a checksum, in the header of its shard while the folder is filled and in the index afterwards, and is
-compared with it whenever it is read.
+compared with it whenever it is read. `index.json` says what all rows share and names the tables of the index, with
+their checksums.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...files import (
+    file_checksum,
     read_json,
     remove_leftovers,
     resumable_folder,
@@ -33,12 +35,13 @@ from ...files import (
 )
 from ...models import ModelFamily
 from ..columns import MapDataset, column_names
+from .index import EncodedIndex, Form, write_index
 
 
 logger = logging.getLogger(__name__)
 
 _INDEX_NAME = "index.json"
-_FORMAT = 2
+_FORMAT = 3
 _CHECKSUMS_KEY = "checksums"  # in the header of a shard
 _SHARD_BYTES = 256 << 20  # a shard is built in memory before it is written
 # A shard is written earlier where a kill would lose more than so much time, or so large a proportion of it.
@@ -78,6 +81,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         fps (`float`): Frames per second that the videos were brought to, else those of the first one; `None` if it is
             an array, which has no clock, or that is not recorded.
         skipped (`list[SkippedRow]`): Rows of the raw dataset that were left out, by `on_bad_video="skip"`.
+        forms (`list[dict]`): The distinct shapes of rows: that of the tensor, or of each, under every column.
+        index ([`~video_trl.data.encoding.index.EncodedIndex`]): Its rows without their tensors.
 
     Raises:
         ValueError: The folder is no encoded dataset, or a shard is missing or incomplete.
@@ -99,9 +104,12 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.encoder: str | None = index.get("encoder")
         self.fps: float | None = index.get("fps")
         self.skipped = [SkippedRow(**row) for row in index["skipped"]]
-        self._rows: list[dict[str, Any]] = index["rows"]
-        self._shard_of: dict[str, str] = {key: shard for key, (shard, _) in index["tensors"].items()}
-        self._checksums: dict[str, str] = {key: checksum for key, (_, checksum) in index["tensors"].items()}
+        self.forms: list[Form] = index["forms"]
+        for name, checksum in index["tables"].items():
+            table = self.directory / name
+            if not table.is_file() or file_checksum(table) != checksum:
+                raise ValueError(f"{table} is missing or damaged. {self._way_out}")
+        self.index = EncodedIndex(self.directory)
         self._shards: dict[str, Any] = {}
 
     @property
@@ -109,53 +117,35 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return list(self[0])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
+        row = self.index.row(index)
         example: dict[str, Any] = {"prompt": row["prompt"]}
         if self.row_type == "video":
             example["latents"] = self._tensor(row["video"])
         else:
             example["chosen_latents"] = self._tensor(row["chosen"])
-            example["rejected_latents"] = torch.stack([self._tensor(key) for key in row["rejected"]])
-        example["prompt_embeds"] = self._tensor(row["prompt_embeds"])
-        example.update({column: self._tensor(key) for column, key in row.get("conditions", {}).items()})
+            example["rejected_latents"] = torch.stack([self._tensor(number) for number in row["rejected"]])
+        named = ("video", "chosen", "rejected")
+        example.update({column: self._tensor(row[column]) for column in self.index.columns if column not in named})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
-        if "weight" in row:
+        if row.get("weight") is not None:
             example["weight"] = row["weight"]
         return example
 
-    def shapes(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """
-        The shapes in every row, from the headers of the files: under `"latents"` those of its videos, the only or
-        chosen one first, and under each of `columns` that of its tensor.
-        """
-        shape_of: dict[str, list[int]] = {}
-        for shard in sorted(set(self._shard_of.values())):
-            file = self._open(shard)
-            shape_of.update({key: list(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-        shapes = []
-        for row in self._rows:
-            keys = {"prompt_embeds": row["prompt_embeds"], **row.get("conditions", {})}
-            videos = [row["video"]] if self.row_type == "video" else [row["chosen"], *row["rejected"]]
-            shapes.append(
-                {"latents": [shape_of[key] for key in videos]} | {name: shape_of[keys[name]] for name in columns}
-            )
-        return shapes
-
-    def twins(self) -> list[int]:
-        """Rows in which a rejected video is the chosen one."""
-        return [number for number, row in enumerate(self._rows) if row.get("chosen") in row.get("rejected", ())]
-
     def rejected_counts(self) -> list[int]:
         """Number of rejected videos of each row; no tensor is read."""
-        return [len(row["rejected"]) for row in self._rows]
+        return self.index.rejected_counts()
 
-    def rejected_scores(self) -> list[Any]:
+    def rejected_scores(self) -> Iterator[Any]:
         """The judge's scores of each row, or none; no tensor is read."""
-        return [row.get("rejected_scores") for row in self._rows]
+        return self.index.rejected_scores()
+
+    def scores_are_whole(self) -> bool:
+        """Whether every rejected video has an `(sa, pc)` in [0, 1]; no tensor is read."""
+        return self.index.scores_are_whole()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -163,11 +153,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}  # every worker maps the files itself
 
-    def _tensor(self, key: str) -> Tensor:
-        name = self._shard_of[key]
+    def _tensor(self, number: int) -> Tensor:
+        key, name, checksum = self.index.tensor(number)
         try:
             tensor: Tensor = self._open(name).get_tensor(key)
-            intact = tensor_checksum(tensor) == self._checksums[key]
+            intact = tensor_checksum(tensor) == checksum
         except SafetensorError as error:
             raise ValueError(f"{self.directory / name} is damaged: {key}: {error}. {self._way_out}") from error
         if not intact:
@@ -254,8 +244,9 @@ class EncodedWriter:
         self._directory, self._row_type, self._fingerprint = directory, row_type, fingerprint
         self._encoder, self._fps, self._shard_bytes = encoder, fps, shard_bytes
         self._shards: dict[str, int] = {}
-        self._tensors: dict[str, tuple[str, str]] = {}  # shard and checksum
+        self._tensors: dict[str, tuple[str, str, list[int]]] = {}  # shard, checksum and shape
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
 
     def __enter__(self) -> "EncodedWriter":
         remove_leftovers(self._directory.parent)
@@ -298,18 +289,19 @@ class EncodedWriter:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key}: encoding it returned numbers that are not finite. Use an encoder in float32.")
         tensor = tensor.detach().cpu().contiguous()
-        self._tensors[key] = (f"{len(self._shards):05d}.safetensors", tensor_checksum(tensor))
+        self._tensors[key] = (f"{len(self._shards):05d}.safetensors", tensor_checksum(tensor), list(tensor.shape))
         self._pending[key] = tensor
+        self._pending_bytes += tensor.nbytes
         now = time.monotonic()
         at_stake = max(_SECONDS_AT_STAKE, _PROPORTION_AT_STAKE * (now - self._started))
-        size = sum(tensor.nbytes for tensor in self._pending.values())
-        if size >= self._shard_bytes or now - self._written >= at_stake:
+        if self._pending_bytes >= self._shard_bytes or now - self._written >= at_stake:
             self._flush()
 
     def finish(self, rows: Sequence[Mapping[str, Any]], skipped: list[SkippedRow]) -> None:
-        """Write the rest and the index."""
+        """Write the rest and the index. Rows are as `write_index` takes them."""
         if self._pending:
             self._flush()
+        forms, tables = write_index(self._partial, rows, self._tensors)
         index = {
             "format": _FORMAT,
             "fingerprint": self._fingerprint,
@@ -317,8 +309,8 @@ class EncodedWriter:
             "encoder": self._encoder,
             "fps": self._fps,
             "shards": self._shards,
-            "tensors": self._tensors,
-            "rows": rows,
+            "tables": tables,
+            "forms": forms,
             "skipped": [asdict(row) for row in skipped],
         }
         write_json(self._partial / _INDEX_NAME, index | {"checksum": _index_checksum(index)})
@@ -329,31 +321,35 @@ class EncodedWriter:
         content = safetensors.torch.save(self._pending, {_CHECKSUMS_KEY: json.dumps(checksums)})
         write_atomically(self._partial / name, content)
         self._shards[name] = len(content)
-        self._pending, self._written = {}, time.monotonic()
+        self._pending, self._pending_bytes, self._written = {}, 0, time.monotonic()
 
     def _find_shards(self, folder: Path) -> None:
         """Take over what a process before this one has written; shards after a damaged one are written again."""
         (folder / _INDEX_NAME).unlink(missing_ok=True)
         for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
-            checksums = _checksums_in(shard) if shard.name == f"{number:05d}.safetensors" else None
-            if checksums is None:
+            found = _tensors_in(shard) if shard.name == f"{number:05d}.safetensors" else None
+            if found is None:
                 shard.unlink()
                 continue
             self._shards[shard.name] = shard.stat().st_size
-            self._tensors.update({key: (shard.name, checksum) for key, checksum in checksums.items()})
+            self._tensors.update({key: (shard.name, checksum, shape) for key, (checksum, shape) in found.items()})
         if self._tensors:
             logger.info("Going on with an unfinished encoding: %d tensors are there.", len(self._tensors))
 
 
-def _checksums_in(shard: Path) -> dict[str, str] | None:
-    """The checksums in the header of a shard; none where a tensor in it has another one."""
+def _tensors_in(shard: Path) -> dict[str, tuple[str, list[int]]] | None:
+    """Checksum, from the header of the shard, and shape of its tensors; none where a tensor has another checksum."""
+    found = {}
     try:
         with safe_open(shard, framework="pt") as file:
-            checksums: dict[str, str] = json.loads(file.metadata()[_CHECKSUMS_KEY])
-            intact = all(tensor_checksum(file.get_tensor(key)) == checksum for key, checksum in checksums.items())
+            for key, checksum in json.loads(file.metadata()[_CHECKSUMS_KEY]).items():
+                tensor = file.get_tensor(key)
+                if tensor_checksum(tensor) != checksum:
+                    return None
+                found[key] = (checksum, list(tensor.shape))
     except (SafetensorError, KeyError, TypeError, ValueError):
-        intact = False
-    return checksums if intact else None
+        return None
+    return found
 
 
 def _index_checksum(index: Mapping[str, Any]) -> str:

@@ -45,14 +45,14 @@ class TeacherTokenDataset(EncodedDataset):
         super().__init__(directory)
         if self.row_type != _ROW_TYPE:
             raise ValueError(f"{self.directory} holds rows of type {self.row_type!r}, not a teacher's tokens.")
-        frames, height, width = self._tensor("grid").tolist()
+        frames, height, width = self._tensor(self.index.number_of("grid")).tolist()
         self.grid: tuple[int, int, int] = (frames, height, width)
-        self.frame_times = self._tensor("frame_times")
+        self.frame_times = self._tensor(self.index.number_of("frame_times"))
         self.teacher = str(self.encoder)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        digest = self._rows[index]["video"]
-        return {"teacher_tokens": self._tensor(f"tokens/{digest}"), "teacher_scale": self._tensor(f"scales/{digest}")}
+        row = self.index.row(index)
+        return {name: self._tensor(row[name]) for name in ("teacher_tokens", "teacher_scale")}
 
 
 def encode_teacher(
@@ -158,7 +158,10 @@ def _build(
                 first = _encode_rows(dataset, placed, column, digests, pixels, batch_size, writer)
                 writer.add("grid", torch.tensor(first.grid))
                 writer.add("frame_times", first.frame_times)
-                writer.finish([{"video": digest} for digest in digests], [])
+                rows = [
+                    {"teacher_tokens": f"tokens/{digest}", "teacher_scale": f"scales/{digest}"} for digest in digests
+                ]
+                writer.finish(rows, [])
     finally:
         teacher.to("cpu")
     return directory.name

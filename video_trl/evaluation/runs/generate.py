@@ -10,26 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
 from ...files import announce, fingerprint, remove_leftovers
+from ...hub.published import Alpha
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
+from .adapters import find_adapter, load_adapter
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, EvaluationRun, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores
 
 
 logger = logging.getLogger(__name__)
-
-_FIRST_MATRIX = (".lora_A.weight", ".lora_down.weight")  # of a layer of an adapter, in files of all tools
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,8 @@ class VideoGenerator:
         revision (`str`, *optional*): Commit or hash of the weights; by default the weights in memory are hashed.
         adapter (`str`, *optional*): Where the adapter came from.
         adapter_hash (`str`, *optional*): Hash of its file.
+        adapter_alpha (`float` or `"rank"`, *optional*): Alpha that was given beside a file that does not say it.
+        adapter_scale (`float`, *optional*, defaults to `1.0`): Factor of what the adapter adds to each output.
     """
 
     pipeline: DiffusionPipeline
@@ -54,10 +53,13 @@ class VideoGenerator:
     revision: str | None = None
     adapter: str | None = None
     adapter_hash: str | None = None
+    adapter_alpha: Alpha | None = None
+    adapter_scale: float = 1.0
 
     def describe(self) -> dict[str, Any]:
         """What determines the videos beside prompts and seeds; goes into JSON."""
         revision = self.revision or _weights_hash(self.pipeline)
+        given = {"adapter_alpha": (self.adapter_alpha, None), "adapter_scale": (self.adapter_scale, 1)}
         return {
             "pipeline": type(self.pipeline).__name__,
             "revision": revision,
@@ -65,6 +67,8 @@ class VideoGenerator:
             "dtype": str(self.pipeline.dtype).removeprefix("torch."),
             "fps": self.fps,
             "call_kwargs": dict(self.call_kwargs),
+            # Only where they do something: runs that were begun without them are finished as they are.
+            **{name: value for name, (value, neutral) in given.items() if value != neutral},
         }
 
 
@@ -72,6 +76,8 @@ def load_generator(
     model: str = SANDBOX,
     *,
     adapter: str | None = None,
+    adapter_alpha: Alpha | None = None,
+    adapter_scale: float = 1.0,
     revision: str | None = None,
     fps: float | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
@@ -83,7 +89,11 @@ def load_generator(
 
     Args:
         model (`str`, *optional*, defaults to `"sandbox"`): Repository id or path of a pipeline in diffusers layout.
-        adapter (`str`, *optional*): Repository id or folder with `pytorch_lora_weights.safetensors`, or that file.
+        adapter (`str`, *optional*): Repository id or folder with `pytorch_lora_weights.safetensors`, or a file in any
+            layout that [`~video_trl.hub.read_adapter`] knows.
+        adapter_alpha (`float` or `"rank"`, *optional*): What the adapter was trained with, for files that do not say
+            it.
+        adapter_scale (`float`, *optional*, defaults to `1.0`): Factor of what the adapter adds to each output.
         revision (`str`, *optional*): Branch, tag or commit of the model's repository.
         fps (`float`, *optional*): Frames per second that the model generates at. Not needed for the sandbox.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call, over the sandbox's own for the sandbox.
@@ -95,10 +105,11 @@ def load_generator(
         [`VideoGenerator`]
 
     Raises:
-        ValueError: If the model or adapter is not there, the adapter does not fit, or `fps` is missing.
+        ValueError: If the model or adapter is not there, the adapter does not fit or its alpha is not known, or `fps`
+            is missing.
     """
     place = torch.device(device) if device else _default_device()
-    adapter_file = _adapter_file(adapter) if adapter else None  # before gigabytes are loaded
+    adapter_file = find_adapter(adapter, adapter_alpha, adapter_scale)  # before gigabytes are loaded
     default_fps, default_call = generation_defaults(model)
     fps = fps or default_fps
     if fps is None:
@@ -115,9 +126,7 @@ def load_generator(
         )
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
-        pipeline.load_lora_weights(adapter_file.parent, weight_name=adapter_file.name, adapter_name="default")
-        _check_adapter_fits(pipeline, adapter_file, model)
-        pipeline.transformer.eval()  # diffusers adds layers in training mode, with the dropout that a file asks for
+        load_adapter(pipeline, adapter_file, model, alpha=adapter_alpha, scale=adapter_scale)
     return VideoGenerator(
         pipeline=pipeline.to(place),
         model=model,
@@ -126,17 +135,9 @@ def load_generator(
         revision=folder.name if folder.parent.name == "snapshots" else fingerprint(folder),
         adapter=adapter,
         adapter_hash=None if adapter_file is None else fingerprint(adapter_file),
+        adapter_alpha=adapter_alpha,
+        adapter_scale=adapter_scale,
     )
-
-
-def _check_adapter_fits(pipeline: DiffusionPipeline, file: Path, model: str) -> None:
-    """Raise a `ValueError` if a layer of the file is not there in the model: diffusers only logs a warning."""
-    with safe_open(file, framework="pt") as tensors:
-        in_file = sum(key.endswith(_FIRST_MATRIX) for key in tensors.keys())  # noqa: SIM118
-    loaded = sum(".lora_A." in name and name.endswith("weight") for name, _ in pipeline.transformer.named_parameters())
-    if loaded < max(in_file, 1):
-        what = f"Only {loaded} of the {in_file} layers of {file} fit" if loaded else f"No weight of {file} fits"
-        raise ValueError(f"{what} {model!r}. Pass an adapter of this model.")
 
 
 def generate_run(
@@ -284,22 +285,6 @@ def _pipeline_folder(model: str, revision: str | None) -> Path:
         raise ValueError(
             f"No folder {model!r}, and the repository of that id cannot be loaded ({error}). Check the spelling, the "
             "connection, and `hf auth login` where it is private; or use 'sandbox', which needs no download."
-        ) from error
-
-
-def _adapter_file(adapter: str) -> Path:
-    path = Path(adapter)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / LORA_WEIGHT_NAME_SAFE).is_file():
-            raise ValueError(f"No adapter in {adapter!r}: expected the file {LORA_WEIGHT_NAME_SAFE}.")
-        return path / LORA_WEIGHT_NAME_SAFE
-    try:
-        return Path(hf_hub_download(adapter, LORA_WEIGHT_NAME_SAFE))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"No folder {adapter!r}, and {LORA_WEIGHT_NAME_SAFE} of the repository of that id can't be loaded: {error}"
         ) from error
 
 

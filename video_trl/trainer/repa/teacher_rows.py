@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...data import VideoCollator, column_names
 from ...data.columns import MapDataset, fingerprint_of
 from ...data.encoding.teacher_tokens import TeacherTokenDataset
-from ...data.video_io import VideoDecodeError, read_video
+from ...data.video_io import read_video
 from ...files import fingerprint
 
 
@@ -22,6 +24,38 @@ TEACHER_COLUMNS = ("teacher_tokens", "teacher_scale", "teacher_grid", "teacher_f
 def has_teacher_tokens(dataset: MapDataset) -> bool:
     """Whether the rows of a dataset carry the teacher's tokens already."""
     return set(TEACHER_COLUMNS) <= set(column_names(dataset))
+
+
+def check_teacher_rows(rows: MapDataset, shapes: Sequence[tuple[int, ...]]) -> None:
+    """
+    Check what every row carries for the teacher, before the first step; nothing but the teacher's columns is read.
+
+    Args:
+        rows (`MapDataset`): Encoded video rows with `TEACHER_COLUMNS`.
+        shapes (`Sequence[tuple[int, ...]]`): Shape of the latents in each row; rows of one shape share a batch.
+
+    Raises:
+        ValueError: If a row lacks a column, has scales that are not finite, or differs from the others with the same
+            latents in the shape of its tokens or their places. Names the row.
+    """
+    if isinstance(rows, datasets.Dataset):
+        rows = rows.select_columns(list(TEACHER_COLUMNS)).with_format("numpy")
+    first: dict[tuple[int, ...], tuple[int, list[Any]]] = {}
+    for number in tqdm(range(len(rows)), desc="Checking teacher tokens", delay=2):
+        row = rows[number]
+        missing = [name for name in TEACHER_COLUMNS if row.get(name) is None]
+        if missing:
+            raise ValueError(f"Row {number}: expected a value in {missing}, got none. Encode it again, or drop it.")
+        tokens, scale, grid, times = (torch.as_tensor(row[name]) for name in TEACHER_COLUMNS)
+        if not scale.isfinite().all():
+            raise ValueError(f"Row {number}: 'teacher_scale' is not finite. Encode it again in float32, or drop it.")
+        form = [tuple(tokens.shape), tuple(scale.shape), grid.tolist(), times.tolist()]
+        other, expected = first.setdefault(shapes[number], (number, form))
+        if form != expected:
+            raise ValueError(
+                f"Row {number}: expected (shapes of tokens and scales, grid, frame times) {expected} as in row "
+                f"{other}, whose latents have the same shape, got {form}. Encode all rows with one teacher."
+            )
 
 
 class TeacherRows:
@@ -93,22 +127,6 @@ class SelectedRows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self.rows[self.indices[index]]
-
-
-def first_readable_video(videos: MapDataset, pixels: Mapping[str, Any], *, skip_bad: bool) -> Tensor:
-    """
-    Frames of the first video, uint8 `(T, H, W, 3)`; of the first one that can be read with `skip_bad`.
-
-    Raises:
-        VideoDecodeError: If it, or with `skip_bad` every one, cannot be read.
-    """
-    for number in range(len(videos)):
-        try:
-            return torch.from_numpy(read_video(videos[number]["video"], **pixels))
-        except VideoDecodeError:
-            if not skip_bad or number == len(videos) - 1:
-                raise
-    raise AssertionError("datasets without rows are refused before")
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,14 @@ def check_arguments(
             "one, for its head. Pass `optimizers=(optimizer, None)` and name "
             "the schedule by `lr_scheduler_type`."
         )
-    evaluates = eval_dataset is not None or evaluator is not None
+    evaluates = eval_dataset not in (None, {}) or evaluator is not None
     check_run_options(args, evaluates=evaluates, has_optimizer=optimizers[0] is not None)
     engine = requested_engine(args)
+    if any(optimizers) and engine.startswith("zero"):
+        raise ValueError(
+            f"`optimizers` has no effect with the engine '{engine}': DeepSpeed makes its own from the configuration. "
+            "Name the optimizer by `optim` and the schedule by `lr_scheduler_type`, or train with another engine."
+        )
     args.check_engine(engine)
     if args.world_size % args.processes_per_row:
         raise ValueError(

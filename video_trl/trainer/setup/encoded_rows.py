@@ -22,7 +22,7 @@ from ...models.base import FRAME_RATE
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is looked at
+_VERSION = 2  # of what is looked at
 _LATENTS = {"video": ("latents",), "preference": ("chosen_latents", "rejected_latents")}
 _LATENTS["group"] = _LATENTS["preference"]
 
@@ -59,7 +59,7 @@ def check_encoded_rows(
     Check all rows of an encoded dataset against each other and against the transformer.
 
     Args:
-        dataset (`MapDataset`): The rows. Of an `EncodedDataset` the index and the headers of its files are read; all
+        dataset (`MapDataset`): The rows. Of an `EncodedDataset` the index is read; all
             others are read once, and what was found is kept under the dataset's fingerprint, where it has one.
         row_type (`str`): `"video"`, `"preference"` or `"group"`.
         transformer (`ModelMixin`): The policy.
@@ -73,7 +73,7 @@ def check_encoded_rows(
     Raises:
         ValueError: Names the row, its column, what was expected and what is there.
     """
-    columns = [name for name in family.row_columns if name != FRAME_RATE]
+    columns = [name for name in family.row_columns if name != FRAME_RATE or not isinstance(dataset, EncodedDataset)]
     found = _known_forms(dataset, row_type, columns, cache_dir)
     number_of = {form: number for number, form in reversed(list(enumerate(found.form_of)))}
     first = found.forms[found.form_of[0]]
@@ -125,7 +125,7 @@ def _check_form(
         ours, theirs = expected[name], tuple(shapes[name])
         # The number of tokens is a matter of the prompt or of the image encoder; their width is the transformer's.
         whole = name in family.image_columns and name.endswith("latents")
-        if len(ours) != len(theirs) or ours[-1] != theirs[-1] or (whole and ours != theirs):
+        if len(ours) != len(theirs) or ours[-1:] != theirs[-1:] or (whole and ours != theirs):
             raise ValueError(
                 f"expected '{name}' of shape {ours if whole else ('...', ours[-1])} for this transformer, got "
                 f"{theirs}. Encode the rows with the pipeline that is trained."
@@ -137,7 +137,12 @@ def _check_form(
 
 def _known_forms(dataset: MapDataset, row_type: str, columns: Sequence[str], cache_dir: Path) -> RowForms:
     if isinstance(dataset, EncodedDataset):  # its writer has looked whether all numbers are finite
-        return _gather(dataset.shapes(columns), len(dataset), dataset.twins())
+        forms = [
+            {"latents": [form["video"]] if row_type == "video" else [form["chosen"], *form["rejected"]]}
+            | {name: form[name] for name in columns}
+            for form in dataset.forms
+        ]
+        return RowForms(forms, dataset.index.form_of(), dataset.index.twins())
     identity = fingerprint_of(dataset)
     if identity is None:
         return _read_all(dataset, row_type, columns)
@@ -199,6 +204,8 @@ def _tensor(row: Mapping[str, Any], name: str, number: int) -> Tensor:
             f"Row {number}: column '{name}' holds numbers that are not finite. Encode the row again, in float32, or "
             "drop it."
         )
+    if name == FRAME_RATE and not (tensor > 0).all():
+        raise ValueError(f"Row {number}: expected a positive number in column '{name}', got {tensor.tolist()}.")
     return tensor
 
 

@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...hub import check_lora_config
@@ -160,26 +161,27 @@ def disable_dropout(transformer: nn.Module) -> None:
 def _check_state(transformer: nn.Module, adapter: str) -> None:
     """Raise a `ValueError` unless an adapter acts in the forward as its file would in a fresh pipeline."""
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    config = adapter_configs(transformer)[adapter]
     states = (
         (
             "is merged into the base, which rounds",
-            lambda layer: bool(layer.merged_adapters),
+            lambda name, layer: bool(layer.merged_adapters),
             "Load base and adapter anew, without `fuse_lora`; or make it part of the base, by "
             "`pipeline.unload_lora_weights()` after it, and train another.",
         ),
         (
             "is switched off, so that it would get no gradient",
-            lambda layer: layer._disable_adapters,
+            lambda name, layer: layer._disable_adapters,
             "Switch it on: `pipeline.enable_lora()`.",
         ),
         (
             "is scaled, which its file does not say",
-            lambda layer: adapter in layer.scaling and not _has_own_scale(layer, adapter),
-            f"Set its scale back: `pipeline.set_adapters([{adapter!r}], [1.0])`.",
+            lambda name, layer: adapter in layer.scaling and not _has_own_scale(layer, adapter, name, config),
+            f"Set its scale back: `pipeline.set_adapters([{adapter!r}], [1.0])`; its alpha is that of `peft_config`.",
         ),
     )
     for what, applies, way_out in states:
-        affected = [name for name, layer in layers.items() if applies(layer)]
+        affected = [name for name, layer in layers.items() if applies(name, layer)]
         if affected:
             raise ValueError(
                 f"The adapter {adapter!r} of the transformer {what}, in {len(affected)} layers such as "
@@ -187,10 +189,11 @@ def _check_state(transformer: nn.Module, adapter: str) -> None:
             )
 
 
-def _has_own_scale(layer: LoraLayer, adapter: str) -> bool:
+def _has_own_scale(layer: LoraLayer, adapter: str, name: str, config: PeftConfig) -> bool:
+    """Whether a layer acts with the scale that its configuration says, which is what its file will say."""
     rank = layer.r[adapter]
-    rank = math.sqrt(rank) if layer.use_rslora.get(adapter, False) else rank
-    return math.isclose(layer.scaling[adapter], layer.lora_alpha[adapter] / rank, rel_tol=1e-6)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    return math.isclose(layer.scaling[adapter], alpha / (math.sqrt(rank) if config.use_rslora else rank), rel_tol=1e-6)
 
 
 def _check_projections(transformer: nn.Module) -> None:

@@ -6,6 +6,7 @@ import logging
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ...models import Expert
 from ..step.passes import AdapterReference, ModuleReference, Reference
 from .lora import REFERENCE_ADAPTER, copy_adapter
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def make_reference(
     transformer: ModelMixin,
-    ref_model: ModelMixin | DiffusionPipeline | None,
+    ref_model: ModelMixin | None,
     *,
     adapter_name: str | None,
     continues_adapter: bool,
@@ -25,7 +26,7 @@ def make_reference(
 
     Args:
         transformer (`ModelMixin`): The policy, before its first update.
-        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*): A reference given by the user; comes first.
+        ref_model (`ModelMixin`, *optional*): A reference given by the user; comes first.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
         continues_adapter (`bool`): Whether that adapter was there before training: then a frozen copy of it is the
             reference, not the bare base.
@@ -35,7 +36,7 @@ def make_reference(
         of the transformer.
     """
     if ref_model is not None:
-        return ModuleReference(_transformer_of(ref_model))
+        return ModuleReference(ref_model)
     if adapter_name is not None:
         if not continues_adapter:
             return AdapterReference(transformer)
@@ -50,41 +51,56 @@ def make_reference(
     return ModuleReference(copy.deepcopy(transformer))
 
 
-def check_ref_model(
-    transformer: ModelMixin, ref_model: ModelMixin | DiffusionPipeline | None, *, use_peft: bool
-) -> None:
+def reference_transformer(
+    ref_model: ModelMixin | DiffusionPipeline | None, expert: Expert | None
+) -> ModelMixin | None:
+    """
+    The reference that the user gave: of a pipeline with several transformers, the one that is trained.
+
+    Raises:
+        ValueError: If the pipeline was loaded without it.
+    """
+    if not isinstance(ref_model, DiffusionPipeline):
+        return ref_model
+    component = "transformer" if expert is None else expert.component
+    transformer: ModelMixin | None = ref_model.components.get(component)
+    if transformer is None:
+        raise ValueError(f"Expected `ref_model` with a `{component}`, got a {type(ref_model).__name__} without it.")
+    return transformer
+
+
+def check_ref_model(transformer: ModelMixin, ref_model: ModelMixin | None, *, use_peft: bool) -> None:
     """
     Raise a `ValueError` if a reference given by the user is the policy itself, or of other architecture or precision.
 
     Args:
         transformer (`ModelMixin`): The policy, as the user passed it.
-        ref_model (`ModelMixin` or `DiffusionPipeline`, *optional*): The reference.
+        ref_model (`ModelMixin`, *optional*): The reference.
         use_peft (`bool`): Whether an adapter is trained; all weights are trained in float32.
     """
     if ref_model is None:
         return
-    reference = _transformer_of(ref_model)
-    if reference is transformer:
+    if ref_model is transformer:
         raise ValueError(
             "`ref_model` is the very transformer that is trained, so it would change along. Load it a second time, or "
             "leave `ref_model` out: the base without the adapter is then the reference, at no cost."
         )
-    if type(reference) is not type(transformer):
+    if type(ref_model) is not type(transformer):
         raise ValueError(
             f"`ref_model` must be of the class of the model, {type(transformer).__name__}, got "
-            f"{type(reference).__name__}."
+            f"{type(ref_model).__name__}."
         )
     different = {
-        name: (value, reference.config.get(name))
+        name: (value, ref_model.config.get(name))
         for name, value in transformer.config.items()
-        if not name.startswith("_") and reference.config.get(name) != value
+        if not name.startswith("_") and ref_model.config.get(name) != value
     }
     if different:
         listing = ", ".join(f"{name}: {ours} / {theirs}" for name, (ours, theirs) in sorted(different.items()))
         raise ValueError(
             f"`ref_model` must have the architecture of the model; they differ (model / ref) in {listing}."
         )
-    ours, theirs = _dtypes(transformer), _dtypes(reference)
+    ours, theirs = _dtypes(transformer), _dtypes(ref_model)
     if not use_peft and any(dtype.itemsize < 4 for dtype in ours.values()):
         ours = dict.fromkeys(ours, torch.float32)  # see `train_all_weights`
     others = [name for name, dtype in theirs.items() if ours.get(name, dtype) != dtype]
@@ -100,7 +116,3 @@ def _dtypes(transformer: ModelMixin) -> dict[str, torch.dtype]:
     """The dtype of every weight by its name, with or without adapters around it."""
     named = ((name.replace(".base_layer", ""), weight) for name, weight in transformer.named_parameters())
     return {name: weight.dtype for name, weight in named if ".lora_" not in name}
-
-
-def _transformer_of(ref_model: ModelMixin | DiffusionPipeline) -> ModelMixin:
-    return ref_model.transformer if isinstance(ref_model, DiffusionPipeline) else ref_model

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants
@@ -71,9 +72,11 @@ def prepare_rows(
     transformer: ModelMixin,
     family: ModelFamily,
     max_sequence_length: int,
+    before_encoding: Callable[[np.ndarray], None] | None = None,
 ) -> IndexedDataset:
     """
-    Encode a raw dataset, or take an encoded one as it is; check all its rows, and number them.
+    Encode a raw dataset, or take an encoded one as it is; check all its rows, and number them. `before_encoding` is
+    that of `encode_dataset`.
 
     Raises:
         ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
@@ -101,6 +104,7 @@ def prepare_rows(
             batch_size=args.encode_batch_size,
             on_bad_video=args.on_bad_video,
             device=args.device,
+            before_encoding=before_encoding,
         )
     check_conditions(dataset, family)
     shapes = check_encoded_rows(

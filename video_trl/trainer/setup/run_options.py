@@ -1,6 +1,8 @@
 """Check optimizer, schedule, trackers and evaluations of a run before anything is loaded or encoded."""
 
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ _STEPS = 100  # of a schedule that is made to see whether it can be
 
 def check_run_options(args: VideoConfig, *, evaluates: bool, has_optimizer: bool = False) -> None:
     """
-    Make the optimizer and schedule of a configuration for one number, and look for trackers and evaluations.
+    Make the optimizer and schedule of a configuration for one number; look for trackers, evaluations and the folder.
 
     Args:
         args (`VideoConfig`): The configuration.
@@ -31,6 +33,12 @@ def check_run_options(args: VideoConfig, *, evaluates: bool, has_optimizer: bool
         value = args.__dict__[name]
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be finite and not negative, got {value}.")
+    for name in ("seed", "data_seed"):
+        if not 0 <= args.__dict__[name] < 2**32:
+            raise ValueError(f"`{name}` must be at least 0 and less than 2**32, got {args.__dict__[name]}.")
+    if args.dataloader_num_workers < 0:
+        raise ValueError(f"`dataloader_num_workers` must not be negative, got {args.dataloader_num_workers}.")
+    _check_writable(Path(args.output_dir))
     _check_schedule(args, None if has_optimizer else _make_optimizer(args))
     for tracker in args.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
@@ -53,6 +61,16 @@ def check_run_options(args: VideoConfig, *, evaluates: bool, has_optimizer: bool
             f"`{asking[0]}` needs an `eval_dataset` or an `evaluator`, got neither. Pass one (on the command line, by "
             "`--eval_rows` or `--evaluator_judge`), or leave the option out."
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """Make a folder, for a moment, where the first one that is missing will be made: permissions do not tell all."""
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir`: {folder} cannot be written ({error}). Pass another folder.") from error
 
 
 def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:

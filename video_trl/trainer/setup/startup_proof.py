@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -28,7 +29,7 @@ def check_given_optimizer(transformer: ModelMixin, optimizer: torch.optim.Optimi
 
     Raises:
         ValueError: If it cannot hold an adapter that is yet to be made, or lacks weights that will be trained, or
-            holds tensors that are none of the transformer's.
+            holds tensors that are none of the transformer's; or if it has other weights for evaluation.
     """
     if optimizer is None:
         return
@@ -51,12 +52,19 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer (`torch.optim.Optimizer`): Its optimizer. It may hold frozen weights: without a gradient they stay.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not, or has other weights for evaluation.
     """
     _compare(dict(_trained(model)), optimizer, model)
 
 
 def _compare(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    kind = type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
+    if "eval" in dir(kind):
+        raise ValueError(
+            f"The optimizer is of the class {kind.__name__}, which exchanges the weights for averaged ones "
+            "when it is told to evaluate: what is saved would not be what is evaluated, and every evaluation would "
+            "change the training that follows. Use an optimizer without modes, such as AdamW."
+        )
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     missing = [name for name, weight in trained.items() if id(weight) not in held]
     if missing:

@@ -1,0 +1,1 @@
+"""Published preference datasets of other projects, as rows of this package."""
