@@ -63,7 +63,7 @@ _ELSEWHERE = {
     "tracker_name": "report_to", "log_with": "report_to", "tracker": "report_to",
     "validation_prompt": "sample_prompts", "validation_prompts": "sample_prompts",
     "validation_steps": "sample_every", "validation_epochs": "sample_every", "sample_every_n_steps": "sample_every",
-    "snr_gamma": "loss_weighting", "min_snr_gamma": "loss_weighting", "weighting_scheme": "loss_weighting",
+    "snr_gamma": "loss_weighting", "weighting_scheme": "loss_weighting",
     "use_ema": "ema_decay", "attn_implementation": "attention_backend", "attn_mode": "attention_backend",
     "load_in_4bit": "quantization", "fp8_base": "quantization", "output_name": "output_dir",
     "max_prompt_length": "max_sequence_length", "tokenizer_max_length": "max_sequence_length",
