@@ -14,7 +14,7 @@ from video_trl.hub import merge_adapter, save_lora
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_wan_pipeline().save_pretrained(folder / "model")
-    save_lora(with_adapter(tiny_wan_pipeline()).transformer, folder / "adapter")
+    save_lora(with_adapter().transformer, folder / "adapter")
     return folder
 
 
