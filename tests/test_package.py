@@ -47,3 +47,10 @@ def test_package_data_is_there():
     package = resources.files("video_trl")
     assert package.joinpath("py.typed").is_file()
     assert package.joinpath("templates", "report.html").is_file()
+
+
+def test_importing_a_trainer_says_nothing():
+    """No words of the libraries underneath about what they could not load: the first output is ours."""
+    code = "from video_trl import VideoSFTTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

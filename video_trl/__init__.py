@@ -6,7 +6,9 @@ stays light (it loads neither torch nor transformers). Submodules are public by 
 `video_trl.data`, `video_trl.sandbox`, ...
 """
 
+import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .methods import own_methods
@@ -21,6 +23,20 @@ for _name, _off in {
     "WANDB_ERROR_REPORTING": "false",
 }.items():
     os.environ.setdefault(_name, _off)
+
+
+def _unlike(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)
+
+
+# What libraries say when they are imported with a torch of another build, which nobody can do anything about: kernels
+# of torchao for GPUs that are not there, and what follows. Where they are asked for, loading fails with a reason.
+for _name, _said in {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
+}.items():
+    logging.getLogger(_name).addFilter(partial(_unlike, _said))
 
 
 if TYPE_CHECKING:  # for editors and type checkers alone: what is there at run time, the registry says

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 TimestepSampling = Literal["uniform", "logit_normal", "shifted"]
+LossWeighting = Literal["none", "cosmap", "min_snr"]
 
 
 class NoiseProcess(Protocol):
@@ -366,6 +367,48 @@ def _restricted_levels(
     low, high = (0, process.num_train_timesteps) if timestep_range is None else timestep_range
     levels = (low / process.num_train_timesteps, high / process.num_train_timesteps)
     return noise_levels(u, scheme=scheme, shift=shift, logit_mean=logit_mean, logit_std=logit_std, level_range=levels)
+
+
+def loss_weights(process: NoiseProcess, timesteps: Tensor, weighting: LossWeighting, *, gamma: float = 5.0) -> Tensor:
+    r"""
+    Weights of velocity errors by noise level, as published for each kind of process.
+
+    $$w_{cosmap} = \frac{2}{\pi (1 - 2 \sigma + 2 \sigma^2)}, \qquad w_{min SNR} = \frac{\min(s, \gamma)}{s + 1}$$
+
+    with the noise level \\( \sigma \\) of flow matching (Stable Diffusion 3, mean 1 over uniform levels), and the
+    signal-to-noise ratio \\( s \\) of a schedule (Min-SNR, for models that predict v).
+
+    Args:
+        process ([`FlowMatching`] or [`VPrediction`]): How latents get noisy.
+        timesteps (`torch.Tensor` of shape `(B,)`): Timesteps on the model's scale.
+        weighting (`str`): `"none"`, `"cosmap"` or `"min_snr"`.
+        gamma (`float`, *optional*, defaults to `5.0`): Of `"min_snr"`, positive.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Weights, float32; exactly 1 for `"none"`.
+
+    Raises:
+        ValueError: If the weighting is not for this kind of process.
+    """
+    check_loss_weighting(process, weighting)
+    if weighting == "none":
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    if isinstance(process, VPrediction):
+        signal, noise_scale = (scale[timesteps] for scale in _schedule_on(process, timesteps.device, torch.float64))
+        # s = (signal / noise)^2, and s + 1 = 1 / noise^2: no division by a noise of 0.
+        return torch.minimum(signal**2, gamma * noise_scale**2).float()
+    levels = timesteps.double() / process.num_train_timesteps
+    return (2 / (math.pi * (1 - 2 * levels + 2 * levels**2))).float()
+
+
+def check_loss_weighting(process: NoiseProcess, weighting: LossWeighting) -> None:
+    """Raise a `ValueError` if a weighting is not for this kind of process."""
+    suitable = "min_snr" if isinstance(process, VPrediction) else "cosmap"
+    if weighting not in ("none", suitable):
+        kind = "predicts v on a noise schedule" if suitable == "min_snr" else "is trained by flow matching"
+        raise ValueError(
+            f"`loss_weighting={weighting!r}` is not for this model, which {kind}. Use {suitable!r}, or 'none'."
+        )
 
 
 def bell_weights(levels: Tensor, *, shift: float = 1.0) -> Tensor:

@@ -24,6 +24,7 @@ VERBS = {
     "vote": "let people compare runs, blind, in the browser",
     "push": "upload an adapter with its model card, or a curated dataset, to the Hub",
     "export": "an adapter for ComfyUI and other tools, and back",
+    "merge": "an adapter into the weights of its base model",
     "estimate": "memory and cost of a run, and what fits a GPU",
     "doctor": "check versions, devices, codecs, disk and Hub login",
 }

@@ -12,7 +12,7 @@ Examples:
 
   video-trl data doctor my/pairs.jsonl --judge videophy2 --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-What is looked at is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos
+Data is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .parquet), a folder of videos
 with captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a repository on the Hub. Exit code 1 if
 no trainer takes it, a video cannot be read, or the doctor finds a problem: that something beside their content, blur,
 brightness, length or the traces of a generator, tells chosen from rejected videos, or that the judge does not. An

@@ -37,6 +37,54 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+# Options of other trainers (TRL, diffusers' scripts, kohya's) -> how they are called here, where that is not alike.
+_ELSEWHERE = {
+    "lr": "learning_rate", "unet_lr": "learning_rate", "learning_rate_type": "lr_scheduler_type",
+    "model": "model_name_or_path", "pretrained_model_name_or_path": "model_name_or_path", "base_model":
+    "model_name_or_path", "model_id": "model_name_or_path",
+    "dataset": "dataset_name", "train_data_dir": "dataset_name", "instance_data_dir": "dataset_name",
+    "data_root": "dataset_name", "dataset_config": "dataset_name", "dataset_path": "dataset_name",
+    "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "max_train_steps": "max_steps", "train_steps": "max_steps", "steps": "max_steps",
+    "epochs": "num_train_epochs", "max_train_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type", "lr_scheduler_args": "lr_scheduler_kwargs", "lr_warmup_steps": "warmup_steps",
+    "rank": "lora_rank", "lora_r": "lora_rank", "network_dim": "lora_rank", "lora_dim": "lora_rank",
+    "network_alpha": "lora_alpha", "target_modules": "lora_target_modules", "lora_layers": "lora_target_modules",
+    "network_weights": "init_adapter", "init_lora": "init_adapter", "lora_path": "init_adapter",
+    "adapter": "init_adapter",
+    "optimizer": "optim", "optimizer_type": "optim", "optimizer_args": "optim_args",
+    "adam_weight_decay": "weight_decay", "max_gradient_norm": "max_grad_norm",
+    "discrete_flow_shift": "timestep_shift", "flow_shift": "timestep_shift", "flow_weighting_scheme":
+    "timestep_sampling", "logit_mean": "timestep_logit_mean", "logit_std": "timestep_logit_std",
+    "min_timestep": "timestep_range", "max_timestep": "timestep_range",
+    "checkpointing_steps": "save_steps", "save_every_n_steps": "save_steps",
+    "checkpoints_total_limit": "save_total_limit", "resume": "resume_from_checkpoint",
+    "tracker_name": "report_to", "log_with": "report_to", "tracker": "report_to",
+    "validation_prompt": "sample_prompts", "validation_prompts": "sample_prompts",
+    "validation_steps": "sample_every", "validation_epochs": "sample_every", "sample_every_n_steps": "sample_every",
+    "snr_gamma": "loss_weighting", "weighting_scheme": "loss_weighting",
+    "use_ema": "ema_decay", "attn_implementation": "attention_backend", "attn_mode": "attention_backend",
+    "load_in_4bit": "quantization", "fp8_base": "quantization", "output_name": "output_dir",
+    "max_prompt_length": "max_sequence_length", "tokenizer_max_length": "max_sequence_length",
+    "dpo_beta": "beta", "beta_dpo": "beta", "beta_dpo_loss": "beta",
+}  # fmt: skip
+# Options that are missing for a reason.
+_WITHOUT = {
+    "lora_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
+    "network_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
+    "network_module": "adapters are LoRA, in the layout of diffusers",
+}
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """What to say of an option that does not exist: what it is called here, what is like it, or why it is missing."""
+    if name in _WITHOUT:
+        return f": {_WITHOUT[name]}"
+    options = list(known)
+    return f" (here it is {_ELSEWHERE[name]!r})" if _ELSEWHERE.get(name) in options else nearest(name, options)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"`, or nothing where no known name is like it."""
     matches = difflib.get_close_matches(name, list(known), n=1)
@@ -141,7 +189,7 @@ def _check_config(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
     content = read_yaml(path)
     for key in content:
         if key not in options and key != "env":
-            raise UsageError(f"{path}: there is no option {key!r}{nearest(str(key), options)}.")
+            raise UsageError(f"{path}: there is no option {key!r}{unknown_option(str(key), options)}.")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -167,7 +215,7 @@ def _check_options(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
     for word in argv:
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in known:
-            raise UsageError(f"there is no option --{name}{nearest(name, known)}. --help lists the options.")
+            raise UsageError(f"there is no option --{name}{unknown_option(name, known)}. --help lists the options.")
 
 
 def _hide(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

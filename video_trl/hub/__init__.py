@@ -6,6 +6,7 @@ from .card import CARD_NAME, DatasetFacts, Measurement, add_evaluation, model_ca
 from .dataset import dataset_card, export_dataset, push_dataset
 from .export import export_lora
 from .lora import LORA_FILE_NAME, check_lora_config, load_lora_state, save_lora
+from .merge import merge_adapter
 from .published import import_lora, read_adapter
 from .upload import HubUploadError, inherited_license, push
 
@@ -24,6 +25,7 @@ __all__ = [
     "import_lora",
     "inherited_license",
     "load_lora_state",
+    "merge_adapter",
     "model_card",
     "push",
     "push_dataset",

@@ -9,12 +9,13 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.buckets import AspectBucket
-from ..diffusion import TimestepSampling
+from ..diffusion import NoiseProcess, TimestepSampling
 from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
+from .setup.optimizers import check_class_path
 from .setup.quantization import Quantization, check_optimizer, check_quantised_engine, check_quantization
 from .setup.single_file import check_transformer_file
 
@@ -201,6 +202,42 @@ class VideoConfig(TrainingArguments):
             "linear layer of the blocks, cross-attention too. Or names of layers, such as 'attn1.to_q' 'attn2.to_q'."
         },
     )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale the default LoRA adapter by alpha / sqrt(rank) instead (rsLoRA), for high ranks."},
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train the length of each row of the adapted weights (DoRA): a little slower, and its norms "
+            "take memory that estimates do not count."
+        },
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to start from, when the model is named by a string: a folder or file that diffusers "
+            "loads, or a repository id. Its rank and layers stay; preference methods compare with a frozen copy of it."
+        },
+    )
+
+    # Parameters that control the optimizer
+    optim_class: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer by its class, instead of `optim`: 'prodigyopt.Prodigy', 'torch.optim.Muon', of any "
+            "installed package. It gets `learning_rate` (Prodigy wants 1), and `optim_args` such as "
+            "'d_coef=0.5,betas=(0.9, 0.99)'; weights decay by `weight_decay`."
+        },
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Average the trained weights over the steps with this decay, at most, such as 0.99 or 0.999 "
+            "(EMA). Evaluations and sample videos are of the average, which is saved beside the weights, in the "
+            "folder `ema`. 0: off."
+        },
+    )
 
     # Parameters that control several processes
     context_parallel_size: int = field(
@@ -308,6 +345,8 @@ class VideoConfig(TrainingArguments):
         super().__post_init__()
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
+        if self.optim_class is not None:
+            check_class_path(self.optim_class)
         for name, (accepted, reason) in _UNSUPPORTED.items():
             value = self.__dict__[name]
             if value != accepted:
@@ -352,6 +391,18 @@ class VideoConfig(TrainingArguments):
         """
         return self
 
+    def check_noise_process(self, process: NoiseProcess) -> None:
+        """Raise a `ValueError` if an option is not for models that are trained with this process."""
+
+    def new_adapter(self) -> dict[str, Any]:
+        """How the default adapter is made: keyword arguments of `attach_lora`."""
+        return {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
         check_quantised_engine(self.quantization, engine)
@@ -359,6 +410,11 @@ class VideoConfig(TrainingArguments):
             raise ValueError(
                 f"`offload_weights` is supported with every process holding the adapter (engine 'ddp'), got the "
                 f"engine {engine!r}, which divides weights itself. Leave one of them out."
+            )
+        if self.ema_decay and engine != "ddp":
+            raise ValueError(
+                f"`ema_decay={self.ema_decay}` is supported with every process holding the weights (engine 'ddp'), "
+                f"got the engine '{engine}'. Drop one of the two."
             )
         if engine != "zero3":
             return
@@ -391,7 +447,7 @@ class VideoConfig(TrainingArguments):
             ),
             (not has_betas, ("adam_beta1", "adam_beta2"), f"`optim={optimizer!r}` has no betas"),
             (not has_epsilon, ("adam_epsilon",), f"`optim={optimizer!r}` has none"),
-            (not reads_more, ("optim_args",), f"`optim={optimizer!r}` reads none"),
+            (not reads_more and self.optim_class is None, ("optim_args",), f"`optim={optimizer!r}` reads none"),
             (self.timestep_sampling != "shifted", ("timestep_shift",), "`timestep_sampling` is not 'shifted'"),
             (
                 self.timestep_sampling != "logit_normal",
@@ -401,7 +457,16 @@ class VideoConfig(TrainingArguments):
             (not self.resolution_buckets, ("resolution_max_crop",), "there are no `resolution_buckets`"),
             (not self.gradient_checkpointing, ("checkpointing_policy",), "`activation_checkpointing` is off"),
             (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
-            (not self.use_peft, ("lora_rank", "lora_alpha", "lora_target_modules"), "`use_peft` is off"),
+            (
+                not self.use_peft,
+                ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora"),
+                "`use_peft` is off",
+            ),
+            (
+                self.optim_class is not None,
+                ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+                "`optim_class` is given",
+            ),
             (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
             (
                 self.eval_strategy == "no",
@@ -451,6 +516,8 @@ class VideoConfig(TrainingArguments):
             )
         if not 0 <= self.resolution_max_crop <= 1:
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. 0 switches the average off.")
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))

@@ -39,6 +39,7 @@ from .checkpoints.settings import (
     check_settings,
 )
 from .checkpoints.signals import StopOnSignal
+from .checkpoints.weight_average import WeightAverage
 from .checkpoints.weights import describe_run, trained_weights
 from .parallel.engines import (
     SHARDED,
@@ -71,6 +72,7 @@ from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
 from .setup.offloaded_weights import offload_weights
+from .setup.optimizers import optimizer_and_options
 from .setup.quantization import keep_weights_quantised
 from .setup.reference import check_ref_model, make_reference, reference_transformer
 from .setup.rows import (
@@ -134,6 +136,7 @@ class VideoTrainer(Trainer):
         passes ([`Passes`]): Run reference and policy.
         metrics ([`Metrics`]): What has been recorded since the last log.
         checkpointer ([`Checkpointer`]): Saves and resumes.
+        average ([`WeightAverage`]): The moving average of the trained weights, if there is one.
         uploader ([`Uploader`]): Sends to the Hub.
         sampler ([`Sampler`]): Lends the pipeline to whoever generates.
 
@@ -261,8 +264,7 @@ class VideoTrainer(Trainer):
         self.adapter_name: str | None = None
         if args.use_peft:
             targets = lora_targets(family, transformer, args.lora_target_modules)
-            rank, alpha = args.lora_rank, args.lora_alpha
-            self.adapter_name = attach_lora(transformer, peft_config, targets, rank=rank, alpha=alpha)
+            self.adapter_name = attach_lora(transformer, peft_config, targets, **args.new_adapter())
         else:
             train_all_weights(transformer, idle)
         disable_dropout(transformer)
@@ -331,6 +333,7 @@ class VideoTrainer(Trainer):
             description=description,
             should_save=args.should_save,
         )
+        self.average = WeightAverage(transformer, self.adapter_name, args.ema_decay)
         self.sampler = Sampler(
             self.pipeline,
             self.family,
@@ -338,6 +341,7 @@ class VideoTrainer(Trainer):
             device=args.device,
             max_sequence_length=self.max_sequence_length,
             fps=args.fps,
+            averaged=self.average.shown,
             tensorboard=lambda: next(
                 (each.tb_writer for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)),
                 None,
@@ -361,6 +365,7 @@ class VideoTrainer(Trainer):
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
         self.add_callback(self._guard)
         self.add_callback(GradientProof())
+        self.callback_handler.callbacks.insert(0, self.average)  # before what saves, evaluates or shows it
         self.add_callback(self._card)
         self.add_callback(self._signals)
         self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
@@ -387,15 +392,9 @@ class VideoTrainer(Trainer):
         return self.encode(dataset, transformer)
 
     def encode(
-        self,
-        dataset: MapDataset,
-        transformer: ModelMixin,
-        before_encoding: Callable[[np.ndarray], None] | None = None,
+        self, dataset: MapDataset, transformer: ModelMixin, before_encoding: Callable[[np.ndarray], None] | None = None
     ) -> IndexedDataset:
-        """
-        What [`prepare_dataset`] does for all trainers. `before_encoding` is shown one video of each size, uint8
-        `(T, H, W, 3)`, before the first is encoded.
-        """
+        """For all trainers. `before_encoding` is shown one video of each size, uint8 `(T, H, W, 3)`, beforehand."""
         return prepare_rows(
             dataset,
             self.row_type,
@@ -439,6 +438,8 @@ class VideoTrainer(Trainer):
         if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
             check_optimizer(self.model if model is None else model, optimizer)
         return optimizer
+
+    get_optimizer_cls_and_kwargs = staticmethod(optimizer_and_options)
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
         """Add per-sample values, of any shape with the batch first, to the metrics of these names in the next log."""
@@ -568,9 +569,10 @@ class VideoTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._guard.check(self.args, self.state)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        with self.average.shown():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
         metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -595,9 +597,8 @@ class VideoTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self._measure.paused():  # once for all datasets, not with each of them
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        measured = {
-            f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.state.global_step).items()
-        }
+        now = self._measure(self.state.global_step)
+        measured = {f"{metric_key_prefix}_{name}": value for name, value in now.items()}
         if measured:  # logged as an evaluation of its own
             self.log(dict(measured))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
@@ -677,15 +678,17 @@ class VideoTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.checkpointer.load(Path(resume_from_checkpoint))
+        self.average.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
-        self.checkpointer.load(Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, whole, and the card into a folder; all processes must call this."""
         directory = Path(output_dir or self.args.output_dir)
         self.checkpointer.save(directory)
+        self.average.save(self.checkpointer, directory)
         if self.args.should_save:
             write_atomically(directory / ARGUMENTS_NAME, self.args.to_json_string())
             self._card.write(directory, self.state)

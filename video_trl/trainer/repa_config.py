@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import VideoConfig
 from .repa.options import AlignmentOptions
+from .weighted_config import WeightedErrorConfig
 
 
 @dataclass
-class VideoREPAConfig(AlignmentOptions, VideoConfig):
+class VideoREPAConfig(AlignmentOptions, WeightedErrorConfig):
     """
     Arguments of [`VideoREPATrainer`]; everything else is inherited from `VideoConfig` and
     [`~transformers.TrainingArguments`].
@@ -27,7 +27,7 @@ class VideoREPAConfig(AlignmentOptions, VideoConfig):
         default=64, metadata={"help": "Scale of the default LoRA adapter; its output is multiplied by alpha / rank."}
     )
 
-    _VALID_DICT_FIELDS = VideoConfig._VALID_DICT_FIELDS + ["teacher_kwargs"]
+    _VALID_DICT_FIELDS = WeightedErrorConfig._VALID_DICT_FIELDS + ["teacher_kwargs"]
 
     def __post_init__(self) -> None:
         if self.compile_blocks:

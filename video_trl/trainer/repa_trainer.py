@@ -133,7 +133,10 @@ class VideoREPATrainer(VideoTrainer):
         assert tap.tokens is not None
         alignment, metrics = self.alignment.losses(tap.tokens, seen)  # (B,)
         coefficient = self.args.coefficient_at(self.state.global_step, self.state.max_steps)
-        losses = error + coefficient * alignment  # (B,)
+        weighted = error
+        if self.args.loss_weighting != "none":
+            weighted = error * self.step.loss_weights(timesteps, self.args.loss_weighting, self.args.min_snr_gamma)
+        losses = weighted + coefficient * alignment  # (B,)
         loss = losses.mean()
 
         coefficients = torch.full_like(error, coefficient)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import VideoConfig
+from .weighted_config import WeightedErrorConfig
 
 
 @dataclass
-class VideoSFTConfig(VideoConfig):
+class VideoSFTConfig(WeightedErrorConfig):
     """
     Arguments of [`VideoSFTTrainer`]; everything else is inherited from `VideoConfig` and
     [`~transformers.TrainingArguments`].

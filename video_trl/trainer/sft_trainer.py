@@ -55,5 +55,7 @@ class VideoSFTTrainer(VideoTrainer):
         denoising = self.step.prepare(latents, draw.noise[:, 0], timesteps, self.step.conditions(inputs))
 
         error = self.passes.policy(model, denoising)  # (B,)
+        if self.args.loss_weighting != "none":
+            error = error * self.step.loss_weights(timesteps, self.args.loss_weighting, self.args.min_snr_gamma)
         loss = error.mean()
         return (loss, {"losses": error}) if return_outputs else loss

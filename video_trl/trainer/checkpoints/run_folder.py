@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import files
 from ...hub import LORA_FILE_NAME
-from .weights import DESCRIPTION_NAME, RUN_KEY, TRANSFORMER_FOLDER, remove_leftovers
+from .weights import AVERAGE_FOLDER, DESCRIPTION_NAME, RUN_KEY, TRANSFORMER_FOLDER, remove_leftovers
 
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class RunFolder:
         """What a run leaves in its folder: checkpoints of any run, and weights."""
         checkpoints = (path for path in self.directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir())
         found = [path for path in checkpoints if _CHECKPOINT.fullmatch(path.name)]
-        weights = [self.directory / name for name in (LORA_FILE_NAME, TRANSFORMER_FOLDER)]
+        weights = [self.directory / name for name in (AVERAGE_FOLDER, LORA_FILE_NAME, TRANSFORMER_FOLDER)]
         return sorted(found, key=_step) + [path for path in weights if path.exists()]
 
     def _refuse_another_run(self, record: dict[str, Any] | None) -> None:

@@ -38,7 +38,8 @@ _WITHOUT_EFFECT = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "logging_nan_inf_filter",
     "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_pin_memory", "data_seed", "cache_dir",
     "encode_batch_size", "activation_checkpointing", "checkpointing_policy", "model_init_kwargs", "use_peft",
-    "lora_rank", "lora_alpha", "teacher_batch_size", "row_chunk", "overwrite_output_dir",
+    "lora_rank", "lora_alpha", "use_rslora", "use_dora", "init_adapter",
+    "teacher_batch_size", "row_chunk", "overwrite_output_dir",
 }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
 def _refuse(directory: Path, changed: dict[str, tuple[Any, Any]]) -> None:
     reasons = {
         "optim": lambda pair: not any({*pair} <= kinds for kinds in _SAME_STATES),
+        "optim_class": lambda pair: True,
         "lr_scheduler_type": lambda pair: any(kind in _SCHEDULES_WITH_STATES for kind in pair),
     }
     for name, is_refused in reasons.items():

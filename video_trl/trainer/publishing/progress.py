@@ -19,6 +19,7 @@ from ..base_config import VideoConfig
 # What a run may leave in its directory.
 _WEIGHTS = {LORA_FILE_NAME: "adapter", "transformer": "all weights"}
 _CONTENTS = _WEIGHTS | {
+    "ema": "averaged weights",
     "README.md": "model card",
     "samples": "videos",
     "evaluation": "runs of the evaluator",

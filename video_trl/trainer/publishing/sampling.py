@@ -4,7 +4,7 @@ import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Sampler:
         device (`torch.device`): Where the transformer is.
         max_sequence_length (`int`): Prompt length in tokens.
         fps (`float`, *optional*): As configured.
+        averaged (`Callable`): Context in which the transformer has the weights to generate with.
         tensorboard (`Callable`): The writer of TensorBoard, if the run has one.
 
     Attributes:
@@ -53,8 +54,10 @@ class Sampler:
         device: torch.device,
         max_sequence_length: int,
         fps: float | None = None,
+        averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
         tensorboard: Callable[[], Any] = lambda: None,
     ) -> None:
+        self._averaged = averaged
         self.pipeline, self.family, self.rows, self.device = pipeline, family, rows, device
         self.tensorboard = tensorboard
         self.prompts: list[str] = []
@@ -74,10 +77,12 @@ class Sampler:
             takes = inspect.signature(pipeline.__call__).parameters
             self.call_kwargs = {name: value for name, value in self.call_kwargs.items() if name in takes}
 
-    def generation(self) -> AbstractContextManager[DiffusionPipeline]:
-        """Context that lends the pipeline, see [`generation`]."""
+    @contextmanager
+    def generation(self) -> Iterator[DiffusionPipeline]:
+        """Context that lends the pipeline, see [`generation`], with the averaged weights where a run has them."""
         assert self.pipeline is not None, "refused for a bare transformer"
-        return generation(self.pipeline, self.device)
+        with self._averaged(), generation(self.pipeline, self.device) as pipeline:
+            yield pipeline
 
     def first_frame(self, number: int) -> PIL.Image.Image:
         """First frame of the chosen, or only, video of a row, an image to generate from."""

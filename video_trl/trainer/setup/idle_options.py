@@ -13,8 +13,8 @@ _OF_ENCODING = (
     "num_frames", "fps", "height", "width", "resolution_buckets", "resolution_max_crop", "encode_batch_size",
     "on_bad_video",
 )  # fmt: skip
-_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules")
-_OF_OPTIMIZER = ("learning_rate", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+_OF_OPTIMIZER = ("learning_rate", "optim", "optim_class", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def idle_in_run(*, encoded: bool, has_adapter: bool, has_optimizer: bool) -> dict[str, str]:

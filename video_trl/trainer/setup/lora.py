@@ -84,7 +84,14 @@ def check_adapters(
 
 
 def attach_lora(
-    transformer: ModelMixin, peft_config: PeftConfig | None, targets: Sequence[str], *, rank: int, alpha: int
+    transformer: ModelMixin,
+    peft_config: PeftConfig | None,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: int,
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> str:
     """
     Freeze a transformer and make one LoRA adapter on it trainable, in float32 also on a base in half precision.
@@ -97,6 +104,7 @@ def attach_lora(
             continued.
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
         targets (`Sequence[str]`), rank (`int`), alpha (`int`): Target modules, rank and scale of the default adapter.
+        use_rslora (`bool`), use_dora (`bool`): Of the default adapter, as `peft.LoraConfig` has them.
 
     Returns:
         `str`: Name of the adapter that is trained.
@@ -104,7 +112,9 @@ def attach_lora(
     name = next(iter(adapter_configs(transformer)), None)
     if name is None:
         name = "default"
-        config = peft_config or LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        config = peft_config or LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets), use_rslora=use_rslora, use_dora=use_dora
+        )
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
     adapter_configs(transformer)[name].lora_dropout = 0.0  # see `disable_dropout`; copies and files have none either
     transformer.requires_grad_(False)

@@ -24,6 +24,7 @@ from peft import PeftModel
 from ...load import SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
+from .lora import adapter_configs
 from .quantization import quantization_config
 from .single_file import load_transformer_file
 
@@ -55,6 +56,13 @@ def load_model(
     """
     if isinstance(model, str | os.PathLike):
         model = _load_pipeline(os.fspath(model), args)
+        if args.init_adapter is not None:
+            _load_adapter(model, args)
+    elif args.init_adapter is not None:
+        raise ValueError(
+            f"`init_adapter={args.init_adapter!r}` is loaded when the model is named by a string, but it was passed "
+            f"as a {type(model).__name__}. Load it yourself: `pipeline.load_lora_weights(...)`."
+        )
     elif args.model_init_kwargs:
         raise ValueError(
             "`model_init_kwargs` is used when the model is named by a string, but it was passed as a "
@@ -89,6 +97,35 @@ def load_model(
         "`model` must be 'sandbox', a repository id, a path, a diffusers pipeline or a diffusers transformer, got "
         f"{type(model).__name__}."
     )
+
+
+def _load_adapter(pipeline: DiffusionPipeline, args: VideoConfig) -> None:
+    """
+    Load the adapter that training starts from, into the transformer that is trained.
+
+    Raises:
+        ValueError: If there is none, or it has no layer of this transformer.
+    """
+    expert = choose_expert(pipeline_index(pipeline), args.expert, type(pipeline).__name__)
+    second = expert is not None and expert.component == "transformer_2"
+    path = str(args.init_adapter)
+    file = Path(path)
+    where = {"weight_name": file.name} if file.is_file() else {}
+    try:
+        pipeline.load_lora_weights(
+            str(file.parent) if where else path, **where, **({"load_into_transformer_2": True} if second else {})
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"`init_adapter={path!r}` cannot be loaded ({' '.join(str(error).split())}). Pass a folder with "
+            "pytorch_lora_weights.safetensors, such a file, or a repository id."
+        ) from error
+    transformer, _ = _choose_transformer(pipeline, args)
+    if not adapter_configs(transformer):  # diffusers only warns
+        raise ValueError(
+            f"`init_adapter={path!r}` has no weights for the {type(transformer).__name__} that is trained. Pass an "
+            "adapter of this model."
+        )
 
 
 def _choose_transformer(pipeline: DiffusionPipeline, args: VideoConfig) -> tuple[ModelMixin, Expert | None]:

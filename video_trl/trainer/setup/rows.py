@@ -150,7 +150,7 @@ def check_timesteps(
 ) -> None:
     """
     Raise a `ValueError` if timesteps cannot be drawn: `"shifted"` without a shift, a range beyond the model's scale,
-    or one from which the scheme never draws.
+    one from which the scheme never draws, or a weighting of noise levels that is not for this model.
     """
     if args.timestep_sampling == "shifted" and args.timestep_shift is None:
         if pipeline is None or family.flow_shift(pipeline.scheduler.config, 1) is None:
@@ -159,6 +159,7 @@ def check_timesteps(
                 "`timestep_shift` (3.0 for Wan2.1 at 480p, 5.0 at 720p)."
             )
     process = family.noise_process
+    args.check_noise_process(process)
     if timestep_range is not None and timestep_range[1] > process.num_train_timesteps:
         raise ValueError(
             f"`timestep_range={timestep_range}` ends beyond the model's last timestep, "

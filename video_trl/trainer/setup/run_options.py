@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..base_config import VideoConfig
+from .optimizers import optimizer_and_options
 
 
 _STEPS = 100  # of a schedule that is made to see whether it can be
@@ -73,15 +74,19 @@ def _check_writable(folder: Path) -> None:
 
 
 def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:
-    weight = nn.Parameter(torch.zeros(1))
+    weight = nn.Parameter(torch.zeros(1, 1))  # a matrix: Muon takes nothing else
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind, options = optimizer_and_options(args)
         return kind([weight], **options)
     except Exception as error:  # of any library
         raise ValueError(
-            f"The optimizer `optim={args.optim.value!r}` cannot be made, with learning_rate={args.learning_rate}, "
+            f"The optimizer {_optimizer_name(args)} cannot be made, with learning_rate={args.learning_rate}, "
             f"optim_args={args.optim_args!r}: {error}"
         ) from error
+
+
+def _optimizer_name(args: VideoConfig) -> str:
+    return f"`optim={args.optim.value!r}`" if args.optim_class is None else f"`optim_class={args.optim_class!r}`"
 
 
 def _check_schedule(args: VideoConfig, optimizer: torch.optim.Optimizer | None) -> None:

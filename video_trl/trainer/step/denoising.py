@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...diffusion import TimestepSampling, bell_weights
+from ...diffusion import LossWeighting, TimestepSampling, bell_weights, loss_weights
 from ...models import ModelFamily
 
 
@@ -209,6 +209,10 @@ class DenoisingStep:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.bell_weights`]."""
         shift = self.shift if self.sampling == "shifted" else 1.0
         return bell_weights(timesteps / self.family.noise_process.num_train_timesteps, shift=shift)
+
+    def loss_weights(self, timesteps: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
+        """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.loss_weights`]."""
+        return loss_weights(self.family.noise_process, timesteps, weighting, gamma=gamma)
 
     def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
