@@ -212,6 +212,7 @@ def _check_options(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
     """Every word after two dashes must be an option: checked before anything slow is imported."""
     known = {"config", "help", "help_all", *options}
     known |= {f"no_{name}" for name, field in options.items() if field.default is True}
+    known |= {alias.lstrip("-") for field in options.values() for alias in field.metadata.get("aliases", ())}
     for word in argv:
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in known:
