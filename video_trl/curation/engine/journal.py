@@ -21,31 +21,31 @@ _SECONDS = 600.0  # for one row: a forked process may hang on a lock that a thre
 
 
 @contextmanager
-def noted(store: Path, index: int, keys: list[str], *, tried: bool = False) -> Iterator[None]:
+def noted(store: Path, index: int, keys: list[str], *, deaths: int = 0) -> Iterator[None]:
     """
-    Rows that process `index` computes in the block, and whether they have been tried alone ([`death_of`]). Only a
-    kill leaves the note: an exception is told anyway.
+    Rows that process `index` computes in the block, and how many processes were killed over them before. Only a kill
+    leaves the note: an exception is told anyway.
     """
     note = store / f"computing-{index}.json"
-    write_atomically(note, json.dumps({"keys": keys, "tried": tried}))
+    write_atomically(note, json.dumps({"keys": keys, "deaths": deaths}))
     try:
         yield
     finally:
         note.unlink(missing_ok=True)
 
 
-def interrupted(store: Path) -> dict[str, bool]:
+def interrupted(store: Path) -> dict[str, int]:
     """
-    Rows that processes, this one or others, were computing when they were killed, or are still computing; and whether
-    they had been tried alone.
+    Rows that processes, this one or others, were computing when they were killed, or are still computing; and how
+    many processes had been killed over them before.
     """
-    rows: dict[str, bool] = {}
+    rows: dict[str, int] = {}
     for note in store.glob("computing-*.json"):
         try:
             content = json.loads(note.read_text())
         except FileNotFoundError:  # its process is done with them
             continue
-        rows |= dict.fromkeys(content["keys"], content["tried"])
+        rows |= dict.fromkeys(content["keys"], content["deaths"])
     return rows
 
 

@@ -40,6 +40,7 @@ OUTCOME: dict[str, pa.DataType] = {
     "detail": pa.string(),
 }
 _POLL_SECONDS = 0.5
+_DEATHS = 6  # processes that may be killed over a row that its trial survives
 
 
 @dataclass(frozen=True)
@@ -244,13 +245,13 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
     tried = _try_suspects(todo, stage, store, mine) if stage.trial else {}
     mine = [row for row in mine if row not in tried]
-    batches = [[row] for row, lives in tried.items() if lives]
+    batches = [[row] for row, deaths in tried.items() if deaths]
     batches += [mine[start : start + stage.batch_size] for start in range(0, len(mine), stage.batch_size)]
     count = sum(map(len, batches))
     with tqdm(total=count, desc=stage.name, unit="row", disable=shard.index > 0 or not count) as progress:
         for rows in batches:
             batch = todo.take(rows).to_pydict()
-            note = noted(store, shard.index, batch[stage.key], tried=rows[0] in tried)
+            note = noted(store, shard.index, batch[stage.key], deaths=tried.get(rows[0], 0))
             with note if stage.trial else nullcontext():
                 commit_batch(store, stage, batch[stage.key], stage.function(batch))
             progress.update(len(rows))
@@ -260,24 +261,26 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     return join_results(table, stage, results)
 
 
-def _try_suspects(rows: pa.Table, stage: Stage, store: Path, mine: Sequence[int]) -> dict[int, bool]:
-    """Rows over which processes were killed -> whether a process survives them. Those that none does are dropped."""
+def _try_suspects(rows: pa.Table, stage: Stage, store: Path, mine: Sequence[int]) -> dict[int, int]:
+    """Rows over which processes were killed -> how many processes, or 0 for a row that is dropped for it."""
     assert stage.trial is not None
     keys, suspects = rows[stage.key].to_pylist(), interrupted(store)
-    lives: dict[int, bool] = {}
+    deaths: dict[int, int] = {}
     for row in [row for row in mine if keys[row] in suspects]:
-        # What has killed a process after its trial as well is not tried for ever.
+        deaths[row] = suspects[keys[row]] + 1
+        # A process may be killed from outside, again and again, and no row must be lost by it; but what kills every
+        # process in spite of its trial must end somewhere.
         trial = partial(stage.trial, rows.take([row]).to_pydict())
-        death = "killed" if suspects[keys[row]] else death_of(trial)
-        lives[row] = death is None
+        death = death_of(trial) if deaths[row] < _DEATHS else f"killed, as {_DEATHS - 1} were before it"
         if death is not None:
+            deaths[row] = 0
             commit_crashed(store, stage, keys[row], death)
-    return lives
+    return deaths
 
 
 def commit_crashed(store: Path, stage: Stage, key: str, death: str) -> None:
     """A row that no process survives: dropped by "crashed"."""
-    words = f"the process that read the file in stage {stage.name!r} was {death}, and so was the next one"
+    words = f"the process that read the file in stage {stage.name!r} was {death}"
     logger.warning("%s is dropped: %s.", key, words)
     row: Batch = {name: [None] for name in stage.adds}
     commit_batch(store, stage, [key], row | {"dropped_by": ["crashed"], "detail": [words]})
