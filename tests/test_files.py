@@ -298,6 +298,7 @@ def fill_pieces(folder: Path) -> None:
                     write_atomically(partial / str(number), NEW)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_pieces_of_a_folder_to_the_next_process(tmp_path):
     path, pieces = tmp_path / "cache" / "folder", set()
 

@@ -70,7 +70,10 @@ def test_each_step_is_the_mean_over_its_rows(tmp_path):
         rounding.assert_close_weights(gradients[step], expected, rounding.DOUBLE)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
+WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(WORKERS, marks=pytest.mark.slow)], ids=["none", "workers"])
 def test_resuming_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, changes):
     straight, _ = run(tmp_path)
     saving = {"save_strategy": "steps", "save_steps": 1}
