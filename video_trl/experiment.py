@@ -387,35 +387,26 @@ def _evaluate(folder: Path, adapter: _Adapter, experiment: ExperimentArguments) 
     Videos and scores of the base model or of an adapter as it was saved, loaded the way a user will load it. What is
     there already is not made again. The judge sees frames before they are compressed.
     """
-    from .evaluation.evaluate import sandbox_prompts
-    from .evaluation.runs.generate import generate_run, load_generator
+    from .evaluation.evaluate import evaluate_pipeline, sandbox_prompts
+    from .evaluation.runs.generate import load_generator
     from .evaluation.runs.run import RUN_FILE, load_run
-    from .evaluation.runs.tables import tabulate
     from .load import load_judge
 
     prompts = sandbox_prompts(experiment.eval_prompts, seed=_PROMPT_DRAW)
-    seeds = range(_FIRST_NOISE_SEED, _FIRST_NOISE_SEED + experiment.eval_seeds)
+    seeds = tuple(range(_FIRST_NOISE_SEED, _FIRST_NOISE_SEED + experiment.eval_seeds))
     run_dir = folder / (BASE if adapter.folder is None else Path(adapter.folder).name)
-    if (run_dir / RUN_FILE).is_file():
-        stored = load_run(run_dir)
-        if [prompt.text for prompt in stored.prompts] != [prompt.text for prompt in prompts] or [*stored.seeds] != [
-            *seeds
-        ]:
-            shutil.rmtree(run_dir)  # asked for another number of videos
-    judge = load_judge(SANDBOX)
-    run = generate_run(
+    stored = load_run(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    return evaluate_pipeline(
         run_dir,
         load_generator(SANDBOX, adapter=adapter.folder, device="cpu"),  # the same videos on every machine
+        load_judge(SANDBOX),
         prompts,
         seeds=seeds,
         name=adapter.method,
         training_seed=adapter.seed,
-        batch_size=16,
-        judge=judge,
-        rank=0,
-        num_ranks=1,
+        # Not where another number of videos is asked for.
+        resume=stored is not None and (stored.prompts, tuple(stored.seeds)) == (prompts, seeds),
     )
-    return tabulate(run, judge=judge.name)
 
 
 def real_clips_pc(prompts: Sequence[str]) -> float:

@@ -120,6 +120,7 @@ def evaluate_pipeline(
     name: str = "model",
     training_seed: int | None = None,
     batch_size: int = 16,
+    resume: bool = False,
 ) -> RunTable:
     """
     Evaluates a pipeline in memory, in this process and from the start: a run that is in the directory is replaced, and
@@ -133,6 +134,7 @@ def evaluate_pipeline(
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
         name (`str`), training_seed (`int`): As in [`generate_run`].
         batch_size (`int`, *optional*, defaults to `16`): Videos generated together.
+        resume (`bool`, *optional*, defaults to `False`): Go on with the run that is in the directory instead.
 
     Returns:
         [`RunTable`]
@@ -140,7 +142,8 @@ def evaluate_pipeline(
     Raises:
         ValueError: As in [`generate_run`].
     """
-    make_room(run_dir)
+    if not resume:
+        make_room(run_dir)
     run = generate_run(
         run_dir,
         generator,
