@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -33,6 +33,7 @@ from .repa.teacher_rows import TeacherGroupCollator
 from .setup.chosen_rows import chosen_as_video
 from .setup.rows import IndexedDataset
 from .step.denoising import Denoising, to_device
+from .step.passes import StepMode
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -99,7 +100,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         return TeacherAlignment(options, self.args, teacher=self._teacher, default_teacher=self._default_teacher)
 
     @cached_property
-    def step_mode(self) -> Literal["concat", "sequential"]:
+    def step_mode(self) -> StepMode:
         return "concat" if self.args.repa_coeff else super().step_mode
 
     @cached_property
