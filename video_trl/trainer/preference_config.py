@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 from transformers.trainer_utils import IntervalStrategy
 
@@ -154,10 +154,6 @@ class PreferenceConfig(VideoConfig):
         """Whether the loss has a term that lowers an error, or divides by one: more than differences of errors."""
         weight = 0.0 if self.regulariser_field is None else self.__dict__[self.regulariser_field]
         return self.gap != "raw" or self.win_gap_penalty > 0 or weight != 0
-
-    def lose_gap_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of [`~video_trl.losses.preference.hold_lose_gap`] that stand here."""
-        return {"weight": self.lose_gap_weight, "clip": self.lose_gap_clip}
 
     def options_without_effect(self) -> dict[str, str]:
         idle = {"safeguard_mu": "`safeguard` is 'none'"} if self.safeguard == "none" else {}
