@@ -50,8 +50,8 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """
-    What is there between two files are modules of libraries and caches, for good: millions of objects, which are not to
-    be looked through again by each collection. Every `train` asks for one; it took half of the suite's time.
+    What is there between two files is there for good: modules of libraries and caches, millions of objects. No
+    collection is to look through them again. Each `train` asks for one, and that took half of the suite's time.
     """
     yield
     if nextitem is None or nextitem.path != item.path:
