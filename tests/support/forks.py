@@ -1,12 +1,13 @@
 """
 Processes of Python that need not import torch, diffusers and the trainers again, which takes longer than what they do.
 
-They are forked from a process that has imported them and done nothing else, one for each process of pytest. Apart from
-that each is as `python -m MODULE ARGUMENT...` or `python -c CODE ARGUMENT...` would be: environment, `__main__`, output
-and end of a fresh interpreter.
+They are forked from a process that has imported them and done nothing else, one for each process of pytest. Apart
+from that each is as `python -m MODULE ARGUMENT...` or `python -c CODE ARGUMENT...` would be: environment, `__main__`,
+output and end of a fresh interpreter.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -52,7 +53,8 @@ class Forked:
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.statuses is None:
             for pid in self.pids:
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, number)
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether all have ended, or do so in the next seconds; then `statuses` has their exit codes, as of Popen."""
@@ -71,7 +73,7 @@ class Forked:
 
 def start(*command: str, environments: tuple[dict[str, str], ...] = ({},)) -> Forked:
     """
-    A process for each environment, which is added to that of the test. One at a time of these calls can be at work, and
+    A process for each environment, which is added to that of the test. They must have ended before others start, and
     what the imported libraries read from the environment as they were imported does not change.
     """
     folder = Path(tempfile.mkdtemp())
@@ -101,7 +103,7 @@ def _origin() -> Connection:
 
 
 def _serve(connection: Connection) -> None:
-    """Fork for each request a process that forks the ones asked for, tells their ids and, in the end, their statuses."""
+    """For each request, fork a process that forks those asked for, tells their ids and in the end their statuses."""
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
