@@ -3,6 +3,7 @@ Open a video file, tell the time of each of its frames, and decode them, whateve
 file can do wrong becomes a `VideoDecodeError` that names it; nothing that it declares decides how much memory is used.
 """
 
+import gc
 import io
 import math
 import os
@@ -26,6 +27,10 @@ MAX_PIXELS = 33_177_600  # 8K, 7680 x 4320
 _ATTACHED_PICTURE = 1024  # AV_DISPOSITION_ATTACHED_PIC: the cover of an album is no video
 _JITTER = 1e-3  # seconds by which times may be off a constant rate where the container's clock is finer than that
 _SEGMENT = bytes.fromhex("18538067")  # Matroska's element that holds all others but the header
+
+# FFmpeg waits for its threads when a frame or a decoder of PyAV is collected. A forked process, such as a worker of a
+# data loader, has none of them and would wait for ever: what it has inherited is never collected there.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class VideoDecodeError(ValueError):
