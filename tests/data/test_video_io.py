@@ -280,6 +280,14 @@ def test_file_without_a_video_in_it_is_named(tmp_path, data):
             read(path)
 
 
+@pytest.mark.parametrize("path", ["pipe.mp4", "/dev/zero", "/proc/self/mem"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for function in (read_video, probe_video, video_hash):
+        with pytest.raises(VideoDecodeError, match=path):
+            function(tmp_path / path)
+
+
 def test_audio_only_file_is_named(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:

@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -121,7 +122,12 @@ def _damaged(name: str, count: int | None, what: str) -> str:
 
 @contextmanager
 def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
-    """The bytes of a source as a binary file."""
+    """
+    The bytes of a source as a binary file.
+
+    Raises:
+        VideoDecodeError: It is no regular file, which could be waited for without end, or cannot be opened or read.
+    """
     name = source_name(source)
     if isinstance(source, Mapping) and source.get("bytes") is not None:
         yield io.BytesIO(source["bytes"])
@@ -132,14 +138,18 @@ def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
             f"{name}: expected a path, a dict with 'path' or 'bytes', or a uint8 array, got {type(path).__name__}."
         )
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
+        # Without O_NONBLOCK a pipe is opened when someone writes to it.
+        file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise VideoDecodeError(
             f"{name}: cannot open the file ({reason(error)}). Check the path (relative paths start at {os.getcwd()}) "
             "and that the file is on this machine.",
             kind="missing",
         ) from error
-    with file:
+    with file, naming(source):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            words = f"{name}: expected a file, got a pipe or a device. Copy its content into a file, or drop its row."
+            raise VideoDecodeError(words)
         yield file
 
 
