@@ -4,7 +4,6 @@ libraries read it when they are imported, and because processes that a test star
 """
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -36,10 +35,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NETWORK_GUARD), os.
 # would leave it locked, and every later bar of the run would wait for ever.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
-
-# FFmpeg's scaler waits for its threads when a frame of PyAV is collected, and a forked process has none of them: what
-# it has inherited is never collected there.
-os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_collection_finish() -> None:

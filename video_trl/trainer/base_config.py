@@ -13,6 +13,7 @@ from ..diffusion import NoiseProcess, TimestepSampling
 from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
+from .parallel.processes import check_restarts
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
 from .setup.optimizers import check_class_path
@@ -350,6 +351,7 @@ class VideoConfig(TrainingArguments):
         self.logging_nan_inf_filter = False  # it would wait for the device in every step, to look at a loss
         self._check_base_values()
         check_deepspeed_installed(self)
+        check_restarts()
         super().__post_init__()
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
