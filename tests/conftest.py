@@ -4,6 +4,7 @@ libraries read it when they are imported, and because processes that a test star
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
