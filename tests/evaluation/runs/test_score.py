@@ -96,8 +96,12 @@ def test_several_judges_stand_side_by_side_and_one_has_to_be_named(tmp_path):
         load_scores(run, "third")
 
 
-def test_a_video_that_changed_after_it_was_scored_is_refused(tmp_path):
+def test_a_video_that_changed_after_it_was_scored_is_refused(tmp_path, monkeypatch):
+    """And nothing is decoded to find that out."""
     run = make_run(tmp_path, "n", SCORES)
+    for module in ("run.probe_video", "run.EvaluationRun.check_videos"):
+        monkeypatch.setattr(f"video_trl.evaluation.runs.{module}", None)
+    assert len(load_scores(run)) == 3
     write_video(run.video(run.cases[1]), colour_video(0.1, 0.1), 8)
     with pytest.raises(ValueError, match="00001-0.mp4 is not the video that was scored"):
         load_scores(load_run(tmp_path))
