@@ -13,6 +13,7 @@ import torch
 
 from ...data.columns import group_features
 from ...judges import VideoJudge
+from ...judges.base import score_each
 from ...losses.preference import physics_weights
 from ..engine.manifest import Batch, kept_rows
 
@@ -48,10 +49,7 @@ class JudgeBatch:
         """Columns `rejected` and `prompt` -> the columns `JUDGED`; no scores: dropped by "not_judged"."""
         self._judge = judge = self._judge or self.make()
         videos = [str(self.root / path) for path in batch["rejected"]]
-        try:
-            scores = judge.score(videos, batch["prompt"])
-        except ValueError:  # one of them cannot be judged, its caption does not fit for instance: find out which
-            scores = [self._score_one(judge, *pair) for pair in zip(videos, batch["prompt"], strict=True)]
+        scores = score_each(judge, videos, batch["prompt"])
         missing = [score["sa"] is None or score["pc"] is None for score in scores]
         return {
             "sa": [score["sa"] for score in scores],
@@ -62,13 +60,6 @@ class JudgeBatch:
                 str(score.get("error", ""))[:1000] if bad else None for score, bad in zip(scores, missing, strict=True)
             ],
         }
-
-    @staticmethod
-    def _score_one(judge: VideoJudge, video: str, prompt: str) -> dict[str, Any]:
-        try:
-            return judge.score([video], [prompt])[0]
-        except ValueError as error:
-            return {"sa": None, "pc": None, "error": str(error)}
 
 
 def phyaug_features() -> datasets.Features:
