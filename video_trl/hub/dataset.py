@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from ..data.columns import undecoded
 from ..data.images import read_image
-from ..data.video_io import iterate_video
+from ..data.video_file import VideoDecodeError, open_bytes
+from ..data.video_io import decode_video
 from ..files import (
     LOCK_NAME,
     atomic_file,
@@ -381,9 +382,7 @@ def _file_state(cell: Any, row: int) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise ValueError(
-            f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
-        ) from error
+        raise _unreadable(path, row, error) from error
     return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
@@ -407,15 +406,17 @@ def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | N
     path, content = (cell, None) if isinstance(cell, str) else (cell["path"], cell["bytes"])
     if content is None:
         try:
-            content = Path(path).read_bytes()
-        except OSError as error:
+            with open_bytes(path) as file:
+                content = file.read()
+        except VideoDecodeError as error:
             raise _unreadable(path, row, error) from error
     try:
         if column in _IMAGE_COLUMNS:
             read_image({"bytes": content, "path": path})
         else:
-            next(iterate_video({"bytes": content, "path": path}))
-    except (ValueError, StopIteration) as error:
+            for _ in decode_video({"bytes": content, "path": path}):  # to its end, which may be damaged
+                pass
+    except ValueError as error:
         raise ValueError(
             f"Row {row}: {path or 'the content'} of the column {column!r} is no readable video or image, and is not "
             f"published ({error}). Drop the row."
@@ -424,7 +425,7 @@ def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | N
     return {"bytes": content, "path": name + ending}
 
 
-def _unreadable(path: str, row: int, error: OSError) -> ValueError:
+def _unreadable(path: str, row: int, error: Exception) -> ValueError:
     return ValueError(f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row.")
 
 

@@ -220,8 +220,26 @@ def lora_state(
             f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
             "Save it with `video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
         )
-    settings = {key.removeprefix(PREFIX): value for key, value in json.loads(header[METADATA_KEY]).items()}
+    settings = {key.removeprefix(PREFIX): value for key, value in described(header[METADATA_KEY], path).items()}
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, known_config(settings, path)
+
+
+def described(text: str, path: Path) -> dict[str, Any]:
+    """
+    What the metadata of the file `path` say of its adapter.
+
+    Raises:
+        ValueError: If they are no JSON object.
+    """
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: what it says of its adapter is no JSON ({error}). Save it again.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}: what it says of its adapter is no JSON object, got {settings!r:.80}. Save it again."
+        )
+    return settings
 
 
 def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -229,12 +247,28 @@ def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
     The configuration that the file `path` holds.
 
     Raises:
-        ValueError: If the PEFT that is installed does not know one of its options.
+        ValueError: If the PEFT that is installed does not know one of its options, or refuses its value.
     """
     unknown = sorted(set(settings) - {field.name for field in fields(LoraConfig)})
     if unknown:
         raise ValueError(f"{path} has options {unknown} that this version of PEFT does not know. Update PEFT.")
-    return LoraConfig(**settings)
+    ranks = {"r": settings.get("r", 8), **_pattern(settings, "rank_pattern", path)}
+    alphas = {"lora_alpha": settings.get("lora_alpha", 8), **_pattern(settings, "alpha_pattern", path)}
+    wrong = {name: rank for name, rank in ranks.items() if type(rank) is not int or rank < 1}
+    wrong |= {name: alpha for name, alpha in alphas.items() if type(alpha) not in (int, float)}
+    if wrong:
+        raise ValueError(f"{path}: expected positive whole ranks and alphas that are numbers, got {wrong}.")
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} has options that PEFT refuses ({error}).") from error
+
+
+def _pattern(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    pattern = settings.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{path}: expected `{name}` to be an object, got {pattern!r:.80}.")
+    return pattern
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:

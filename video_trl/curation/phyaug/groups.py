@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from ...data.columns import group_features
+from ...files import read_json
 from ...judges import VideoJudge
 from ...judges.base import score_each
 from ...losses.preference import physics_weights
@@ -148,7 +149,7 @@ def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
     """
     root = Path(output_dir)
     stamp = root / RUN_NAME
-    state = json.loads(stamp.read_text())["state"] if stamp.is_file() else None
+    state = read_json(stamp)["state"] if stamp.is_file() else None
     if state != "finished":
         status = "no run" if state is None else f"a run that is not finished (state {state!r})"
         raise ValueError(f"{root} holds {status}. Start the pipeline with the same settings: it goes on where it was.")
