@@ -28,7 +28,7 @@ from ..files import (
     write_json,
 )
 from .card import CARD_NAME, code, render, settings_table, table
-from .upload import explained, without_conflict
+from .upload import bytes_below, explained, without_conflict
 
 
 _VIDEO = datasets.Video(
@@ -172,7 +172,8 @@ def push_dataset(
             )
 
         place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
-        return explained(send, f"{place}Call `push_dataset` again later; what was sent is not sent twice.")
+        way_out = f"{place}Call `push_dataset` again later; what was sent is not sent twice."
+        return explained(send, way_out, bytes_below(exported))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -185,11 +186,17 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _check_replaceable(folder: Path) -> None:
     """
     Raises:
-        ValueError: A file in the folder is none that [`export_dataset`] has written.
+        ValueError: A file in the folder is none that [`export_dataset`] has written, or the card was edited.
     """
-    own = {_LIST, LOCK_NAME, *_listed(folder)} if folder.is_dir() else set()
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    for name in names:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and an export is a folder. Pass a new folder.")
+    listed = _listed(folder)
+    card = folder / CARD_NAME
+    if card.is_file() and listed.get(CARD_NAME, edited := fingerprint(card)) != edited:
+        raise ValueError(f"{card} was edited, which would be lost. Pass its text as `card`, or a new folder.")
+    own = {_LIST, LOCK_NAME, *listed}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    for name in (path.relative_to(folder).as_posix() for path in files):
         if name not in own:
             raise ValueError(f"{folder} holds more than an export ({name}), which would be lost. Pass a new folder.")
 

@@ -19,7 +19,7 @@ from ..files import tensor_checksum, write_atomically
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
-CHECKSUM_KEY = "checksum"  # of all tensors with their names
+CHECKSUM_KEY = "checksum"  # of all tensors with their names, and of the other metadata
 EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
@@ -221,7 +221,12 @@ def lora_state(
             "Save it with `video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
         )
     settings = {key.removeprefix(PREFIX): value for key, value in described(header[METADATA_KEY], path).items()}
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, known_config(settings, path)
+    config = known_config(settings, path)
+    # An adapter is made of what the file says before its weights are compared.
+    widest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    if (rank := max(config.r, *config.rank_pattern.values(), 0)) > widest:
+        raise ValueError(f"{path} says that its adapter has rank {rank}, and no tensor in it is that wide.")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
 
 
 def described(text: str, path: Path) -> dict[str, Any]:
@@ -272,8 +277,8 @@ def _pattern(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, An
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write tensors on the CPU and their checksum as a safetensors file, whole or not at all."""
-    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors)})
+    """Write tensors on the CPU, metadata and their checksum as a safetensors file, whole or not at all."""
+    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors, metadata)})
     end = 8 + int.from_bytes(content[:8], "little")
     # safetensors writes metadata in another order each time; equal tensors are to make equal files.
     header = json.loads(content[8:end])
@@ -295,17 +300,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        ValueError: The file is incomplete or is no such file, or its tensors are not those of the checksum in it.
+        ValueError: The file is incomplete or is no such file, or its tensors and metadata are not those of the
+            checksum in it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
-    if header.get(CHECKSUM_KEY, checksum := _checksum(tensors)) != checksum:
-        raise ValueError(f"{path} is damaged: its tensors are not those of its checksum. Fetch or save it again.")
+    others = {name: text for name, text in header.items() if name != CHECKSUM_KEY}
+    # Older files have a checksum of their tensors alone.
+    if CHECKSUM_KEY in header and header[CHECKSUM_KEY] not in (_checksum(tensors, others), _checksum(tensors, {})):
+        raise ValueError(f"{path} is damaged: its content is not that of its checksum. Fetch or save it again.")
     return tensors, header
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    return tensor_checksum(*(part for item in sorted(tensors.items()) for part in item))
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    items: list[tuple[str, str | torch.Tensor]] = [*sorted(tensors.items()), *sorted(metadata.items())]
+    return tensor_checksum(*(part for item in items for part in item))

@@ -114,9 +114,11 @@ def load_scores(run: EvaluationRun, judge: str | None = None) -> list[dict[str, 
     folder = _score_folder(run, judge)
     missing = [case for case in run.cases if not (folder / f"{case.key}.json").is_file()]
     if missing:
+        rank, num_ranks = shard()
+        part = f" This is RANK={rank} of WORLD_SIZE={num_ranks}; if it is alone, unset both." if num_ranks > 1 else ""
         raise ValueError(
             f"{folder}: {len(missing)} of {len(run.cases)} videos have no score, the first being {missing[0].key} "
-            f"({missing[0].prompt.text!r}). Score the run again with the same judge: it does what is missing."
+            f"({missing[0].prompt.text!r}). Score the run again with the same judge: it does what is missing.{part}"
         )
     run.check_videos()
     scores = []
