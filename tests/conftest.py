@@ -4,6 +4,7 @@ libraries read it when they are imported, and because processes that a test star
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,23 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NETWORK_GUARD), os.
 # would leave it locked, and every later bar of the run would wait for ever.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """
+    What is there between two files is there for good: modules of libraries and caches, millions of objects. No
+    collection is to look through them again. Each `train` asks for one, and that took half of the suite's time.
+    """
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -317,6 +317,14 @@ class VideoConfig(TrainingArguments):
     encode_batch_size: int = field(
         default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
     )
+    latents_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "What latents are stored in when raw data is encoded. 'bfloat16' takes half of the disk and of "
+            "the reading, and rounds the videos, for policy and reference alike; what is made of them in a step is "
+            "float32 either way."
+        },
+    )
     cache_dir: str | None = field(
         default=None,
         metadata={
@@ -523,6 +531,7 @@ class VideoConfig(TrainingArguments):
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
+        check_choice(self, "latents_dtype", ("float32", "bfloat16"))
         check_policy(self.checkpointing_policy)
         check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
         if self.context_parallel_size > 1 and self.context_parallel_method == "ring":

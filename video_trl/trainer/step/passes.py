@@ -1,18 +1,18 @@
 """
-Forward and backward passes of a step: all videos at once, or one video's graph at a time.
+Forward and backward passes of a step: all videos at once, one forward a video, or one video's graph at a time.
 
 A preference loss needs the errors of all videos of a pair or group at once, but its gradient is a sum over videos: the
-gradient of each error times dL/d(error). So the errors are computed either from one forward over all videos, or first,
-mostly without a graph, and the videos go forward and backward one by one afterwards, weighed by that derivative. Loss
-and gradient are exact, and the graph of one video is all that is kept: also the exact loss of a group needs no more
-memory than fine-tuning.
+gradient of each error times dL/d(error). So the errors are computed either with all graphs kept, from one forward over
+all videos or one forward a video; or first, mostly without a graph, and the videos go forward and backward one by one
+afterwards, weighed by that derivative. Loss and gradient are exact in all of them. In the last one the graph of one
+video is all that is kept: also the exact loss of a group needs no more memory than fine-tuning.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -30,6 +30,8 @@ from .safeguard import OutputSafeguard, ParameterSafeguard
 
 logger = logging.getLogger(__name__)
 
+StepMode = Literal["concat", "singles", "sequential"]
+
 
 class Passes(Protocol):
     """What `compute_loss` asks for errors. Its loss must depend on the weights through those of the policy alone."""
@@ -46,13 +48,15 @@ class Passes(Protocol):
 
 class ConcatPasses:
     """
-    All videos of a step in one forward.
+    All videos of a step in one forward, or in a forward each; the graphs of all are kept until the backward pass.
 
     Args:
         family ([`ModelFamily`]): Of the transformer.
         reference ([`Reference`], *optional*): For the trainers that have one.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
         outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back.
+        one_by_one (`bool`, defaults to `False`): A forward for each video: what checkpointed activations are computed
+            from again is then one video's at a time.
     """
 
     def __init__(
@@ -61,8 +65,11 @@ class ConcatPasses:
         reference: "Reference | None" = None,
         group: GroupParallel | None = None,
         outputs: OutputSafeguard | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> None:
         self._family, self._reference, self._group, self._outputs = family, reference, group, outputs
+        self._one_by_one = one_by_one
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         assert self._reference is not None, "only trainers with `uses_reference` have one"
@@ -73,7 +80,8 @@ class ConcatPasses:
     def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = [] if self._outputs is not None and torch.is_grad_enabled() else None
-        errors = forward_errors(self._family, model, own, residuals)
+        videos = own.one_by_one() if self._one_by_one else [own]
+        errors = torch.cat([forward_errors(self._family, model, video, residuals) for video in videos])
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
