@@ -582,7 +582,7 @@ def test_no_secret_of_any_depth_is_written(settings):
 def test_what_is_no_secret_stays():
     settings = {
         "max_tokens": 5, "tokenizer": "a/b", "teacher_tokens": ["x"], "token": None, "use_auth": True, "seed": 1,
-        "git": "ssh://git@github.com/a", "compass": 3, "bypass": "x",
+        "git": "ssh://git@github.com/a", "compass": 3, "forward_pass": "x",
         "base_url": "http://localhost:8000/v1", "keys": ["a"], "key": "chosen", "text": "one two", "lr": 1e-4,
     }  # fmt: skip
     assert without_secrets(settings) == settings

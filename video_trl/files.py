@@ -63,7 +63,7 @@ _NAME_BYTES = 220  # of a target's name that a temporary name repeats: file syst
 _ATTEMPTS = 20
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of names_like_this, like-this, likeThis and LIKE_THIS
 _SECRET = {
-    "token", "secret", "secrets", "password", "passwd", "passphrase", "pass", "pwd", "apikey", "authorization", "auth",
+    "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "apikey", "authorization", "auth",
     "credential", "credentials", "bearer", "cookie", "signature", "sig", "sas", "jwt", "dsn", "webhook",
 }  # fmt: skip
 _SECRET_PAIRS = {
@@ -508,7 +508,11 @@ def without_secrets(value: Any, name: str = "") -> Any:
     words = {word.lower() for word in _WORDS.findall(name)}
     if value is None or isinstance(value, bool):
         return value
-    if words & _SECRET or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}:
+    if (
+        name.lower() == "pass"
+        or words & _SECRET
+        or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}
+    ):
         return f"<{name.upper()}>"
     if isinstance(value, Mapping):
         inner = {key: f"{key} secret" if words & _ALL_SECRET else str(key) for key in value}
