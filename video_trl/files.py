@@ -508,11 +508,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     words = {word.lower() for word in _WORDS.findall(name)}
     if value is None or isinstance(value, bool):
         return value
-    if (
-        name.lower() == "pass"
-        or words & _SECRET
-        or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}
-    ):
+    pairs = {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}
+    if words & _SECRET or pairs & _SECRET_PAIRS or name.lower() == "pass":
         return f"<{name.upper()}>"
     if isinstance(value, Mapping):
         inner = {key: f"{key} secret" if words & _ALL_SECRET else str(key) for key in value}
