@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.support.evaluation.runs import ColourJudge, colour_video, make_run
+from tests.support.evaluation.runs import ColourJudge, colour_video, damage, make_run
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.runs.score import load_scores, score_run
@@ -70,6 +70,14 @@ def test_a_score_that_cannot_be_counted_is_named_and_the_others_are_kept(tmp_pat
         score_run(tmp_path, FixedJudge([good, broken, good]))
     score_run(tmp_path, FixedJudge([good]))  # one is missing, one is asked for
     assert load_scores(run) == [good] * 3
+
+
+def test_a_damaged_video_costs_its_own_score(tmp_path):
+    run = make_run(tmp_path, "n", SCORES, scored=False)
+    damage(run.video(run.cases[0]))
+    with pytest.raises(ValueError, match=r"left 1 of 3 videos.*00000-0\.mp4: damaged"):
+        score_run(tmp_path, ColourJudge(), batch_size=2)
+    assert len(list((tmp_path / "scores" / "colour").glob("0*.json"))) == 2
 
 
 def test_a_judge_that_forgets_a_video_is_refused(tmp_path):

@@ -120,7 +120,7 @@ class Shard:
     @classmethod
     def from_environment(cls) -> "Shard":
         """What `accelerate launch` and `torchrun` write into `RANK` and `WORLD_SIZE`; without them, the only one."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def digest(text: str, length: int = 16) -> str:

@@ -292,7 +292,7 @@ def _check_same(run: EvaluationRun, record: Mapping[str, Any]) -> None:
 
 def shard() -> tuple[int, int]:
     """(rank, number of processes) as `torchrun` and `accelerate launch` announce them; (0, 1) without them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def cases_of(run: EvaluationRun, rank: int, num_ranks: int) -> list[tuple[int, Case]]:
