@@ -214,6 +214,6 @@ def test_bad_values_are_refused(changes, message, tmp_path):
 def test_a_trainer_that_does_not_say_what_belongs_together_is_refused(tmp_path):
     made = make(tmp_path, "DPO", "concat", safeguard="output")
     prepare = made.step.prepare
-    made.step.prepare = lambda *args, group_size: prepare(*args)
+    made.step.prepare = lambda *args, group_size, **rest: prepare(*args, **rest)
     with pytest.raises(ValueError, match="pass `group_size` to `self.step.prepare`"):
         made.compute_loss(made.model, first_batch(made, 0))

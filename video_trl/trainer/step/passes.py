@@ -31,14 +31,33 @@ from .safeguard import OutputSafeguard, ParameterSafeguard
 logger = logging.getLogger(__name__)
 
 
+class Beside:
+    """
+    A further value of the first video of each group, from the very forward that gives its error.
+
+    Args:
+        around (`Callable`): Takes the model and a slice of the groups; a context manager around a forward of their
+            videos, which gives a function for the values of these groups afterwards.
+
+    Attributes:
+        values (`torch.Tensor` of shape `(B,)`, *optional*): Of all groups, once the policy has run.
+    """
+
+    def __init__(self, around: Callable[[nn.Module, slice], AbstractContextManager[Callable[[], Tensor]]]) -> None:
+        self.around = around
+        self.values: Tensor | None = None
+
+
 class Passes(Protocol):
     """What `compute_loss` asks for errors. Its loss must depend on the weights through those of the policy alone."""
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         """Velocity errors `(N,)` of the reference on the videos of the rows with these indices; no gradient."""
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
-        """Velocity errors `(N,)` of the policy. In training, to be called once in a `compute_loss`."""
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
+        """
+        Velocity errors `(N,)` of the policy, and `beside.values`. In training, to be called once in a `compute_loss`.
+        """
 
     def backward(self) -> None:
         """Carry on to the weights what the backward pass of the loss has left to do. Called after every one."""
@@ -70,10 +89,15 @@ class ConcatPasses:
         with torch.no_grad(), self._reference() as module:
             return self.policy(module, denoising)
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = [] if self._outputs is not None and torch.is_grad_enabled() else None
-        errors = forward_errors(self._family, model, own, residuals)
+        if beside is None:
+            errors = forward_errors(self._family, model, own, residuals)
+        else:
+            with beside.around(model, slice(None)) as values:
+                errors = forward_errors(self._family, model, own, residuals)
+            beside.values = values()
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -88,7 +112,7 @@ class SequentialPasses:
 
     Args:
         family ([`ModelFamily`]): Of the transformer.
-        reference ([`Reference`]): The reference.
+        reference ([`Reference`], *optional*): For the trainers that have one.
         accelerator (`Accelerator`): Of the trainer; knows how processes go through several backward passes in a step.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
         outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back, by their predictions.
@@ -98,7 +122,7 @@ class SequentialPasses:
     def __init__(
         self,
         family: ModelFamily,
-        reference: "Reference",
+        reference: "Reference | None",
         accelerator: Accelerator,
         group: GroupParallel | None = None,
         outputs: OutputSafeguard | None = None,
@@ -109,19 +133,24 @@ class SequentialPasses:
         self._waiting: SequentialErrors | None = None  # for the backward pass of the loss
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        assert self._reference is not None, "asked by no method without one"
         with torch.no_grad(), self._reference() as module:
             return self.policy(module, denoising)
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = None
         if torch.is_grad_enabled():
             residuals = None if self._outputs is None else []
             how = self._backward_passes(model) | {"residuals": residuals, "safeguard": self._gradients}
-            self._waiting = SequentialErrors(own, self._family, model, **how)
+            self._waiting = SequentialErrors(own, self._family, model, beside=beside, **how)
             errors = self._waiting.errors
         else:
-            errors = torch.cat([forward_errors(self._family, model, video) for video in own.one_by_one()])
+            videos = enumerate(own.one_by_one())
+            passed = [_one_video(self._family, model, video, number, beside) for number, video in videos]
+            errors = torch.cat([error for error, _ in passed])
+            if beside is not None:
+                beside.values = torch.cat([value for _, value in passed if value is not None])
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -157,6 +186,23 @@ def forward_errors(
     return velocity_error(prediction, target, weights)
 
 
+def _one_video(
+    family: ModelFamily,
+    model: nn.Module,
+    video: Denoising,
+    number: int,
+    beside: Beside | None,
+    residuals: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Error `(1,)` of the video with this number, and what stands beside it if it is the first of its group."""
+    if beside is None or number % video.group_size:
+        return forward_errors(family, model, video, residuals), None
+    group = number // video.group_size
+    with beside.around(model, slice(group, group + 1)) as value:
+        errors = forward_errors(family, model, video, residuals)
+    return errors, value()
+
+
 def _watch(
     safeguard: OutputSafeguard | None,
     errors: Tensor,
@@ -188,6 +234,7 @@ class SequentialErrors:
             step; the scalar's own backward pass if not given.
         residuals (`list`, *optional*): Gets what the errors are made of, see `forward_errors`.
         safeguard ([`ParameterSafeguard`], *optional*): Adds up the gradients.
+        beside ([`Beside`], *optional*): A further value of each group; gets its values as a leaf of the graph.
 
     Attributes:
         errors (`torch.Tensor` of shape `(N,)`): A leaf of the graph, float32.
@@ -202,21 +249,27 @@ class SequentialErrors:
         backward: Callable[[Tensor, bool], None] = lambda value, final: value.backward(),
         residuals: list[Tensor] | None = None,
         safeguard: ParameterSafeguard | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._family, self._model, self._no_sync, self._backward = family, model, no_sync, backward
-        self._safeguard, self._group_size = safeguard, denoising.group_size
+        self._safeguard, self._beside, self._group_size = safeguard, beside, denoising.group_size
         self._videos = denoising.one_by_one()
         self._kept = len(self._videos) - 1 if safeguard is None else 0
+        self._kept_graph: tuple[Tensor, Tensor | None] | None = None
         errors: list[Tensor] = []
+        values: list[Tensor] = []
         for number, video in enumerate(self._videos):
-            if number == self._kept:
-                with self._local(final=len(self._videos) == 1):
-                    self._kept_error: Tensor | None = forward_errors(family, model, video, residuals)
-                errors.append(self._kept_error.detach())
-            else:
-                with torch.no_grad():
-                    errors.append(forward_errors(family, model, video, residuals))
+            is_kept = number == self._kept
+            context = self._local(final=len(self._videos) == 1) if is_kept else torch.no_grad()
+            with context:
+                error, value = _one_video(family, model, video, number, beside, residuals)
+            if is_kept:
+                self._kept_graph = error, value
+            errors.append(error.detach())
+            values += [] if value is None else [value.detach()]
         self.errors = torch.cat(errors).requires_grad_()
+        if beside is not None:
+            beside.values = torch.cat(values).requires_grad_()
 
     def backward(self) -> None:
         """Add the gradients of the weights, video by video, given the gradient of `errors`."""
@@ -227,7 +280,8 @@ class SequentialErrors:
             return
         # The graph that is alive goes first, and makes room.
         *others, last = range(len(self._videos))
-        order = [last, *others]
+        # A head that only chosen videos use must be used in the final pass, in which processes average gradients.
+        order = [last, *(others if self._beside is None else reversed(others))]
         for number in order:
             self._add_gradient(number, final=number == order[-1])
 
@@ -235,10 +289,20 @@ class SequentialErrors:
         """Add the weighted gradient of one video's error to those of the weights."""
         assert self.errors.grad is not None
         with self._local(final=final):
-            errors, self._kept_error = (self._kept_error if number == self._kept else None), None
-            if errors is None:
-                errors = forward_errors(self._family, self._model, self._videos[number])
-            self._backward((self.errors.grad[number : number + 1] * errors).sum(), final)
+            graph, self._kept_graph = (self._kept_graph if number == self._kept else None), None
+            if graph is None:
+                graph = _one_video(self._family, self._model, self._videos[number], number, self._beside)
+            error, value = graph
+            total = (self.errors.grad[number : number + 1] * error).sum()
+            if value is not None:
+                total = total + self._coefficient(number) * value.sum()
+            self._backward(total, final)
+
+    def _coefficient(self, number: int) -> Tensor:
+        """Derivative of the loss by what stands beside the video with this number."""
+        assert self._beside is not None and self._beside.values is not None
+        assert self._beside.values.grad is not None, "the loss must depend on it, were it with a coefficient of 0"
+        return self._beside.values.grad[number // self._group_size]
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""
@@ -269,8 +333,8 @@ class CheckedPasses:
             self._check.see_reference(errors)
         return errors
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
-        errors = self._passes.policy(model, denoising)
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
+        errors = self._passes.policy(model, denoising, beside)
         if self.is_due:
             self._check.see_policy(errors)
         return errors
