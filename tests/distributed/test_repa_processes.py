@@ -7,12 +7,12 @@ import safetensors.torch
 
 from tests.support import rounding
 from tests.support.distributed import joint_worker
-from tests.support.distributed.launch import launch
+from tests.support.distributed.launch import launch, launch_forked
 from tests.support.distributed.repa_worker import run
 
 
 def test_two_processes_compute_the_step_of_one(tmp_path):
-    launch("repa_worker.py", tmp_path)
+    launch_forked("repa_worker.py", tmp_path)
     # A thread of gloo that is at work when Python ends is killed, and the process with it: none may be left by then.
     running, *ended = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("running", "threads-0", "threads-1")

@@ -26,6 +26,8 @@ def test_auc_is_the_share_of_comparisons_and_its_interval_knows_the_rows():
     assert found.auc == pytest.approx(auc_by_hand(groups)) and found.low < found.auc < found.high
     assert found.is_sure and 0.08 < found.high - found.low < 0.35
     assert not separation("x", [generator.normal(size=2) for _ in range(40)]).is_sure
+    together = separation("x", groups, comparisons=7)
+    assert together.low < found.low and found.high < together.high
     perfect = separation("x", [np.array([1.0, 0.0])] * 5)
     assert (perfect.auc, perfect.low, perfect.high, perfect.strength) == (1.0, 1.0, 1.0, 1.0)
     equal = separation("x", [np.zeros(3)] * 5)

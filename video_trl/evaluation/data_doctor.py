@@ -39,7 +39,7 @@ class Separation:
     Attributes:
         name (`str`): Of the measure.
         auc (`float`): Area under the ROC curve, in [0, 1].
-        low (`float`): Lower end of the 95 % interval, whole rows resampled.
+        low (`float`): Lower end of the 95 % interval, whole rows resampled; see [`separation`] for several measures.
         high (`float`): Its upper end.
     """
 
@@ -132,8 +132,8 @@ def diagnose(
             judged = judge.score(videos, [row["prompt"]] * len(videos))
             scores.add([{name: float(score[name]) for name in ("sa", "pc")} for score in judged])
     found = Diagnosis(len(numbers), sum(len(group) for group in table.groups))
-    for name in style_of(videos[0]):
-        found.style.append(separation(name, table.column(name)))
+    names = list(style_of(videos[0]))
+    found.style += [separation(name, table.column(name), comparisons=len(names)) for name in names]
     _name_problems_of_style(found, equal, pixels is not None)
     if encode is not None:
         _look_at_probe(found, table)
@@ -211,13 +211,15 @@ def _encoder(pipeline: DiffusionPipeline) -> Callable[[np.ndarray], dict[str, fl
 # ---- How well they tell the videos apart ----
 
 
-def separation(name: str, groups: Sequence[Array], seed: int = 0) -> Separation:
+def separation(name: str, groups: Sequence[Array], *, comparisons: int = 1, seed: int = 0) -> Separation:
     """
     AUC of a measure, with a bootstrap interval over rows.
 
     Args:
         name (`str`): Of the measure.
         groups (`Sequence` of arrays): Of each row, the chosen video's value and then the rejected ones'.
+        comparisons (`int`, defaults to `1`): How many measures are asked the same; the interval covers all of them
+            in 95 % of the cases (Bonferroni): of seven measures of good data, one would often seem to tell.
         seed (`int`, defaults to `0`): Of the bootstrap.
 
     Returns:
@@ -232,7 +234,7 @@ def separation(name: str, groups: Sequence[Array], seed: int = 0) -> Separation:
     counts = np.array([len(others) for others in rejected], dtype=np.float64)
     drawn = [np.bincount(generator.integers(rows, size=rows), minlength=rows) for _ in range(_RESAMPLES)]
     values = [(weights @ wins @ weights) / (weights.sum() * (weights @ counts)) for weights in map(np.asarray, drawn)]
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(values, [0.025 / comparisons, 1 - 0.025 / comparisons])
     return Separation(name, float(wins.sum() / (rows * counts.sum())), float(low), float(high))
 
 

@@ -84,7 +84,7 @@ class VideoDPOTrainer(PreferenceTrainer):
         beta, kind = self.args.beta, self.args.loss_arguments()
         gap = error_gap(policy_error, reference_error, self.args.gap)  # (2B,)
         win_gap, lose_gap = gap.view(batch_size, 2).unbind(dim=1)  # (B,) each
-        held_gap = hold_lose_gap(lose_gap, **self.args.lose_gap_arguments())
+        held_gap = hold_lose_gap(lose_gap, self.args.lose_gap_weight, self.args.lose_gap_clip)
         chosen_rewards, rejected_rewards = -(beta / 2) * win_gap, -(beta / 2) * held_gap
         losses = dpo_loss(chosen_rewards, rejected_rewards, **kind)  # (B,)
         penalised: dict[str, Tensor] = {}

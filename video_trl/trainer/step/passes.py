@@ -1,18 +1,18 @@
 """
-Forward and backward passes of a step: all videos at once, or one video's graph at a time.
+Forward and backward passes of a step: all videos at once, one forward a video, or one video's graph at a time.
 
 A preference loss needs the errors of all videos of a pair or group at once, but its gradient is a sum over videos: the
-gradient of each error times dL/d(error). So the errors are computed either from one forward over all videos, or first,
-mostly without a graph, and the videos go forward and backward one by one afterwards, weighed by that derivative. Loss
-and gradient are exact, and the graph of one video is all that is kept: also the exact loss of a group needs no more
-memory than fine-tuning.
+gradient of each error times dL/d(error). So the errors are computed either with all graphs kept, from one forward over
+all videos or one forward a video; or first, mostly without a graph, and the videos go forward and backward one by one
+afterwards, weighed by that derivative. Loss and gradient are exact in all of them. In the last one the graph of one
+video is all that is kept: also the exact loss of a group needs no more memory than fine-tuning.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -29,6 +29,8 @@ from .safeguard import OutputSafeguard, ParameterSafeguard
 
 
 logger = logging.getLogger(__name__)
+
+StepMode = Literal["concat", "singles", "sequential"]
 
 
 class Beside:
@@ -65,13 +67,15 @@ class Passes(Protocol):
 
 class ConcatPasses:
     """
-    All videos of a step in one forward.
+    All videos of a step in one forward, or in a forward each; the graphs of all are kept until the backward pass.
 
     Args:
         family ([`ModelFamily`]): Of the transformer.
         reference ([`Reference`], *optional*): For the trainers that have one.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
         outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back.
+        one_by_one (`bool`, defaults to `False`): A forward for each video: what checkpointed activations are computed
+            from again is then one video's at a time.
     """
 
     def __init__(
@@ -80,8 +84,11 @@ class ConcatPasses:
         reference: "Reference | None" = None,
         group: GroupParallel | None = None,
         outputs: OutputSafeguard | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> None:
         self._family, self._reference, self._group, self._outputs = family, reference, group, outputs
+        self._one_by_one = one_by_one
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         assert self._reference is not None, "only trainers with `uses_reference` have one"
@@ -92,12 +99,8 @@ class ConcatPasses:
     def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = [] if self._outputs is not None and torch.is_grad_enabled() else None
-        if beside is None:
-            errors = forward_errors(self._family, model, own, residuals)
-        else:
-            with beside.around(model, slice(None)) as values:
-                errors = forward_errors(self._family, model, own, residuals)
-            beside.values = values()
+        videos = own.one_by_one() if self._one_by_one else [own]
+        errors = _policy_errors(self._family, model, videos, beside, residuals)
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -146,11 +149,7 @@ class SequentialPasses:
             self._waiting = SequentialErrors(own, self._family, model, beside=beside, **how)
             errors = self._waiting.errors
         else:
-            videos = enumerate(own.one_by_one())
-            passed = [_one_video(self._family, model, video, number, beside) for number, video in videos]
-            errors = torch.cat([error for error, _ in passed])
-            if beside is not None:
-                beside.values = torch.cat([value for _, value in passed if value is not None])
+            errors = _policy_errors(self._family, model, own.one_by_one(), beside)
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -190,17 +189,40 @@ def _one_video(
     family: ModelFamily,
     model: nn.Module,
     video: Denoising,
-    number: int,
+    groups: slice | None,
     beside: Beside | None,
     residuals: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Error `(1,)` of the video with this number, and what stands beside it if it is the first of its group."""
-    if beside is None or number % video.group_size:
+    """Errors of a video, or of all in one forward, and what stands beside those of these groups, where it is asked."""
+    if beside is None or groups is None:
         return forward_errors(family, model, video, residuals), None
-    group = number // video.group_size
-    with beside.around(model, slice(group, group + 1)) as value:
+    with beside.around(model, groups) as values:
         errors = forward_errors(family, model, video, residuals)
-    return errors, value()
+    return errors, values()
+
+
+def _group_of(number: int, group_size: int) -> slice | None:
+    """The group whose first video has this number, if there is one."""
+    return slice(number // group_size, number // group_size + 1) if number % group_size == 0 else None
+
+
+def _policy_errors(
+    family: ModelFamily,
+    model: nn.Module,
+    videos: Sequence[Denoising],
+    beside: Beside | None,
+    residuals: list[Tensor] | None = None,
+) -> Tensor:
+    """Errors `(N,)` of videos by themselves, or of a single `Denoising` with all of them, and `beside.values`."""
+    errors, values = [], []
+    for number, video in enumerate(videos):
+        groups = slice(None) if len(videos) == 1 else _group_of(number, video.group_size)
+        error, value = _one_video(family, model, video, groups, beside, residuals)
+        errors.append(error)
+        values += [] if value is None else [value]
+    if beside is not None:
+        beside.values = torch.cat(values)
+    return torch.cat(errors)
 
 
 def _watch(
@@ -262,7 +284,8 @@ class SequentialErrors:
             is_kept = number == self._kept
             context = self._local(final=len(self._videos) == 1) if is_kept else torch.no_grad()
             with context:
-                error, value = _one_video(family, model, video, number, beside, residuals)
+                groups = _group_of(number, self._group_size)
+                error, value = _one_video(family, model, video, groups, beside, residuals)
             if is_kept:
                 self._kept_graph = error, value
             errors.append(error.detach())
@@ -291,7 +314,8 @@ class SequentialErrors:
         with self._local(final=final):
             graph, self._kept_graph = (self._kept_graph if number == self._kept else None), None
             if graph is None:
-                graph = _one_video(self._family, self._model, self._videos[number], number, self._beside)
+                groups = _group_of(number, self._group_size)
+                graph = _one_video(self._family, self._model, self._videos[number], groups, self._beside)
             error, value = graph
             total = (self.errors.grad[number : number + 1] * error).sum()
             if value is not None:
