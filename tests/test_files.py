@@ -425,6 +425,11 @@ SECRET = "s3cr3t-Value-0123456789"
         {"text": f"Authorization: Bearer {SECRET}"},
         {"anything": "hf_" + SECRET.replace("-", ""), "other": "sk-" + SECRET},
         {"password": 12345678901},
+        {"url": f"https://{SECRET}@host/v1", "sas": f"https://host/c?sv=1&sig={SECRET}"},
+        {"storage": f"AccountName=a;AccountKey={SECRET};x=1", "connection_string": SECRET, "webhook_url": SECRET},
+        {"proxy": {"user": "me", "pass": SECRET}, "sentry_dsn": SECRET, "jwt": SECRET},
+        {"text": f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----"},
+        {"args": ["eyJhbGciOi.eyJ" + SECRET.replace("-", "")], "git": "github_pat_" + SECRET.replace("-", "")},
     ],
 )  # fmt: skip
 def test_no_secret_of_any_depth_is_written(settings):
@@ -435,6 +440,7 @@ def test_no_secret_of_any_depth_is_written(settings):
 def test_what_is_no_secret_stays():
     settings = {
         "max_tokens": 5, "tokenizer": "a/b", "teacher_tokens": ["x"], "token": None, "use_auth": True, "seed": 1,
+        "git": "ssh://git@github.com/a", "compass": 3, "forward_pass": "x",
         "base_url": "http://localhost:8000/v1", "keys": ["a"], "key": "chosen", "text": "one two", "lr": 1e-4,
     }  # fmt: skip
     assert without_secrets(settings) == settings

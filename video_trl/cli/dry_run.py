@@ -215,9 +215,9 @@ def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) ->
     return channels, frames, height, width
 
 
-def reference_pass(trainer_class: type[Any], use_peft: bool) -> Any:
+def reference_pass(trainer_class: type[Any], args: Any) -> Any:
     """What computes the reference's errors in a run without a `ref_model`, as a `Workload` has it."""
-    return "none" if not trainer_class.uses_reference else "adapter" if use_peft else "copy"
+    return "none" if not trainer_class.has_reference(args) else "adapter" if args.use_peft else "copy"
 
 
 def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
@@ -278,7 +278,7 @@ def _cost(
     from ..trainer.planning.estimate import Placement, Workload, accelerator_memory, estimate, fitting_step_mode
 
     num_videos = trainer_class.videos_per_row(args, rejected) // vars(args).get("group_parallel_size", 1)
-    workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args.use_peft))
+    workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args))
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
     shared = 1 if processes % args.context_parallel_size else args.context_parallel_size
     placement = Placement(processes, engine, shared, "concat", policy, offload_weights=args.offload_weights)

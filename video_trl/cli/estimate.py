@@ -162,7 +162,7 @@ def workload(
             latents_shape(family, vae, size),
             videos // degree,
             args,
-            reference_pass(trainer_class, args.use_peft),
+            reference_pass(trainer_class, args),
         ),
         alignment=(1, args.relation_tokens, 1024) if trainer_class.aligns_with_teacher else None,
     )

@@ -19,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import write_atomically
+from ..files import read_json_lines, write_atomically
 from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
@@ -201,7 +201,7 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if path.suffix == ".csv":
             yield from enumerate(csv.DictReader(file), start=2)
         elif path.suffix == ".jsonl":
-            yield from ((number, json.loads(line)) for number, line in enumerate(file, start=1) if line.strip())
+            yield from read_json_lines(path)
         else:
             raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
 

@@ -1,6 +1,5 @@
 """Read first frames that a dataset stores as images."""
 
-import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from ..files import fingerprint
+from .video_file import open_bytes
 from .video_io import VideoDecodeError, read_video
 
 
@@ -84,17 +84,17 @@ def _open(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         return source
     cell: Mapping[str, Any] = source if isinstance(source, Mapping) else {"path": source}
-    file = cell.get("path") if cell.get("bytes") is None else io.BytesIO(cell["bytes"])
-    if not isinstance(file, str | os.PathLike | io.BytesIO):
+    if cell.get("bytes") is None and not isinstance(cell.get("path"), str | os.PathLike):
         raise VideoDecodeError(
             f"{image_name(source)}: expected a path, a dict with 'path' or 'bytes', an image or a uint8 array, got "
             f"{type(source).__name__}."
         )
-    try:
-        image = PIL.Image.open(file)
-        image.load()  # damage behind the header shows only here
-    except Exception as error:  # damaged files make PIL raise far more than it documents
-        raise _unreadable(source, error) from error
+    with open_bytes(cell) as file:
+        try:
+            image = PIL.Image.open(file)
+            image.load()  # damage behind the header shows only here
+        except Exception as error:  # damaged files make PIL raise far more than it documents
+            raise _unreadable(source, error) from error
     return image
 
 

@@ -74,7 +74,8 @@ class VideoConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # What callbacks, which get the configuration and not the trainer, ask about the method.
-    logs_gaps: ClassVar[bool] = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
+    reference_is_base = False  # with an adapter that training continues; an option of the methods with a reference
+    logs_gaps = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
     regulariser_field: ClassVar[str | None] = None  # coefficient of a term that holds the chosen error down
 
     # Defaults of TrainingArguments that are replaced

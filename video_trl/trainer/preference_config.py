@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self, get_args
 from transformers.trainer_utils import IntervalStrategy
 
 from ..losses.preference import Gap
-from .base_config import VideoConfig, check_choice, check_positive
+from .base_config import _FLAG, VideoConfig, check_choice, check_positive
 from .parallel.engines import SHARDED, Engine
 
 
@@ -26,6 +26,7 @@ class PreferenceConfig(VideoConfig):
     reference_error_options: ClassVar[tuple[str, ...]] = (
         "seed",
         "precompute_ref_errors",
+        "reference_is_base",
         "timestep_sampling",
         "timestep_logit_mean",
         "timestep_logit_std",
@@ -49,6 +50,15 @@ class PreferenceConfig(VideoConfig):
             "'singles': a forward a video, which needs less memory with activation checkpointing. 'sequential': one "
             "video's graph alive at a time, for the memory of fine-tuning and about a fifth more time. Loss and "
             "gradient are the same. 'auto': the fastest that should fit into the memory of the accelerator."
+        },
+    )
+
+    reference_is_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Where training continues an adapter: the reference is the base model without it, at no memory, "
+            "instead of a frozen copy of the adapter.",
+            **_FLAG,
         },
     )
 

@@ -93,7 +93,6 @@ class PreferenceTrainer(VideoTrainer):
         Raises:
             ValueError: If the videos of a row cannot be divided among the processes that are to share them.
         """
-        assert self.reference is not None
         now, group = self.step.now, self._group()
         passes: Passes
         mu, kind = self.args.safeguard_mu, self.args.safeguard
@@ -110,6 +109,7 @@ class PreferenceTrainer(VideoTrainer):
         checked = CheckedPasses(passes, self._check, now)
         if self.args.precompute_ref_errors is None:
             return checked
+        assert self.reference is not None, "`precompute_ref_errors` is refused without one"
         seed, device = self.args.seed, self.args.device
         # A cache is there to do without the reference: it is asked in the first step only where that is in doubt.
         doubted = checked if self._check.is_due else None
@@ -136,6 +136,7 @@ class PreferenceTrainer(VideoTrainer):
         description = self.checkpointer.description
         same = description["base_weights"] == description["reference_weights"]
         same = same or isinstance(self.reference, AdapterReference)
+        same = same and not (self.continues_adapter and self.args.reference_is_base)
         names = ("attention_backend", "compile_blocks", "quantization")
         options = {name: self.args.__dict__[name] for name in names if same and self.args.__dict__[name]}
         return SamePathCheck(options), same
