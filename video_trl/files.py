@@ -85,6 +85,7 @@ _MARKUP = re.compile(
     r"[<>&`*\\~$@\x00-\x1f\x7f]|\](?=[\[(:])|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE
 )
 _FORMULA = re.compile(r"\s*'*[\s']*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms too
+_PAGE = b'<meta name="generator" content="video_trl">'  # in all our templates
 _IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -107,6 +108,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, repl
     with atomic_file(path, replace=replace) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def check_page(path: str | os.PathLike[str]) -> None:
+    """Raise a `ValueError` if an HTML page that is to be written would replace a file that is none of our pages."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if _PAGE not in file.read(4096):
+                raise ValueError(f"{path} is no page of video_trl and stays. Pass another file, or move it.")
 
 
 def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = None) -> Path:

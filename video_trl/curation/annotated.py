@@ -64,7 +64,7 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
         missing = [name for name in ("pair_id", "video", "annotator", "prompt", *dimensions) if _blank(record, name)]
         if missing:
             raise ValueError(
-                f"{path}, line {line}: expected values for {missing}, got {sorted(record)}. Fill them in, or name the "
+                f"{path}, line {line}: expected values for {missing}, got {record!r:.200}. Fill them in, or name the "
                 "dimensions that were asked for as `dimensions`."
             )
         marks = {}
@@ -206,8 +206,8 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
 
 
-def _blank(record: Mapping[str, Any], name: str) -> bool:
-    return record.get(name) is None or not str(record[name]).strip()
+def _blank(record: Any, name: str) -> bool:
+    return not isinstance(record, Mapping) or record.get(name) is None or not str(record[name]).strip()
 
 
 def _compare(name: str, votes: Sequence[Vote], dimensions: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Read first frames that a dataset stores as images."""
 
+import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -90,11 +91,12 @@ def _open(source: ImageSource) -> PIL.Image.Image:
             f"{type(source).__name__}."
         )
     with open_bytes(cell) as file:
-        try:
-            image = PIL.Image.open(file)
-            image.load()  # damage behind the header shows only here
-        except Exception as error:  # damaged files make PIL raise far more than it documents
-            raise _unreadable(source, error) from error
+        content = io.BytesIO(file.read())
+    try:
+        image = PIL.Image.open(content)
+        image.load()  # damage behind the header shows only here
+    except Exception as error:  # damaged files make PIL raise far more than it documents
+        raise _unreadable(source, error) from error
     return image
 
 

@@ -295,6 +295,18 @@ def expert_of(directory: str | os.PathLike[str]) -> str | None:
         return (file.metadata() or {}).get(EXPERT_KEY)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise a `ValueError` if a file that is to be written is there, and `write_tensors` has not written it."""
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                ours = CHECKSUM_KEY in (file.metadata() or {})
+        except (safetensors.SafetensorError, OSError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path} was not written by video_trl and stays. Pass another place, or move it.")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     Tensors of a safetensors file, on the CPU, and its metadata.

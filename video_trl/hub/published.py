@@ -22,6 +22,7 @@ from .lora import (
     METADATA_KEY,
     PREFIX,
     check_lora_config,
+    check_replaceable,
     described,
     expert_of,
     known_config,
@@ -110,9 +111,10 @@ def import_lora(
         `Path`: The file.
 
     Raises:
-        ValueError: As in [`read_adapter`].
+        ValueError: As in [`read_adapter`], or a file of others would be replaced.
     """
     weights, config = read_adapter(source, alpha=alpha, scale=scale)
+    check_replaceable(Path(directory) / LORA_FILE_NAME)
     return write_lora(directory, weights, config, config.base_model_name_or_path, expert_of(source))
 
 
