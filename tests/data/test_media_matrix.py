@@ -1,6 +1,5 @@
 """The same clip in every container, clock and orientation gives the same frames, the same length and the same rate."""
 
-import os
 import shutil
 import subprocess
 from fractions import Fraction
@@ -300,10 +299,3 @@ def test_a_cut_off_file_is_found_in_every_container(tmp_path, name):
         with pytest.raises(VideoDecodeError) as error:
             read_video(path)
         assert error.value.kind in ("truncated", "damaged", "unreadable") and str(path) in str(error.value)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    for read in (read_video, probe_video, measure_clip):
-        with pytest.raises(VideoDecodeError, match=r"pipe\.mp4: expected a file, got a pipe"):
-            read(tmp_path / "pipe.mp4")

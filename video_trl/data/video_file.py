@@ -3,10 +3,12 @@ Open a video file, tell the time of each of its frames, and decode them, whateve
 file can do wrong becomes a `VideoDecodeError` that names it; nothing that it declares decides how much memory is used.
 """
 
+import gc
 import io
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,10 @@ _ATTACHED_PICTURE = 1024  # AV_DISPOSITION_ATTACHED_PIC: the cover of an album i
 _JITTER = 1e-3  # seconds by which times may be off a constant rate where the container's clock is finer than that
 _IDR = 5  # type of H.264's units that hold a slice of a picture which forgets all before it
 _SEGMENT = bytes.fromhex("18538067")  # Matroska's element that holds all others but the header
+
+# FFmpeg waits for its threads when a frame or a decoder of PyAV is collected. A forked process, such as a worker of a
+# data loader, has none of them and would wait for ever: what it has inherited is never collected there.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class VideoDecodeError(ValueError):
@@ -118,8 +124,13 @@ def _damaged(name: str, count: int | None, what: str) -> str:
 
 
 @contextmanager
-def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
-    """The bytes of a source as a binary file."""
+def open_bytes(source: VideoSource) -> Iterator[io.BytesIO | io.BufferedReader]:
+    """
+    The bytes of a source as a binary file.
+
+    Raises:
+        VideoDecodeError: It is no regular file, which could be waited for without end, or cannot be opened or read.
+    """
     name = source_name(source)
     if isinstance(source, Mapping) and source.get("bytes") is not None:
         yield io.BytesIO(source["bytes"])
@@ -129,18 +140,19 @@ def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
         raise VideoDecodeError(
             f"{name}: expected a path, a dict with 'path' or 'bytes', or a uint8 array, got {type(path).__name__}."
         )
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        # Opening a pipe would wait for somebody to write into it, and a device has no end.
-        raise VideoDecodeError(f"{name}: expected a file, got a pipe or a device. Drop its row.")
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
+        # Without O_NONBLOCK a pipe is opened when someone writes to it.
+        file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise VideoDecodeError(
             f"{name}: cannot open the file ({reason(error)}). Check the path (relative paths start at {os.getcwd()}) "
             "and that the file is on this machine.",
             kind="missing",
         ) from error
-    with file:
+    with file, naming(source):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            words = f"{name}: expected a file, got a pipe or a device. Copy its content into a file, or drop its row."
+            raise VideoDecodeError(words)
         yield file
 
 

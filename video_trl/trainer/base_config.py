@@ -13,6 +13,7 @@ from ..diffusion import NoiseProcess, TimestepSampling
 from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
+from .parallel.processes import check_restarts
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
 from .setup.optimizers import check_class_path
@@ -80,7 +81,8 @@ class VideoConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # What callbacks, which get the configuration and not the trainer, ask about the method.
-    logs_gaps: ClassVar[bool] = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
+    reference_is_base = False  # with an adapter that training continues; an option of the methods with a reference
+    logs_gaps = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
     regulariser_field: ClassVar[str | None] = None  # coefficient of a term that holds the chosen error down
 
     # Defaults of TrainingArguments that are replaced
@@ -323,6 +325,14 @@ class VideoConfig(TrainingArguments):
     encode_batch_size: int = field(
         default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
     )
+    latents_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "What latents are stored in when raw data is encoded. 'bfloat16' takes half of the disk and of "
+            "the reading, and rounds the videos, for policy and reference alike; what is made of them in a step is "
+            "float32 either way."
+        },
+    )
     cache_dir: str | None = field(
         default=None,
         metadata={
@@ -349,6 +359,7 @@ class VideoConfig(TrainingArguments):
         self.logging_nan_inf_filter = False  # it would wait for the device in every step, to look at a loss
         self._check_base_values()
         check_deepspeed_installed(self)
+        check_restarts()
         super().__post_init__()
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
@@ -530,6 +541,7 @@ class VideoConfig(TrainingArguments):
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
+        check_choice(self, "latents_dtype", ("float32", "bfloat16"))
         check_policy(self.checkpointing_policy)
         check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
         if self.context_parallel_size > 1 and self.context_parallel_method == "ring":

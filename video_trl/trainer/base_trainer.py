@@ -157,7 +157,7 @@ class VideoTrainer(Trainer):
     collator_class: ClassVar[type]
     uses_reference: ClassVar[bool]
     aligns_with_teacher: ClassVar[bool] = False  # a relation loss on hidden states takes memory of its own
-    workload_options: ClassVar[tuple[str, ...]] = ()  # options of the configuration that `videos_per_row` reads
+    workload_options: ClassVar[tuple[str, ...]] = ()  # read by `videos_per_row`, `has_reference`
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
 
@@ -260,7 +260,7 @@ class VideoTrainer(Trainer):
         idle = family.idle_weights(transformer)
         adapt_for_trainer(transformer, args.checkpointing_policy)
         set_seed(args.seed)  # the weights of a new adapter are random
-        continues_adapter = bool(adapter_configs(transformer))
+        self.continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if args.use_peft:
             targets = lora_targets(family, transformer, args.lora_target_modules)
@@ -269,9 +269,12 @@ class VideoTrainer(Trainer):
             train_all_weights(transformer, idle)
         disable_dropout(transformer)
         self.reference: Reference | None = None
-        if self.uses_reference:
+        if self.has_reference(args):
             self.reference = make_reference(
-                transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
+                transformer,
+                ref_model,
+                adapter_name=self.adapter_name,
+                continues_adapter=self.continues_adapter and not args.reference_is_base,
             )
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         saved = trained_weights(transformer, self.adapter_name)
@@ -420,6 +423,11 @@ class VideoTrainer(Trainer):
                 seeded, so that the new weights are a function of `args.seed`.
         """
         return None
+
+    @classmethod
+    def has_reference(cls, args: Any) -> bool:
+        """Whether a run with this configuration has a frozen model to compare with."""
+        return cls.uses_reference
 
     @classmethod
     def has_head(cls, args: Any) -> bool:
