@@ -39,6 +39,13 @@ _UNSUPPORTED = {
 }
 
 
+# Options of `TrainingArguments` about tokens, labels, predictions and optimizers that no video trainer has.
+_WITHOUT_TOKENS = (
+    "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
+    "length_column_name", "liger_kernel_config", "optim_target_modules", "use_liger_kernel",
+)  # fmt: skip
+
 _POSITIVE_OR_UNSET = (
     "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
     "eval_steps", "save_total_limit",
@@ -479,11 +486,13 @@ class VideoConfig(TrainingArguments):
                 "`optim_class` is given",
             ),
             (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (self.max_steps > 0, ("num_train_epochs",), "`max_steps` says when the run ends"),
             (
                 self.eval_strategy == "no",
-                ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+                ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
                 "`eval_strategy` is 'no'",
             ),
+            (True, _WITHOUT_TOKENS, "nothing in a video trainer reads it"),
             (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
             (self.save_strategy == "no", ("save_total_limit", "save_only_model"), "`save_strategy` is 'no'"),
             (self.logging_strategy != "steps", ("logging_steps",), "`logging_strategy` is not 'steps'"),

@@ -40,7 +40,7 @@ from .checkpoints.settings import (
 )
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weight_average import WeightAverage
-from .checkpoints.weights import describe_run, trained_weights
+from .checkpoints.weights import describe_run, named_checkpoint, trained_weights
 from .parallel.engines import (
     SHARDED,
     DeepSpeedSteps,
@@ -464,8 +464,7 @@ class VideoTrainer(Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint; `True` for the newest one of
-                the run in `output_dir`; `"auto"` for that one if there is any, else a new run, so that one command
-                starts a run and goes on with it.
+                the run in `output_dir`; `"auto"` for that one if there is any, else a new run. Or as configured.
 
         Raises:
             ValueError: There is nothing to train on or to resume from; `output_dir` holds another run, or another
@@ -474,7 +473,8 @@ class VideoTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
-        opened = self.checkpointer.opened(resume_from_checkpoint, overwrite=self.args.overwrite_output_dir)
+        resume = resume_from_checkpoint or named_checkpoint(self.args.resume_from_checkpoint)
+        opened = self.checkpointer.opened(resume, overwrite=self.args.overwrite_output_dir)
         with opened as checkpoint, self._signals.caught():
             if checkpoint is not None:
                 check_resumable(checkpoint, self.engine)

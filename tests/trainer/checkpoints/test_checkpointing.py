@@ -123,6 +123,8 @@ def test_nothing_to_train_on_or_to_resume_from(tmp_path):
         RunFolder(tmp_path / "new").check(True)  # before anything is encoded
     with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got "):
         trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got "):
+        trainer(config(tmp_path / "new", resume_from_checkpoint="true")).train()  # it counts here too
     with pytest.raises(ValueError, match="Expected a `train_dataset` to train on, got an `eval_dataset` only"):
         trainer(config(tmp_path), train_dataset=None, eval_dataset=tiny_encoded_group(1)).train()
     with pytest.raises(ValueError, match="Expected an `eval_dataset` to evaluate on, got none"):

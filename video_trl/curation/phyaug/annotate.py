@@ -7,14 +7,15 @@ computed from the score, not asked of the model.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 
 from ...data.video_io import VideoDecodeError
 from ...judges.answers import AnswerError, read_answer
@@ -52,19 +53,46 @@ ANNOTATED: dict[str, pa.DataType] = {
 Unit = Field(ge=0.0, le=1.0)
 
 
+def _what_is_valid(value: Any, validate: Callable[[Any], Any]) -> list[Any]:
+    """Of a list that decides nothing, the items that are what was asked for."""
+    kept = []
+    for item in value if isinstance(value, list) else []:
+        with suppress(ValidationError):
+            kept += validate([item])
+    return kept
+
+
+def _text_or_none(value: Any, validate: Callable[[Any], str]) -> str:
+    return validate(value if isinstance(value, str) else "")
+
+
 class _Strict(BaseModel):
     # The schema asks for these keys and no others; others in an answer are no reason to drop a clip.
     model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
 
-class Entity(_Strict):
+class _Side(_Strict):
+    """Side data: an answer without it, or with another shape of it, is no reason to drop a clip with a good score."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_where_missing(cls, value: Any) -> Any:
+        return dict.fromkeys(cls.model_fields) | value if isinstance(value, dict) else value
+
+
+class Entity(_Side):
     """A physical object; `material` is null where it cannot be told."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     name: str
     material: str | None
 
 
-class Action(_Strict):
+class Action(_Side):
     """Who does what to whom; `target` is null where nothing is acted on."""
 
     agent: str
@@ -72,20 +100,20 @@ class Action(_Strict):
     target: str | None
 
 
-class Parse(_Strict):
+class Parse(_Side):
     """Step 1, as step 2 left it."""
 
-    entities: list[Entity]
-    actions: list[Action]
-    forces: list[str]
-    outcomes: list[str]
+    entities: Annotated[list[Entity], WrapValidator(_what_is_valid)]
+    actions: Annotated[list[Action], WrapValidator(_what_is_valid)]
+    forces: Annotated[list[str], WrapValidator(_what_is_valid)]
+    outcomes: Annotated[list[str], WrapValidator(_what_is_valid)]
 
 
-class VisionCheck(_Strict):
+class VisionCheck(_Side):
     """Step 2: elements of the caption that the frames do not show, and visible ones that it does not name."""
 
-    removed: list[str]
-    added: list[str]
+    removed: Annotated[list[str], WrapValidator(_what_is_valid)]
+    added: Annotated[list[str], WrapValidator(_what_is_valid)]
 
 
 class Scores(_Strict):
@@ -100,17 +128,36 @@ class Scores(_Strict):
 class Annotation(_Strict):
     """The answer. `original` and the label of Algorithm 1 are added by the pipeline, which knows them better."""
 
+    # Only the score decides, so that only the score can make an answer invalid: the rest is taken as far as it is what
+    # was asked for. (What stands above goes to the model, with the schema.)
+
     parse: Parse
     vision_check: VisionCheck
-    reason: str
+    reason: Annotated[str, WrapValidator(_text_or_none)]
     scores: Scores
     physics_richness: float = Unit
-    extended: str
+    extended: Annotated[str, WrapValidator(_text_or_none)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        parts = {name: value.get(name) for name in ("parse", "vision_check")}
+        parts = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+        return {"reason": None, "scores": None, "extended": None} | value | parts
+
+    @field_validator("scores", mode="wrap")
+    @classmethod
+    def _scores_or_none(cls, value: Any, validate: Callable[[Any], Scores]) -> Scores:
+        try:
+            return validate(value)
+        except ValidationError:
+            return Scores.model_construct()
 
     @field_validator("extended")
     @classmethod
     def _cut(cls, text: str) -> str:
-        """Side data: a text that is too long is no reason to drop a clip with a good score."""
         words = text.split()
         return text if len(words) <= MAX_EXTENDED_WORDS else " ".join(words[:MAX_EXTENDED_WORDS])
 
