@@ -7,7 +7,8 @@
 # RANK   number of this machine, from 0
 # GPUS   GPUs a machine (default 8)    PORT  free port of the first machine (default 29500)
 # ENGINE a file of this folder without .yaml (default fsdp2); ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, ...
-# RESTARTS how often all processes are started again in place after one has died (default 0)
+# RESTARTS how often all processes are started again in place after one has died (default 0; with a signal that is to
+#        end the job, such as that of multi_node.sbatch, leave it there)
 set -euo pipefail
 : "${NODES:?number of machines}" "${HEAD:?address of the first machine}" "${RANK:?number of this machine}"
 GPUS=${GPUS:-8} PORT=${PORT:-29500} ENGINE=${ENGINE:-fsdp2} RESTARTS=${RESTARTS:-0}

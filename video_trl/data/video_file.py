@@ -121,7 +121,7 @@ def _damaged(name: str, count: int | None, what: str) -> str:
 
 
 @contextmanager
-def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
+def open_bytes(source: VideoSource) -> Iterator[io.BytesIO | io.BufferedReader]:
     """
     The bytes of a source as a binary file.
 
