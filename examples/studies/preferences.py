@@ -147,6 +147,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
 SAME = {
     "PhyGDPO, guided": "PhyGDPO, guided losers", "PhyGDPO, wild own": "PhyGDPO, wild",
     "PhyGDPO, wild twins": "PhyGDPO, wild against twins",
+    "PhyGDPO, few own": "PhyGDPO, 16 winners",
     **{f"{objective}, own": objective for objective in ("DPO", "PhyGDPO, r = 0", "PhyGDPO")},
 }  # fmt: skip
 WILD_LONGER, FEW_LONGER = "SFT, wild, longer", "SFT, 16 winners, longer"
