@@ -36,7 +36,7 @@ from .store import EncodedDataset, EncodedWriter
 
 logger = logging.getLogger(__name__)
 
-_ENCODING_VERSION = 2  # raise it when the same input gives other numbers, so that old caches are not used
+_ENCODING_VERSION = 3  # raise it when the same input gives other numbers, so that old caches are not used
 
 
 @dataclass(frozen=True)
