@@ -393,7 +393,13 @@ def action_wordings() -> Mapping[str, tuple[str, ...]]:
 
 
 def annotation_rules() -> tuple[str, Callable[..., dict[str, Any]]]:
-    """The rules that annotate sandbox clips (frames, prompt -> fields of an annotation), and their identity."""
-    from .sandbox.judge.annotator import ANNOTATOR_VERSION, annotate_clip
+    """
+    The rules that annotate sandbox clips (frames, or None for the sentence alone, and prompt -> fields of an
+    annotation), and their identity.
+    """
+    from .sandbox.judge.annotator import ANNOTATOR_VERSION, annotate_clip, annotate_sentence
 
-    return f"sandbox-rules:v{ANNOTATOR_VERSION}", annotate_clip
+    def annotate(frames: Any, prompt: str) -> dict[str, Any]:
+        return annotate_sentence(prompt) if frames is None else annotate_clip(frames, prompt)
+
+    return f"sandbox-rules:v{ANNOTATOR_VERSION}", annotate
