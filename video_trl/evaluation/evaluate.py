@@ -12,6 +12,7 @@ from ..files import Absence
 from ..hub.published import Alpha
 from ..judges import VideoJudge
 from ..load import SANDBOX, heldout_prompts, load_judge
+from .benchmarks.phyground import load_phyground
 from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
 from .runs.generate import VideoGenerator, generate_run, load_generator
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _LOADERS: dict[str, Callable[..., tuple[EvaluationPrompt, ...]]] = {
     "videophy": load_videophy,
     "videophy2": load_videophy2,
+    "phyground": load_phyground,
 }
 UPSAMPLED = "upsampled"  # VideoPhy-2's own longer sentences
 _POLL_SECONDS = 1.0
@@ -69,16 +71,15 @@ def evaluate_model(
         prompts (path or list, *optional*): File for [`load_prompts`], or prompts; by default the sandbox's held-out.
         num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (20 by default), or the first so
             many of `prompts`.
-        longer_prompts (`str` or path, *optional*): What the model is given in place of the sentences, which the judge
-            still reads: a file for [`~video_trl.evaluation.runs.longer_prompts.read_longer_prompts`], or
-            `"upsampled"` for the ones that VideoPhy-2 has.
+        longer_prompts (`str` or path, *optional*): What the model, but not the judge, is given: a file for
+            [`read_longer_prompts`], or `"upsampled"` for the ones that VideoPhy-2 has.
         seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each seed.
         judge (`str` or [`VideoJudge`], *optional*, defaults to `"sandbox"`): Name for `load_judge`, or a judge. The
             default one judges nothing but the sandbox's sentences.
         name (`str`, *optional*): How tables call the model; by default the adapter's or the model's name.
         training_seed (`int`, *optional*): Seed of the run that trained the adapter.
-        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"` and
-            `"videophy2"` the prompts are the benchmark's: `prompts` is its CSV file, by default that of the Hub.
+        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"`,
+            `"videophy2"` and `"phyground"` `prompts` is the benchmark's file, by default that of the Hub.
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
 
     Returns:
