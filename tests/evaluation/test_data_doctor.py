@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.evaluation.runs import damage
 from tests.support.tiny import tiny_wan_pipeline
 from video_trl.cli import main
 from video_trl.data.video_io import write_video
@@ -26,6 +27,8 @@ def test_auc_is_the_share_of_comparisons_and_its_interval_knows_the_rows():
     assert found.auc == pytest.approx(auc_by_hand(groups)) and found.low < found.auc < found.high
     assert found.is_sure and 0.08 < found.high - found.low < 0.35
     assert not separation("x", [generator.normal(size=2) for _ in range(40)]).is_sure
+    together = separation("x", groups, comparisons=7)
+    assert together.low < found.low and found.high < together.high
     perfect = separation("x", [np.array([1.0, 0.0])] * 5)
     assert (perfect.auc, perfect.low, perfect.high, perfect.strength) == (1.0, 1.0, 1.0, 1.0)
     equal = separation("x", [np.zeros(3)] * 5)
@@ -133,7 +136,31 @@ def test_the_command_says_what_it_found(tmp_path, monkeypatch, capsys):
     assert main(["data", "doctor"]) == 2
 
 
+class Absent:
+    """A server's judge, which has no answer for some."""
+
+    name = identity = "absent"
+
+    def score(self, videos, prompts):
+        answers = {"A ball.": {"sa": 0.5, "pc": 0.5}}
+        return [answers.get(prompt, {"sa": None, "pc": None, "error": "the server was away"}) for prompt in prompts]
+
+
 def test_one_row_is_too_few():
     with pytest.raises(ValueError, match="at least two rows"):
         diagnose(dataset(blur, 1))
     assert style_of(np.zeros((1, 2, 2, 3), dtype=np.uint8))["sharpness"] == 0.0
+
+
+def test_a_row_that_cannot_be_looked_at_is_named_and_left_out(tmp_path):
+    damage(tmp_path / "bad.mp4")
+    rows = dataset(lambda video: video, count=4)
+    rows[1]["rejected"] = [str(tmp_path / "bad.mp4")]
+    rows[2]["prompt"] = "No ball that the judge knows."
+    found = diagnose([*rows, rows[3]], judge=Absent())
+    assert found.rows == 4 and any("row 1 is left out" in problem for problem in found.problems)
+    assert any("row 2 has no scores of the judge: the server was away" in problem for problem in found.problems)
+    with pytest.raises(
+        ValueError, match=r"Fewer than two rows can be looked at.*row 1 is left out.*bad\.mp4: damaged"
+    ):
+        diagnose(rows[:2])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import fingerprint
+from ..files import fingerprint, read_json
 
 
 _WEIGHTS = (  # looked for in this order; a model is one file, or several and an index
@@ -105,7 +105,7 @@ def read_state_dict(folder: Path) -> dict[str, Tensor]:
         )
     files = [first]
     if first.suffix == ".json":
-        files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(first)["weight_map"].values()))]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise ValueError(f"{first} names shards that are missing: {', '.join(missing)}. Fetch them into {folder}.")

@@ -1,9 +1,10 @@
 """The protocol of a model family: prediction, encoding, LoRA targets and sizes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import PIL.Image
@@ -481,9 +482,8 @@ def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterat
         handle.remove()
 
 
-def unwrap(transformer: nn.Module) -> ModelMixin:
-    """Transformer inside the wrappers of distributed training and `torch.compile`."""
-    return extract_model_from_parallel(transformer, keep_torch_compile=False)
+# Transformer inside the wrappers of distributed training and `torch.compile`.
+unwrap: Callable[[nn.Module], ModelMixin] = partial(extract_model_from_parallel, keep_torch_compile=False)
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -1,8 +1,10 @@
 """Groupwise preference optimisation of a video transformer (PhyGDPO)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -12,6 +14,7 @@ from ..data import check_columns
 from ..data.columns import MapDataset, undecoded
 from ..load import default_teacher
 from ..losses.preference import (
+    SFTWeight,
     error_gap,
     gap_slope,
     group_dgr,
@@ -32,6 +35,7 @@ from .repa.teacher_rows import TeacherGroupCollator
 from .setup.chosen_rows import chosen_as_video
 from .setup.rows import IndexedDataset
 from .step.denoising import Denoising, to_device
+from .step.passes import Beside, StepMode
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -98,8 +102,14 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         return TeacherAlignment(options, self.args, teacher=self._teacher, default_teacher=self._default_teacher)
 
     @cached_property
-    def step_mode(self) -> Literal["concat", "sequential"]:
-        return "concat" if self.args.repa_coeff else super().step_mode
+    def step_mode(self) -> StepMode:
+        # Sharded weights of the head take part in every pass or in none; not every video's uses it.
+        return "concat" if self.args.repa_coeff and self.engine != "ddp" else super().step_mode
+
+    @cached_property
+    def sft_weight(self) -> SFTWeight:
+        """The option, read."""
+        return as_sft_weight(self.args.sft_weight)
 
     def check_dataset(self, dataset: MapDataset) -> None:
         super().check_dataset(dataset)
@@ -177,12 +187,14 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error, alignment, aligned = self._policy(model, denoising, inputs)
 
+        # What is recorded is never weighted: its scale would be another.
+        recorded_gap = error_gap(policy_error, reference_error, self.args.gap).view(batch_size, group_size)
         weighted = policy_error, reference_error
         if self.args.timestep_weighting == "bell":
             weights = self.step.bell_weights(timesteps)  # (B * (1 + k),)
             weighted = weights * policy_error, weights * reference_error
         beta, gap = self.args.beta, error_gap(*weighted, self.args.gap).view(batch_size, group_size)
-        held_gap = hold_lose_gap(gap[:, 1:], **self.args.lose_gap_arguments())
+        held_gap = hold_lose_gap(gap[:, 1:], self.args.lose_gap_weight, self.args.lose_gap_clip)
         chosen_rewards, rejected_rewards = -(beta / 2) * gap[:, 0], -(beta / 2) * held_gap  # (B,), (B, k)
         alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
         if self.args.physics_rewarding:
@@ -194,7 +206,6 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         losses, beside = self._regularised(losses, ratio, chosen_error, gap[:, 0], alignment)
         loss = losses.mean()
 
-        gap = error_gap(policy_error, reference_error, self.args.gap).view(batch_size, group_size)  # not weighted
         counted: Any = (
             _first(rejected_rewards, sizes) if "num_rejected" in inputs else ...
         )  # all of them, without asking the device
@@ -207,8 +218,8 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
                 "rewards/rejected": rejected_rewards[counted],
                 "rewards/margins": (chosen_rewards[:, None] - rejected_rewards)[counted],
                 "rewards/accuracies": (chosen_rewards[:, None] > rejected_rewards)[counted],
-                "win_gap": gap[:, 0],
-                "lose_gap": gap[:, 1:][counted],
+                "win_gap": recorded_gap[:, 0],
+                "lose_gap": recorded_gap[:, 1:][counted],
             }
         )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
@@ -223,21 +234,37 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         """
         if self.alignment is None:
             return self.passes.policy(model, denoising), None, {}
-        seen = self.alignment.look(inputs)  # by the teacher
-        with self.alignment.tap(model, denoising.target.shape, seen, every=denoising.group_size) as tap:
-            errors = self.passes.policy(model, denoising)
-        if tap.tokens is None:  # only the errors of the reference are wanted, for the cache
-            return errors, None, {}
-        return errors, *self.alignment.losses(tap.tokens, seen)
+        alignment, seen = self.alignment, self.alignment.look(inputs)  # by the teacher
+        metrics: dict[int, dict[str, Tensor]] = {}  # of groups, by the first one
+
+        @contextmanager
+        def around(model: nn.Module, groups: slice) -> Iterator[Callable[[], Tensor]]:
+            part, first = replace(seen, tokens=seen.tokens[groups]), groups.start or 0
+
+            def losses() -> Tensor:
+                assert tap.tokens is not None
+                is_first_pass = first not in metrics
+                values, found = alignment.losses(tap.tokens, part, raw=is_first_pass)
+                if is_first_pass:
+                    metrics[first] = found
+                return values
+
+            with alignment.tap(model, denoising.target.shape, part, every=denoising.group_size) as tap:
+                yield losses
+
+        beside = Beside(around)
+        errors = self.passes.policy(model, denoising, beside)
+        # Without metrics only the errors of the reference are wanted, for the cache.
+        in_order, names = [metrics[first] for first in sorted(metrics)], metrics.get(0, {})
+        return errors, beside.values, {name: torch.cat([found[name] for found in in_order]) for name in names}
 
     def _regularised(
         self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, alignment: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses `(B,)` of groups with what is added beside the preference, and its metrics."""
         preference, metrics = losses, dict[str, Tensor]()
-        sft_weight = as_sft_weight(self.args.sft_weight)
-        if sft_weight != 0:
-            weight = sft_weights(sft_weight, ratio * gap_slope(chosen_error, self.args.gap))  # (B,)
+        if self.sft_weight != 0:
+            weight = sft_weights(self.sft_weight, ratio * gap_slope(chosen_error, self.args.gap))  # (B,)
             metrics |= {"loss/sft": chosen_error, "sft_weight": weight, "chosen_weight": ratio + weight}
             losses = losses + weight * chosen_error
         if self.args.win_gap_penalty > 0:

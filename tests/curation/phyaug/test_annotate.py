@@ -72,14 +72,38 @@ def remote(url, **options):
     [
         changed(physics_richness=1.2),
         changed(physics_richness="0.7"),
-        changed(parse=GOOD["parse"] | {"entities": ["red ball"]}),
-        {name: value for name, value in GOOD.items() if name != "reason"},
+        changed(physics_richness=None),
+        {name: value for name, value in GOOD.items() if name != "physics_richness"},
+        ["red ball"],
     ],
 )
-def test_an_answer_of_another_shape_is_refused(fault):
+def test_an_answer_without_a_score_is_refused(fault):
     assert Annotation.model_validate_json(json.dumps(changed(extended="word " * 100)))
     with pytest.raises(ValidationError):
         Annotation.model_validate_json(json.dumps(fault))
+
+
+# Only the score decides: an answer that has one is taken, with what is valid of the rest.
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "physics_richness"])
+@pytest.mark.parametrize("value", [None, 7, "text", [], ["text"], {}, {"entities": [3]}, "missing"], ids=str)
+def test_no_side_data_of_another_shape_drops_a_clip(name, value):
+    answer = changed(**{name: value})
+    if value == "missing":
+        del answer[name]
+    taken = Annotation.model_validate_json(json.dumps(answer))
+    assert capped_richness(taken) == (0.6, [])  # what is not said caps nothing
+    read = json.loads(taken.model_dump_json())
+    assert {key: read[key] for key in GOOD if key != name} == {key: GOOD[key] for key in GOOD if key != name}
+
+
+def test_of_side_data_what_is_valid_is_kept():
+    parse = GOOD["parse"] | {"entities": ["red ball", {"name": "floor"}, {"material": "wood"}], "forces": "gravity"}
+    parse["actions"] = [{"agent": "ball", "verb": "falls"}, {"agent": "ball"}]
+    scores = GOOD["scores"] | {"interaction": "none"}
+    read = Annotation.model_validate_json(json.dumps(changed(parse=parse, scores=scores)))
+    assert [(entity.name, entity.material) for entity in read.parse.entities] == [("red ball", None), ("floor", None)]
+    assert [(action.verb, action.target) for action in read.parse.actions] == [("falls", None)]
+    assert read.parse.forces == [] and read.scores.model_dump_json() == "{}"
 
 
 def test_side_data_drops_no_clip():

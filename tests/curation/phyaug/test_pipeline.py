@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support import forks
 from tests.support.curation.clips import write_clip
 from tests.support.curation.phyaug_runs import KINDS, config, settings, small_pool
 from tests.support.judges.server import Step, free_port, serving
@@ -158,13 +157,13 @@ def test_a_run_that_is_killed_goes_on_and_never_looks_finished(stage, finished, 
     folder = tmp_path / "run"
     changes = {"batch_size": 1, "model_options": settings(folder)["model_options"] | {"batch_size": 1}}
     arguments = [json.dumps(settings(folder, **changes)), json.dumps(list(pool))]
-    process = subprocess.Popen([sys.executable, "-c", _RUN, *arguments], stderr=subprocess.DEVNULL)
+    process = forks.start("-c", _RUN, *arguments)
     deadline = time.monotonic() + 200
-    while len(list(folder.glob(f"stages/{stage}-*/part-*.parquet"))) < 2 and process.poll() is None:
+    while len(list(folder.glob(f"stages/{stage}-*/part-*.parquet"))) < 2 and not process.ended():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL]
     with pytest.raises(ValueError, match="a run that is not finished"):
         load_groups(folder)
     assert not (folder / "groups").exists() and not (folder / "manifest.parquet").exists()

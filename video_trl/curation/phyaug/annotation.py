@@ -5,12 +5,24 @@ A score is not believed beyond what the rest of the answer allows: the caps are 
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from ...judges.frames import quoted
 from ...judges.weights import text_hash
@@ -30,7 +42,26 @@ CAPS = {
 NO_CONTACT_CAP, NO_CAUSE_CAP = 0.74, 0.59
 
 Unit = Field(ge=0.0, le=1.0)
-Degree = Literal["none", "some", "dominant"]
+
+
+def _what_is_valid(value: Any, validate: Callable[[Any], Any]) -> list[Any]:
+    """Of a list that decides nothing, the items that are what was asked for."""
+    kept = []
+    for item in value if isinstance(value, list) else []:
+        with suppress(ValidationError):
+            kept += validate([item])
+    return kept
+
+
+def _degree_or_none(value: Any, validate: Callable[[Any], str]) -> str:
+    try:
+        return validate(value)
+    except ValidationError:
+        return "none"
+
+
+def _text_or_none(value: Any, validate: Callable[[Any], str]) -> str:
+    return validate(value if isinstance(value, str) else "")
 
 
 def _cut(text: str) -> str:
@@ -39,7 +70,10 @@ def _cut(text: str) -> str:
     return text if len(words) <= MAX_EXTENDED_WORDS else " ".join(words[:MAX_EXTENDED_WORDS])
 
 
-Extended = Annotated[str, AfterValidator(_cut)]
+Degree = Annotated[Literal["none", "some", "dominant"], WrapValidator(_degree_or_none)]
+Text = Annotated[str, WrapValidator(_text_or_none)]
+Extended = Annotated[str, AfterValidator(_cut), WrapValidator(_text_or_none)]
+Texts = Annotated[list[str], WrapValidator(_what_is_valid)]
 
 
 class _Strict(BaseModel):
@@ -47,14 +81,28 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
 
-class Entity(_Strict):
+class _Side(_Strict):
+    """Side data: an answer without it, or with another shape of it, is no reason to drop a clip with a good score."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_where_missing(cls, value: Any) -> Any:
+        return dict.fromkeys(cls.model_fields) | value if isinstance(value, dict) else value
+
+
+class Entity(_Side):
     """A physical object; `material` is null where it cannot be told."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     name: str
     material: str | None
 
 
-class Action(_Strict):
+class Action(_Side):
     """Who does what to whom; `target` is null where nothing is acted on."""
 
     agent: str
@@ -62,23 +110,36 @@ class Action(_Strict):
     target: str | None
 
 
-class Parse(_Strict):
+class Parse(_Side):
     """Step 1, as step 2 left it."""
 
-    entities: list[Entity]
-    actions: list[Action]
-    forces: list[str]
-    outcomes: list[str]
+    entities: Annotated[list[Entity], WrapValidator(_what_is_valid)]
+    actions: Annotated[list[Action], WrapValidator(_what_is_valid)]
+    forces: Texts
+    outcomes: Texts
+    _says_no_cause: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_what_is_said(cls, value: Any, validate: Callable[[Any], "Parse"]) -> "Parse":
+        parse = validate(value)
+        parse._says_no_cause = isinstance(value, dict) and [] in (value.get("forces"), value.get("outcomes"))
+        return parse
+
+    @property
+    def says_no_cause(self) -> bool:
+        """Whether it says that there is no force or no outcome; what it leaves out, or garbles, says nothing."""
+        return self._says_no_cause
 
 
-class VisionCheck(_Strict):
+class VisionCheck(_Side):
     """Step 2: elements of the caption that the frames do not show, and visible ones that it does not name."""
 
-    removed: list[str]
-    added: list[str]
+    removed: Texts
+    added: Texts
 
 
-class Penalties(_Strict):
+class Penalties(_Side):
     """Step 4: how much of the clip is camera motion, stylised or edited footage, or the mere aftermath of an event."""
 
     camera_motion: Degree
@@ -95,23 +156,45 @@ class Scores(_Strict):
     causal_clarity: float = Unit
 
 
-class Annotation(_Strict):
+class _Answer(_Strict):
+    # Only the score can make an answer invalid: the rest is taken as far as it is what was asked for, and what is not
+    # there caps nothing. (Docstrings of models go to the annotator, with the schema; comments do not.)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _score_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        names = [name for name in ("parse", "vision_check", "penalties") if name in cls.model_fields]
+        sides = {name: value[name] if isinstance(value.get(name), dict) else {} for name in names}
+        return {"reason": None, "scores": None, "extended": None} | value | sides
+
+    @field_validator("scores", mode="wrap", check_fields=False)
+    @classmethod
+    def _scores_or_none(cls, value: Any, validate: Callable[[Any], Scores]) -> Scores:
+        try:
+            return validate(value)
+        except ValidationError:
+            return Scores.model_construct()
+
+
+class Annotation(_Answer):
     """The answer. `original` and the label of Algorithm 1 are added by the pipeline, which knows them better."""
 
     parse: Parse
     vision_check: VisionCheck
-    reason: str
+    reason: Text
     penalties: Penalties
     scores: Scores
     physics_richness: float = Unit
     extended: Extended
 
 
-class CaptionAnnotation(_Strict):
+class CaptionAnnotation(_Answer):
     """The answer of an annotator that is shown the caption alone."""
 
     parse: Parse
-    reason: str
+    reason: Text
     penalties: Penalties
     scores: Scores
     physics_richness: float = Unit
@@ -227,9 +310,9 @@ def capped_richness(answer: Annotation | CaptionAnnotation) -> tuple[float, list
         `tuple[float, list[str]]`: In [0, 1], and what it was capped by: names of penalties, "no contact", "no cause".
     """
     caps = {name: CAPS[name][degree] for name, degree in answer.penalties.model_dump().items() if degree != "none"}
-    if not answer.scores.contact:
+    if answer.scores.model_dump().get("contact") is False:  # garbled scores have none
         caps["no contact"] = NO_CONTACT_CAP
-    if not (answer.parse.forces and answer.parse.outcomes):
+    if answer.parse.says_no_cause:
         caps["no cause"] = NO_CAUSE_CAP
     claimed = answer.physics_richness
     return min(claimed, *caps.values(), 1.0), [name for name, cap in caps.items() if cap < claimed]

@@ -165,7 +165,7 @@ class DenoisingStep:
     ) -> None:
         self.family, self.seed, self.device, self.now = family, seed, device, now
         self.sampling, self.shift, self.logit_mean, self.logit_std = sampling, shift, logit_mean, logit_std
-        self.timestep_range = timestep_range
+        self.timestep_range, self._condition_columns = timestep_range, family.condition_columns
         self.noise_steps: Callable[[Sequence[int]], list[int]] = lambda indices: [now()] * len(indices)
 
     def draw(
@@ -216,7 +216,7 @@ class DenoisingStep:
 
     def conditions(self, inputs: Mapping[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
         """What the transformer is conditioned on, each sample's `repeats` times in a row: `(B * repeats, ...)`."""
-        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self.family.condition_columns}
+        return {name: inputs[name].repeat_interleave(repeats, dim=0) for name in self._condition_columns}
 
     def prepare(
         self,
