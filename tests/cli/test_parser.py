@@ -87,7 +87,7 @@ def test_every_verb_has_examples():
         (["eval", "--judge_options", '{"color": 1}', "--judge", "qwen-vl:x/y"], 2, "--judge_options"),
         (["eval", "--model_name_or_path", "my/model"], 2, "--judge is needed"),
         (["eval", "--model_name_or_path", "my/model", "--judge", "scores.csv"], 1, "needs `prompts` and `judge`"),
-        (["eval", "--results", "x.json"], 2, "--results are read for phygenbench and vbench"),
+        (["eval", "--results", "x.json"], 2, "--results are read for phygenbench, vbench and physics-iq"),
         (["eval", "--benchmark", "vbench"], 2, "--results is needed"),
         (["generate", "--model_name_or_path", "my/model"], 2, "--prompts is needed"),
         (["score", "runs/a", "t.csv"], 2, "either runs or one table"),

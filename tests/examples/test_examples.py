@@ -16,7 +16,7 @@ from tests.support.paths import EXAMPLES
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
-from video_trl.curation import GTPairConfig, PhyAugConfig, SelfPairsConfig
+from video_trl.curation import GTPairConfig, PhyAugConfig, RoundsConfig, SelfPairsConfig
 from video_trl.experiment import ExperimentArguments
 from video_trl.sandbox import load_sandbox
 from video_trl.trainer.checkpoints.weights import named_checkpoint
@@ -35,6 +35,7 @@ TRAINING = {
 CURATION = {
     "gt-pair": ("curate_gt_pairs", GTPairConfig),
     "phyaug": ("curate_phyaug", PhyAugConfig),
+    "rounds": ("curate_gt_pairs", RoundsConfig),  # of `video-trl rounds`, as the next one
     "self-pairs": ("curate_gt_pairs", SelfPairsConfig),  # of `video-trl curate`; it has no script of its own
 }
 STUDIES = {"repa-study": ("studies/repa", VideoREPAConfig)}

@@ -2,8 +2,7 @@
 Examples:
 
   video-trl rounds --num_clips 64 --training '{"max_steps":100,"learning_rate":1e-3}'            the sandbox
-  video-trl rounds --config rounds.yaml --dataset_name my/clips --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
-      --eval_prompts heldout.txt --judge videophy2 --generation '{"fps":16}' --budget 500
+  video-trl rounds --config examples/configs/rounds.yaml --dataset_name my/clips --eval_prompts heldout.txt
   video-trl rounds --output_dir outputs/rounds --max_rounds 5                                   go on for longer
 
 In every round the current adapter makes videos of the dataset's prompts, a judge scores them, the clips that the model

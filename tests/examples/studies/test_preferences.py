@@ -207,7 +207,8 @@ def test_what_the_errors_did_stands_under_the_losers(study, written):
     gains = {BASE: 0.0, study.WILD_LONGER: 0.2, arm: 0.3}
     text = written("losers", [(name, 0, {"gain": gain}) for name, gain in gains.items()])
     assert cells(text, "What the errors did", arm)[1:4] == ["0", "+0.0050 [+0.0000, +0.0100]", "0"]
-    assert cells(text, "Comparisons", f"{arm} over {study.WILD_LONGER}")[2].startswith("+0.100")
+    found = cells(text, "Comparisons", f"{arm} over {study.WILD_LONGER}")[2]
+    assert float(found.split()[0]) == pytest.approx(0.1, abs=0.01)  # scores are colours of compressed videos
 
 
 def test_what_cannot_be_written_or_is_unknown_is_refused(study, report, tmp_path):

@@ -29,8 +29,8 @@ def damage(path: Path) -> None:
     """The file can be opened, and not be decoded."""
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     content = bytearray(write_video(path, noise, fps=8).read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 400] = bytes([255]) * 400
+    middle = len(content) // 2  # the index is at the front; lengths of later frames are hit for certain
+    content[middle:] = bytes([255]) * (len(content) - middle)
     path.write_bytes(content)
 
 

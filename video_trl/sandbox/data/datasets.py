@@ -131,10 +131,9 @@ def build_group_dataset(
         return datasets.load_from_disk(str(folder / "table"))
     if folder.exists() and not stamp.is_file() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} holds files that are not a sandbox dataset (no {REQUEST_NAME}). Pass an empty or a new folder: "
-            f"building replaces what is in it."
+            f"{folder} holds files that are not a sandbox dataset (no {REQUEST_NAME}), which building would replace. "
+            "Pass an empty or a new folder."
         )
-
     clips, clip_seeds = _chosen_clips(sandbox, num_groups, seed, rendering, found, judged)
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(len(clips), num_rejected)).tolist()
     rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
@@ -152,8 +151,7 @@ def build_group_dataset(
                     "provenance": f"sandbox simulation, seed {clip_seeds[index]}",
                 }
             )
-        features = group_features("category", "seeds", "generator", "provenance")
-        table = datasets.Dataset.from_list(rows, features=features)
+        table = datasets.Dataset.from_list(rows, group_features("category", "seeds", "generator", "provenance"))
         table.save_to_disk(str(partial / "table"))  # takes the files' bytes along, so the folder can be moved
         write_json(partial / REQUEST_NAME, request)
     return datasets.load_from_disk(str(folder / "table"))
