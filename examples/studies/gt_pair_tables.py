@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from preferences import ALL_WEIGHTS, DEFAULTS, DPO, Arm, Rows, Runner, dynamic, fixed
+from preferences import ALL_WEIGHTS, DEFAULTS, DPO, Arm, Runner, StudyRows, dynamic, fixed
 
 from video_trl.experiment import BASE, ExperimentArguments
 from video_trl.files import write_atomically
@@ -109,7 +109,7 @@ def marks(score: dict[str, float], generator: random.Random) -> dict[str, int]:
     }
 
 
-class PairRows(Rows):
+class PairRows(StudyRows):
     """Further kinds: "annotated", and "both": annotated and real pairs, as many of each."""
 
     def of(self, kind: str) -> Any:
@@ -146,7 +146,7 @@ class TableRunner(Runner):
     arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> StudyRows:
         below = self.args.rejected_score_below or 1.0
         return PairRows(self.folder, self.experiment.found_clips, self.data.num_rejected, below)
 

@@ -44,7 +44,9 @@ def load_phyground(source: str | os.PathLike[str] = REPOSITORY) -> tuple[Evaluat
             missing.append(entry["name"] or entry["prompt"])
         groups = (entry["domain"],) if entry["domain"] else ()
         prompts.append(
-            EvaluationPrompt(entry["prompt"], category=entry["domain"], groups=groups, image=image and str(image))
+            EvaluationPrompt(
+                entry["prompt"], category=entry["domain"], groups=groups, image=None if image is None else str(image)
+            )
         )
     if missing:
         raise ValueError(

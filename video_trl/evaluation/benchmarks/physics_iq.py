@@ -282,16 +282,18 @@ def compare(first: _Seen, second: _Seen) -> dict[str, float]:
         (operation(first.moving, second.moving)).sum(axis=(1, 2)) for operation in (np.logical_and, np.logical_or)
     )
     by_frame = np.where(union == 0, 1.0, overlap / np.maximum(union, 1))
-    ever = [seen.moving.any(axis=0) for seen in (first, second)]
-    weights = [seen.moving.mean(axis=0) for seen in (first, second)]
+    ever, ever_too = np.any(first.moving, axis=0), np.any(second.moving, axis=0)
+    weights, other_weights = np.mean(first.moving, axis=0), np.mean(second.moving, axis=0)
     errors = [
         float(np.mean((a.astype(np.float32) / 255 - b.astype(np.float32) / 255) ** 2))
         for a, b in zip(first.frames, second.frames, strict=True)
     ]
     return {
         "spatiotemporal_iou": float(np.mean(np.round(by_frame, 4))),
-        "spatial_iou": _ratio(np.logical_and(*ever).sum(), np.logical_or(*ever).sum()),
-        "weighted_spatial_iou": _ratio(np.minimum(*weights).sum(), np.maximum(*weights).sum()),
+        "spatial_iou": _ratio((ever & ever_too).sum(), (ever | ever_too).sum()),
+        "weighted_spatial_iou": _ratio(
+            np.minimum(weights, other_weights).sum(), np.maximum(weights, other_weights).sum()
+        ),
         "mse": float(np.mean(np.round(errors, 4))),
     }
 
