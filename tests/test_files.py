@@ -182,6 +182,7 @@ def test_the_first_writer_wins_where_nothing_is_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_pieces_of_a_folder_to_the_next_process(tmp_path):
     at_each_step("folder in pieces", tmp_path)
 

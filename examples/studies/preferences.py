@@ -147,6 +147,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
 SAME = {
     "PhyGDPO, guided": "PhyGDPO, guided losers", "PhyGDPO, wild own": "PhyGDPO, wild",
     "PhyGDPO, wild twins": "PhyGDPO, wild against twins",
+    "PhyGDPO, few own": "PhyGDPO, 16 winners",
     **{f"{objective}, own": objective for objective in ("DPO", "PhyGDPO, r = 0", "PhyGDPO")},
 }  # fmt: skip
 WILD_LONGER, FEW_LONGER = "SFT, wild, longer", "SFT, 16 winners, longer"
@@ -343,6 +344,7 @@ class Runner:
     data: ScriptArguments
     experiment: ExperimentArguments
     args: "VideoGroupDPOConfig"
+    arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
 
     @property
     def folder(self) -> Path:
@@ -395,7 +397,7 @@ class Runner:
             VideoSFTTrainer,
         )
 
-        spec, args = ARMS[arm], self.args
+        spec, args = self.arms[arm], self.args
         kinds: dict[str, tuple[Any, Any]] = {
             "sft": (VideoSFTTrainer, VideoSFTConfig),
             "group": (VideoGroupDPOTrainer, VideoGroupDPOConfig),
@@ -424,7 +426,7 @@ class Runner:
         trainer.train()
         seconds = time.process_time() - start
         trainer.save_model()
-        gaps = [] if ARMS[arm].method == "sft" else held_out_win_gaps(trainer, self.rows.held_out())
+        gaps = [] if self.arms[arm].method == "sft" else held_out_win_gaps(trainer, self.rows.held_out())
         folder = self.folder / self.unit(arm, seed)
         content = {"method": arm, "seed": seed, "folder": str(folder), "cpu_seconds": seconds, "win_gaps": gaps}
         content["rows"] = len(trainer.train_dataset)

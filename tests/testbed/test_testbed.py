@@ -13,7 +13,7 @@ from video_trl.methods import Method, own_methods
 from video_trl.testbed import Entry
 
 
-SMALL = testbed.Game(found_clips=12, num_rejected=2, updates=2, rows=2, lora_rank=2, sentences=3)
+SMALL = testbed.Game(found_clips=24, num_rejected=3, updates=2, rows=2, lora_rank=2, sentences=3)
 SENTENCES = [f"sentence {number}" for number in range(12)]
 SFT, EQUAL_TIME = testbed.sft_entry(), testbed.sft_entry(2.5)
 

@@ -330,8 +330,8 @@ def read_timeline(container: InputContainer, stream: VideoStream, first: Sequenc
     has_leading = not first and sum(stamp <= known[0] for stamp in known) > 1
     count = len(shown) - hidden
     # AVI stores no times: FFmpeg counts packets, and at the ends it may be wrong in either kind of stamp.
-    stored = min((in_file, shown) if by_order else (shown,), key=_unevenness)
-    stamps = sorted(stamp for stamp in stored if stamp is not None)[hidden:]
+    evenest = min((in_file, shown) if by_order else (shown,), key=_unevenness)
+    stamps = sorted(stamp for stamp in evenest if stamp is not None)[hidden:]
     base = float(stream.time_base or 0)
     rates = [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
     if not stamps or not base:  # a bare stream without a container

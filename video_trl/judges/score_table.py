@@ -76,12 +76,12 @@ def score_table(
         for number, score in zip(batch, scores, strict=True):
             details = {name: value for name, value in score.items() if name not in _PLAIN}
             known[keys[number]] = {"sa": score["sa"], "pc": score["pc"], "details": json.dumps(details)}
-        _append(kept, [{**_entry(keys[number], identity), **known[keys[number]]} for number in batch])
+        append_rows(kept, [{**_entry(keys[number], identity), **known[keys[number]]} for number in batch])
     scored = []
     for row, key in zip(rows, keys, strict=True):
         entry = {"video": row["video"], **_entry(key, identity), **known[key]}
         scored.append({name: entry[name] for name in (*_PLAIN, "judge", "details")})
-    _write_table(output, scored)
+    write_rows(output, scored)
     kept.unlink(missing_ok=True)
     return scored
 
@@ -111,15 +111,16 @@ def _known_scores(output: Path, kept: Path, identity: str) -> dict[tuple[str, st
     }
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Starts with a new line: the last one may be half a line."""
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds JSON lines to a file and waits for the disk. Starts with a new line: the last one may be half a line."""
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join("\n" + json.dumps(row) for row in rows) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table, whole or not at all, in the format that the ending says."""
     with atomic_file(path) as partial:
         if path.suffix == ".parquet":
             import pyarrow

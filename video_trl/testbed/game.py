@@ -90,7 +90,7 @@ class Game:
 
 
 GAME = Game()
-TRIAL = Game(found_clips=24, num_rejected=2, updates=4, rows=2, lora_rank=4, sentences=10)
+TRIAL = Game(found_clips=40, num_rejected=3, updates=4, rows=2, lora_rank=4, sentences=10)
 # Where a configuration has these fields and the method's options do not name them: the sandbox experiment's recipe.
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,

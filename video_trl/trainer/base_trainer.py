@@ -251,10 +251,8 @@ class VideoTrainer(Trainer):
         order: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """
-        Decide what is trained, what the reference is, and on which processes and kernels both compute.
-
-        Returns:
-            `dict`: What a checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
+        Decide what is trained, what the reference is, and on which processes and kernels both compute. Returns what a
+        checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
         """
         args, family = self.args, self.family
         idle = family.idle_weights(transformer)
@@ -270,12 +268,8 @@ class VideoTrainer(Trainer):
         disable_dropout(transformer)
         self.reference: Reference | None = None
         if self.has_reference(args):
-            self.reference = make_reference(
-                transformer,
-                ref_model,
-                adapter_name=self.adapter_name,
-                continues_adapter=self.continues_adapter and not args.reference_is_base,
-            )
+            keeps = self.continues_adapter and not args.reference_is_base
+            self.reference = make_reference(transformer, ref_model, self.adapter_name, keeps_adapter=keeps)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         saved = trained_weights(transformer, self.adapter_name)
         check_trained(transformer, [weight for name, weight in saved.items() if name not in idle])
@@ -414,9 +408,9 @@ class VideoTrainer(Trainer):
         Make a head: a module that is trained with the transformer and not needed afterwards. None here.
 
         A subclass calls it from within the transformer's forward (a forward hook on a block): only then does it take
-        part in distributed training. It becomes the submodule `trained_head` of the transformer, in float32, without
-        dropout. Checkpoints hold it as `head.safetensors`; adapters, saved transformers and published files do not.
-        The norm of its gradient and of the transformer's is clipped together.
+        part in distributed training. It becomes `trained_head` of the transformer, in float32, without dropout.
+        Checkpoints hold it as `head.safetensors`; adapters, saved transformers and published files do not. The norm of
+        its gradient and of the transformer's is clipped together.
 
         Args:
             transformer (`ModelMixin`): The policy, in the form in which it is trained. The global generators are
@@ -459,7 +453,6 @@ class VideoTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         As in `transformers.Trainer`. Where memory runs out, what would fit is logged before the error goes on.
-
         A run that has done all its steps, resumed, does nothing. SIGTERM and SIGUSR1 let it save a checkpoint and end.
 
         Args:
@@ -578,9 +571,8 @@ class VideoTrainer(Trainer):
     ) -> EvalLoopOutput:
         self._guard.check(self.args, self.state)
         with self.average.shown():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
+            loop = super().evaluation_loop
+            output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

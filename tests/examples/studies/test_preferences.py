@@ -73,7 +73,7 @@ def test_every_kind_of_loser_meets_every_objective_and_equal_time(study):
 
 @pytest.mark.slow
 def test_losers_are_made_of_the_winner_and_judged(study, tmp_path):
-    _, runner = study.parse([*SMALL, "--output_dir", str(tmp_path)])
+    _, runner = study.parse([*SMALL, "--found_clips", "24", "--output_dir", str(tmp_path)])
     winners, partial, masked = runner.rows.trained(), runner.rows.of("partial"), runner.rows.of("wild repaint")
     assert partial["prompt"] == masked["prompt"] == winners["prompt"] and "loss_weights" in masked.column_names
     assert all(len(row["rejected"]) == len(row["rejected_scores"]) == 3 for row in (*partial, *masked))

@@ -10,16 +10,17 @@ from video_trl.sandbox.data.regimes import HELD_OUT, SandboxRows, own_best, wors
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A pool of twelve clips, of which the judge passes about five."""
-    return SandboxRows(tmp_path_factory.mktemp("rows"), found_clips=12, num_rejected=2, below=0.4)
+    """A pool of 24 clips; of the first twelve the judge passes two."""
+    return SandboxRows(tmp_path_factory.mktemp("rows"), found_clips=24, num_rejected=2, below=0.4)
 
 
+@pytest.mark.slow
 def test_rows_of_every_kind_come_from_one_pool(rows):
     judged, held_out, found = rows.of("judged"), rows.held_out(), rows.of("found groups")
     assert len(held_out) == max(1, round(HELD_OUT * (len(judged) + len(held_out)))) and len(judged) > 1
     assert not set(judged["provenance"]) & set(held_out["provenance"])
     # As found is the whole pool, most of it unlawful; what the judge passes is a part of it.
-    assert len(found) == 12 and {*judged["prompt"], *held_out["prompt"]} < set(found["prompt"])
+    assert len(found) == 24 and {*judged["prompt"], *held_out["prompt"]} < set(found["prompt"])
     scores = SandboxJudge().score([np.asarray(read_video(row["chosen"])) for row in found], found["prompt"])
     assert sum(float(score["pc"]) < 0.4 for score in scores) >= 3
     assert len(rows.of("first 2")) == 2 and rows.of("first 2")[0]["prompt"] == judged[0]["prompt"]
@@ -27,6 +28,7 @@ def test_rows_of_every_kind_come_from_one_pool(rows):
     assert [row["prompt"] for row in own] == judged["prompt"] and own[0]["chosen"] in judged[0]["rejected"]
 
 
+@pytest.mark.slow
 def test_the_wild_rendering_shows_the_same_sentence_otherwise(rows):
     plain, wild = rows.held_out()[0], rows.held_out(wild=True)[0]
     assert plain["prompt"] == wild["prompt"] and plain["rejected"] == wild["rejected"]
