@@ -11,8 +11,8 @@ import pytest
 from tests.support.curation.clips import SMALL, first_stages, write_clip
 from tests.support.tiny import tiny_mp4
 from video_trl.curation import GTPairConfig
-from video_trl.curation.clips.sources import list_clips, open_clip
-from video_trl.data import read_video, video_hash
+from video_trl.curation.clips.sources import decode_clips, list_clips, open_clip
+from video_trl.data import VideoDecodeError, read_video, video_hash
 
 
 @pytest.fixture
@@ -254,3 +254,14 @@ def test_sources_that_are_none_are_refused_with_the_way_out(folder, tmp_path):
         rows_of(folder, folder, tmp_path=tmp_path)
     with pytest.raises(ValueError, match=r"expected a column 'video' with videos, got \['x'\]"):
         rows_of(datasets.Dataset.from_dict({"x": [1]}), tmp_path=tmp_path)
+
+
+def test_clips_are_decoded_to_their_end_in_files_and_in_tars(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4")
+    data = path.read_bytes()
+    (tmp_path / "clips.tar").write_bytes(bytes(512) + data + bytes(512))
+    batch = {"path": [str(path), str(tmp_path / "clips.tar")], "offset": [None, 512], "length": [None, len(data)]}
+    decode_clips(batch)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(VideoDecodeError, match=r"clip\.mp4"):
+        decode_clips(batch)
