@@ -100,9 +100,8 @@ def build_group_dataset(
         guidance_scale: of the rejected videos. Without guidance (1) they are samples of the reference policy, as the
             objective assumes; guided ones teach the model to undo guidance (docs/extend/decisions.md).
         rendering: of the chosen videos, as in `simulate`: "wild" ones look like nothing that the base model has seen.
-        found: take the chosen videos from `num_groups` clips of `found_clips`: those that the judge passes, by a `pc`
-            of at least 0.8. There are fewer rows than clips then.
-        judged: off: take all of those clips, lawful or not.
+        found: take the chosen videos from `num_groups` clips of `found_clips`: fewer rows than clips, those that the
+            judge passes by a `pc` of at least 0.8; with `judged` off all of them, lawful or not.
         batch_size: videos generated together.
 
     Returns:
@@ -122,8 +121,7 @@ def build_group_dataset(
         "num_rejected": num_rejected,
         "seed": seed,
         "rendering": rendering,
-        **({"found": True} if found else {}),
-        **({} if judged else {"judged": False}),
+        **(({"found": True} if found else {}) | ({} if judged else {"judged": False})),
         "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
