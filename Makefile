@@ -14,7 +14,8 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # Two workers of one thread each: the suite is many tiny models, where threads only get in each other's way.
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
+# Each of them takes one half of the files, so that what a file's tests share is made once.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-preferences test-min build docs clean
 
@@ -74,7 +75,7 @@ test-min: $(INSTALLED)  ## fast tests with the oldest versions that pyproject.to
 	test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt $(TORCH_ARGS) torch
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
-	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 -m "not slow"
+	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 build: $(INSTALLED)  ## wheel and sdist, in dist/
 	$(BIN)/python -m build --outdir dist .

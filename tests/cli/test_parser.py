@@ -114,7 +114,7 @@ def test_every_verb_has_examples():
         (["curate", "gtpairs"], 2, "no recipe 'gtpairs' (did you mean 'gt-pairs'?)"),
         (["curate", "gt-pairs"], 2, "--sources is needed"),
         (["curate", "phyaug", "--actions", "sandbox"], 2, "--sources is needed"),
-        (["curate", "phyaug", "--sources", "clips"], 1, "`actions` is needed"),
+        (["curate", "phyaug", "--sources", "clips", "--actions", ""], 1, "`actions` is needed"),
     ],
 )
 def test_errors_are_one_line_with_the_right_code(argv, code, message, capsys, tmp_path, monkeypatch):

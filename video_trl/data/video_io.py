@@ -258,7 +258,16 @@ def _pictures(
 
 def _timeline(source: VideoSource, limits: VideoLimits) -> Timeline:
     with open_stream(source, limits) as (container, stream):
-        return read_timeline(container, stream)
+        timeline = read_timeline(container, stream)
+    if not timeline.has_leading:
+        return timeline
+    first: list[int] = []
+    for _, _, frame in _decoded(source, timeline, limits):
+        if frame.pts is None or (first and frame.pts != first[0]):
+            break
+        first.append(frame.pts)
+    with open_stream(source, limits) as (container, stream):
+        return read_timeline(container, stream, first)
 
 
 def _decoded(

@@ -1,9 +1,12 @@
 """Upload a run to the Hub: which files are published, and clear errors when an upload fails."""
 
+import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,11 +28,12 @@ T = TypeVar("T")
 # else its owner keeps there.
 PUBLISHED = (CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*")
 CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
-CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
 # Of the videos made during training, those of other steps than the ones that are uploaded.
 OUTDATED = "samples/step_*"
 # Answers that will be the same tomorrow: a person has to do something. All others may pass.
 REFUSALS = (400, 401, 403, 404, 410, 413)
+# What the Hub may take: so many seconds for its answers, and for the files at so many bytes a second.
+_SECONDS, _BYTES_PER_SECOND = 180.0, 100_000
 _CONFLICT_WAITS = (1.0, 4.0, 16.0)  # seconds; another commit was being made at the same time
 
 
@@ -81,7 +85,7 @@ def push(
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return upload(api, repository, folder, commit_message, revision=revision)
 
-    return explained(send, again(folder, repo_id))
+    return explained(send, again(folder, repo_id), bytes_below(folder))
 
 
 def upload(
@@ -126,21 +130,54 @@ def without_conflict(send: Callable[[], T], waits: Sequence[float] = _CONFLICT_W
     return send()
 
 
-def explained(send: Callable[[], T], way_out: str) -> T:
+def explained(send: Callable[[], T], way_out: str, num_bytes: int = 0) -> T:
     """
     The result of an upload, its errors in words.
 
     Args:
         send (`Callable`): Does the upload.
         way_out (`str`): What can be done later, appended to the message.
+        num_bytes (`int`, defaults to `0`): Size of what is sent.
 
     Raises:
-        HubUploadError: For every error of the Hub or of the connection to it.
+        HubUploadError: For every error of the Hub or of the connection to it, and where it has not ended after three
+            minutes and as long as the files take at 100 kB a second.
     """
     try:
-        return send()
+        return within(_SECONDS + num_bytes / _BYTES_PER_SECOND, send)
     except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
         raise HubUploadError(f"{reason(error)} {way_out}") from error
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """
+    The result of a call of the Hub, whose client waits for an answer without end.
+
+    Raises:
+        TimeoutError: After so many seconds. The call goes on in a thread that nobody waits for.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError as error:
+        raise error if result.done() else TimeoutError(f"no answer within {seconds:.0f} s") from None
+
+
+def bytes_below(folder: Path) -> int:
+    """Size of what is in a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # temporary files go meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def again(folder: Path, repo_id: str) -> str:
@@ -197,7 +234,8 @@ def inherited_license(
         data = ModelCard.load(Path(base_model) / CARD_NAME, ignore_metadata_errors=True).data
     elif ask_hub and is_repo_id(base_model):
         try:
-            data = HfApi(token=token).model_info(base_model, revision=revision, timeout=10).card_data
+            api = HfApi(token=token)
+            data = within(30.0, lambda: api.model_info(base_model, revision=revision, timeout=10)).card_data
         except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
             logger.warning("The licence of %s is not known: %s", base_model, reason(error))
     entries = {} if data is None else data.to_dict()

@@ -316,7 +316,7 @@ def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         index = Path(_download_index(name, kwargs))
     try:
         return json.loads(index.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{index} is not valid JSON ({error}). Fetch or save the pipeline again.") from error
 
 
