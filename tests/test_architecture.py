@@ -4,13 +4,13 @@ import ast
 import inspect
 import re
 import sys
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import EXAMPLES, ROOT
+from tests.support.toml import tomllib
 from video_trl.load import SANDBOX
 
 

@@ -553,7 +553,10 @@ def with_formula(text: str) -> str:
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:
     """BLAKE2b of bytes, or of those of a file just opened: 32 hexadecimal digits, as of `b2sum -l 128`."""
     file = io.BytesIO(content) if isinstance(content, bytes) else content
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    while chunk := file.read(1 << 18):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fingerprint(*parts: "Content") -> str:

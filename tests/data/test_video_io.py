@@ -383,7 +383,7 @@ def test_too_short_video_names_what_it_has(tmp_path):
     path = write_video(tmp_path / "short.mp4", tiny_video(0, num_frames=5), fps=8)
     with pytest.raises(VideoDecodeError, match=r"short\.mp4: expected at least 9 frames, got 5"):
         read_video(path, num_frames=9)
-    with pytest.raises(VideoDecodeError, match=r"expected at least 5 frames at 4 fps, got 3"):
+    with pytest.raises(VideoDecodeError, match=r"expected at least 5 frames at 4 fps, got 3.*`num_frames=1`"):
         read_video(path, num_frames=5, fps=4)
 
 

@@ -232,6 +232,13 @@ def test_snippet_of_the_card_runs_as_it_stands(tmp_path, monkeypatch):
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 32, 16)
 
 
+def test_push_to_an_impossible_id_promises_no_later_upload(tmp_path):
+    (tmp_path / hub.LORA_FILE_NAME).touch()
+    for push in (hub.push, hub.push_dataset):
+        with pytest.raises(ValueError, match="Repo id must"):
+            push(tmp_path, "a/b/c")
+
+
 def test_push_of_a_folder_without_adapter_sends_nothing(tmp_path):
     (tmp_path / "README.md").write_text("# nothing here")
     with pytest.raises(ValueError, match="Nothing to push: .* has no pytorch_lora_weights.safetensors"):

@@ -33,7 +33,7 @@ from typing import Any
 
 from ..load import SANDBOX
 from .options import JudgeArguments, RunArguments, alpha_value
-from .parser import UsageError, parse, required, say
+from .parser import UsageError, nearest, parse, required, say
 
 
 _READ = ("phygenbench", "vbench")
@@ -90,12 +90,16 @@ def run(argv: Sequence[str]) -> int:
     if args.benchmark == "physics-iq":
         say(_physics_iq(args, run_args))
         return 0
+    from ..evaluation.runs.tables import BENCHMARKS
+
+    if args.benchmark not in BENCHMARKS:
+        known = [*BENCHMARKS, *_READ, "physion", "physics-iq"]
+        near = nearest(args.benchmark, known)
+        raise UsageError(f"unknown benchmark {args.benchmark!r}{near}; expected one of {', '.join(known)}.")
     if args.results:
         raise UsageError(f"--results are read for {', '.join(_READ)} and physics-iq, not for {args.benchmark!r}.")
     from ..evaluation.evaluate import evaluate_model
-    from ..evaluation.runs.tables import benchmark_named
 
-    benchmark_named(args.benchmark)  # before a judge is loaded
     if run_args.model_name_or_path != SANDBOX and judge_args.judge == SANDBOX:
         raise UsageError("--judge is needed: the sandbox's judges nothing but the sandbox's own sentences.")
     run_args.write_longer_prompts(args.benchmark)

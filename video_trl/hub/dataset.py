@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
+from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from ..data.columns import undecoded
@@ -139,10 +140,11 @@ def push_dataset(
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: As [`export_dataset`], the folder holds no dataset, or an export that is not whole or was changed.
-            Raised before anything is sent.
+        ValueError: As [`export_dataset`], the id is none, the folder holds no dataset, or an export that is not whole
+            or was changed. Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
+    validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
         if isinstance(dataset, datasets.Dataset):
             exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)

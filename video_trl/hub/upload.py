@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of its client, httpx or httpx2
+from huggingface_hub.utils import validate_repo_id
 
 from ..files import PARTIAL_PATTERN
 from ..load import SANDBOX
@@ -27,7 +27,6 @@ T = TypeVar("T")
 # What leaves a machine, and nothing else: a run's folder also holds checkpoints, arguments, encoded data, and whatever
 # else its owner keeps there.
 PUBLISHED = (CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*")
-CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
 CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
 # Of the videos made during training, those of other steps than the ones that are uploaded.
 OUTDATED = "samples/step_*"
@@ -70,7 +69,7 @@ def push(
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: There are no weights in the folder. Raised before anything is sent.
+        ValueError: There are no weights in the folder, or the id is none. Raised before anything is sent.
         HubUploadError: The Hub refused, for instance because the token may not write, or cannot be reached.
     """
     folder = Path(folder)
@@ -79,6 +78,7 @@ def push(
             f"Nothing to push: {folder} has no {LORA_FILE_NAME} and no transformer/config.json. Save the adapter with "
             "`save_lora`, or the trainer's with `trainer.save_model()`, first."
         )
+    validate_repo_id(repo_id)
 
     def send() -> CommitInfo:
         api = HfApi(token=token)
@@ -145,7 +145,7 @@ def explained(send: Callable[[], T], way_out: str, num_bytes: int = 0) -> T:
     """
     try:
         return within(_SECONDS + num_bytes / _BYTES_PER_SECOND, send)
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
         raise HubUploadError(f"{reason(error)} {way_out}") from error
 
 
@@ -189,7 +189,7 @@ def reason(error: Exception) -> str:
     """Why an upload failed, for a person. Holds no token: neither requests nor their headers are shown."""
     answer = _answer(error)
     if answer is None:
-        away = isinstance(error, httpx2.HTTPError | ConnectionError | TimeoutError)
+        away = isinstance(error, HTTPError | ConnectionError | TimeoutError)
         what = "The Hub cannot be reached" if away else "The upload failed"
         return f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
     status = answer.response.status_code
@@ -236,7 +236,7 @@ def inherited_license(
         try:
             api = HfApi(token=token)
             data = within(30.0, lambda: api.model_info(base_model, revision=revision, timeout=10)).card_data
-        except (HfHubHTTPError, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
             logger.warning("The licence of %s is not known: %s", base_model, reason(error))
     entries = {} if data is None else data.to_dict()
     return {name: str(entries[name]) for name in ("license", "license_name", "license_link") if entries.get(name)}

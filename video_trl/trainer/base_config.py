@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+from typing_extensions import Self
 
 from ..data.buckets import AspectBucket
 from ..diffusion import NoiseProcess, TimestepSampling

@@ -3,9 +3,10 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, get_args
 
 from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import Self
 
 from ..losses.preference import Gap
 from .base_config import _FLAG, VideoConfig, check_choice, check_positive

@@ -17,7 +17,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -225,7 +225,7 @@ def create_run(
         "generation": generation,
         "provenance": dict(provenance or {}),
         "versions": package_versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prompts": [prompt.to_dict() for prompt in prompts],
     }
     try:

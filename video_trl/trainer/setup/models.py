@@ -307,6 +307,11 @@ def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
                 f"holds {sorted(os.listdir(name))[:10]}). Save one with `pipeline.save_pretrained`, or pass the "
                 "folder above."
             )
+    elif Path(name).is_file():
+        raise ValueError(
+            f"Expected a pipeline in diffusers layout (a folder, or a repository id), got the file {name!r}. Weights "
+            "of a transformer in one file are `transformer_file`, beside the pipeline that it belongs to."
+        )
     else:
         index = Path(_download_index(name, kwargs))
     try:
