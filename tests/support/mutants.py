@@ -73,7 +73,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 # Start of a path -> one change of so many is in the sample: about twenty of the losses, fifteen of the processes, and
 # thirty of curation.
 ONE_OF = {"video_trl/losses/": 15, "video_trl/diffusion.py": 10, "video_trl/curation/": 40}
-SECONDS = 120  # of the processor: a change may make a loop endless
+SECONDS = 60  # of the processor, at least, and three times what the tests take: a change may make a loop endless
 WAIT = 1200  # of the clock: or make it wait for what never comes
 _OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 _NEIGHBOUR = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
@@ -204,14 +204,14 @@ def _replace(old: Any, new: Any, module: str) -> None:
             _replace(vars(value), vars(new[name]), module)
 
 
-def is_failing(session: pytest.Session, prepare: Callable[[], None]) -> bool:
-    """Whether a collected test fails in a copy of this process that has been prepared."""
+def is_failing(session: pytest.Session, prepare: Callable[[], None], seconds: int = WAIT) -> bool:
+    """Whether a collected test fails, or takes more of the processor, in a copy of this process that was prepared."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             signal.alarm(WAIT)
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
@@ -233,8 +233,10 @@ class Hunt:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         assert session.items and not is_failing(session, lambda: None), "the tests fail without any change"
+        usual = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        limit = max(SECONDS, round(3 * usual))
         for mutant in self.mutants:
-            is_noticed = is_failing(session, functools.partial(put_in, mutant))
+            is_noticed = is_failing(session, functools.partial(put_in, mutant), limit)
             if not is_noticed:
                 self.survivors.append(mutant)
             print("noticed " if is_noticed else "SURVIVED", mutant, flush=True)  # noqa: T201
