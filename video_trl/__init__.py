@@ -33,6 +33,7 @@ def _unlike(start: str, record: logging.LogRecord) -> bool:
 # of torchao for GPUs that are not there, and what follows. Where they are asked for, loading fails with a reason.
 for _name, _said in {
     "torchao": "Failed to load ",
+    "torchao.kernel.intmm": "Warning: Detected no triton",
     "torch.utils._pytree": "%s is an Enum subclass",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
 }.items():
