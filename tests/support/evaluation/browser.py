@@ -37,6 +37,7 @@ def chromium() -> Iterator[Any]:
 def page_of(browser: Any, **kwargs: Any) -> Iterator[Any]:
     """A page in a profile of its own; fails at the end if the page reported an error or asked for anything outside."""
     context = browser.new_context(**kwargs)
+    context.set_default_timeout(200_000)  # ms; a busy machine starts a browser's processes late
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
