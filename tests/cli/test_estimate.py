@@ -63,9 +63,9 @@ def test_what_does_not_fit_comes_with_what_does(folder, capsys):
     printed = capsys.readouterr().out
     assert f"Does not fit {peak:g} GiB" in printed
     assert "step_mode=sequential, activation checkpointing: none" in printed.partition("This should fit:")[2]
-    assert main([*argv, "--gpu_gib", "0.001", "--num_gpus", "2"]) == 0
+    assert main([*argv, "--gpu_gib", "0.0001", "--num_gpus", "2"]) == 0
     assert (
-        "No configuration fits 2 GPUs of 0.001 GiB. Use more GPUs, fewer frames or a lower resolution."
+        "No configuration fits 2 GPUs of 0.0001 GiB. Use more GPUs, fewer frames or a lower resolution."
         in capsys.readouterr().out
     )
 

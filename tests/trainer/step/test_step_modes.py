@@ -21,6 +21,7 @@ from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.planning.estimate import HEADROOM, LONG_VIDEO, Placement, Workload, estimate, fitting_step_mode
 
 
+SLOW = [pytest.mark.slow]
 LOSSES: list[tuple[str, dict[str, Any]]] = [
     ("GroupDPO", {"loss_type": "sampled"}),
     ("GroupDPO", {"loss_type": "sum"}),
@@ -183,7 +184,8 @@ def test_checkpointed_singles_need_less_memory_than_all_at_once(tmp_path):
     assert peaks["singles"] < peaks["concat"]
 
 
-@pytest.mark.parametrize("policy", [None, "full", "attention"])
+# Each policy is three counts of a step of four videos; the choice between them is one and the same.
+@pytest.mark.parametrize("policy", [pytest.param(None, marks=SLOW), "full", pytest.param("attention", marks=SLOW)])
 def test_auto_takes_the_fastest_mode_that_fits(policy):
     """The planner's own figures; of long videos a forward each is as fast as one for all, and needs less memory."""
     config = {**tiny_wan_pipeline().transformer.config, "_class_name": "WanTransformer3DModel"}
