@@ -3,9 +3,9 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 
+from tests.support.data.clips import clips_by_brightness
 from video_trl.cli import main
 from video_trl.data.columns import check_columns
 from video_trl.data.importers.imported import save_import
@@ -13,7 +13,7 @@ from video_trl.data.importers.phygdpo import read_phygdpo
 from video_trl.data.importers.simpletuner import read_simpletuner
 from video_trl.data.importers.videodpo import read_videodpo
 from video_trl.data.tables import load_rows
-from video_trl.data.video_io import read_video, write_video
+from video_trl.data.video_io import read_video
 
 
 COLUMNS = ["videopath", "caption", "orig_idx", "sa_score", "pc_score", "joint_score"]
@@ -22,11 +22,7 @@ SEEDS = (0, 1, 3)
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Bytes of five videos by their brightness."""
-    folder = tmp_path_factory.mktemp("clips")
-    for value in (40, 80, 120, 160, 200):
-        write_video(folder / f"{value}.mp4", np.full((2, 16, 16, 3), value, np.uint8), fps=8)
-    return {int(path.stem): path.read_bytes() for path in folder.iterdir()}
+    return clips_by_brightness(tmp_path_factory.mktemp("clips"))
 
 
 def brightness(path):

@@ -5,15 +5,15 @@ import json
 import zipfile
 
 import datasets
-import numpy as np
 import pytest
 
+from tests.support.data.clips import clips_by_brightness
 from video_trl.cli import main
 from video_trl.curation.clips.sources import list_clips, open_clip
 from video_trl.data.importers import pools
 from video_trl.data.importers.pools import import_pool
 from video_trl.data.tables import load_rows
-from video_trl.data.video_io import read_video, write_video
+from video_trl.data.video_io import read_video
 
 
 COLUMNS = (
@@ -23,11 +23,7 @@ COLUMNS = (
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Bytes of videos by their brightness."""
-    folder = tmp_path_factory.mktemp("clips")
-    for value in (40, 80, 120, 160, 200):
-        write_video(folder / f"{value}.mp4", np.full((2, 16, 16, 3), value, np.uint8), fps=8)
-    return {int(path.stem): path.read_bytes() for path in folder.iterdir()}
+    return clips_by_brightness(tmp_path_factory.mktemp("clips"))
 
 
 def write_zip(path, members, method=zipfile.ZIP_STORED):

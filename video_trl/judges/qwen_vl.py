@@ -9,7 +9,7 @@ import torch
 
 from .base import Video
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
-from .qwen_vl_model import FAMILIES, QwenVL
+from .qwen_vl_model import FAMILIES, QwenVL, check_captions
 from .weights import text_hash, weights_identity
 
 
@@ -104,9 +104,7 @@ class QwenVLJudge:
             ValueError: a request that cannot be answered, a caption with the model's control tokens.
         """
         check_request(videos, prompts)
-        unsafe = [prompt for prompt in prompts if "<|" in prompt]
-        if unsafe:
-            raise ValueError(f"Captions may not contain '<|', which starts the model's control tokens: {unsafe[:3]}.")
+        check_captions(prompts)
         return [self._score_one(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
 
     def _score_one(self, video: Video, prompt: str) -> dict[str, Any]:

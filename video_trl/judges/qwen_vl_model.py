@@ -55,6 +55,13 @@ def patchify(
     return rows.reshape(t * h * w, -1), (t, h, w)
 
 
+def check_captions(prompts: Sequence[str]) -> None:
+    """Raise a `ValueError` if a caption would be read as more than text: `<|` starts the model's control tokens."""
+    unsafe = [prompt for prompt in prompts if "<|" in prompt]
+    if unsafe:
+        raise ValueError(f"Captions may not contain '<|', which starts the model's control tokens: {unsafe[:3]}.")
+
+
 def best_device(device: str | torch.device | None) -> torch.device:
     """The device named, or a GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

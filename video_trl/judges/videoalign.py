@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .base import Video
 from .frames import at_rate, check_request, frame_rate, qwen_size, sample_frames
-from .qwen_vl_model import QwenVL, best_device
+from .qwen_vl_model import QwenVL, best_device, check_captions
 from .weights import load_exactly, read_tensors, resolve_weights, text_hash, weights_identity
 
 
@@ -102,9 +102,7 @@ class VideoAlignJudge:
             ValueError: a request that cannot be answered, or a caption with the model's control tokens.
         """
         check_request(videos, prompts)
-        unsafe = [prompt for prompt in prompts if "<|" in prompt]
-        if unsafe:
-            raise ValueError(f"Captions may not contain '<|', which starts the model's control tokens: {unsafe[:3]}.")
+        check_captions(prompts)
         results = []
         for video, prompt in zip(videos, prompts, strict=True):
             rewards = dict(zip(DIMENSIONS, self._rewards(video, prompt), strict=True))

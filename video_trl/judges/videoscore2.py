@@ -14,7 +14,7 @@ import torch
 
 from .base import Video
 from .frames import at_rate, check_request, frame_rate, qwen_size, sample_frames
-from .qwen_vl_model import Patches, QwenVL
+from .qwen_vl_model import Patches, QwenVL, check_captions
 from .weights import text_hash, weights_identity
 
 
@@ -101,9 +101,7 @@ class VideoScore2Judge:
             ValueError: a request that cannot be answered, or a caption with the model's control tokens.
         """
         check_request(videos, prompts)
-        unsafe = [prompt for prompt in prompts if "<|" in prompt]
-        if unsafe:
-            raise ValueError(f"Captions may not contain '<|', which starts the model's control tokens: {unsafe[:3]}.")
+        check_captions(prompts)
         return [self._score_one(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
 
     def _score_one(self, video: Video, prompt: str) -> dict[str, Any]:
