@@ -16,7 +16,8 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # Two workers of one thread each: the suite is many tiny models, where threads only get in each other's way.
 TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
+# Each of them takes one half of the files, so that what a file's tests share is made once.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-preferences test-min test-python build docs clean
 
@@ -76,7 +77,7 @@ test-min:  ## fast tests with the oldest versions that pyproject.toml allows, on
 	test -x $(VENV)-min/bin/python || $(PYTHON_MIN) -m venv $(VENV)-min
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt $(TORCH_ARGS) torch
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
-	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 -m "not slow"
+	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # What differs between versions of Python and of the libraries: public names, tables and columns, LoRA files, whole trainings.
 SHORT := tests/losses/test_preference.py tests/test_diffusion.py tests/test_package.py tests/data/test_tables.py \

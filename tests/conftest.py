@@ -37,9 +37,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NETWORK_GUARD), os.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 
-# FFmpeg's scaler waits for its threads when a frame of PyAV is collected, and a forked process has none of them: what
-# it has inherited is never collected there.
-os.register_at_fork(after_in_child=gc.freeze)
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """
+    What is there between two files is there for good: modules of libraries and caches, millions of objects. No
+    collection is to look through them again. Each `train` asks for one, and that took half of the suite's time.
+    """
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ import ast
 import inspect
 import re
 import sys
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import EXAMPLES, ROOT
+from tests.support.toml import tomllib
 from video_trl.load import SANDBOX
 
 
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "evaluation": {"judges", "data", "models", "teachers", "load", "hub"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},
     "experiment": {"load", "evaluation", "trainer"},
+    "testbed": {"load", "experiment", "methods", "evaluation", "sandbox", "trainer"},
     "cli": {"load", "methods", "presets"},
     "__main__": {"cli"},
 }
@@ -50,7 +51,9 @@ MAY_IMPORT = {
 MAY_IMPORT_LAZILY = {
     "cli": set(MAY_IMPORT) - {"__main__"} | {"__version__"},
     "methods": {"trainer"},
+    "curation": {"evaluation", "methods", "trainer"},
     "experiment": {"__version__", "data", "sandbox"},
+    "testbed": {"__version__"},
 }
 # The only files that may know the name of the default model: the others get what it stands for from `load.py`.
 KNOW_THE_SANDBOX_BY_NAME = {"load"}

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from video_trl.diffusion import FlowMatching, NoiseProcess, VPrediction
+from video_trl.diffusion import FlowMatching, NoiseProcess, VPrediction, bell_weights, loss_weights
 
 
 SHAPE = (5, 2, 3, 4, 4)
@@ -351,3 +351,37 @@ def test_both_processes_answer_alike():
         timesteps = process.sample_timesteps(torch.rand(5, generator=torch.Generator().manual_seed(0)))
         noisy, velocity = process.add_noise(latents, noise, timesteps), process.velocity(latents, noise, timesteps)
         assert noisy.dtype == velocity.dtype == torch.float32 and noisy.shape == velocity.shape == SHAPE
+
+
+@pytest.mark.parametrize("process", [FLOW, VPrediction()], ids=["flow", "v"])
+def test_latents_and_noise_come_back_from_noisy_latents_and_velocity(process: NoiseProcess):
+    latents, noise = draw(*SHAPE, dtype=torch.float64), draw(*SHAPE, seed=1, dtype=torch.float64)
+    timesteps = process.sample_timesteps(torch.linspace(0.05, 0.95, 5, dtype=torch.float64))
+    noisy, velocity = process.add_noise(latents, noise, timesteps), process.velocity(latents, noise, timesteps)
+    for got, expected in zip(process.separate(noisy, velocity, timesteps), (latents, noise), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_by_noise_level_are_their_formulas():
+    timesteps = torch.tensor([0, 250, 500, 999])
+    for weight, timestep in zip(loss_weights(FLOW, timesteps, "cosmap").tolist(), timesteps.tolist(), strict=True):
+        level = timestep / 1000
+        assert weight == pytest.approx(2 / (math.pi * (1 - 2 * level + 2 * level**2)), rel=1e-6)
+    process = VPrediction()
+    ones = torch.ones(4, 1, 1, 1, 1, dtype=torch.float64)
+    signal, noise = (process.add_noise(a * ones, b * ones, timesteps).flatten() for a, b in ((1, 0), (0, 1)))
+    expected = [
+        min((s / n) ** 2, 5) / ((s / n) ** 2 + 1) for s, n in zip(signal.tolist(), noise.tolist(), strict=True)
+    ]
+    assert loss_weights(process, timesteps, "min_snr").tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_bell_weights_are_their_formula_with_mean_1_over_the_levels_that_are_drawn(shift: float):
+    def bell(level: float) -> float:
+        return math.exp(-2 * (level - 0.5) ** 2) - math.exp(-0.5)
+
+    drawn = [shift * u / (1 + (shift - 1) * u) for u in (k / 1000 for k in range(1, 1001))]
+    levels = torch.tensor([0.0, 0.1, 0.5, 0.8, 1.0], dtype=torch.float64)
+    mean = sum(map(bell, drawn)) / 1000
+    assert bell_weights(levels, shift=shift).tolist() == pytest.approx([bell(v) / mean for v in levels.tolist()], 1e-6)

@@ -5,20 +5,21 @@ import io
 import json
 import multiprocessing
 import os
+import posix
 import resource
-import shutil
-import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.paths import ROOT
+from tests.support.reliability.file_kills import NEW, OLD, contents, fill, fill_pieces, forked
 from video_trl import files
 from video_trl.files import (
     atomic_file,
@@ -30,7 +31,6 @@ from video_trl.files import (
     partial_path,
     publish_folder,
     read_json,
-    remove_folder,
     remove_leftovers,
     resumable_folder,
     unmarked,
@@ -41,132 +41,24 @@ from video_trl.files import (
 )
 
 
-OLD, NEW = b"old" * 1000, b"new" * 2000
+def at_each_step(work: str, directory: Path) -> None:
+    command = [sys.executable, "-m", "tests.support.reliability.file_kills", work, str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Exit status of a process that does the work: 0, or the number of the signal that ended it."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    return abs(process.exitcode or 0)
-
-
-def kill_at_each_step(write: Callable[[], None], check: Callable[[bool], None]) -> int:
-    """
-    Do a piece of work again and again, each time killed before another one of its calls of the system, and look each
-    time at what is there; `check` is told whether the work came to its end. Returns the number of kills.
-    """
-
-    def write_until(step: int) -> None:
-        calls = count()
-
-        def profile(frame: object, event: str, function: object) -> None:
-            if event != "c_call":
-                return
-            of_file = isinstance(getattr(function, "__self__", None), io.IOBase)
-            if (of_file or getattr(function, "__module__", None) in ("posix", "fcntl", "io", "_io")) and (
-                next(calls) == step
-            ):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.setprofile(profile)
-        write()
-        sys.setprofile(None)
-
-    for step in count():
-        status = forked(lambda step=step: write_until(step))
-        assert status in (0, signal.SIGKILL)
-        check(status == 0)
-        if status == 0:
-            return step
-
-
-def write_in_pieces(path: Path) -> None:
-    with atomic_file(path) as partial, open(partial, "wb") as file:
-        for piece in (NEW[:100], NEW[100:]):
-            file.write(piece)
-            file.flush()
-
-
-@pytest.mark.parametrize("before", [None, OLD], ids=["new", "old"])
+@pytest.mark.parametrize("before", ["new", "old"])
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path, before):
-    path = tmp_path / "folder" / "file.bin"
-    path.parent.mkdir()
-
-    def check(done: bool) -> None:
-        content = path.read_bytes() if path.exists() else None
-        assert content in (before, NEW) and (content == NEW or not done)
-        remove_leftovers(path.parent)
-        assert set(os.listdir(path.parent)) <= {path.name}  # what the killed process left is gone
-        prepare()
-
-    def prepare() -> None:
-        path.unlink(missing_ok=True)
-        if before is not None:
-            path.write_bytes(before)
-
-    prepare()
-    assert kill_at_each_step(lambda: write_in_pieces(path), check) > 10
+    at_each_step(f"{before} file", tmp_path)
 
 
 def test_the_kills_would_find_a_file_that_is_written_in_place(tmp_path):
-    sizes = set()
-
-    def write() -> None:
-        with open(tmp_path / "file", "wb") as file:
-            file.write(NEW[:100])
-            file.flush()
-            file.write(NEW[100:])
-
-    def check(done: bool) -> None:
-        sizes.add((tmp_path / "file").stat().st_size if (tmp_path / "file").exists() else None)
-
-    kill_at_each_step(write, check)
-    assert 100 in sizes
+    at_each_step("file written in place", tmp_path)
 
 
-def fill(folder: Path, content: str) -> None:
-    (folder / "inner").mkdir()
-    (folder / "a").write_text(content)
-    (folder / "inner" / "b").write_text(content)
-
-
-def contents(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("before", [None, "old"], ids=["new", "old"])
+@pytest.mark.parametrize("before", ["new", "old"])
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path, before):
-    """Between the two renames of a replacement neither has the name: `remove_leftovers` gives it to the old one."""
-    path = tmp_path / "runs" / "checkpoint-5"
-
-    def write() -> None:
-        with atomic_folder(path) as partial:
-            fill(partial, "new")
-
-    states = []
-
-    def check(done: bool) -> None:
-        aside = any(tmp_path.glob("runs/.*.replaced")) and not path.exists()
-        remove_leftovers(path.parent)
-        found = contents(path) if path.exists() else None
-        assert found in ({"new"}, None if before is None else {before})
-        assert found == {"new"} or not done
-        assert found is None or len(list(path.rglob("*"))) == 3
-        assert not path.parent.exists() or set(os.listdir(path.parent)) <= {path.name}
-        states.append((aside, found))
-        prepare()
-
-    def prepare() -> None:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        if before is not None:
-            path.mkdir(parents=True)
-            fill(path, before)
-
-    prepare()
-    assert kill_at_each_step(write, check) > 20
-    assert ((True, {"old"}) in states) == (before is not None)
+    at_each_step(f"{before} folder", tmp_path)
 
 
 def limited(write: Callable[[], None]) -> None:
@@ -204,7 +96,7 @@ def test_the_disk_has_the_content_before_the_name_and_the_name_before_the_return
     steps = []
 
     def recorded(name: str) -> Callable[..., object]:
-        function = getattr(os, name)
+        function = getattr(posix, name)  # not what the tests have put in its place
 
         def call(*arguments: object, **options: object) -> object:
             place = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[1])
@@ -290,28 +182,9 @@ def test_the_first_writer_wins_where_nothing_is_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def fill_pieces(folder: Path) -> None:
-    with resumable_folder(folder) as partial:
-        if partial is not None:
-            for number in range(3):
-                if not (partial / str(number)).exists():
-                    write_atomically(partial / str(number), NEW)
-
-
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_pieces_of_a_folder_to_the_next_process(tmp_path):
-    path, pieces = tmp_path / "cache" / "folder", set()
-
-    def check(done: bool) -> None:
-        assert path.exists() or not done
-        pieces.update(len(list(each.glob("[0-9]"))) for each in path.parent.glob(".folder.unfinished"))
-        fill_pieces(path)
-        assert {each.name for each in path.iterdir()} - {".lock"} == {"0", "1", "2"}
-        assert os.listdir(path.parent) == ["folder"]
-        shutil.rmtree(path)
-
-    assert kill_at_each_step(lambda: fill_pieces(path), check) > 20
-    assert pieces == {0, 1, 2, 3}
+    at_each_step("folder in pieces", tmp_path)
 
 
 def test_a_failed_process_leaves_pieces_and_no_empty_folder(tmp_path):
@@ -347,21 +220,7 @@ def test_a_lock_names_who_has_it(tmp_path):
 
 
 def test_a_removed_folder_is_whole_or_gone(tmp_path):
-    """Half a checkpoint under its name would be taken for one."""
-
-    def check(done: bool) -> None:
-        assert not (tmp_path / "folder").exists() or len(list((tmp_path / "folder").rglob("*"))) == 3
-        remove_leftovers(tmp_path)
-        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
-        assert not os.listdir(tmp_path)
-        prepare()
-
-    def prepare() -> None:
-        (tmp_path / "folder").mkdir()
-        fill(tmp_path / "folder", "x")
-
-    prepare()
-    assert kill_at_each_step(lambda: remove_folder(tmp_path / "folder"), check) > 5
+    at_each_step("removed folder", tmp_path)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -567,6 +426,11 @@ SECRET = "s3cr3t-Value-0123456789"
         {"text": f"Authorization: Bearer {SECRET}"},
         {"anything": "hf_" + SECRET.replace("-", ""), "other": "sk-" + SECRET},
         {"password": 12345678901},
+        {"url": f"https://{SECRET}@host/v1", "sas": f"https://host/c?sv=1&sig={SECRET}"},
+        {"storage": f"AccountName=a;AccountKey={SECRET};x=1", "connection_string": SECRET, "webhook_url": SECRET},
+        {"proxy": {"user": "me", "pass": SECRET}, "sentry_dsn": SECRET, "jwt": SECRET},
+        {"text": f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----"},
+        {"args": ["eyJhbGciOi.eyJ" + SECRET.replace("-", "")], "git": "github_pat_" + SECRET.replace("-", "")},
     ],
 )  # fmt: skip
 def test_no_secret_of_any_depth_is_written(settings):
@@ -577,6 +441,7 @@ def test_no_secret_of_any_depth_is_written(settings):
 def test_what_is_no_secret_stays():
     settings = {
         "max_tokens": 5, "tokenizer": "a/b", "teacher_tokens": ["x"], "token": None, "use_auth": True, "seed": 1,
+        "git": "ssh://git@github.com/a", "compass": 3, "forward_pass": "x",
         "base_url": "http://localhost:8000/v1", "keys": ["a"], "key": "chosen", "text": "one two", "lr": 1e-4,
     }  # fmt: skip
     assert without_secrets(settings) == settings

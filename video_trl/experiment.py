@@ -6,6 +6,8 @@ found; on the clips that the judge passes; PhyGDPO and Reg-DPO, which set these 
 are compared with the base model, and with each other, on held-out sentences and the same noise.
 """
 
+import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,6 +16,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .evaluation.report.page import Comparison, Table
+    from .evaluation.runs.prompts import EvaluationPrompt
     from .evaluation.runs.tables import RunTable
     from .trainer.group_dpo_config import VideoGroupDPOConfig
 
@@ -46,9 +50,8 @@ _IN_WORDS = {
 _SFT_STEPS = 2.3  # steps of fine-tuning in the time of a step of a preference method, measured
 
 # The recipe was chosen on draw 0 of the held-out prompts with noise seed 0, and on another pool: none is used again.
-_PROMPT_DRAW, _FIRST_NOISE_SEED = 1, 1
+PROMPT_DRAW, FIRST_NOISE_SEED = 1, 1
 _NUM_SAMPLES = 14  # prompts whose videos the page shows
-_HELD_OUT = 0.125  # proportion of the groups that no arm is trained on, for the gaps
 _DATA = "clips, judged, and rejected videos"
 _RESULT = "arm.json"  # an arm that has it is not trained again
 # Values of the trainer's configuration that the results name; the first four say how much was trained.
@@ -310,12 +313,14 @@ def _train(
     """Trains one adapter and saves it, or reads what an earlier call has left."""
     from transformers import PrinterCallback
 
+    from .sandbox.data.regimes import HELD_OUT
+
     folder = Path(args.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}"
     stored = folder / _RESULT
     if stored.is_file():
         return _Adapter(**read_json(stored))
     shutil.rmtree(Path(args.output_dir) / "runs" / folder.name, ignore_errors=True)  # videos of an earlier training
-    held_out = max(1, round(_HELD_OUT * len(groups)))
+    held_out = max(1, round(HELD_OUT * len(groups)))
     trained = groups.select(range(max(1, len(groups) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
     trainer = _trainer(arm, seed, replace(args, **changes), found, trained)
@@ -383,30 +388,89 @@ def held_out_win_gaps(trainer: Any, rows: "datasets.Dataset") -> list[float]:
 
 
 def _evaluate(folder: Path, adapter: _Adapter, experiment: ExperimentArguments) -> "RunTable":
+    """Videos and scores of the base model or of an adapter. The judge sees frames before they are compressed."""
+    from .evaluation.evaluate import sandbox_prompts
+
+    return evaluate_trained(
+        folder / (BASE if adapter.folder is None else Path(adapter.folder).name),
+        adapter.folder,
+        sandbox_prompts(experiment.eval_prompts, seed=PROMPT_DRAW),
+        seeds=range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + experiment.eval_seeds),
+        name=adapter.method,
+        training_seed=adapter.seed,
+    )
+
+
+def evaluate_trained(
+    run_dir: str | Path,
+    weights: str | Path | None,
+    prompts: "Sequence[EvaluationPrompt]",
+    *,
+    seeds: Sequence[int],
+    name: str,
+    training_seed: int | None,
+) -> "RunTable":
     """
-    Videos and scores of the base model or of an adapter as it was saved, loaded the way a user will load it. What is
-    there already is not made again. The judge sees frames before they are compressed.
+    Videos and scores of what was trained on the sandbox, loaded the way a user will load it. What is there already is
+    not made again, unless another number of videos is asked for.
+
+    Args:
+        run_dir (path): Directory of the run.
+        weights (path or `None`): Folder in which a trainer saved an adapter, or all weights; `None`: the base model.
+        prompts (list of `EvaluationPrompt`), seeds (list of `int`): One video of each prompt for each seed.
+        name (`str`), training_seed (`int` or `None`): As in `generate_run`.
     """
-    from .evaluation.evaluate import evaluate_pipeline, sandbox_prompts
+    from .evaluation.evaluate import evaluate_pipeline
     from .evaluation.runs.generate import load_generator
     from .evaluation.runs.run import RUN_FILE, load_run
     from .load import load_judge
 
-    prompts = sandbox_prompts(experiment.eval_prompts, seed=_PROMPT_DRAW)
-    seeds = tuple(range(_FIRST_NOISE_SEED, _FIRST_NOISE_SEED + experiment.eval_seeds))
-    run_dir = folder / (BASE if adapter.folder is None else Path(adapter.folder).name)
-    stored = load_run(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    whole = weights is not None and (Path(weights) / "transformer").is_dir()  # all weights were trained
+    adapter = None if weights is None or whole else str(weights)
+    generator = load_generator(SANDBOX, adapter=adapter, device="cpu")  # the same videos on every machine
+    if whole:
+        transformer = generator.pipeline.transformer
+        generator.pipeline.transformer = type(transformer).from_pretrained(Path(str(weights)) / "transformer").eval()
+        generator = replace(generator, model=f"sandbox with {weights}", revision=None)  # None: hash what is there
+    stored = load_run(run_dir) if (Path(run_dir) / RUN_FILE).is_file() else None
     return evaluate_pipeline(
         run_dir,
-        load_generator(SANDBOX, adapter=adapter.folder, device="cpu"),  # the same videos on every machine
+        generator,
         load_judge(SANDBOX),
         prompts,
-        seeds=seeds,
-        name=adapter.method,
-        training_seed=adapter.seed,
-        # Not where another number of videos is asked for.
-        resume=stored is not None and (stored.prompts, tuple(stored.seeds)) == (prompts, seeds),
+        seeds=tuple(seeds),
+        name=name,
+        training_seed=training_seed,
+        resume=stored is not None and (stored.prompts, tuple(stored.seeds)) == (tuple(prompts), tuple(seeds)),
     )
+
+
+def stored_table(run_dir: str | Path) -> "RunTable | None":
+    """The scores of a run, if they are whole."""
+    from .evaluation.runs.run import RUN_FILE
+    from .evaluation.runs.tables import tabulate
+
+    if not (Path(run_dir) / RUN_FILE).is_file():
+        return None
+    try:
+        return tabulate(run_dir)
+    except ValueError:  # cut while it was made
+        return None
+
+
+def peak_of_tensors(trainer: Any) -> int:
+    """Bytes of tensors that the training of a trainer of a few steps allocates at its peak, beside the weights."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()  # what is freed later must not count as freed by training
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return int(max(itertools.accumulate(event["args"]["Bytes"] for event in events)))
 
 
 def real_clips_pc(prompts: Sequence[str]) -> float:

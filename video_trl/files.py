@@ -64,16 +64,20 @@ _ATTEMPTS = 20
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of names_like_this, like-this, likeThis and LIKE_THIS
 _SECRET = {
     "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "apikey", "authorization", "auth",
-    "credential", "credentials", "bearer", "cookie", "signature", "sas",
+    "credential", "credentials", "bearer", "cookie", "signature", "sig", "sas", "jwt", "dsn", "webhook",
 }  # fmt: skip
-_SECRET_PAIRS = {"api key", "access key", "private key", "account key", "session key", "encryption key"}
+_SECRET_PAIRS = {
+    "api key", "access key", "private key", "account key", "session key", "encryption key", "connection string",
+}  # fmt: skip
 _ALL_SECRET = {"headers", "header", "cookies", "env", "environ"}
 _SECRET_TEXT = re.compile(
-    r"(://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"(://[^/\s:@]*:)[^/\s@]+(?=@)|(://)[^/\s:@]{12,}(?=@)"
     r"|(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"
-    r"|([\w-]*(?:token|secret|password|api[_-]?key|signature|authorization|credential)[\w-]*[\"']?\s*[=:]\s*"
-    r"[\"']?(?:bearer\s+|basic\s+)?)[^\s\"'&,;}]{4,}"
-    r"|\b(?:hf_|sk-|gh[opsu]_|xox[abp]-|AKIA)[\w-]{12,}",
+    r"|((?:\bsig|[\w-]*(?:token|secret|password|api[_-]?key|(?:account|access)[_-]?key|signature|authorization|"
+    r"credential)[\w-]*)[\"']?\s*[=:]\s*[\"']?(?:bearer\s+|basic\s+)?)[^\s\"'&,;}]{4,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|\beyJ[\w-]{6,}\.[\w-]{8,}(?:\.[\w-]*)?"
+    r"|\b(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[abeoprs]-|AKIA|ASIA|AIza|gsk_|xai-|r8_|nvapi-|npm_|pypi-)[\w-]{12,}",
     re.IGNORECASE,
 )
 # What Markdown, HTML or a formula between dollars begins with; an underscore only at the edge of a word.
@@ -81,6 +85,7 @@ _MARKUP = re.compile(
     r"[<>&`*\\~$@\x00-\x1f\x7f]|\](?=[\[(:])|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE
 )
 _FORMULA = re.compile(r"\s*'*[\s']*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms too
+_PAGE = b'<meta name="generator" content="video_trl">'  # in all our templates
 _IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -103,6 +108,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, repl
     with atomic_file(path, replace=replace) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def check_page(path: str | os.PathLike[str]) -> None:
+    """Raise a `ValueError` if an HTML page that is to be written would replace a file that is none of our pages."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if _PAGE not in file.read(4096):
+                raise ValueError(f"{path} is no page of video_trl and stays. Pass another file, or move it.")
 
 
 def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = None) -> Path:
@@ -128,8 +141,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
+    """
+    Values of a file that has one JSON value a line, with the numbers of their lines, from 1. Empty lines count.
+
+    Raises:
+        ValueError: The file is missing, or a line is not JSON.
+    """
+    number, values = 0, []
+    try:
+        # Other ends of lines, such as U+2028, may stand in a text.
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
+            if line.strip():
+                values.append((number, json.loads(line)))
+    except (OSError, ValueError, RecursionError) as error:
+        place = f", line {number}," if number else ""
+        raise ValueError(f"{path}{place} cannot be read as JSON ({error}).") from error
+    return values
 
 
 @contextlib.contextmanager
@@ -485,7 +517,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     words = {word.lower() for word in _WORDS.findall(name)}
     if value is None or isinstance(value, bool):
         return value
-    if words & _SECRET or _SECRET_PAIRS & {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}:
+    pairs = {f"{a} {b}".lower() for a, b in itertools.pairwise(_WORDS.findall(name))}
+    if words & _SECRET or pairs & _SECRET_PAIRS or name.lower() == "pass":
         return f"<{name.upper()}>"
     if isinstance(value, Mapping):
         inner = {key: f"{key} secret" if words & _ALL_SECRET else str(key) for key in value}
@@ -520,7 +553,10 @@ def with_formula(text: str) -> str:
 def hash_bytes(content: bytes | io.BufferedIOBase) -> str:
     """BLAKE2b of bytes, or of those of a file just opened: 32 hexadecimal digits, as of `b2sum -l 128`."""
     file = io.BytesIO(content) if isinstance(content, bytes) else content
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    while chunk := file.read(1 << 18):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fingerprint(*parts: "Content") -> str:

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 SANDBOX = "sandbox"  # the pipeline, judge, teacher and prompts that ship with the package
 
-_JUDGES = ("videocon-physics", "videophy2", "qwen-vl")
+_JUDGES = ("videocon-physics", "videophy2", "videoscore2", "videoalign", "qwen-vl")
 _JUDGE_REPOSITORIES = {
     "videophysics/videocon_physics": "videocon-physics",
     "videophysics/videophy_2_auto": "videophy2",
+    "TIGER-Lab/VideoScore2": "videoscore2",
+    "KwaiVGI/VideoReward": "videoalign",
 }
 _TEACHER_FILES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".torch")
 
@@ -93,9 +95,10 @@ def load_judge(
 
             - `"sandbox"`: the exact judge of simulated clips;
             - `"videocon-physics"`, `"videophy2"`: the published judges, or with a folder or repository of their
-              weights, `"videophy2:/data/weights"`;
+              weights, `"videophy2:/data/weights"`; `"videoscore2"` and `"videoalign"` likewise;
             - `"qwen-vl:Qwen/Qwen2.5-VL-7B-Instruct"`, a folder, or a repository whose `config.json` says what it is;
-            - `"http://localhost:8000/v1"`: a server; needs `model=`;
+            - `"http://localhost:8000/v1"`: a server; needs `model=`; behind `"phyground:"` it is asked about single
+              laws of physics;
             - a `.csv`, `.jsonl` or `.parquet` file with scores.
         cache: SQLite file that remembers scores; see `CachedJudge`.
         options: of the judge's class.
@@ -132,7 +135,7 @@ def check_judge(name_or_path: str | os.PathLike[str], **options: Any) -> None:
     revision = options.get("revision")
     kind, weights = _judge_kind(name, revision)
     if kind in _JUDGES:
-        resolve_weights(weights, revision, ["config.json"])
+        resolve_weights(weights, revision, ["model_config.json" if kind == "videoalign" else "config.json"])
     else:
         _load_judge(name, options)
 
@@ -143,12 +146,13 @@ def _load_judge(name: str, options: dict[str, Any]) -> "VideoJudge":
         from .sandbox.judge.judge import SandboxJudge
 
         return SandboxJudge(**options)
-    if kind == "server":
+    if kind in ("server", "phyground"):
+        from .judges.phyground import PhyGroundJudge
         from .judges.remote import RemoteJudge
 
         if "model" not in options:
             raise ValueError(f"{name} needs `model`, the model's name on the server, for example 'Qwen3-VL-8B'.")
-        return RemoteJudge(name, **options)
+        return PhyGroundJudge(weights, **options) if kind == "phyground" else RemoteJudge(name, **options)
     if kind == "table":
         from .judges.precomputed import PrecomputedJudge
 
@@ -157,19 +161,32 @@ def _load_judge(name: str, options: dict[str, Any]) -> "VideoJudge":
         from .judges.qwen_vl import QwenVLJudge
 
         return QwenVLJudge(weights, **options)
+    if kind == "videoscore2":
+        from .judges.videoscore2 import VideoScore2Judge
+
+        return VideoScore2Judge(weights, **options)
+    if kind == "videoalign":
+        from .judges.videoalign import VideoAlignJudge
+
+        return VideoAlignJudge(weights, **options)
     from .judges.mplug_owl import VideoConPhysicsJudge, VideoPhy2Judge
 
     return (VideoConPhysicsJudge if kind == "videocon-physics" else VideoPhy2Judge)(weights, **options)
 
 
 def _judge_kind(name: str, revision: str | None) -> tuple[str, str]:
-    """What a name means: sandbox, "server", "table" or one of `_JUDGES`; and the folder or repository of weights."""
+    """
+    What a name means: sandbox, "server", "phyground", "table" or one of `_JUDGES`; and the folder or repository of
+    weights, or the address of a server for "phyground".
+    """
     from .judges.precomputed import SUFFIXES
 
     if name == SANDBOX:
         return SANDBOX, ""
     if name.startswith(("http://", "https://")):
         return "server", ""
+    if name.startswith("phyground:"):
+        return "phyground", name.removeprefix("phyground:")
     if Path(name).suffix in SUFFIXES:
         return "table", ""
     kind, _, weights = name.partition(":")
@@ -189,8 +206,8 @@ def _judge_of_checkpoint(name: str, revision: str | None) -> str:
     if "/" not in name and not Path(name).is_dir():
         raise ValueError(
             f"No judge {name!r}: expected {SANDBOX!r}, {', '.join(repr(kind) for kind in _JUDGES)} (each may be "
-            "followed by ':' and a folder or repository), a folder, a repository id, a server's URL, or a table "
-            f"({', '.join(SUFFIXES)})."
+            "followed by ':' and a folder or repository), a folder, a repository id, a server's URL, 'phyground:URL', "
+            f"or a table ({', '.join(SUFFIXES)})."
         )
     kind = read_config(resolve_weights(name, revision, ["config.json"])).get("model_type")
     if kind in ("qwen2_5_vl", "qwen3_vl"):
@@ -393,7 +410,13 @@ def action_wordings() -> Mapping[str, tuple[str, ...]]:
 
 
 def annotation_rules() -> tuple[str, Callable[..., dict[str, Any]]]:
-    """The rules that annotate sandbox clips (frames, prompt -> fields of an annotation), and their identity."""
-    from .sandbox.judge.annotator import ANNOTATOR_VERSION, annotate_clip
+    """
+    The rules that annotate sandbox clips (frames, or None for the sentence alone, and prompt -> fields of an
+    annotation), and their identity.
+    """
+    from .sandbox.judge.annotator import ANNOTATOR_VERSION, annotate_clip, annotate_sentence
 
-    return f"sandbox-rules:v{ANNOTATOR_VERSION}", annotate_clip
+    def annotate(frames: Any, prompt: str) -> dict[str, Any]:
+        return annotate_sentence(prompt) if frames is None else annotate_clip(frames, prompt)
+
+    return f"sandbox-rules:v{ANNOTATOR_VERSION}", annotate

@@ -3,11 +3,12 @@
 # dependencies = ["video-trl"]
 # ///
 """
-What makes preference training work, on the sandbox: three studies that share recipe, clips, evaluation and arms.
+What makes preference training work, on the sandbox: four studies that share recipe, clips, evaluation and arms.
 
 - `controls`: fine-tuning against preferences at equal videos and at equal time; how many winners, whose winners, which
   losers.
 - `reg_dpo`: the stability study of Reg-DPO (https://huggingface.co/papers/2511.01450, Section 4.3).
+- `losers`: which losers with which safeguard of the winner, against fine-tuning in equal time on the same winners.
 - `phygdpo`: Tables 2b to 2d of PhyGDPO (https://huggingface.co/papers/2512.24551), and how its loss is estimated.
 
 The recipe is that of the sandbox experiment. What an arm and training seed leaves is not made again, so that a study
@@ -19,20 +20,34 @@ can be cut and goes on, and arms that studies share, or that `make bench-sandbox
 `preferences_report.py` writes the pages of what is there.
 """
 
-import gc
 import itertools
 import json
 import re
 import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_trl.experiment import BASE, FOUND, JUDGED, LONGER, PHYGDPO, PLAIN, REG_DPO, ExperimentArguments
-from video_trl.files import read_json, write_atomically
+from video_trl.experiment import (
+    BASE,
+    FIRST_NOISE_SEED,
+    FOUND,
+    JUDGED,
+    LONGER,
+    PHYGDPO,
+    PLAIN,
+    PROMPT_DRAW,
+    REG_DPO,
+    ExperimentArguments,
+    evaluate_trained,
+    peak_of_tensors,
+    stored_table,
+)
+from video_trl.files import atomic_folder, read_json, write_atomically
 from video_trl.load import SANDBOX, ScriptArguments
+from video_trl.sandbox.data.regimes import SandboxRows
 
 
 if TYPE_CHECKING:
@@ -50,7 +65,7 @@ class Arm:
 
     Attributes:
         method: "sft", "group" (PhyGDPO's trainer), or "pair" (Reg-DPO's, which is plain DPO with r = 0).
-        data: kind of its rows, as in `Rows`.
+        data: kind of its rows, as in `SandboxRows`.
         options: of the trainer.
         steps, batch, rate: factors of the steps, of the rows in a step, and of the learning rate.
     """
@@ -115,6 +130,50 @@ ARMS: dict[str, Arm] = {
     "PhyGDPO, r = 0, 32 rows": Arm("group", options=R0, steps=0.25, batch=4, rate=2),
 }
 
+# ---- Losers and safeguards: every kind of loser with every objective, for clean winners and for those in the wild.
+
+LOSERS = ("own", "guided", "twins", "partial", "repaint")
+LOG_RATIO = {"gap": "log_ratio", "beta": 10.0, "lose_gap_weight": 0.25, "lose_gap_clip": 1.0, "win_gap_penalty": 1.0}
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPO": ("pair", fixed(0)),
+    "PhyGDPO, r = 0": ("group", R0),
+    "PhyGDPO": ("group", {}),  # r = 500
+    "safeguard": ("group", {**R0, "safeguard": "output", "safeguard_mu": 0.5}),
+    "safeguard and r": ("group", {"safeguard": "output", "safeguard_mu": 0.5}),
+    "hinge": ("group", {**R0, "win_gap_penalty": 125.0}),  # beta / 4
+    "log-ratio": ("group", {**R0, **LOG_RATIO}),
+}
+# What other studies call the same arm.
+SAME = {
+    "PhyGDPO, guided": "PhyGDPO, guided losers", "PhyGDPO, wild own": "PhyGDPO, wild",
+    "PhyGDPO, wild twins": "PhyGDPO, wild against twins",
+    "PhyGDPO, few own": "PhyGDPO, 16 winners",
+    **{f"{objective}, own": objective for objective in ("DPO", "PhyGDPO, r = 0", "PhyGDPO")},
+}  # fmt: skip
+WILD_LONGER, FEW_LONGER = "SFT, wild, longer", "SFT, 16 winners, longer"
+
+
+def rows_of(losers: str) -> str:
+    """Kind of the rows: of winners and losers as they stand in the name of an arm."""
+    return {"own": "judged", "wild own": "wild", "few own": "first 16"}.get(losers, losers)
+
+
+def add_arms() -> dict[str, tuple[str, ...]]:
+    """Puts the arms of this study into `ARMS`; their names by winners."""
+    added: dict[str, tuple[str, ...]] = {}
+    for winners, kinds in (("", LOSERS), ("wild ", LOSERS), ("few ", ("own", "partial", "twins"))):
+        names = []
+        for (objective, (method, options)), losers in itertools.product(OBJECTIVES.items(), kinds):
+            name = f"{objective}, {winners}{losers}"
+            name = SAME.get(name, name)
+            ARMS.setdefault(name, Arm(method, rows_of(f"{winners}{losers}"), options))
+            names.append(name)
+        added[winners.strip()] = tuple(names)
+    ARMS[WILD_LONGER] = Arm("sft", "wild", steps=LONG)
+    ARMS[FEW_LONGER] = Arm("sft", "first 16", steps=LONG)
+    ARMS["joint, wild twins"] = Arm("group", "wild twins", {"repa_coeff": 0.5, "repa_options": {"align_layer": 0.6}})
+    return added
+
 
 @dataclass(frozen=True)
 class Study:
@@ -133,6 +192,8 @@ def regularised() -> tuple[str, ...]:
 
 CONTROLS = tuple(itertools.takewhile(lambda name: name != "r = 25", ARMS))
 ESTIMATES = tuple(itertools.dropwhile(lambda name: name != VIDEO_DPO, ARMS))
+BY_WINNERS = add_arms()
+EQUAL_TIME = {"": LONGER, "wild": WILD_LONGER, "few": FEW_LONGER}  # by winners
 STUDIES = {
     "controls": Study(
         "sandbox_controls.md",
@@ -167,11 +228,16 @@ STUDIES = {
             ("PhyGDPO, r = 0, 4 rows", PLAIN), ("PhyGDPO, r = 0, 32 rows", PLAIN),
         ),
     ),
+    "losers": Study(
+        "losers.md",
+        (*EQUAL_TIME.values(), *itertools.chain(*BY_WINNERS.values()), "joint, wild twins"),
+        (
+            *((arm, EQUAL_TIME[winners]) for winners, arms in BY_WINNERS.items() for arm in arms),
+            ("joint, wild twins", WILD_LONGER), ("joint, wild twins", "PhyGDPO, wild against twins"),
+        ),
+    ),
 }  # fmt: skip
 MEASURED = (JUDGED, COPIED, PLAIN)  # memory, as in PhyGDPO's Table 2d
-PROMPT_DRAW, NOISE_SEED = 1, 1  # those of the sandbox experiment, on which nothing was chosen
-HELD_OUT = 0.125  # as there: proportion of the groups that no arm is trained on
-PASSES = 0.8  # as there: `pc` of a winner
 RESULT = "arm.json"  # as there
 # What the numbers depend on; kept with the results, and others are refused.
 SETTINGS = (
@@ -223,107 +289,49 @@ def main(argv: list[str]) -> None:
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
+# Of noise; with much less of it the base model gives the lawful clip back. Chosen on other clips.
+ETA = (0.9, 0.97)
+
 
 @dataclass
-class Rows:
+class StudyRows(SandboxRows):
     """
-    Rows of every kind, all of them made of the groups of the sandbox experiment. Kinds: "found" (unjudged video rows);
-    "judged" (groups of a winner and the base model's videos); "first N" of these; "wild" (the winners in another
-    rendering); "twins", "wild twins" (rejected: the winner's scene with a broken law); "guided" (rejected: made with
-    guidance); "own best" (chosen: the base model's own best video, if the judge passes it; rejected: its others);
-    "own best, own worst" (whatever they are); "K of M" (M rejected videos were made, K are kept, the lawless first).
+    Those of the sandbox, and "partial" and "repaint", also after "wild" or "few": losers that the base model makes of
+    the winner itself. The judge scores them, as it does all others.
     """
-
-    folder: Path
-    found_clips: int
-    num_rejected: int
-    below: float
 
     def of(self, kind: str) -> Any:
-        """Rows to train on."""
-        from video_trl.sandbox import build_clip_dataset
+        winners, _, losers = kind.rpartition(" ")
+        if winners == "few":
+            return self.of(losers).select(range(16)) if losers == "judged" else list(self.of(losers))[:16]
+        if losers not in ("partial", "repaint"):
+            return super().of(kind)
+        from datasets import Dataset, load_from_disk
 
-        if kind == "found":
-            return build_clip_dataset(self.folder / "found", num_clips=self.found_clips, found=True)
-        if match := re.fullmatch(r"first (\d+)", kind):
-            return self.trained().select(range(min(int(match[1]), len(self.trained()))))
-        if match := re.fullmatch(r"(\d+) of (\d+)", kind):
-            groups = self.trained(f"dataset-{match[2]}", num_rejected=int(match[2]))
-            return [worst_first(row, int(match[1]), self.below) for row in groups]
-        if kind == "guided":
-            from video_trl.sandbox import load_sandbox
+        path = self.folder / kind.replace(" ", "-") / "table"
+        if not path.is_dir():
+            made = self._matched(losers, self.of(winners or "judged"), path.parent)
+            with atomic_folder(path) as partial:
+                Dataset.from_list(made).save_to_disk(str(partial))
+        return load_from_disk(str(path))
 
-            return self.trained("dataset-guided", guidance_scale=load_sandbox().call_kwargs["guidance_scale"])
-        if kind.startswith("own best"):
-            rows = [own_best(row) for row in self.trained()]
-            passed = [row for row in rows if row.pop("chosen_pc") >= PASSES]
-            return passed if kind == "own best" else rows
-        if kind in ("wild", "twins", "wild twins"):
-            return [self._rendered(kind, index, row) for index, row in enumerate(self.trained())]
-        assert kind == "judged", kind
-        return self.trained()
+    def _matched(self, losers: Any, rows: Any, folder: Path) -> list[dict[str, Any]]:
+        from video_trl.curation import MatchedLosers, matched_losers
+        from video_trl.data.tables import load_rows
+        from video_trl.data.video_io import read_video
+        from video_trl.sandbox import load_sandbox
 
-    def groups(self, name: str = "dataset", **options: Any) -> Any:
-        from video_trl.sandbox import build_group_dataset, load_sandbox
-
-        options = {"num_rejected": self.num_rejected, **options}
-        return build_group_dataset(
-            load_sandbox(), self.folder / name, num_groups=self.found_clips, found=True, **options
-        )
-
-    def trained(self, name: str = "dataset", **options: Any) -> Any:
-        groups = self.groups(name, **options)
-        return groups.select(range(max(1, len(groups) - self._num_held_out(groups))))
-
-    def held_out(self) -> Any:
-        groups = self.groups()
-        return groups.select(range(len(groups) - self._num_held_out(groups), len(groups)))
-
-    @staticmethod
-    def _num_held_out(groups: Any) -> int:
-        return max(1, round(HELD_OUT * len(groups)))
-
-    def _rendered(self, kind: str, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        """A group whose winner is drawn anew, or gets the same scene with a broken law as its only rejected video."""
-        from video_trl.data.video_io import write_video
-        from video_trl.sandbox import SandboxJudge, simulate
-        from video_trl.sandbox.world.prompts import parse_prompt
-        from video_trl.sandbox.world.simulate import BASE_VIOLATIONS
-
-        seed, motion = int(row["provenance"].rsplit(" ", 1)[1]), parse_prompt(row["prompt"]).motion
-        rendering = "wild" if "wild" in kind else "plain"
-        made = dict(row)
-        if rendering == "wild":
-            path = self.folder / "wild" / f"{seed}.mp4"
-            made["chosen"] = str(write_video(path, simulate(seed, motion=motion, rendering="wild").video, 8))
-        if "twins" in kind:
-            ways = BASE_VIOLATIONS[motion]
-            twin = simulate(seed, motion=motion, violation=ways[index % len(ways)], rendering=rendering)
-            (score,) = SandboxJudge().score([twin.video], [row["prompt"]])
-            path = self.folder / kind.replace(" ", "-") / f"{seed}.mp4"
-            made["rejected"] = [str(write_video(path, twin.video, 8))]
-            made["rejected_scores"] = [{name: float(score[name]) for name in ("sa", "pc")}]
+        sandbox = load_sandbox()
+        call = {name: sandbox.call_kwargs[name] for name in ("num_inference_steps", "guidance_scale")}
+        how = MatchedLosers(losers, eta=ETA, seeds=(0, 1, 2), fps=8, **call)
+        pairs = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in rows]
+        made = []
+        for row in load_rows(str(matched_losers(pairs, sandbox.pipeline, folder, how)), "train"):
+            videos = [read_video(video) for video in row["rejected"]]
+            judged = sandbox.judge.score(videos, [row["prompt"]] * len(videos))
+            scores = [{name: float(score[name]) for name in ("sa", "pc")} for score in judged]
+            made.append({**row, "rejected_scores": scores})
         return made
-
-
-def worst_first(row: dict[str, Any], number: int, below: float) -> dict[str, Any]:
-    """A group with `number` of its rejected videos, those below the bound first, as they were drawn otherwise."""
-    scores = row["rejected_scores"]
-    kept = sorted(range(len(scores)), key=lambda index: scores[index]["pc"] >= below)[:number]
-    return {**row, **{name: [row[name][index] for index in kept] for name in ("rejected", "rejected_scores")}}
-
-
-def own_best(row: dict[str, Any]) -> dict[str, Any]:
-    """The best of a group's rejected videos against its worst one, by `pc`."""
-    scores = [score["pc"] for score in row["rejected_scores"]]
-    best, worst = scores.index(max(scores)), len(scores) - 1 - scores[::-1].index(min(scores))
-    return {
-        "prompt": row["prompt"],
-        "chosen": row["rejected"][best],
-        "rejected": [row["rejected"][worst]],
-        "rejected_scores": [row["rejected_scores"][worst]],
-        "chosen_pc": scores[best],
-    }
 
 
 # ---- Running --------------------------------------------------------------------------------------------------------
@@ -336,15 +344,16 @@ class Runner:
     data: ScriptArguments
     experiment: ExperimentArguments
     args: "VideoGroupDPOConfig"
+    arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
 
     @property
     def folder(self) -> Path:
         return Path(self.args.output_dir)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> StudyRows:
         below = self.args.rejected_score_below or 1.0
-        return Rows(self.folder, self.experiment.found_clips, self.data.num_rejected, below)
+        return StudyRows(self.folder, self.experiment.found_clips, self.data.num_rejected, below)
 
     def claim_folder(self) -> None:
         """
@@ -375,16 +384,7 @@ class Runner:
 
     def table(self, arm: str, seed: int) -> "RunTable | None":
         """The scores of an arm and seed, if they are whole."""
-        from video_trl.evaluation.runs.run import RUN_FILE
-        from video_trl.evaluation.runs.tables import tabulate
-
-        folder = self.folder / "runs" / self.unit(arm, seed)
-        if not (folder / RUN_FILE).is_file():
-            return None
-        try:
-            return tabulate(folder)
-        except ValueError:  # cut while it was made
-            return None
+        return stored_table(self.folder / "runs" / self.unit(arm, seed))
 
     def trainer(self, arm: str, seed: int, **changes: Any) -> Any:
         """The trainer of an arm, with changes. What neither says is as in the sandbox experiment."""
@@ -397,7 +397,7 @@ class Runner:
             VideoSFTTrainer,
         )
 
-        spec, args = ARMS[arm], self.args
+        spec, args = self.arms[arm], self.args
         kinds: dict[str, tuple[Any, Any]] = {
             "sft": (VideoSFTTrainer, VideoSFTConfig),
             "group": (VideoGroupDPOTrainer, VideoGroupDPOConfig),
@@ -426,57 +426,38 @@ class Runner:
         trainer.train()
         seconds = time.process_time() - start
         trainer.save_model()
-        gaps = [] if ARMS[arm].method == "sft" else held_out_win_gaps(trainer, self.rows.held_out())
+        gaps = [] if self.arms[arm].method == "sft" else held_out_win_gaps(trainer, self.rows.held_out())
         folder = self.folder / self.unit(arm, seed)
         content = {"method": arm, "seed": seed, "folder": str(folder), "cpu_seconds": seconds, "win_gaps": gaps}
+        content["rows"] = len(trainer.train_dataset)
         # Last: it says that all is there.
         write_atomically(folder / RESULT, json.dumps({**content, "log_history": trainer.state.log_history}))
 
     def _evaluate(self, arm: str, seed: int) -> None:
-        """Generate and judge the held-out videos of what was saved, loaded the way a user will load it."""
-        from video_trl.evaluation.evaluate import evaluate_pipeline, sandbox_prompts
-        from video_trl.evaluation.runs.generate import load_generator
-        from video_trl.load import load_judge
+        """Generate and judge the held-out videos of what was saved."""
+        from video_trl.evaluation.evaluate import sandbox_prompts
 
-        weights = self.folder / self.unit(arm, seed)
-        whole = (weights / "transformer").is_dir()  # all weights were trained
-        generator = load_generator(SANDBOX, adapter=None if arm == BASE or whole else str(weights), device="cpu")
-        if whole:
-            transformer = generator.pipeline.transformer
-            generator.pipeline.transformer = type(transformer).from_pretrained(weights / "transformer").eval()
-            generator = replace(generator, model=f"sandbox with {weights}", revision=None)  # None: hash what is there
-        evaluate_pipeline(
+        evaluate_trained(
             self.folder / "runs" / self.unit(arm, seed),
-            generator,
-            load_judge(SANDBOX),
+            None if arm == BASE else self.folder / self.unit(arm, seed),
             sandbox_prompts(self.experiment.eval_prompts, seed=PROMPT_DRAW),
-            seeds=range(NOISE_SEED, NOISE_SEED + self.experiment.eval_seeds),
+            seeds=range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.experiment.eval_seeds),
             name=arm,
             training_seed=None if arm == BASE else seed,
         )
 
     def measure_memory(self, arm: str) -> None:
         """Bytes that tensors take at the peak of a few steps: the weights, and what training allocates on top."""
-        from torch.profiler import ProfilerActivity, profile
-
         path = self.folder / "memory" / f"{self.unit(arm, 0)}.json"
         if path.is_file():
             return
         # In a folder of its own: a trainer empties its folder of what an earlier one has left.
         trainer = self.trainer(arm, 0, max_steps=3, output_dir=str(path.with_suffix("")))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
-        gc.collect()  # what is freed later must not count as freed by training
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            trainer.train()
         path.parent.mkdir(parents=True, exist_ok=True)
-        trace = path.with_suffix(".trace")
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-        trace.unlink()
-        events.sort(key=lambda event: event["ts"])
         content = {
             "weights": 2 * weights if arm == COPIED else weights,  # with the copied reference
-            "training": max(itertools.accumulate(event["args"]["Bytes"] for event in events)),
+            "training": peak_of_tensors(trainer),
             "trained": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
         }
         write_atomically(path, json.dumps(content))

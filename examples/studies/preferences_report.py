@@ -58,6 +58,7 @@ class Unit:
     cpu_seconds: float
     win_gaps: list[float]
     log: list[dict[str, Any]]
+    rows: int
 
     def values(self, metric: str) -> list[float]:
         if metric == "lawful":
@@ -94,6 +95,8 @@ class Report:
             parts += [self.curves(page.with_name("reg_dpo_curves.png")), self.end_of_training(), self.claims()]
         if self.name == "phygdpo":
             parts.append(self.costs())
+        if self.name == "losers":
+            parts.append(self.mechanism())
         before, rest = text.split(MARKS[0])
         block = "\n\n".join([MARKS[0], *filter(None, parts), MARKS[1]])
         write_atomically(page, before + block + rest.split(MARKS[1])[1])
@@ -111,14 +114,14 @@ class Report:
         if not path.is_file():
             modes = [find_mode(read_video(row["video"]), row["prompt"]).name for row in rows]
             write_atomically(path, json.dumps(modes))
-        result = {"cpu_seconds": 0.0, "win_gaps": [], "log_history": []}
+        result: dict[str, Any] = {"cpu_seconds": 0.0, "win_gaps": [], "log_history": []}
         if arm != BASE:
             result = read_json(self.runner.folder / self.runner.unit(arm, seed) / RESULT)
         columns = {name: [row[name] for row in rows] for name in ("pc", "sa")}
         prompts = [row["prompt"] for row in rows]
         log = result["log_history"]
         return Unit(**columns, modes=read_json(path), prompts=prompts, cpu_seconds=result["cpu_seconds"],
-                    win_gaps=result["win_gaps"], log=log)  # fmt: skip
+                    win_gaps=result["win_gaps"], log=log, rows=result.get("rows", 0))  # fmt: skip
 
     def setting(self) -> str:
         values = read_json(self.runner.folder / "studies.json")
@@ -248,6 +251,23 @@ class Report:
         panel.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=110)
         return f"![pc over the base model, of every arm]({path.name})"
+
+    def mechanism(self) -> str:
+        """What the two errors did, and how often losers were held back."""
+        names = ("win_gap", "lose_gap", "rewards/accuracies", "safeguard/held_back", "safeguard/scale")
+        rows = [["arm", "rows", "held-out win_gap", *(f"`{name}`" for name in names)]]
+        for arm in self.study.arms:
+            units = list(self.units[arm].values())
+            if not units or ARMS[arm].method == "sft":
+                continue
+            cells = []
+            for name in names:
+                logged = [unit for unit in units if any(name in entry for entry in unit.log)]
+                cells.append(f"{mean([unit.at_end(name) for unit in logged]):.3g}" if logged else "")
+            seen = {unit.rows for unit in units}
+            rows.append([arm, ", ".join(map(str, sorted(seen))), self._win_gap(units), *cells])
+        note = f"On training rows: mean of the last {LAST_ENTRIES} log entries and of the seeds. Rows: those compared."
+        return f"### What the errors did\n\n{markdown_table(rows)}\n\n{note}"
 
     # ---- Reg-DPO ----
 

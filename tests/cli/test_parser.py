@@ -5,13 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import DOCS, ROOT
+from tests.support.toml import tomllib
 from video_trl import __version__
 from video_trl.cli import VERBS, _is_expected, main
 from video_trl.cli.parser import UsageError, parse
@@ -81,7 +81,8 @@ def test_every_verb_has_examples():
         (["eval", "--config=typo.yaml"], 2, "typo.yaml: there is no option 'jugde' (did you mean 'judge'?)"),
         (["eval", "--config", "list.yaml"], 2, "list.yaml: expected options as 'name: value'"),
         (["eval", "--config", "torn.yaml"], 2, "torn.yaml is not YAML"),
-        (["eval", "--benchmark", "vidophy"], 1, "Unknown benchmark 'vidophy'"),
+        (["eval", "--benchmark", "vidophy"], 2, "unknown benchmark 'vidophy' (did you mean 'videophy'?)"),
+        (["eval", "--benchmark", "vbnch"], 2, "(did you mean 'vbench'?); expected one of custom, videophy, videophy2"),
         (["eval", "--judge_options", "{"], 2, "--judge_options must be JSON"),
         (["eval", "--judge_options", "[1]"], 2, "--judge_options must be a mapping"),
         (["eval", "--judge_options", '{"color": 1}', "--judge", "qwen-vl:x/y"], 2, "--judge_options"),
@@ -113,7 +114,7 @@ def test_every_verb_has_examples():
         (["curate", "gtpairs"], 2, "no recipe 'gtpairs' (did you mean 'gt-pairs'?)"),
         (["curate", "gt-pairs"], 2, "--sources is needed"),
         (["curate", "phyaug", "--actions", "sandbox"], 2, "--sources is needed"),
-        (["curate", "phyaug", "--sources", "clips"], 1, "`actions` is needed"),
+        (["curate", "phyaug", "--sources", "clips", "--actions", ""], 1, "`actions` is needed"),
     ],
 )
 def test_errors_are_one_line_with_the_right_code(argv, code, message, capsys, tmp_path, monkeypatch):

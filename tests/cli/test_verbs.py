@@ -209,11 +209,16 @@ def test_vote_counts_and_exports(runs, here, capsys):
     assert main(["vote", *runs, "--results"]) == 0
     assert "0/0/4" in capsys.readouterr().out
     assert main(["vote", *runs, "--export", "votes.parquet"]) == 0
-    (here / "votes.csv").write_text("an older table")
+    assert main(["vote", *runs, "--export", "votes.csv"]) == 0
+    before = (here / "votes.csv").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.Dataset.to_csv", half_of_a_table)
         assert main(["vote", *runs, "--export", "votes.csv"]) == 1
-    assert (here / "votes.csv").read_text() == "an older table"
+    assert (here / "votes.csv").read_bytes() == before and main(["vote", *runs, "--export", "votes.csv"]) == 0
+    for name in ("mine.csv", "mine.parquet"):
+        (here / name).write_text("years of work\n")
+        assert main(["vote", *runs, "--export", name]) != 0
+        assert (here / name).read_text() == "years of work\n"
     table = datasets.Dataset.from_parquet("votes.parquet")
     assert len(table) == 8 and set(table["choice"]) == {"right", "same"}
     assert main(["vote", *reversed(runs), "--results"]) == 1

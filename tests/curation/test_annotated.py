@@ -3,10 +3,12 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from video_trl.curation import annotated_pairs, read_votes
-from video_trl.curation.annotated import DIMENSIONS
+from video_trl.curation.annotated import DIMENSIONS, write_pairs_to_mark
 from video_trl.data import check_columns
 
 
@@ -98,6 +100,19 @@ def test_a_pair_is_two_videos():
     _, manifest = annotated_pairs(three)
     assert manifest["dropped_by"].to_pylist() == ["not_two_videos"] and manifest["value"].to_pylist() == [3]
     assert len(annotated_pairs([])[0]) == 0
+    _, manifest = annotated_pairs(three[:1])
+    assert manifest["dropped_by"].to_pylist() == ["not_two_videos"] and manifest["prompt"].to_pylist() == ["of x"]
+
+
+def test_pairs_to_mark_are_written_into_the_folder_of_a_run(tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a finished run of GT-Pair"):
+        write_pairs_to_mark(tmp_path)
+    run = {"content": ["c"] * 4, "prompt": ["p"] * 4, "rejected": ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]}
+    run["dropped_by"] = [None, None, None, "damaged"]
+    pq.write_table(pa.table(run), tmp_path / "generations.parquet")
+    rows = [json.loads(line) for line in write_pairs_to_mark(tmp_path).read_text().splitlines()]
+    assert len(rows) == 3 and {row["prompt"] for row in rows} == {"p"}
+    assert (rows[0]["video_a"], rows[0]["video_b"]) == (str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -167,4 +182,6 @@ def test_the_training_set_is_filled_up_with_smaller_differences_to_a_number():
     for seed in range(8):
         pairs, _ = annotated_pairs(votes, min_positive=None, fill_to=3, seed=seed)
         drawn.add(tuple(json.loads(row["provenance"])["source_id"] for row in pairs))
+    default, first = (annotated_pairs(votes, min_positive=None, fill_to=3, **seed)[0] for seed in ({}, {"seed": 0}))
+    assert default["provenance"] == first["provenance"]
     assert len(drawn) > 1 and all(ids[:2] == ("p0", "p1") for ids in drawn)

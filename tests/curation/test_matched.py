@@ -41,6 +41,13 @@ def test_a_region_moves_and_is_never_empty():
     assert moving_region((2, 1, 1), torch.Generator().manual_seed(0)).all()  # as small as it gets
 
 
+def test_a_region_is_the_same_shape_on_every_grid():
+    """The middle one of 5 x 5 fine cells lies where the coarse cell does."""
+    for seed in range(5):
+        coarse, fine = (moving_region((3, 8 * n, 12 * n), torch.Generator().manual_seed(seed)) for n in (1, 5))
+        assert torch.equal(fine[:, 2::5, 2::5], coarse) and coarse.sum() > 9
+
+
 @pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])
 def test_outside_of_a_region_nothing_changes(pipeline):
     maker = _Maker(pipeline(), MatchedLosers("repaint", **HOW))

@@ -137,7 +137,7 @@ def test_scores_outside_the_unit_interval(kind, name, bad):
     rows = raw_rows()
     rows[1]["rejected_scores"] = [{"sa": 0.5, "pc": 0.5}, {"sa": 0.5, "pc": 0.5, name: bad}]
     with pytest.raises(ValueError, match=rf"Row 1: '{name}' of rejected\[1\] is .*, expected a number in \[0, 1\]"):
-        check_columns(kind(rows), "group")
+        check_columns(kind(rows), "group", physics_rewarding=math.isnan(bad))
 
 
 def test_limits_of_the_unit_interval_are_scores(kind):
@@ -146,11 +146,20 @@ def test_limits_of_the_unit_interval_are_scores(kind):
     check_columns(kind(rows), "group", physics_rewarding=True)
 
 
-def test_missing_score_of_one_video(kind):
+@pytest.mark.parametrize("missing", [{"sa": 0.5, "pc": None}, {"sa": 0.5, "pc": math.nan}, None])
+def test_missing_score_of_one_video_stops_those_who_use_scores(kind, missing):
     rows = raw_rows()
-    rows[0]["rejected_scores"] = [{"sa": 0.5, "pc": None}, {"sa": 0.5, "pc": 0.5}]
-    with pytest.raises(ValueError, match=r"Row 0: 'pc' of rejected\[0\] is nan"):
-        check_columns(kind(rows), "group")
+    rows[0]["rejected_scores"] = [missing, {"sa": 0.5, "pc": 0.5}]
+    with pytest.raises(ValueError, match=r"Row 0: '(sa|pc)' of rejected\[0\] is nan.*set `physics_rewarding=False`"):
+        check_columns(kind(rows), "group", physics_rewarding=True)
+    check_columns(kind(rows), "group")
+
+
+def test_scores_on_another_scale_are_told_to_all():
+    rows = raw_rows()
+    rows[1]["rejected_scores"] = [{"sa": 3, "pc": 4}] * 2
+    with pytest.raises(ValueError, match=r"Rescale .*This run does not use them: `dataset.remove_columns"):
+        check_columns(rows, "group")
 
 
 def test_wrong_number_of_scores(kind):

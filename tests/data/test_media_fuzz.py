@@ -12,15 +12,17 @@ from tests.support.data.media_fuzz import MUTATIONS, damaged, seed_files
 from tests.support.paths import ROOT
 
 
-# Seconds for a file of a few kilobytes that is read three times, on a machine that does other things as well.
+# Seconds of the processor for a file of a few kilobytes that is read three times.
 LONGEST = 20
+# Seconds of the clock for all files of a test: a hang, on a machine that does other things as well.
+HANG = 1500
 # Of the process; torch and the codecs are about 500 MB of it.
 MOST_MEGABYTES = 1500
 
 
-def run(folder, first, last, timeout):
+def run(folder, first, last):
     command = [sys.executable, "-m", "tests.support.data.media_fuzz", str(folder), str(first), str(last)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"ended with {done.returncode} after {rows[-1:]}: {done.stderr[-2000:]}"
     return rows
@@ -34,9 +36,10 @@ def check(rows, count):
     assert fates[True] > 0.02 * count and fates[False] > 0.3 * count  # neither all refused nor all let through
 
 
+@pytest.mark.timeout(HANG + 100)
 def test_every_kind_of_damage_in_every_container(tmp_path):
     count = len(CONTAINERS) * len(MUTATIONS)
-    rows = run(tmp_path, 0, count, 200)
+    rows = run(tmp_path, 0, count)
     assert len({(row["of"], row["mutation"]) for row in rows}) == count
     check(rows, count)
 
@@ -47,7 +50,8 @@ def test_damage_is_the_same_every_time(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.timeout(HANG + 100)
+@pytest.mark.parametrize("part", range(25))
 def test_thousands_of_damaged_files(tmp_path, part):
-    check(run(tmp_path, 1000 + 500 * part, 1500 + 500 * part, 3000), 500)
+    """In pieces of about a minute."""
+    check(run(tmp_path, 1000 + 100 * part, 1100 + 100 * part), 100)

@@ -129,20 +129,57 @@ def test_an_edit_list_shows_what_it_says(tmp_path, start):
     assert (info.num_frames, info.fps) == (36, 30.0) and info.duration == pytest.approx(1.2)
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg command")
-@pytest.mark.parametrize(
-    "options", [["bframes=3"], ["open-gop=1:keyint=20:min-keyint=20"], ["intra-refresh=1:keyint=30"]]
-)
-def test_clips_that_ffmpeg_cuts_without_encoding_are_read_as_ffmpeg_reads_them(tmp_path, options):
-    whole = write_media(tmp_path / "whole.mp4", numbered_frames(90), options={"bf": "3", "x264-params": options[0]})
-    command = ["ffmpeg", "-v", "error", "-ss", "1.07", "-i", str(whole), "-c", "copy", str(tmp_path / "cut.mp4")]
+# Codec, options of x264, container, seconds. Without an edit list, a cut begins with pictures that miss references.
+CUTS = [
+    ("libx264", "bframes=3", "mp4", 1.07),
+    ("libx264", "intra-refresh=1:keyint=30", "mp4", 1.07),
+    ("libx264", "intra-refresh=1:keyint=30", "mkv", 1.07),
+    *[("libx264", "open-gop=1:keyint=20:min-keyint=20", suffix, 1.07) for suffix in ("mp4", "mkv", "avi")],
+    ("libx264", "open-gop=1:keyint=22:min-keyint=22:b-pyramid=normal:ref=5:bframes=4", "mkv", 1.5),
+    ("mpeg2video", None, "ts", 1.07),
+    ("mpeg4", None, "mkv", 1.07),
+    ("mpeg4", None, "avi", 1.07),
+]
+
+
+def cut_without_encoding(folder, codec, options, suffix, seconds, video):
+    """The end of a clip of 90 frames, and the numbers that FFmpeg shows of it."""
+    encoder = {"bf": "3", "x264-params": options} if options else {"bf": "2", "g": "15"}
+    whole = write_media(folder / "whole.mp4", video, codec=codec, options=encoder)
+    cut = folder / f"cut.{suffix}"
+    command = ["ffmpeg", "-v", "error", "-ss", str(seconds), "-i", str(whole), "-c", "copy", str(cut)]
     subprocess.run(command, check=True)
-    command = ["ffmpeg", "-v", "fatal", "-i", str(tmp_path / "cut.mp4"), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = ["ffmpeg", "-v", "fatal", "-i", str(cut), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = subprocess.run(command, check=True, capture_output=True).stdout
-    expected = frame_numbers(np.frombuffer(raw, dtype=np.uint8).reshape(-1, HEIGHT, WIDTH, 3))
-    assert len(expected) > 30
-    assert frame_numbers(read_video(tmp_path / "cut.mp4")) == expected
-    assert probe_video(tmp_path / "cut.mp4").num_frames == len(expected)
+    return cut, frame_numbers(np.frombuffer(raw, dtype=np.uint8).reshape(-1, HEIGHT, WIDTH, 3))
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg command")
+@pytest.mark.parametrize(("codec", "options", "suffix", "seconds"), CUTS)
+def test_clips_that_ffmpeg_cuts_without_encoding_are_read_as_ffmpeg_reads_them(
+    tmp_path, codec, options, suffix, seconds
+):
+    cut, expected = cut_without_encoding(tmp_path, codec, options, suffix, seconds, numbered_frames(90))
+    assert 30 < len(expected) < 90
+    assert frame_numbers(read_video(cut)) == frame_numbers(read_video(cut, fps=30)) == expected
+    info = probe_video(cut)
+    assert (info.num_frames, info.fps) == (len(expected), pytest.approx(30))
+    assert measure_clip(cut)["decoded_frames"] == len(expected)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg command")
+def test_damage_is_found_in_a_clip_that_begins_in_the_middle_of_another(tmp_path):
+    """Not all of it shows, here as little as elsewhere: other bits are mostly another picture."""
+    options = "open-gop=1:keyint=20:min-keyint=20"
+    cut, _ = cut_without_encoding(tmp_path, "libx264", options, "mkv", 1.07, numbered_frames(90))
+    whole, rng, kinds = cut.read_bytes(), np.random.default_rng(0), []
+    for place in rng.integers(len(whole) // 4, len(whole) - 40, 20):
+        cut.write_bytes(whole[:place] + rng.bytes(20) + whole[place + 20 :])
+        try:
+            read_video(cut)
+        except VideoDecodeError as error:
+            kinds.append(error.kind)
+    assert kinds.count("damaged") > 8
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg command")

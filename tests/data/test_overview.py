@@ -84,3 +84,7 @@ def test_what_nobody_takes_ends_with_an_error_code(pairs, capsys):
 def test_a_contact_sheet_of_the_first_rows(pairs, tmp_path):
     write_contact_sheet(_rows(pairs), tmp_path / "sheet.html", rows=1)
     assert (tmp_path / "sheet.html").read_text().count("<figure>") == 2
+    write_contact_sheet(_rows(pairs), tmp_path / "sheet.html", rows=1)
+    (tmp_path / "mine.html").write_text("years of work")
+    with pytest.raises(ValueError, match=r"mine\.html is no page of video_trl and stays"):
+        write_contact_sheet(_rows(pairs), tmp_path / "mine.html")

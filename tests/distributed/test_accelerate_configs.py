@@ -73,6 +73,7 @@ def test_the_multi_node_script_starts_accelerate_on_every_machine(tmp_path):
     given = dict(zip(output[1::2], output[2::2], strict=False))
     assert output[0] == "launch" and Path(given["--config_file"]) == FOLDER / "ddp.yaml"
     assert given["--num_processes"] == "32" and given["--machine_rank"] == "2" and given["--rdzv_backend"] == "c10d"
+    assert given["--max_restarts"] == "0"
     assert output[-4:-1] == ["examples/train_dpo.py", "--beta", "10"]
     missing = subprocess.run(script, env=environment | {"HEAD": ""}, capture_output=True, text=True)
     assert missing.returncode and "address of the first machine" in missing.stderr

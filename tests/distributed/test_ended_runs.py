@@ -21,10 +21,11 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def start(directory: Path) -> subprocess.Popen:
-    """The launcher ignores SIGUSR1, as in examples/accelerate_configs/multi_node.sbatch."""
-    command = f'trap "" USR1; exec {TORCHRUN} {ending_worker.__file__} {directory}'
+def start(directory: Path, *options: str) -> subprocess.Popen:
+    """The launcher ignores SIGUSR1, and shares no store, as in examples/accelerate_configs/multi_node.*."""
+    command = f'trap "" USR1; exec {TORCHRUN} {" ".join(options)} {ending_worker.__file__} {directory}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -84,4 +85,23 @@ def test_a_worker_that_dies_takes_the_launch_down_and_the_next_one_goes_on(tmp_p
     psutil.Process(process.pid).children()[-1].kill()
     assert process.wait(timeout=120) == 1
     assert checkpoints(tmp_path) == {"checkpoint-3"}
+    assert finish(tmp_path) == straight
+
+
+def test_an_elastic_launch_starts_its_processes_again_and_they_go_on(tmp_path, straight):
+    process = start(tmp_path, "--max_restarts=1")
+    wait_for(tmp_path / "checkpoint-3", process)
+    psutil.Process(process.pid).children()[-1].kill()
+    errors = process.communicate(timeout=400)[1]
+    assert process.returncode == 0 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in errors, errors[-3000:]
+    assert file_checksum(tmp_path / LORA) == straight and not list(tmp_path.glob("_partial-*"))
+
+
+def test_an_elastic_launch_told_to_end_saves_and_restarts_nothing(tmp_path, straight):
+    process = start(tmp_path, "--max_restarts=1")
+    wait_for(tmp_path / "step-1-1", process)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "whose checkpoint is saved" in errors
+    assert len(checkpoints(tmp_path)) == 1
     assert finish(tmp_path) == straight

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support import rounding
 from tests.support.cells import CELLS
 from tests.support.distributed.engine_runs import precision, run
-from tests.support.distributed.launch import launch
+from tests.support.distributed.launch import launch, launch_forked
 from tests.support.trainer.runs import SMOOTH_ADAM
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
 
@@ -27,6 +27,7 @@ QUICK = [
     "concat+rows+fsdp2",
     "concat+sequential+fsdp2",
     "concat+tokens+ddp",
+    "concat+singles+ddp",
     "cogvideox-t2v-full+tokens+ddp",
     "checkpointed+ring+ddp",
     "group+videos-sequential+fsdp2",
@@ -46,6 +47,7 @@ SLOW = [
     "adamw+rows+fsdp2+adamw+rows+ddp",
     "adamw+rows+ddp+adamw+rows+fsdp2",
     "concat+videos+ddp",
+    "checkpointed+singles+ddp",
     "concat+videos-sequential+ddp",
     "concat+tokens-sequential+ddp",
     "checkpointed+tokens+fsdp2",
@@ -145,7 +147,7 @@ def alone(task: str, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("quick")
-    launch("engine_runs.py", directory, *QUICK)
+    launch_forked("engine_runs.py", directory, *QUICK)
     return directory
 
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.support import rounding
-from tests.support.distributed.launch import launch
+from tests.support.distributed.launch import launch_forked
 from tests.support.rounding import assert_close_weights
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.heads import head_trainer
@@ -36,7 +36,7 @@ def two_processes(tmp_path_factory) -> Path:
     """Folder with what two processes have written; `alone` in it is a checkpoint of one process to resume from."""
     directory = tmp_path_factory.mktemp("two")
     alone(directory / "alone", save_strategy="steps", save_steps=3)
-    launch("worker.py", directory)
+    launch_forked("worker.py", directory)
     return directory
 
 

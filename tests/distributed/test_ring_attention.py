@@ -16,7 +16,7 @@ import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from tests.support import rounding
-from tests.support.distributed.launch import launch
+from tests.support.distributed.launch import launch_forked
 from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_transformer
 from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOConfig
@@ -33,7 +33,7 @@ stock = pytest.mark.skipif(diffusers.__version__.split(".")[:2] != ["0", "42"], 
 @functools.cache
 def results(processes: int) -> dict[str, Any]:
     file = Path(tempfile.mkdtemp()) / "ring.json"
-    launch("ring_worker.py", file, processes, processes=1)
+    launch_forked("ring_worker.py", file, processes, processes=1)
     return json.loads(file.read_text())
 
 

@@ -3,12 +3,12 @@
 import json
 import re
 import sys
-import tomllib
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.support.paths import DOCS
+from tests.support.toml import tomllib
 from video_trl.cli import main
 from video_trl.hub import LORA_FILE_NAME
 from video_trl.methods import ENTRY_POINTS, known_methods

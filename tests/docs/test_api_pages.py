@@ -15,7 +15,7 @@ def package():
 
 
 def test_help_texts_of_options_become_their_docstrings(package):
-    beta = package["trainer.dpo_config.VideoDPOConfig.beta"]
+    beta = package["trainer.reg_dpo_config.VideoRegDPOConfig.beta"]
     assert "pull" in beta.docstring.value.lower() and str(beta.value) == "500.0"
     default = package["trainer.base_config.VideoConfig.cache_dir"]
     assert "encoded data" in default.docstring.value and str(default.value) == "None"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.evaluation.runs import damage
 from tests.support.tiny import tiny_wan_pipeline
 from video_trl.cli import main
 from video_trl.data.video_io import write_video
@@ -135,7 +136,31 @@ def test_the_command_says_what_it_found(tmp_path, monkeypatch, capsys):
     assert main(["data", "doctor"]) == 2
 
 
+class Absent:
+    """A server's judge, which has no answer for some."""
+
+    name = identity = "absent"
+
+    def score(self, videos, prompts):
+        answers = {"A ball.": {"sa": 0.5, "pc": 0.5}}
+        return [answers.get(prompt, {"sa": None, "pc": None, "error": "the server was away"}) for prompt in prompts]
+
+
 def test_one_row_is_too_few():
     with pytest.raises(ValueError, match="at least two rows"):
         diagnose(dataset(blur, 1))
     assert style_of(np.zeros((1, 2, 2, 3), dtype=np.uint8))["sharpness"] == 0.0
+
+
+def test_a_row_that_cannot_be_looked_at_is_named_and_left_out(tmp_path):
+    damage(tmp_path / "bad.mp4")
+    rows = dataset(lambda video: video, count=4)
+    rows[1]["rejected"] = [str(tmp_path / "bad.mp4")]
+    rows[2]["prompt"] = "No ball that the judge knows."
+    found = diagnose([*rows, rows[3]], judge=Absent())
+    assert found.rows == 4 and any("row 1 is left out" in problem for problem in found.problems)
+    assert any("row 2 has no scores of the judge: the server was away" in problem for problem in found.problems)
+    with pytest.raises(
+        ValueError, match=r"Fewer than two rows can be looked at.*row 1 is left out.*bad\.mp4: damaged"
+    ):
+        diagnose(rows[:2])

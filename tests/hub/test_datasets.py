@@ -12,6 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset, Video, load_dataset
 
+from tests.support.evaluation.runs import damage
 from tests.support.hub_server import TOKEN, USER, serving, use
 from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_mp4
 from tests.support.trainer.runs import config, trainer
@@ -186,6 +187,17 @@ def test_a_folder_that_holds_more_than_an_export_is_not_written_into(pairs, tmp_
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_card_that_was_edited_is_not_lost(pairs, tmp_path):
+    folder = hub.export_dataset(pairs.select([0]), tmp_path / "out", name="x")
+    hub.export_dataset(pairs.select([0, 1]), folder, name="x")
+    (folder / "README.md").write_text("years of work")
+    with pytest.raises(ValueError, match=r"README\.md was edited"):
+        hub.export_dataset(pairs, folder, name="x")
+    assert (folder / "README.md").read_text() == "years of work"
+    with pytest.raises(ValueError, match="is a file, and an export is a folder"):
+        hub.export_dataset(pairs, folder / "README.md", name="x")
+
+
 def test_a_failed_upload_leaves_the_files_and_says_so(server, pairs, tmp_path):
     server.fail("*/commit/main", 403)
     with pytest.raises(hub.HubUploadError, match="403.*The files are in .*export. Call `push_dataset` again"):
@@ -223,6 +235,15 @@ def test_only_videos_that_can_be_read_are_embedded(pairs, tmp_path, content):
     (tmp_path / "passwd.mp4").write_bytes(content)
     with pytest.raises(ValueError, match=r"Row 1: .*passwd\.mp4.*no readable video"):
         hub.export_dataset(_with(pairs, chosen=str(tmp_path / "passwd.mp4")), tmp_path / "out", name="a/b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_is_damaged_behind_its_first_frame_and_a_pipe_are_not_embedded(pairs, tmp_path):
+    damage(tmp_path / "bad.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name, words in (("bad.mp4", "no readable video"), ("pipe.mp4", "a pipe or a device")):
+        with pytest.raises(ValueError, match=rf"Row 1: .*{name}.*{words}"):
+            hub.export_dataset(_with(pairs, chosen=str(tmp_path / name)), tmp_path / "out", name="a/b")
     assert not (tmp_path / "out").exists()
 
 

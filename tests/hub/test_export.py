@@ -141,3 +141,17 @@ def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"lora_te_layers_0_q_proj.lora_down.weight": torch.zeros(1)}, tmp_path / "b")
     with pytest.raises(ValueError, match="expected LoRA matrices of layers.*lora_te_layers_0"):
         hub.import_lora(tmp_path / "b", tmp_path / "back")
+
+
+def test_a_file_of_others_is_not_replaced(tmp_path):
+    _, file = adapter("wan-t2v", tmp_path / "ours")
+    hub.export_lora(file, hub.export_lora(file, tmp_path / "theirs.safetensors"))  # its own is
+    mine = tmp_path / "mine" / hub.LORA_FILE_NAME
+    mine.parent.mkdir()
+    safetensors.torch.save_file({"a": torch.ones(1)}, mine)
+    before = mine.read_bytes()
+    with pytest.raises(ValueError, match="was not written by video_trl and stays"):
+        hub.export_lora(file, mine)
+    with pytest.raises(ValueError, match="was not written by video_trl and stays"):
+        hub.import_lora(tmp_path / "theirs.safetensors", mine.parent)
+    assert mine.read_bytes() == before

@@ -1,5 +1,6 @@
 import ast
 import copy
+import json
 import multiprocessing
 import re
 import resource
@@ -231,6 +232,13 @@ def test_snippet_of_the_card_runs_as_it_stands(tmp_path, monkeypatch):
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 32, 16)
 
 
+def test_push_to_an_impossible_id_promises_no_later_upload(tmp_path):
+    (tmp_path / hub.LORA_FILE_NAME).touch()
+    for push in (hub.push, hub.push_dataset):
+        with pytest.raises(ValueError, match="Repo id must"):
+            push(tmp_path, "a/b/c")
+
+
 def test_push_of_a_folder_without_adapter_sends_nothing(tmp_path):
     (tmp_path / "README.md").write_text("# nothing here")
     with pytest.raises(ValueError, match="Nothing to push: .* has no pytorch_lora_weights.safetensors"):
@@ -267,3 +275,39 @@ def test_the_snippet_loads_by_the_transformer_where_a_pipeline_has_no_lora_loade
     facts = {"repo_id": "me/adapter", "method": "DPO", "method_name": "dpo", "prompt": "a ball", "fps": 24.0}
     card = model_card(base_model="x/y", pipeline_class="HunyuanVideo15Pipeline", **facts)
     assert "pipeline.transformer.load_lora_adapter('me/adapter', weight_name=" in str(card)
+
+
+METADATA = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.target_modules": ["attn1.to_q"]}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ([1], "is no JSON object"),
+        (METADATA | {"transformer.r": "4"}, "positive whole ranks"),
+        (METADATA | {"transformer.r": 0}, "positive whole ranks"),
+        (METADATA | {"transformer.lora_alpha": None}, "alphas that are numbers"),
+        (METADATA | {"transformer.rank_pattern": [1]}, "expected `rank_pattern` to be an object"),
+        (METADATA | {"transformer.rank_pattern": {"attn2": 1e9}}, "positive whole ranks"),
+        (METADATA | {"transformer.r": 10**9}, "has rank 1000000000, and no tensor in it is that wide"),
+        (METADATA | {"transformer.new": 1}, r"options \['new'\] that this version"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_damaged_metadata_name_the_file(tmp_path, metadata, message):
+    tensors = {"transformer.a.lora_A.weight": torch.ones(4, 8), "transformer.a.lora_B.weight": torch.ones(8, 4)}
+    header = {"lora_adapter_metadata": metadata if isinstance(metadata, str) else json.dumps(metadata)}
+    safetensors.torch.save_file(tensors, path := tmp_path / hub.LORA_FILE_NAME, header)
+    with pytest.raises(ValueError, match=rf"{hub.LORA_FILE_NAME}.*{message}"):
+        hub.load_lora_state(path)
+
+
+def test_a_flipped_bit_in_the_metadata_is_found(tmp_path):
+    path = hub.save_lora(with_adapter(lora_alpha=32).transformer, tmp_path)
+    content = path.read_bytes()
+    assert content.count(rb"lora_alpha\": 32") == 1
+    path.write_bytes(content.replace(rb"lora_alpha\": 32", rb"lora_alpha\": 72"))
+    with pytest.raises(ValueError, match="is damaged: its content is not that of its checksum"):
+        hub.load_lora_state(tmp_path)

@@ -18,6 +18,7 @@ from tests.support.tiny import tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import write_video
 from video_trl.files import partial_path
+from video_trl.hub import upload
 from video_trl.hub.upload import inherited_license
 
 
@@ -239,3 +240,14 @@ def test_two_processes_with_caches_of_their_own_share_an_adapter_and_a_dataset(s
         assert run.returncode == 0, run.stderr[-3000:]
         assert TOKEN not in run.stdout + run.stderr
     assert set(server.model("adapter").files) == EXPECTED
+
+
+@pytest.mark.parametrize("pattern", ["POST */repos/create", "*/preupload/*", "*/commit/main"])
+def test_a_hub_that_never_ends_an_answer_is_given_up(server, clock, adapter, monkeypatch, pattern):
+    monkeypatch.setattr(upload, "_SECONDS", 0.5)
+    monkeypatch.setattr(upload, "_BYTES_PER_SECOND", 10**9)
+    server.fail(pattern, -1)
+    with pytest.raises(
+        hub.HubUploadError, match=r"cannot be reached \(TimeoutError: no answer within .*push .* uploads it later"
+    ):
+        hub.push(adapter, REPOSITORY)

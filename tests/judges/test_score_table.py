@@ -3,9 +3,11 @@
 import csv
 import importlib.util
 import json
+import shutil
 
 import pytest
 
+from tests.support.evaluation.runs import damage
 from tests.support.judges.server import GOOD, Step, serving
 from tests.support.paths import EXAMPLES
 from video_trl.judges.precomputed import read_table
@@ -128,6 +130,16 @@ def test_scores_are_kept_as_they_come_and_only_the_missing_are_asked_for(demo, t
     other = Counting()
     other.identity = "counting:v2"
     assert len(score_table(table, output, other)) == 8 == len(other.asked)
+
+
+def test_a_damaged_video_costs_its_own_score(demo, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(demo / "clips", folder)
+    rows = read_table(folder / "prompts.csv")
+    damage(folder / rows[1]["video"])
+    scores = score_table(folder / "prompts.csv", tmp_path / "scores.csv", load_judge("sandbox"), batch_size=4)
+    assert [number for number, score in enumerate(scores) if score["sa"] is None] == [1]
+    assert "damaged" in scores[1]["details"]
 
 
 def test_a_file_that_is_no_table_of_scores_is_not_overwritten(demo, tmp_path):

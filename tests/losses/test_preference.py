@@ -13,6 +13,7 @@ from video_trl.losses import (
     group_dpo_loss,
     group_dpo_sampled_bound,
     implicit_reward,
+    mapo_loss,
     physics_weights,
     velocity_error,
 )
@@ -374,3 +375,24 @@ def test_sampled_bound_rejects_weights_that_would_broadcast(shape):
 def test_sampled_bound_rejects_an_empty_group():
     with pytest.raises(ValueError, match="num_rejected"):
         group_dpo_sampled_bound(*torch.zeros(4, B), num_rejected=0)
+
+
+def test_mapo_loss_is_the_written_out_formula_with_its_gradient():
+    chosen = torch.tensor([0.2, 1.3, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.25, 1.2, 0.9, 0.3], dtype=torch.float64, requires_grad=True)
+    losses, ours, theirs = mapo_loss(chosen, rejected, beta=0.1)
+    for number, (e_w, e_l) in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True)):
+        phi = [1.0 if error == 0 else (error / 2) / (math.exp(error / 2) - 1) for error in (e_w, e_l)]
+        margin = 1000 * (phi[0] - phi[1])
+        assert (ours - theirs)[number].item() == pytest.approx(margin, rel=1e-5, abs=1e-12)
+        assert losses[number].item() == pytest.approx(e_w + 0.1 * softplus(-margin), rel=1e-5)
+    losses.sum().backward()
+    assert (chosen.grad >= 1).all() and (rejected.grad <= 0).all()  # fine-tuning, and a push on top of it
+    assert chosen.grad[2].item() == pytest.approx(1 + 0.1 * 0.5 * 1000 * 0.5 * 0.4251, rel=1e-3)  # phi'(0.9 / 2)
+
+
+def test_mapo_loss_refuses_what_would_broadcast_and_what_is_rounded():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        mapo_loss(torch.ones(3), torch.ones(3, 1), beta=0.1)
+    with pytest.raises(ValueError, match="must be float32 or float64"):
+        mapo_loss(torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16), beta=0.1)

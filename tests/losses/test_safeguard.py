@@ -124,7 +124,8 @@ def test_losses_of_the_margin_and_their_ratios(loss_type, smoothing, formula, fi
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "robust"}, "`loss_type` must be one of 'sigmoid', 'hinge', 'ipo', got 'robust'"),
+        ({"loss_type": "robust"}, "`loss_type` must be one of 'sigmoid', 'hinge', 'ipo', 'mapo', got 'robust'"),
+        ({"loss_type": "mapo"}, "call `mapo_loss`"),
         ({"label_smoothing": 0.5}, r"`label_smoothing` must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "belongs to `loss_type='sigmoid'`"),
     ],

@@ -6,11 +6,14 @@ It keeps what it was sent in memory, knows one token, and can be told to fail.
 """
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +35,8 @@ class Failure:
     """
     What to answer instead, to requests whose "METHOD path" matches the pattern.
 
-    `status` 0 cuts the connection, after reading `read` bytes of the body. It happens `times` times, then no more.
+    `status` 0 cuts the connection, after reading `read` bytes of the body; with status -1 headers drip without end. It
+    happens `times` times, then no more.
     """
 
     pattern: str
@@ -136,6 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _fail(self, failure: Failure) -> None:
+        if failure.status < 0:
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                for number in itertools.count():
+                    self.wfile.write(f"X-{number}: 1\r\n".encode())
+                    time.sleep(0.05)
         if failure.status == 0:
             self.rfile.read(failure.read)
             self.close_connection = True

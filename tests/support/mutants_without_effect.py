@@ -3,6 +3,9 @@ Changes that no test can notice, by file: why, and the line (as `ast.unparse` wr
 """
 
 WITHOUT_EFFECT: dict[str, dict[str, tuple[str, ...]]] = {
+    "video_trl/curation/clips/measures.py": {
+        "a flash begins more than 15 levels away": ("sign = 1 if far[start] > 1 else -1",),
+    },
     "video_trl/curation/phyaug/sampling.py": {
         "only differences of difficulties count": ("difficulty = np.where(there, 2 - np.nan_to_num(score), 0.0)",),
         "a category that gets exactly what it has is full either way": ("over = ~full & (quotas >= available)",),

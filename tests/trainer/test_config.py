@@ -173,3 +173,21 @@ def test_a_file_sets_the_options_that_are_lists_or_words(tmp_path):
 )
 def test_a_weight_of_the_chosen_error_is_a_number_or_a_multiple_of_the_ratio(value, expected):
     assert as_sft_weight(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, True),
+        ({"MAX_RESTARTS": "0"}, False),
+        ({"USE_AGENT_STORE": "False"}, False),
+        ({"RESTART_COUNT": "1"}, False),
+    ],
+)
+def test_restarts_in_place_that_torch_does_not_survive_are_told(tmp_path, monkeypatch, caplog, changes, told):
+    launch = {"MAX_RESTARTS": "2", "USE_AGENT_STORE": "True", "RESTART_COUNT": "0"} | changes
+    monkeypatch.setenv("RANK", "0")
+    for name, value in launch.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    config(tmp_path)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == told

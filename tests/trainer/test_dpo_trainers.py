@@ -32,6 +32,7 @@ from tests.support.trainer.runs import (
     trained_weights,
 )
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
+from video_trl.trainer import CollapseMonitor
 from video_trl.trainer.base_config import VideoConfig
 from video_trl.trainer.step.passes import AdapterReference, ModuleReference
 
@@ -347,3 +348,53 @@ def test_the_page_names_every_option_and_every_metric(tmp_path, weight):
     general = {"epoch", "step", "grad_norm", "learning_rate"}
     metrics = {name for row in documented(page, "Logged metrics") for name in row[0]}
     assert set(made.state.log_history[0]) - general == metrics
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_mapo_asks_no_reference(tmp_path, use_peft):
+    """One pass of the policy over a pair a step, no copy of the model, no gaps."""
+    changes = {"loss_type": "mapo", "use_peft": use_peft, "learning_rate": 1e-2 if use_peft else 1e-3}
+    made = make(tmp_path, None, eval_dataset=tiny_encoded_group(3, seed=9), heldout_evaluations=0, **changes)
+    forwards: list[int] = []
+    handle = made.model.register_forward_hook(lambda *args: forwards.append(len(args[2][0])))
+    made.train()
+    handle.remove()
+    assert made.reference is None and made.args.beta == 0.1 and forwards == [4] * 3
+    first = made.state.log_history[0]
+    assert first["loss"] >= first["loss/sft"] > 0 and "win_gap" not in first
+    assert made.evaluate()["eval_loss/sft"] > 0
+    assert made.workload().reference == "none"
+    with pytest.raises(ValueError, match="reads the gaps"):
+        made.add_callback(CollapseMonitor())
+        made.train()
+
+
+def test_mapo_goes_through_both_step_modes_alike(tmp_path):
+    values = []
+    for mode in ("concat", "sequential"):
+        made = make(tmp_path, None, loss_type="mapo", step_mode=mode, model=double(tiny_wan_pipeline()))
+        disturb_adapter(made)
+        loss = made.compute_loss(made.model, first_batch(made, 0, 1))
+        loss.backward()
+        made.passes.backward()
+        values.append({name: weight.grad for name, weight in made.model.named_parameters() if weight.requires_grad})
+    rounding.assert_close_weights(values[1], values[0], rounding.DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"gap": "log_ratio"}, "has no reference, and so no gaps: expected `gap='raw'`"),
+        ({"win_gap_penalty": 1.0}, "expected `win_gap_penalty=0.0`, got 1.0"),
+        ({"precompute_ref_errors": 2}, "expected `precompute_ref_errors=None`"),
+        ({"label_smoothing": 0.1}, "belongs to `loss_type='sigmoid'`"),
+    ],
+)
+def test_mapo_refuses_options_of_gaps(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        VideoDPOConfig(str(tmp_path), use_cpu=True, loss_type="mapo", **changes)
+
+
+def test_mapo_takes_no_reference(tmp_path):
+    with pytest.raises(ValueError, match="has no reference; leave `ref_model` out"):
+        make(tmp_path, None, loss_type="mapo", ref_model=tiny_transformer())

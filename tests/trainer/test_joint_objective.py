@@ -7,11 +7,13 @@ import safetensors.torch
 import torch
 
 from tests.support import rounding
-from tests.support.tiny import tiny_encoded_group, tiny_group_dataset
+from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher, with_tokens
 from tests.support.trainer.runs import (
     assert_equal_weights,
     config,
+    disturb_adapter,
+    double,
     first_batch,
     losses,
     trained_weights,
@@ -29,9 +31,10 @@ def rows(n: int = 4) -> list[dict[str, Any]]:
     return with_tokens(tiny_encoded_group(n, latents_shape=SHAPE))
 
 
-def joint(directory, *, train_dataset=None, **changes: Any) -> Any:
+def joint(directory, *, train_dataset=None, model=None, **changes: Any) -> Any:
     options = {"repa_coeff": 0.7, "repa_options": OPTIONS, "beta": 50.0, "max_steps": 2}
-    return trainer(config(directory, **(options | changes)), train_dataset=train_dataset or rows())
+    given = {} if model is None else {"model": model}
+    return trainer(config(directory, **(options | changes)), train_dataset=train_dataset or rows(), **given)
 
 
 def weights_of(made: Any) -> list[torch.nn.Parameter]:
@@ -104,15 +107,63 @@ def test_a_coefficient_of_zero_is_group_dpo_to_the_last_bit(tmp_path):
     assert log["loss"] == pytest.approx(log["loss/dpo"] + 0.7 * log["loss/alignment"], rel=1e-5)
 
 
-def test_no_model_is_asked_more_often(tmp_path):
+@pytest.mark.parametrize("mode", ["concat", "sequential"])
+def test_no_model_is_asked_more_often(mode, tmp_path):
     counts = []
     for coefficient in (0.0, 0.7):
-        made = joint(tmp_path, repa_coeff=coefficient, repa_options=OPTIONS if coefficient else None, loss_type="sum")
+        options = OPTIONS if coefficient else None
+        made = joint(tmp_path, repa_coeff=coefficient, repa_options=options, loss_type="sum", step_mode=mode)
         forwards: list[int] = []
         made.model.register_forward_hook(lambda *args, forwards=forwards: forwards.append(len(args[2][0])))
-        made.compute_loss(made.model, first_batch(made, 0, 1))
+        made.compute_loss(made.model, first_batch(made, 0, 1)).backward()
+        made.passes.backward()
         counts.append(forwards)
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] and sum(counts[0]) == (16 if mode == "concat" else 8 + 2 * 8 - 1)
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "sum", "sft_weight": "0.4*dgr"}, {"safeguard": "output"}], ids=str)
+def test_one_video_after_the_other_is_the_same_joint_step(changes, tmp_path):
+    """Gradients of adapter and head, and every metric; also of an evaluation, which has no graph."""
+    gradients, recorded = [], []
+    for mode in ("concat", "singles", "sequential"):
+        torch.manual_seed(0)  # the head
+        made = joint(tmp_path, repa_coeff=700.0, step_mode=mode, model=double(tiny_wan_pipeline()), **changes)
+        disturb_adapter(made)
+        seen: dict[str, Any] = {}
+        made.record = seen.update
+        batch = first_batch(made, 0, 1)
+        made.compute_loss(made.model, batch).backward()
+        made.passes.backward()
+        gradients.append({name: w.grad for name, w in made.model.named_parameters() if w.requires_grad})
+        made.model.eval()
+        with torch.no_grad():
+            seen["evaluated"] = made.compute_loss(made.model, batch)
+        recorded.append(seen)
+    assert sum("head" in name for name in gradients[0]) > 0
+    for ours, seen in zip(gradients[1:], recorded[1:], strict=True):
+        rounding.assert_close_weights(ours, gradients[0], rounding.SINGLE)  # the head is float32
+        assert seen.keys() == recorded[0].keys() >= {"trd/raw", "loss/alignment", "trd/coefficient"}
+        for name, values in recorded[0].items():
+            torch.testing.assert_close(seen[name], values, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["concat", "sequential"])
+def test_each_coefficient_at_zero_is_the_method_without_it_to_the_last_bit(mode, tmp_path):
+    """Of fine-tuning beside the preference and its alignment, and of the alignment beside fine-tuning."""
+    both = {"repa_coeff": 0.7, "repa_options": OPTIONS, "sft_weight": 20.0}
+    without_sft, without_repa = both | {"sft_weight": 0.0}, both | {"repa_coeff": 0.0, "repa_options": None}
+    neither = without_repa | {"sft_weight": 0.0}
+    logs, weights = [], []
+    pure = {"repa_coeff": 0.0, "repa_options": None}
+    for changes in (pure, neither, without_sft, without_repa, both):
+        made = joint(tmp_path, step_mode=mode, max_steps=1, **changes)
+        made.train()
+        logs.append(losses(made))
+        weights.append({name: w for name, w in trained_weights(made).items() if "head" not in name})
+    assert logs[0] == logs[1]
+    assert_equal_weights(weights[1], weights[0])
+    for left, right in ((0, 2), (0, 3), (2, 4), (3, 4)):  # and it is not a matter of course
+        assert any(not torch.equal(weights[left][name], weight) for name, weight in weights[right].items())
 
 
 def test_from_raw_videos_to_an_adapter(tmp_path):
@@ -146,7 +197,6 @@ def test_from_raw_videos_to_an_adapter(tmp_path):
         ({"repa_options": {"coefficient": 1.0}}, "has no coefficient.*the coefficient is `repa_coeff`"),
         ({"repa_options": {"align_depth": 3}}, "`repa_options` has no align_depth. It takes align_layer"),
         ({"repa_options": {"projector": "deep"}}, "`projector` must be one of"),
-        ({"step_mode": "sequential"}, "`step_mode='sequential'` does not go with `repa_coeff`"),
         ({"safeguard": "parameter"}, "`safeguard='parameter'` does not go with `repa_coeff`"),
         ({"resolution_buckets": ["32x32"]}, "`resolution_buckets=.*does not go with `repa_coeff`"),
     ],

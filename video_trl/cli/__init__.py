@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model, by any of the methods that it lists",
     "data": "look through a dataset and say which trainers it feeds, or import one of another project",
     "curate": "make a preference dataset: gt-pairs, phyaug, annotated or self-pairs",
+    "rounds": "rounds of training against the model's own new videos, until nothing is gained",
     "encode": "encode a dataset once, for any number of runs",
     "generate": "videos of prompts x seeds, as a run",
     "score": "let a judge score a run, or a table of videos",
@@ -25,6 +26,7 @@ VERBS = {
     "push": "upload an adapter with its model card, or a curated dataset, to the Hub",
     "export": "an adapter for ComfyUI and other tools, and back",
     "merge": "an adapter into the weights of its base model",
+    "testbed": "a method on the sandbox's fixed regimes, against fine-tuning: one page of results",
     "estimate": "memory and cost of a run, and what fits a GPU",
     "doctor": "check versions, devices, codecs, disk and Hub login",
 }

@@ -4,7 +4,7 @@ Examples:
   video-trl curate gt-pairs --config examples/configs/gt-pair.yaml --sources my/clips --output_dir out/pairs
   video-trl train dpo --dataset_name out/pairs/pairs --output_dir out/dpo
 
-  video-trl curate phyaug --config examples/configs/phyaug.yaml --sources my/clips --actions actions.txt
+  video-trl curate phyaug --config examples/configs/phyaug.yaml --sources my/clips
   video-trl train gdpo --dataset_name outputs/phyaug/groups --output_dir out/gdpo
 
   video-trl vote out/pairs --questions marks --votes marks.jsonl

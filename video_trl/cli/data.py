@@ -9,6 +9,8 @@ Examples:
   video-trl data import phygdpo PhyGDPO --real_videos VIDGEN-1M_unzip --output_dir data/phygdpo
   video-trl data import videodpo vidpro10k-vc2-dataset --output_dir data/videodpo
   video-trl data import simpletuner config/multidatabackend.json --output_dir data/pairs
+  video-trl data import openvid OpenVid-1M --output_dir data/openvid    zips and their CSV: a pool for curate phyaug
+  video-trl data import vidgen VIDGEN-1M --output_dir data/vidgen
 
   video-trl data doctor my/pairs.jsonl --judge videophy2 --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
@@ -17,6 +19,7 @@ with captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a 
 no trainer takes it, a video cannot be read, or the doctor finds a problem: that something beside their content, blur,
 brightness, length or the traces of a generator, tells chosen from rejected videos, or that the judge does not. An
 import writes a folder that --dataset_name takes; a row that cannot be used is left out and listed in its skipped.txt.
+Pools (openvid, vidgen) become a tar for each zip, clip by clip; a stopped import goes on where it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +31,8 @@ from .parser import UsageError, nearest, parse, required, say
 
 
 _ACTIONS = ("check", "import", "doctor")
-_KINDS = ("phygdpo", "videodpo", "simpletuner")
+_POOLS = ("openvid", "vidgen")
+_KINDS = ("phygdpo", "videodpo", "simpletuner", *_POOLS)
 _SHOWN = 10  # rows that were left out
 
 
@@ -91,6 +95,13 @@ def _import(argv: Sequence[str]) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     if given and where[0] != "phygdpo":
         raise UsageError(f"--{next(iter(given))} is read for phygdpo, not for {where[0]}.")
+    if where[0] in _POOLS:
+        from ..data.importers.pools import import_pool
+
+        pool = import_pool(where[0], where[1], target)
+        say(f"{pool.clips} clips in {pool.folder}; {pool.without_video} captions whose clip is not here")
+        _say_skipped(pool.skipped, f"{pool.folder}/*.skipped.txt")
+        return 0
     from ..data.importers.imported import check_target, save_import
     from ..data.importers.phygdpo import read_phygdpo
     from ..data.importers.simpletuner import read_simpletuner
@@ -101,10 +112,14 @@ def _import(argv: Sequence[str]) -> int:
     imported = read_phygdpo(where[1], **options) if where[0] == "phygdpo" else readers[where[0]](where[1])
     folder = save_import(imported, target)
     say(f"{len(imported.rows)} rows in {folder}")
-    if imported.skipped:
-        more = f"\n... and {len(imported.skipped) - _SHOWN} more" if len(imported.skipped) > _SHOWN else ""
-        say(f"left out ({folder / 'skipped.txt'}):\n" + "\n".join(imported.skipped[:_SHOWN]) + more)
+    _say_skipped(imported.skipped, str(folder / "skipped.txt"))
     return 0
+
+
+def _say_skipped(lines: Sequence[str], where: str) -> None:
+    if lines:
+        more = f"\n... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        say(f"left out ({where}):\n" + "\n".join(lines[:_SHOWN]) + more)
 
 
 def _check(argv: Sequence[str]) -> int:

@@ -3,9 +3,9 @@
 import importlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -43,6 +43,7 @@ def describe(
         "tokens of a video": "; ".join(_tokens(family, transformer, shapes)),
         **_cost(
             trainer_class,
+            family,
             transformer,
             max(shapes.values(), key=math.prod),
             _rejected(row, data),
@@ -214,9 +215,9 @@ def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) ->
     return channels, frames, height, width
 
 
-def reference_pass(trainer_class: type[Any], use_peft: bool) -> Any:
+def reference_pass(trainer_class: type[Any], args: Any) -> Any:
     """What computes the reference's errors in a run without a `ref_model`, as a `Workload` has it."""
-    return "none" if not trainer_class.uses_reference else "adapter" if use_peft else "copy"
+    return "none" if not trainer_class.has_reference(args) else "adapter" if args.use_peft else "copy"
 
 
 def _shapes(family: Any, vae: "ModelMixin", row: Mapping[str, Any], args: Any) -> dict[str, Shape]:
@@ -264,19 +265,28 @@ def _rejected(row: Mapping[str, Any], data: DataArguments) -> int:
 
 
 def _cost(
-    trainer_class: type[Any], transformer: Any, shape: Shape, rejected: int, args: Any, processes: int, engine: Any
+    trainer_class: type[Any],
+    family: Any,
+    transformer: Any,
+    shape: Shape,
+    rejected: int,
+    args: Any,
+    processes: int,
+    engine: Any,
 ) -> dict[str, str]:
     """Parameters, and memory by part."""
-    from ..trainer.planning.estimate import Placement, Workload, estimate
+    from ..trainer.planning.estimate import Placement, Workload, accelerator_memory, estimate, fitting_step_mode
 
     num_videos = trainer_class.videos_per_row(args, rejected) // vars(args).get("group_parallel_size", 1)
-    workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args.use_peft))
-    # Methods that do not compare videos have no step mode.
-    mode: Literal["concat", "sequential"] = "sequential" if vars(args).get("step_mode") == "sequential" else "concat"
+    workload = Workload.of(transformer, shape, num_videos, args, reference_pass(trainer_class, args))
     policy = args.checkpointing_policy if args.gradient_checkpointing else None
     shared = 1 if processes % args.context_parallel_size else args.context_parallel_size
-    placement = Placement(processes, engine, shared, mode, policy, offload_weights=args.offload_weights)
-    cost = estimate(workload, placement)
+    placement = Placement(processes, engine, shared, "concat", policy, offload_weights=args.offload_weights)
+    mode = vars(args).get("step_mode", "concat")  # methods that do not compare videos have none
+    if mode == "auto":
+        tokens = math.prod(family.token_grid(transformer, shape))
+        mode = fitting_step_mode(workload, placement, accelerator_memory(args.device), tokens)
+    cost = estimate(workload, replace(placement, step_mode=mode))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in cost.parts.items())
     return {

@@ -62,8 +62,8 @@ class EstimateArguments:
     quantization: Literal["nf4", "int8", "fp8"] | None = field(
         default=None, metadata={"help": "What frozen weights are kept in: 'nf4', 'int8' or 'fp8'."}
     )
-    step_mode: Literal["auto", "concat", "sequential"] = field(
-        default="auto", metadata={"help": "'concat', 'sequential', or what fits."}
+    step_mode: Literal["auto", "concat", "singles", "sequential"] = field(
+        default="auto", metadata={"help": "'concat', 'singles', 'sequential', or the fastest that fits."}
     )
     activation_checkpointing: bool = field(default=True, metadata={"help": "Checkpoint activations."})
     checkpointing_policy: str = field(default="full", metadata={"help": "Which; as in training."})
@@ -98,7 +98,9 @@ def run(argv: Sequence[str]) -> int:
     gpu_memory = int(args.gpu_gib * 2**30)
     mode = args.step_mode
     if mode == "auto":
-        mode = fitting_step_mode(work, _placement(args, "concat"), gpu_memory)
+        family, transformer, _ = models
+        tokens = math.prod(family.token_grid(transformer, work.latents_shape))
+        mode = fitting_step_mode(work, _placement(args, "concat"), gpu_memory, tokens)
     cost = estimate(work, _placement(args, mode))
     say(describe_estimate(cost))
     fits = cost.peak <= HEADROOM * gpu_memory
@@ -160,7 +162,7 @@ def workload(
             latents_shape(family, vae, size),
             videos // degree,
             args,
-            reference_pass(trainer_class, args.use_peft),
+            reference_pass(trainer_class, args),
         ),
         alignment=(1, args.relation_tokens, 1024) if trainer_class.aligns_with_teacher else None,
     )

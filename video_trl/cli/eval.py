@@ -7,6 +7,13 @@ Examples:
   video-trl eval --num_prompts 7 --adapter out/phygdpo --output_dir runs/phygdpo
   video-trl eval --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --fps 16 \\
       --benchmark videophy2 --judge videophy2 --output_dir runs/wan  the benchmark's own prompts
+  video-trl eval --model_name_or_path zai-org/CogVideoX-2b --benchmark videophy --judge videocon-physics \\
+      --longer_prompts longer.csv --prompt_writer http://localhost:8000/v1 \\
+      --prompt_writer_options '{"model": "Qwen/Qwen3-32B"}' --output_dir runs/cog    long prompts, as VideoREPA has
+  video-trl eval --model_name_or_path Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --fps 16 --benchmark phyground \\
+      --judge phyground:http://localhost:8000/v1 --judge_options '{"model": "m", "prompts": "phyground"}' \\
+      --prompts phyground --output_dir runs/i2v                      and mean ratings of 13 laws of physics
+  video-trl eval --benchmark physics-iq --physics_iq physics-IQ-benchmark --results base=runs/base dpo=videos
   video-trl eval --benchmark phygenbench --results result.json       counts results of PhyGenBench's program
   video-trl eval --benchmark vbench --results base=a.json dpo=b.json the same for VBench; the first is the baseline
   video-trl eval --benchmark vbench --results base=runs/base dpo=runs/dpo    two of its dimensions, computed here
@@ -26,7 +33,7 @@ from typing import Any
 
 from ..load import SANDBOX
 from .options import JudgeArguments, RunArguments, alpha_value
-from .parser import UsageError, parse, required, say
+from .parser import UsageError, nearest, parse, required, say
 
 
 _READ = ("phygenbench", "vbench")
@@ -39,16 +46,20 @@ class EvalArguments:
     benchmark: str = field(
         default="custom",
         metadata={
-            "help": "Rule to count scores by: 'custom', 'videophy', 'videophy2' (--prompts is their CSV, unset "
-            "the Hub's); or 'phygenbench', 'vbench', which read --results; or 'physion', a probe of the model."
+            "help": "Rule to count scores by: 'custom', 'videophy', 'videophy2', 'phyground' (--prompts is their "
+            "file, unset the Hub's); or 'phygenbench', 'vbench', which read --results; or 'physics-iq', which "
+            "compares with real videos and needs no judge; or 'physion', a probe of the model."
         },
     )
     results: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Files that the benchmark's own program wrote; VBench's as NAME=FILE, or as NAME=RUN to compute "
-            "the consistency of a run's videos here."
+            "the consistency of a run's videos here; Physics-IQ's as NAME=RUN or NAME=FOLDER of videos."
         },
+    )
+    physics_iq: str | None = field(
+        default=None, metadata={"help": "physics-iq: the benchmark's folder, with split-videos and switch-frames."}
     )
     dino: str | None = field(default=None, metadata={"help": "vbench on runs: DINO encoder. Unset: VBench's."})
     clip: str | None = field(default=None, metadata={"help": "vbench on runs: CLIP encoder. Unset: VBench's."})
@@ -76,20 +87,29 @@ def run(argv: Sequence[str]) -> int:
     if args.benchmark == "physion":
         say(_physion(args, run_args))
         return 0
-    if args.results:
-        raise UsageError(f"--results are read for {' and '.join(_READ)}, not for {args.benchmark!r}.")
-    from ..evaluation.evaluate import evaluate_model
-    from ..evaluation.runs.tables import benchmark_named
+    if args.benchmark == "physics-iq":
+        say(_physics_iq(args, run_args))
+        return 0
+    from ..evaluation.runs.tables import BENCHMARKS
 
-    benchmark_named(args.benchmark)  # before a judge is loaded
+    if args.benchmark not in BENCHMARKS:
+        known = [*BENCHMARKS, *_READ, "physion", "physics-iq"]
+        near = nearest(args.benchmark, known)
+        raise UsageError(f"unknown benchmark {args.benchmark!r}{near}; expected one of {', '.join(known)}.")
+    if args.results:
+        raise UsageError(f"--results are read for {', '.join(_READ)} and physics-iq, not for {args.benchmark!r}.")
+    from ..evaluation.evaluate import evaluate_model
+
     if run_args.model_name_or_path != SANDBOX and judge_args.judge == SANDBOX:
         raise UsageError("--judge is needed: the sandbox's judges nothing but the sandbox's own sentences.")
+    run_args.write_longer_prompts(args.benchmark)
     table = evaluate_model(
         run_args.output_dir,
         model=run_args.model_name_or_path,
         **run_args.adapter_kwargs(),
         prompts=run_args.prompts,
         num_prompts=run_args.num_prompts,
+        longer_prompts=run_args.longer_prompts,
         seeds=run_args.seeds,
         judge=judge_args.load(),
         name=run_args.name,
@@ -104,6 +124,11 @@ def run(argv: Sequence[str]) -> int:
     )
     if table is not None:  # the first process of several
         say(str(table))
+        if judge_args.judge.startswith("phyground:"):
+            from ..evaluation.benchmarks.phyground import law_table
+            from ..evaluation.runs.tables import text_table
+
+            say(f"\n{text_table(law_table(table))}")
     return 0
 
 
@@ -121,6 +146,25 @@ def _phygenbench(files: Sequence[str]) -> str:
             rows.append([file, mode, str(len(items)), *cells, f"{score.average:.3f}"])
     header = ["file", "rounding", "prompts", *names, "average"]
     return text_table(Table("PhyGenBench", header, rows, "Proportion of the points; a prompt has three."))
+
+
+def _physics_iq(args: EvalArguments, run_args: RunArguments) -> str:
+    from ..evaluation.benchmarks.physics_iq import generated_videos, load_physics_iq, physics_iq, score_table
+    from ..evaluation.runs.run import shard
+    from ..evaluation.runs.tables import text_table
+
+    folder = required("physics_iq", args.physics_iq, "physics-IQ-benchmark")
+    sources = dict(file.partition("=")[::2] for file in args.results)
+    if not all(sources.values()) or len(sources) < len(args.results):
+        raise UsageError(f"--results of Physics-IQ are NAME=RUN with distinct names, got {' '.join(args.results)}.")
+    if not sources:
+        prompts = load_physics_iq(folder, run_args.prompts)[: run_args.num_prompts]
+        done = run_args.generate(prompts)
+        if shard()[1] > 1:
+            return f"The videos of this process are in {done.folder}. Compare them with --results NAME={done.folder}."
+        sources = {run_args.shown_name(): str(done.folder)}
+    videos = {name: generated_videos(source) for name, source in sources.items()}  # all of them, before one is read
+    return text_table(score_table({name: physics_iq(found, folder) for name, found in videos.items()}))
 
 
 def _physion(args: EvalArguments, run_args: RunArguments) -> str:

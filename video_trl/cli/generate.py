@@ -64,27 +64,9 @@ def run(argv: Sequence[str]) -> int:
     if args.model_name_or_path != SANDBOX:
         required("prompts", args.prompts, "prompts.txt")
     from ..evaluation.evaluate import evaluation_prompts
-    from ..evaluation.runs.generate import generate_run, load_generator
 
-    prompts = evaluation_prompts(args.prompts, args.num_prompts)
-    generator = load_generator(
-        args.model_name_or_path,
-        **args.adapter_kwargs(),
-        revision=args.revision,
-        fps=args.fps,
-        call_kwargs=args.call_kwargs(),
-        dtype=args.dtype,
-        device=args.device,
-    )
-    result = generate_run(
-        args.output_dir,
-        generator,
-        prompts,
-        seeds=args.seeds,
-        name=args.shown_name(),
-        training_seed=args.training_seed,
-        batch_size=args.batch_size,
-    )
+    args.write_longer_prompts()
+    result = args.generate(evaluation_prompts(args.prompts, args.num_prompts, longer=args.longer_prompts))
     say(f"{len(result.cases) - len(result.missing())} of {len(result.cases)} videos in {result.folder}")
     return 0
 

@@ -225,7 +225,7 @@ def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> An
         args,
         dataset,
         held_out,
-        callbacks=_callbacks(trainer_class, data),
+        callbacks=_callbacks(args, data),
         evaluator=_evaluator(data, args),
     )
 
@@ -252,14 +252,14 @@ def training_rows(
     return data.num_groups, {"chosen": video, "rejected": [video] * data.num_rejected}
 
 
-def _callbacks(trainer_class: type[Any], data: DataArguments) -> list[Any]:
+def _callbacks(args: Any, data: DataArguments) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
     from ..evaluation.evaluate import evaluation_prompts
     from ..trainer.callbacks import LogVideosCallback
     from ..trainer.collapse_monitor import CollapseMonitor
 
-    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if trainer_class.config_class.logs_gaps else []
+    callbacks: list[Any] = [CollapseMonitor(data.on_collapse)] if args.logs_gaps else []
     if data.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(data.early_stopping_patience))
     if data.sample_every is not None:

@@ -1,15 +1,17 @@
 """Groups of options that several commands have."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..load import SANDBOX, load_judge
-from .parser import UsageError
+from .parser import UsageError, required
 
 
 if TYPE_CHECKING:
+    from ..evaluation.runs.prompts import EvaluationPrompt
+    from ..evaluation.runs.run import EvaluationRun
     from ..judges import VideoJudge
 
 _CALL = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")
@@ -39,6 +41,20 @@ class RunArguments:
         metadata={"help": "File of prompts (txt, csv, json, jsonl). Unset: the sandbox's held-out ones."},
     )
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
+    longer_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model is given in place of the prompts, which judges and tables keep: a CSV file "
+            "(prompt, generation_prompt), or 'upsampled' for VideoPhy-2's own."
+        },
+    )
+    prompt_writer: str | None = field(
+        default=None,
+        metadata={"help": "Server's URL: a chat model that writes what --longer_prompts lacks, into that file."},
+    )
+    prompt_writer_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Its options, as a mapping in YAML or JSON: \'{"model": "..."}\'.'}
+    )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "One video of each prompt for each of these noise seeds."}
     )
@@ -71,6 +87,57 @@ class RunArguments:
         alpha = alpha_value(self.adapter_alpha)
         return {"adapter": self.adapter, "adapter_alpha": alpha, "adapter_scale": self.adapter_scale}
 
+    def write_longer_prompts(self, benchmark: str = "custom") -> None:
+        """
+        Has the chat model write what the file lacks, where one is named.
+
+        Raises:
+            UsageError: If a file or the model's name is missing.
+            ValueError: As [`~video_trl.evaluation.runs.longer_prompts.write_longer_prompts`].
+        """
+        if self.prompt_writer is None:
+            return
+        path = required("longer_prompts", self.longer_prompts, "longer.csv")
+        from ..evaluation.evaluate import evaluation_prompts
+        from ..evaluation.runs.longer_prompts import write_longer_prompts
+        from ..evaluation.runs.run import shard
+        from ..judges import ChatClient
+
+        if shard()[1] > 1:
+            raise UsageError(
+                "--prompt_writer works in one process. Write the file first, then launch several with it."
+            )
+
+        options = mapping("prompt_writer_options", self.prompt_writer_options)
+        try:
+            client = ChatClient(self.prompt_writer, **options)
+        except TypeError as error:
+            raise UsageError(f"--prompt_writer_options: {error}") from error
+        write_longer_prompts(evaluation_prompts(self.prompts, self.num_prompts, benchmark), client, path)
+
+    def generate(self, prompts: "Sequence[EvaluationPrompt]") -> "EvaluationRun":
+        """The videos of these prompts, as [`~video_trl.evaluation.runs.generate.generate_run`]."""
+        from ..evaluation.runs.generate import generate_run, load_generator
+
+        generator = load_generator(
+            self.model_name_or_path,
+            **self.adapter_kwargs(),
+            revision=self.revision,
+            fps=self.fps,
+            call_kwargs=self.call_kwargs(),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return generate_run(
+            self.output_dir,
+            generator,
+            prompts,
+            seeds=self.seeds,
+            name=self.shown_name(),
+            training_seed=self.training_seed,
+            batch_size=self.batch_size,
+        )
+
     def shown_name(self) -> str:
         return self.name or (self.adapter or self.model_name_or_path).rstrip("/").rpartition("/")[2]
 
@@ -82,8 +149,8 @@ class JudgeArguments:
     judge: str = field(
         default=SANDBOX,
         metadata={
-            "help": "'sandbox', 'videocon-physics', 'videophy2', 'qwen-vl:MODEL', a server's URL, or a table with "
-            "scores (.csv, .jsonl, .parquet)."
+            "help": "'sandbox', 'videocon-physics', 'videophy2', 'videoscore2', 'videoalign', 'qwen-vl:MODEL', a "
+            "server's URL, 'phyground:URL', or a table with scores (.csv, .jsonl, .parquet)."
         },
     )
     judge_options: dict[str, Any] | str | None = field(

@@ -1,27 +1,34 @@
 """
-Let a judge score the videos of runs, or of a table with the columns video (a path) and prompt.
+Let a judge score the videos of runs, or of a table with the columns video (a path) and prompt; or compare pairs.
 
 Examples:
 
   video-trl score runs/base runs/phygdpo --judge videophy2
   video-trl score runs/base --judge http://localhost:8000/v1 --judge_options '{"model": "Qwen/Qwen3-VL-8B-Instruct"}'
   video-trl score clips.csv --judge sandbox --output scores.csv
+  video-trl score pairs.csv --pairwise true --judge http://localhost:8000/v1 --judge_options '{"model": "m"}' \\
+      --output verdicts.csv
 
 Nothing is generated. Scores of a run stand beside those of other judges, and what is scored is not scored again; the
 table that is written can be used as a judge (`--judge scores.csv`). Relative paths in a table start at its folder.
+`--pairwise` takes a table with the columns prompt, chosen and rejected and says how often the model agrees with it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import JudgeArguments
+from .options import JudgeArguments, mapping
 from .parser import UsageError, parse, required, say
 
 
 if TYPE_CHECKING:
     from ..judges import VideoJudge
+
+
+_PAIRWISE = ("criterion", "segment_seconds", "both_orders", "num_frames", "max_pixels", "fps")
 
 
 @dataclass
@@ -32,6 +39,10 @@ class ScoreArguments:
         default=None, metadata={"help": "Of a table of videos: file to write (.csv, .jsonl, .parquet)."}
     )
     batch_size: int = field(default=8, metadata={"help": "Videos given to the judge together."})
+    pairwise: bool = field(
+        default=False,
+        metadata={"help": "Compare chosen with rejected, by segments and in both orders; --judge is a server's URL."},
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,7 +63,11 @@ def run(argv: Sequence[str]) -> int:
         output = Path(required("output", args.output, "scores.csv"))
         if output.suffix not in SUFFIXES:
             raise UsageError(f"--output must end in {', '.join(SUFFIXES)}, got {output}.")
+        if args.pairwise:
+            return _compare(tables[0], output, judge_args, args.batch_size)
         return _score_table(tables[0], output, judge_args.load(), args.batch_size)
+    if args.pairwise:
+        raise UsageError("--pairwise is for a table with the columns prompt, chosen and rejected.")
     if args.output is not None:
         raise UsageError("--output is for a table of videos; scores of a run are kept in the run.")
     from ..evaluation.runs.run import load_run
@@ -65,6 +80,27 @@ def run(argv: Sequence[str]) -> int:
         score_run(folder.folder, judge, batch_size=args.batch_size)
         say(f"{tabulate(folder, judge=judge.name)}\n")
     return 0
+
+
+def _compare(table: str, output: Path, judge_args: JudgeArguments, batch_size: int) -> int:
+    from ..judges.chat import ChatClient
+    from ..judges.pairwise import PairwiseJudge, compare_table
+
+    if not judge_args.judge.startswith(("http://", "https://")):
+        raise UsageError(f"--pairwise asks a server: expected --judge http://..., got {judge_args.judge!r}.")
+    options = mapping("judge_options", judge_args.judge_options)
+    own = {key: options.pop(key) for key in _PAIRWISE if key in options}
+    try:
+        judge = PairwiseJudge(ChatClient(judge_args.judge, **options), **own)
+    except TypeError as error:
+        raise UsageError(f"--judge_options: {error}") from error
+    verdicts = compare_table(table, output, judge, batch_size=batch_size)
+    counts = Counter(verdict.preference for verdict in verdicts)
+    say(
+        f"{len(verdicts)} pairs: chosen better in {counts['a']}, rejected in {counts['b']}, undecided "
+        f"{counts['same']}, without an answer {counts[None]}; in {output}"
+    )
+    return 0 if not counts[None] else 1
 
 
 def _score_table(table: str, output: Path, judge: "VideoJudge", batch_size: int) -> int:

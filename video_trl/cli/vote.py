@@ -67,6 +67,7 @@ def run(argv: Sequence[str]) -> int:
         say(text_table(votes_table(vote_results(args.votes, runs))))
         if args.export is not None:
             table = votes_dataset(args.votes)
+            _check_replaceable(Path(args.export), table.column_names)
             with atomic_file(args.export) as partial:
                 if Path(args.export).suffix == ".parquet":
                     table.to_parquet(partial)
@@ -87,6 +88,20 @@ def run(argv: Sequence[str]) -> int:
         allowed_hosts=args.allowed_hosts,
     )
     return 0
+
+
+def _check_replaceable(path: Path, columns: Sequence[str]) -> None:
+    """Raise a `UsageError` if there is a file that is no table of votes."""
+    if not path.exists():
+        return
+    from ..judges.precomputed import read_table
+
+    try:
+        there = list(read_table(path)[0])
+    except ValueError:
+        there = []
+    if there != list(columns):
+        raise UsageError(f"{path} is no table of votes, and is not replaced. Pass another file, or move it.")
 
 
 def _mark(args: VoteArguments, sources: Sequence[str]) -> int:

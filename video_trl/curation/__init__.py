@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .matched import MatchedLosers, matched_losers
     from .phyaug.pipeline import PhyAugConfig, PhyAugResult, load_groups, push_groups, run_phyaug
     from .phyaug.sampling import allocate
+    from .rounds import Round, RoundsConfig, RoundsResult, run_rounds
     from .self_pairs import SelfPairsConfig, SelfPairsResult, run_self_pairs
 
 # The manifest needs pyarrow only, the generator diffusers: a worker loads what it uses.
@@ -22,6 +23,9 @@ _HOME = {
     "MatchedLosers": "matched",
     "PhyAugConfig": "phyaug.pipeline",
     "PhyAugResult": "phyaug.pipeline",
+    "Round": "rounds",
+    "RoundsConfig": "rounds",
+    "RoundsResult": "rounds",
     "Rule": "engine.manifest",
     "SelfPairsConfig": "self_pairs",
     "SelfPairsResult": "self_pairs",
@@ -38,6 +42,7 @@ _HOME = {
     "read_votes": "annotated",
     "run_gt_pair": "gt_pair.pipeline",
     "run_phyaug": "phyaug.pipeline",
+    "run_rounds": "rounds",
     "run_self_pairs": "self_pairs",
     "run_stage": "engine.manifest",
     "summarize": "engine.manifest",
@@ -49,6 +54,9 @@ __all__ = [
     "MatchedLosers",
     "PhyAugConfig",
     "PhyAugResult",
+    "Round",
+    "RoundsConfig",
+    "RoundsResult",
     "Rule",
     "SelfPairsConfig",
     "SelfPairsResult",
@@ -65,6 +73,7 @@ __all__ = [
     "read_votes",
     "run_gt_pair",
     "run_phyaug",
+    "run_rounds",
     "run_self_pairs",
     "run_stage",
     "summarize",

@@ -19,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import write_atomically
+from ..files import read_json_lines, write_atomically
 from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
@@ -64,7 +64,7 @@ def read_votes(path: str | os.PathLike[str], dimensions: Sequence[str] = DIMENSI
         missing = [name for name in ("pair_id", "video", "annotator", "prompt", *dimensions) if _blank(record, name)]
         if missing:
             raise ValueError(
-                f"{path}, line {line}: expected values for {missing}, got {sorted(record)}. Fill them in, or name the "
+                f"{path}, line {line}: expected values for {missing}, got {record!r:.200}. Fill them in, or name the "
                 "dimensions that were asked for as `dimensions`."
             )
         marks = {}
@@ -201,13 +201,13 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if path.suffix == ".csv":
             yield from enumerate(csv.DictReader(file), start=2)
         elif path.suffix == ".jsonl":
-            yield from ((number, json.loads(line)) for number, line in enumerate(file, start=1) if line.strip())
+            yield from read_json_lines(path)
         else:
             raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
 
 
-def _blank(record: Mapping[str, Any], name: str) -> bool:
-    return record.get(name) is None or not str(record[name]).strip()
+def _blank(record: Any, name: str) -> bool:
+    return not isinstance(record, Mapping) or record.get(name) is None or not str(record[name]).strip()
 
 
 def _compare(name: str, votes: Sequence[Vote], dimensions: Sequence[str]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class QwenCaptioner:
     ) -> None:
         from ..judges.qwen_vl_model import QwenVL
 
-        self.vlm = QwenVL(model, **options)
+        self.vlm = QwenVL.load(model, **options)
         self.num_frames, self.max_pixels, self.max_tokens = num_frames, max_pixels, max_tokens
 
     @cached_property

@@ -167,9 +167,9 @@ def check_columns(
 
     Raises:
         ValueError: Not one dataset (a name, several splits, a stream), zero rows, a missing column or cell, an empty
-            `rejected` list or a None in it, rows with different numbers of rejected videos, scores missing, outside
-            [0, 1] or of another number than the rejected videos. Names the row, what was expected, what was found and
-            the way out.
+            `rejected` list or a None in it, rows with different numbers of rejected videos, scores missing where they
+            are used, outside [0, 1] or of another number than the rejected videos. Names the row, what was expected,
+            what was found and the way out.
     """
     _known(row_type)
     _check_kind(dataset)
@@ -339,7 +339,11 @@ def _check_counts(counts: Sequence[int]) -> None:
 
 
 def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[str], *, required: bool) -> None:
-    advice = "Judge the rejected videos first, or set `physics_rewarding=False`."
+    advice = (
+        "Judge the rejected videos first, or set `physics_rewarding=False`."
+        if required
+        else "This run does not use them: `dataset.remove_columns('rejected_scores')`."
+    )
     if "rejected_scores" not in columns:
         if required:
             raise ValueError(
@@ -363,8 +367,11 @@ def _check_scores(dataset: MapDataset, counts: Sequence[int], columns: Sequence[
                 f"Row {row}: expected (sa, pc) of each of the {counts[row]} rejected videos, got scores of shape "
                 f"{scores.shape}. {advice}"
             )
-        if not ((scores >= 0) & (scores <= 1)).all():  # false for NaN as well
-            index, column = np.argwhere(~((scores >= 0) & (scores <= 1)))[0]
+        wrong = ~((scores >= 0) & (scores <= 1))  # NaN, a missing score, too
+        if not required:
+            wrong &= ~np.isnan(scores)
+        if wrong.any():
+            index, column = np.argwhere(wrong)[0]
             raise ValueError(
                 f"Row {row}: '{('sa', 'pc')[column]}' of rejected[{index}] is {scores[index, column]:g}, expected a "
                 f"number in [0, 1]. Rescale what the judge returned (1..5 -> (score - 1) / 4). {advice}"

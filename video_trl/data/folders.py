@@ -3,9 +3,10 @@
 import csv
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ VIDEO_SUFFIXES = frozenset(
 CAPTION_KEYS = ("prompt", "caption", "text")
 CAPTION_SUFFIXES = (".txt", ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_MAX_CAPTION_BYTES = 1 << 20  # a file that is larger is none, and may be larger than the memory
 
 
 def files_below(root: Path) -> list[Path]:
@@ -25,7 +27,7 @@ def files_below(root: Path) -> list[Path]:
     return [
         path
         for path in paths
-        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(root).parts) and os.path.isfile(path)
     ]
 
 
@@ -45,11 +47,7 @@ def captions_below(root: Path, files: Sequence[Path]) -> dict[str, str]:
     captions = _metadata_captions(root)
     for suffix in reversed(CAPTION_SUFFIXES):  # the text wins
         for path in files:
-            if path.suffix.lower() != suffix:
-                continue
-            if not path.resolve().is_relative_to(root.resolve()):
-                logger.warning("%s leads out of %s and is not read.", path, root)
-            elif caption := caption_in(path.read_bytes(), suffix):
+            if path.suffix.lower() == suffix and (caption := caption_at(path, root)):
                 captions[stem_below(path, root)] = caption
     return captions
 
@@ -122,23 +120,47 @@ def _refuse_uncaptioned(root: Path, without: list[Path], total: int) -> None:
         )
 
 
-def caption_in(data: bytes, suffix: str) -> str | None:
-    """Caption in the bytes of a `.txt` or `.json` file; None if there is none."""
+def caption_at(path: Path, root: Path) -> str | None:
+    """Caption in a `.txt` or `.json` file below `root`; None, with a warning, if it leads out or cannot be read."""
+    if not _is_inside(path, root):
+        return None
+    try:
+        with open(path, "rb") as file:
+            return caption_in(file, str(path))
+    except OSError as error:
+        logger.warning("%s cannot be read and is not used (%s).", path, error.strerror)
+        return None
+
+
+def caption_in(file: IO[bytes], name: str) -> str | None:
+    """Caption in an open `.txt` or `.json` file; None, with a warning, if it is no JSON or larger than 1 MiB."""
+    data = file.read(_MAX_CAPTION_BYTES + 1)
+    if len(data) > _MAX_CAPTION_BYTES:
+        logger.warning("%s is larger than a caption, %d bytes, and is not used.", name, _MAX_CAPTION_BYTES)
+        return None
     text = data.decode("utf-8-sig", "replace")
-    if suffix == ".txt":
+    if name.lower().endswith(".txt"):
         return text.strip() or None
     try:
         return _caption_of(json.loads(text))
     except (ValueError, RecursionError) as error:
-        logger.warning("A caption is no JSON and is not used (%s): %.60r", error, text)
+        logger.warning("%s: a caption is no JSON and is not used (%s): %.60r", name, error, text)
         return None
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    inside = path.resolve().is_relative_to(root.resolve())
+    if not inside:
+        logger.warning("%s leads out of %s and is not read.", path, root)
+    return inside
 
 
 def _caption_of(record: Any) -> str | None:
     """The first of the usual keys that holds a text."""
     if not isinstance(record, Mapping):
         return None
-    texts = (str(record[key]).strip() for key in CAPTION_KEYS if record.get(key))
+    # Half a surrogate pair, for which JSON has an escape, stands in no table.
+    texts = (str(record[key]).encode("utf-8", "replace").decode().strip() for key in CAPTION_KEYS if record.get(key))
     return next((text for text in texts if text), None)
 
 
@@ -146,7 +168,7 @@ def _metadata_captions(root: Path) -> dict[str, str]:
     """`file_name` -> caption of a folder's `metadata.jsonl` or `metadata.csv`, as `videofolder` datasets have it."""
     captions: dict[str, str | None] = {}
     for name in METADATA_NAMES:
-        if (root / name).is_file():
+        if (root / name).is_file() and _is_inside(root / name, root):
             with open(root / name, encoding="utf-8-sig", errors="replace", newline="") as file:
                 try:
                     records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))

@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from ..files import fingerprint
+from .video_file import open_bytes
 from .video_io import VideoDecodeError, read_video
 
 
@@ -84,14 +85,15 @@ def _open(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         return source
     cell: Mapping[str, Any] = source if isinstance(source, Mapping) else {"path": source}
-    file = cell.get("path") if cell.get("bytes") is None else io.BytesIO(cell["bytes"])
-    if not isinstance(file, str | os.PathLike | io.BytesIO):
+    if cell.get("bytes") is None and not isinstance(cell.get("path"), str | os.PathLike):
         raise VideoDecodeError(
             f"{image_name(source)}: expected a path, a dict with 'path' or 'bytes', an image or a uint8 array, got "
             f"{type(source).__name__}."
         )
+    with open_bytes(cell) as file:
+        content = io.BytesIO(file.read())
     try:
-        image = PIL.Image.open(file)
+        image = PIL.Image.open(content)
         image.load()  # damage behind the header shows only here
     except Exception as error:  # damaged files make PIL raise far more than it documents
         raise _unreadable(source, error) from error

@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 import PIL.Image
 
-from ..files import write_atomically
+from ..files import check_page, write_atomically
 from .columns import ROW_TYPES, MapDataset, as_videos, check_columns, column_names, undecoded
 from .video_io import VideoDecodeError, probe_video, read_video, source_name, video_hash
 
@@ -167,7 +167,11 @@ def write_contact_sheet(dataset: MapDataset, path: str | os.PathLike[str], *, ro
         dataset (`datasets.Dataset` or list of dicts): Rows with videos and prompts.
         path (path): The page.
         rows (`int`, defaults to `100`): Only the first so many.
+
+    Raises:
+        ValueError: If `path` is a file that is no such page.
     """
+    check_page(path)
     dataset = undecoded(dataset)
     columns = [name for name in ("video", "chosen", "rejected") if name in column_names(dataset)]
     shown = []

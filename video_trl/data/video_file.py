@@ -3,13 +3,17 @@ Open a video file, tell the time of each of its frames, and decode them, whateve
 file can do wrong becomes a `VideoDecodeError` that names it; nothing that it declares decides how much memory is used.
 """
 
+import gc
 import io
 import math
 import os
+import re
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -25,7 +29,12 @@ VideoSource = str | os.PathLike[str] | Mapping[str, Any] | np.ndarray | list[Any
 MAX_PIXELS = 33_177_600  # 8K, 7680 x 4320
 _ATTACHED_PICTURE = 1024  # AV_DISPOSITION_ATTACHED_PIC: the cover of an album is no video
 _JITTER = 1e-3  # seconds by which times may be off a constant rate where the container's clock is finer than that
+_IDR = 5  # type of H.264's units that hold a slice of a picture which forgets all before it
 _SEGMENT = bytes.fromhex("18538067")  # Matroska's element that holds all others but the header
+
+# FFmpeg waits for its threads when a frame or a decoder of PyAV is collected. A forked process, such as a worker of a
+# data loader, has none of them and would wait for ever: what it has inherited is never collected there.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class VideoDecodeError(ValueError):
@@ -115,8 +124,13 @@ def _damaged(name: str, count: int | None, what: str) -> str:
 
 
 @contextmanager
-def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
-    """The bytes of a source as a binary file."""
+def open_bytes(source: VideoSource) -> Iterator[io.BytesIO | io.BufferedReader]:
+    """
+    The bytes of a source as a binary file.
+
+    Raises:
+        VideoDecodeError: It is no regular file, which could be waited for without end, or cannot be opened or read.
+    """
     name = source_name(source)
     if isinstance(source, Mapping) and source.get("bytes") is not None:
         yield io.BytesIO(source["bytes"])
@@ -127,14 +141,18 @@ def open_bytes(source: VideoSource) -> Iterator[io.BufferedIOBase]:
             f"{name}: expected a path, a dict with 'path' or 'bytes', or a uint8 array, got {type(path).__name__}."
         )
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
+        # Without O_NONBLOCK a pipe is opened when someone writes to it.
+        file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise VideoDecodeError(
             f"{name}: cannot open the file ({reason(error)}). Check the path (relative paths start at {os.getcwd()}) "
             "and that the file is on this machine.",
             kind="missing",
         ) from error
-    with file:
+    with file, naming(source):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            words = f"{name}: expected a file, got a pipe or a device. Copy its content into a file, or drop its row."
+            raise VideoDecodeError(words)
         yield file
 
 
@@ -248,6 +266,8 @@ class Timeline:
         grid (`float`, *optional*): Frames per second of the grid that the times fit. There may be gaps in it.
         times (`array` of `float`): Seconds at which each frame appears, growing.
         by_order (`bool`): The container (AVI) stores no times of frames: the first one shown has the first, and so on.
+        has_leading (`bool`): Some pictures are to be shown before the first one of the file, or with it. They may need
+            others that were cut away, and are then not shown: only decoding tells.
     """
 
     num_frames: int
@@ -257,6 +277,7 @@ class Timeline:
     grid: float | None
     times: NDArray[Any]
     by_order: bool
+    has_leading: bool = False
 
     @property
     def step(self) -> float:
@@ -287,25 +308,36 @@ class Timeline:
         return end - time if end > time else self.step
 
 
-def read_timeline(container: InputContainer, stream: VideoStream) -> Timeline:
-    """Reads all packets of a container that was just opened, which is then at its end."""
+def read_timeline(container: InputContainer, stream: VideoStream, first: Sequence[int] = ()) -> Timeline:
+    """
+    Reads all packets of a container that was just opened, which is then at its end.
+
+    Args:
+        first (sequence of `int`): Stamps of the first frames that can be decoded, up to a later one; pictures that
+            should come before the last of them are not shown.
+    """
     by_order = container.format.name == "avi"
-    stamps: list[int] = []
-    count, last, last_duration = 0, -math.inf, 0
+    shown: list[int | None] = []
+    in_file: list[int | None] = []
+    last, last_duration = -math.inf, 0
     for packet in _shown_packets(container, stream):
-        count += 1
-        stamp = packet.dts if by_order else packet.pts
-        if stamp is None:
-            continue
-        stamps.append(stamp)
-        if stamp >= last:
-            last, last_duration = stamp, packet.duration or 0
+        shown.append(packet.pts)
+        in_file.append(packet.dts)
+        if packet.pts is not None and packet.pts >= last:
+            last, last_duration = packet.pts, packet.duration or 0
+    known = [stamp for stamp in shown if stamp is not None]
+    hidden = sum(stamp <= first[-1] for stamp in known) - len(first) if first else 0
+    has_leading = not first and sum(stamp <= known[0] for stamp in known) > 1
+    count = len(shown) - hidden
+    # AVI stores no times: FFmpeg counts packets, and at the ends it may be wrong in either kind of stamp.
+    evenest = min((in_file, shown) if by_order else (shown,), key=_unevenness)
+    stamps = sorted(stamp for stamp in evenest if stamp is not None)[hidden:]
     base = float(stream.time_base or 0)
     rates = [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
     if not stamps or not base:  # a bare stream without a container
         fps = rates[0] if rates else 25.0
         return Timeline(count, 0.0, count / fps, fps, None, np.arange(count) / fps, True)
-    times: NDArray[Any] = np.sort(np.array(stamps, dtype=np.int64)) * base
+    times: NDArray[Any] = np.array(stamps, dtype=np.int64) * base
     start, span, steps = float(times[0]), float(times[-1] - times[0]), len(times) - 1
     if span > 0:
         rates.append(steps / span)
@@ -320,7 +352,13 @@ def read_timeline(container: InputContainer, stream: VideoStream) -> Timeline:
     else:
         end = float(times[-1]) + (last_duration * base or span / max(steps, 1) or 1 / (rates[0] if rates else 25.0))
         fps = len(times) / (end - start)
-    return Timeline(count, start, end, fps, grid, times, by_order)
+    return Timeline(count, start, end, fps, grid, times, by_order, has_leading)
+
+
+def _unevenness(stamps: Sequence[int | None]) -> tuple[int, int]:
+    """How many are missing, and how many different steps the others take."""
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    return len(stamps) - len(known), len({after - before for before, after in pairwise(known)})
 
 
 def _fits(offsets: NDArray[Any], rate: float, error: float) -> bool:
@@ -389,10 +427,14 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
     count, is_cut = 0, False
     # In MPEG-TS the mark only says that the numbers of packets jump, as they do where segments were joined.
     marks_damage = container.format.name != "mpegts"
-    for packet in container.demux(stream):
+    for number, packet in enumerate(container.demux(stream)):
         if packet.is_corrupt and marks_damage:
             raise VideoDecodeError(_damaged(name, count, "a packet is marked as corrupt"), kind="damaged")
         is_cut = is_cut or packet.is_discard
+        if number == 0 and _is_from_the_middle(stream, packet):
+            # It tells the decoder to forget pictures that were cut away, which "explode" would take for damage. What
+            # H.264's decoder paints over is marked all the same.
+            stream.codec_context.options = {"max_pixels": stream.codec_context.options["max_pixels"]}
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
@@ -406,6 +448,22 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
                 raise VideoDecodeError(_damaged(name, count, "a frame is marked as corrupt"), kind="damaged")
             count += 1
             yield frame
+
+
+def _is_from_the_middle(stream: VideoStream, first: Packet) -> bool:
+    """Whether an H.264 stream begins with a picture that others could still look behind: it is no IDR picture."""
+    context = stream.codec_context
+    if context.name != "h264" or not first.size:
+        return False
+    data, header = bytes(first), context.extradata or b""
+    if header[:1] != b"\1" or len(header) < 5:  # units follow a start code, not their length
+        return not any(unit[0] & 31 == _IDR for unit in re.findall(rb"\x00\x00\x01(.)", data, re.DOTALL))
+    width, place = 1 + (header[4] & 3), 0
+    while place + width < len(data):
+        if data[place + width] & 31 == _IDR:
+            return False
+        place += width + int.from_bytes(data[place : place + width])
+    return True
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:

@@ -150,7 +150,7 @@ def _check_length(source: VideoSource, count: int, num_frames: int | None, fps: 
         clock = "" if fps is None else f" at {fps:g} fps"
         raise VideoDecodeError(
             f"{source_name(source)}: expected at least {num_frames} frames{clock}, got {count}. Use a longer video, "
-            f"or ask for fewer frames (`num_frames={max(count, 1)}`).",
+            f"or ask for fewer frames (most models take 4k + 1: `num_frames={max(count - 1, 0) // 4 * 4 + 1}`).",
             kind="too_short",
         )
 
@@ -258,7 +258,16 @@ def _pictures(
 
 def _timeline(source: VideoSource, limits: VideoLimits) -> Timeline:
     with open_stream(source, limits) as (container, stream):
-        return read_timeline(container, stream)
+        timeline = read_timeline(container, stream)
+    if not timeline.has_leading:
+        return timeline
+    first: list[int] = []
+    for _, _, frame in _decoded(source, timeline, limits):
+        if frame.pts is None or (first and frame.pts != first[0]):
+            break
+        first.append(frame.pts)
+    with open_stream(source, limits) as (container, stream):
+        return read_timeline(container, stream, first)
 
 
 def _decoded(

@@ -17,8 +17,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..data.columns import MapDataset, as_scores, as_videos, check_columns, undecoded
+from ..data.video_file import VideoDecodeError
 from ..data.video_io import read_video
 from ..judges import VideoJudge
+from ..judges.base import score_each
 from ..models import family_of
 
 
@@ -110,10 +112,11 @@ def diagnose(
             makes equal is no confound.
 
     Returns:
-        [`Diagnosis`]: The measures, and the problems.
+        [`Diagnosis`]: The measures, and the problems. A row with a video that cannot be read is one of them, and is
+            left out of the measures.
 
     Raises:
-        ValueError: If the dataset has other columns, or fewer than two rows are to be looked at.
+        ValueError: If the dataset has other columns, or fewer than two rows can be looked at.
     """
     check_columns(dataset, "group")
     if min(len(dataset), max_rows) < 2:
@@ -122,16 +125,27 @@ def diagnose(
     rows, table, scores = undecoded(dataset), _Table(), _Table()
     encode = None if pipeline is None else _encoder(pipeline)
     equal: list[int] = []
+    problems: list[str] = []
     for number in numbers:
         row = rows[number]
-        videos = [read_video(source, **(pixels or {})) for source in (row["chosen"], *as_videos(row["rejected"]))]
+        try:
+            videos = [read_video(source, **(pixels or {})) for source in (row["chosen"], *as_videos(row["rejected"]))]
+        except VideoDecodeError as error:
+            problems.append(f"row {number} is left out: {error}")
+            continue
         if any(_difference(videos[0], other) < _EQUAL for other in videos[1:]):
             equal.append(number)
         table.add([style_of(video) | ({} if encode is None else encode(video)) for video in videos])
         if judge is not None:
-            judged = judge.score(videos, [row["prompt"]] * len(videos))
-            scores.add([{name: float(score[name]) for name in ("sa", "pc")} for score in judged])
-    found = Diagnosis(len(numbers), sum(len(group) for group in table.groups))
+            judged = score_each(judge, videos, [row["prompt"]] * len(videos))
+            unscored = next((score for score in judged if score["sa"] is None or score["pc"] is None), None)
+            if unscored is None:
+                scores.add([{name: float(score[name]) for name in ("sa", "pc")} for score in judged])
+            else:
+                problems.append(f"row {number} has no scores of the judge: {unscored.get('error')}")
+    if min(len(each.groups) for each in (table, *([] if judge is None else [scores]))) < 2:
+        raise ValueError(f"Fewer than two rows can be looked at; {'; '.join(problems)}")
+    found = Diagnosis(len(table.groups), sum(len(group) for group in table.groups), problems=problems)
     names = list(style_of(videos[0]))
     found.style += [separation(name, table.column(name), comparisons=len(names)) for name in names]
     _name_problems_of_style(found, equal, pixels is not None)

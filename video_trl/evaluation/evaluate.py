@@ -12,9 +12,11 @@ from ..files import Absence
 from ..hub.published import Alpha
 from ..judges import VideoJudge
 from ..load import SANDBOX, heldout_prompts, load_judge
+from .benchmarks.phyground import load_phyground
 from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
 from .runs.generate import VideoGenerator, generate_run, load_generator
+from .runs.longer_prompts import read_longer_prompts, with_longer_prompts
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
 from .runs.run import SCORE_FOLDER, EvaluationRun, make_room, shard
 from .runs.score import score_run, slug
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 _LOADERS: dict[str, Callable[..., tuple[EvaluationPrompt, ...]]] = {
     "videophy": load_videophy,
     "videophy2": load_videophy2,
+    "phyground": load_phyground,
 }
+UPSAMPLED = "upsampled"  # VideoPhy-2's own longer sentences
 _POLL_SECONDS = 1.0
 _REPORT_SECONDS = 60.0
 
@@ -40,6 +44,7 @@ def evaluate_model(
     adapter_scale: float = 1.0,
     prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None = None,
     num_prompts: int | None = None,
+    longer_prompts: str | os.PathLike[str] | None = None,
     seeds: Sequence[int] = (0,),
     judge: str | VideoJudge = SANDBOX,
     name: str | None = None,
@@ -66,13 +71,15 @@ def evaluate_model(
         prompts (path or list, *optional*): File for [`load_prompts`], or prompts; by default the sandbox's held-out.
         num_prompts (`int`, *optional*): Number of held-out sentences of the sandbox (20 by default), or the first so
             many of `prompts`.
+        longer_prompts (`str` or path, *optional*): What the model, but not the judge, is given: a file for
+            [`read_longer_prompts`], or `"upsampled"` for the ones that VideoPhy-2 has.
         seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each seed.
         judge (`str` or [`VideoJudge`], *optional*, defaults to `"sandbox"`): Name for `load_judge`, or a judge. The
             default one judges nothing but the sandbox's sentences.
         name (`str`, *optional*): How tables call the model; by default the adapter's or the model's name.
         training_seed (`int`, *optional*): Seed of the run that trained the adapter.
-        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"` and
-            `"videophy2"` the prompts are the benchmark's: `prompts` is its CSV file, by default that of the Hub.
+        benchmark (`str`, *optional*, defaults to `"custom"`): Rule that scores are counted by. With `"videophy"`,
+            `"videophy2"` and `"phyground"` `prompts` is the benchmark's file, by default that of the Hub.
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
 
     Returns:
@@ -84,7 +91,7 @@ def evaluate_model(
     benchmark_named(benchmark)
     if model != SANDBOX and (judge == SANDBOX or prompts is None and benchmark not in _LOADERS):
         raise ValueError(f"Evaluating {model!r} needs `prompts` and `judge`: only the sandbox brings its own.")
-    selection = evaluation_prompts(prompts, num_prompts, benchmark)
+    selection = evaluation_prompts(prompts, num_prompts, benchmark, longer_prompts)
     if isinstance(judge, str):
         judge = load_judge(judge)
     generator = load_generator(
@@ -240,19 +247,37 @@ def evaluation_prompts(
     prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None = None,
     number: int | None = None,
     benchmark: str = "custom",
+    longer: str | os.PathLike[str] | None = None,
 ) -> tuple[EvaluationPrompt, ...]:
     """
-    The prompts that [`evaluate_model`] would take for these arguments (`number` is its `num_prompts`).
+    The prompts that [`evaluate_model`] would take for these arguments (`number` is its `num_prompts`, `longer` its
+    `longer_prompts`).
 
     Raises:
-        ValueError: If the file cannot be read, a prompt repeats, or there are fewer than `number`.
+        ValueError: If a file cannot be read, a prompt repeats or has no longer one, or there are fewer than `number`.
     """
+    if longer == UPSAMPLED and (benchmark != "videophy2" or not isinstance(prompts, str | os.PathLike | None)):
+        raise ValueError(
+            f"`longer_prompts={UPSAMPLED!r}` is a column of VideoPhy-2's table. For {benchmark!r} pass a CSV file."
+        )
+    selection = _short_prompts(prompts, number, benchmark, {"upsampled": True} if longer == UPSAMPLED else {})
+    if longer is None or longer == UPSAMPLED:
+        return selection
+    return with_longer_prompts(selection, read_longer_prompts(longer))
+
+
+def _short_prompts(
+    prompts: str | os.PathLike[str] | Sequence[EvaluationPrompt | str] | None,
+    number: int | None,
+    benchmark: str,
+    options: Mapping[str, Any],
+) -> tuple[EvaluationPrompt, ...]:
     if prompts is None and benchmark not in _LOADERS:
         return sandbox_prompts(20 if number is None else number)
     if prompts is None:
-        loaded_prompts = _LOADERS[benchmark]()
+        loaded_prompts = _LOADERS[benchmark](**options)
     elif isinstance(prompts, str | os.PathLike):
-        loaded_prompts = _LOADERS.get(benchmark, load_prompts)(prompts)
+        loaded_prompts = _LOADERS.get(benchmark, load_prompts)(prompts, **options)
     else:
         loaded_prompts = check_prompts(prompts)
     if number is not None and not 1 <= number <= len(loaded_prompts):

@@ -11,11 +11,13 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
+from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from ..data.columns import undecoded
 from ..data.images import read_image
-from ..data.video_io import iterate_video
+from ..data.video_file import VideoDecodeError, open_bytes
+from ..data.video_io import decode_video
 from ..files import (
     LOCK_NAME,
     atomic_file,
@@ -27,7 +29,7 @@ from ..files import (
     write_json,
 )
 from .card import CARD_NAME, code, render, settings_table, table
-from .upload import explained, without_conflict
+from .upload import bytes_below, explained, without_conflict
 
 
 _VIDEO = datasets.Video(
@@ -138,10 +140,11 @@ def push_dataset(
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: As [`export_dataset`], the folder holds no dataset, or an export that is not whole or was changed.
-            Raised before anything is sent.
+        ValueError: As [`export_dataset`], the id is none, the folder holds no dataset, or an export that is not whole
+            or was changed. Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
+    validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
         if isinstance(dataset, datasets.Dataset):
             exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)
@@ -171,7 +174,8 @@ def push_dataset(
             )
 
         place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
-        return explained(send, f"{place}Call `push_dataset` again later; what was sent is not sent twice.")
+        way_out = f"{place}Call `push_dataset` again later; what was sent is not sent twice."
+        return explained(send, way_out, bytes_below(exported))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -184,11 +188,17 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _check_replaceable(folder: Path) -> None:
     """
     Raises:
-        ValueError: A file in the folder is none that [`export_dataset`] has written.
+        ValueError: A file in the folder is none that [`export_dataset`] has written, or the card was edited.
     """
-    own = {_LIST, LOCK_NAME, *_listed(folder)} if folder.is_dir() else set()
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    for name in names:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and an export is a folder. Pass a new folder.")
+    listed = _listed(folder)
+    card = folder / CARD_NAME
+    if card.is_file() and listed.get(CARD_NAME, edited := fingerprint(card)) != edited:
+        raise ValueError(f"{card} was edited, which would be lost. Pass its text as `card`, or a new folder.")
+    own = {_LIST, LOCK_NAME, *listed}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    for name in (path.relative_to(folder).as_posix() for path in files):
         if name not in own:
             raise ValueError(f"{folder} holds more than an export ({name}), which would be lost. Pass a new folder.")
 
@@ -381,9 +391,7 @@ def _file_state(cell: Any, row: int) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise ValueError(
-            f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row."
-        ) from error
+        raise _unreadable(path, row, error) from error
     return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
@@ -407,15 +415,17 @@ def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | N
     path, content = (cell, None) if isinstance(cell, str) else (cell["path"], cell["bytes"])
     if content is None:
         try:
-            content = Path(path).read_bytes()
-        except OSError as error:
+            with open_bytes(path) as file:
+                content = file.read()
+        except VideoDecodeError as error:
             raise _unreadable(path, row, error) from error
     try:
         if column in _IMAGE_COLUMNS:
             read_image({"bytes": content, "path": path})
         else:
-            next(iterate_video({"bytes": content, "path": path}))
-    except (ValueError, StopIteration) as error:
+            for _ in decode_video({"bytes": content, "path": path}):  # to its end, which may be damaged
+                pass
+    except ValueError as error:
         raise ValueError(
             f"Row {row}: {path or 'the content'} of the column {column!r} is no readable video or image, and is not "
             f"published ({error}). Drop the row."
@@ -424,7 +434,7 @@ def _embedded(cell: Any, name: str, row: int, column: str) -> dict[str, Any] | N
     return {"bytes": content, "path": name + ending}
 
 
-def _unreadable(path: str, row: int, error: OSError) -> ValueError:
+def _unreadable(path: str, row: int, error: Exception) -> ValueError:
     return ValueError(f"Row {row}: the file {path} cannot be read ({error}). Put it back, or drop the row.")
 
 

@@ -17,7 +17,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from .lora import EXPERT_KEY, PREFIX, expert_of, write_tensors
+from .lora import EXPERT_KEY, PREFIX, check_replaceable, expert_of, write_tensors
 from .published import CONFIG_KEY, Alpha, read_adapter
 from .wan_names import original_name
 
@@ -52,8 +52,8 @@ def export_lora(
         `Path`: The file.
 
     Raises:
-        ValueError: No such adapter, one of another model, or one with parts that the layout has no place for; or as
-            in [`~video_trl.hub.read_adapter`].
+        ValueError: No such adapter, one of another model, or one with parts that the layout has no place for; a file
+            of others that would be replaced; or as in [`~video_trl.hub.read_adapter`].
     """
     weights, config = read_adapter(source, alpha=alpha, scale=scale)
     if not any(key.startswith("blocks.") for key in weights):
@@ -92,6 +92,7 @@ def export_lora(
     if path.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {path}.")
     header = {"format": "pt", CONFIG_KEY: json.dumps(settings)} | ({} if expert is None else {EXPERT_KEY: expert})
+    check_replaceable(path)
     return write_tensors(path, tensors, header)
 
 

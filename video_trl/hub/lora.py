@@ -19,7 +19,7 @@ from ..files import tensor_checksum, write_atomically
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
-CHECKSUM_KEY = "checksum"  # of all tensors with their names
+CHECKSUM_KEY = "checksum"  # of all tensors with their names, and of the other metadata
 EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several
 PREFIX = "transformer."  # without it a pipeline loads nothing, and only logs a warning
 
@@ -220,8 +220,31 @@ def lora_state(
             f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
             "Save it with `video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
         )
-    settings = {key.removeprefix(PREFIX): value for key, value in json.loads(header[METADATA_KEY]).items()}
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, known_config(settings, path)
+    settings = {key.removeprefix(PREFIX): value for key, value in described(header[METADATA_KEY], path).items()}
+    config = known_config(settings, path)
+    # An adapter is made of what the file says before its weights are compared.
+    widest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    if (rank := max(config.r, *config.rank_pattern.values(), 0)) > widest:
+        raise ValueError(f"{path} says that its adapter has rank {rank}, and no tensor in it is that wide.")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+
+
+def described(text: str, path: Path) -> dict[str, Any]:
+    """
+    What the metadata of the file `path` say of its adapter.
+
+    Raises:
+        ValueError: If they are no JSON object.
+    """
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: what it says of its adapter is no JSON ({error}). Save it again.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}: what it says of its adapter is no JSON object, got {settings!r:.80}. Save it again."
+        )
+    return settings
 
 
 def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -229,17 +252,33 @@ def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
     The configuration that the file `path` holds.
 
     Raises:
-        ValueError: If the PEFT that is installed does not know one of its options.
+        ValueError: If the PEFT that is installed does not know one of its options, or refuses its value.
     """
     unknown = sorted(set(settings) - {field.name for field in fields(LoraConfig)})
     if unknown:
         raise ValueError(f"{path} has options {unknown} that this version of PEFT does not know. Update PEFT.")
-    return LoraConfig(**settings)
+    ranks = {"r": settings.get("r", 8), **_pattern(settings, "rank_pattern", path)}
+    alphas = {"lora_alpha": settings.get("lora_alpha", 8), **_pattern(settings, "alpha_pattern", path)}
+    wrong = {name: rank for name, rank in ranks.items() if type(rank) is not int or rank < 1}
+    wrong |= {name: alpha for name, alpha in alphas.items() if type(alpha) not in (int, float)}
+    if wrong:
+        raise ValueError(f"{path}: expected positive whole ranks and alphas that are numbers, got {wrong}.")
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} has options that PEFT refuses ({error}).") from error
+
+
+def _pattern(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    pattern = settings.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{path}: expected `{name}` to be an object, got {pattern!r:.80}.")
+    return pattern
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write tensors on the CPU and their checksum as a safetensors file, whole or not at all."""
-    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors)})
+    """Write tensors on the CPU, metadata and their checksum as a safetensors file, whole or not at all."""
+    content = safetensors.torch.save(tensors, {**metadata, CHECKSUM_KEY: _checksum(tensors, metadata)})
     end = 8 + int.from_bytes(content[:8], "little")
     # safetensors writes metadata in another order each time; equal tensors are to make equal files.
     header = json.loads(content[8:end])
@@ -256,22 +295,38 @@ def expert_of(directory: str | os.PathLike[str]) -> str | None:
         return (file.metadata() or {}).get(EXPERT_KEY)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise a `ValueError` if a file that is to be written is there, and `write_tensors` has not written it."""
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                ours = CHECKSUM_KEY in (file.metadata() or {})
+        except (safetensors.SafetensorError, OSError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path} was not written by video_trl and stays. Pass another place, or move it.")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     Tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        ValueError: The file is incomplete or is no such file, or its tensors are not those of the checksum in it.
+        ValueError: The file is incomplete or is no such file, or its tensors and metadata are not those of the
+            checksum in it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or save it again.") from error
-    if header.get(CHECKSUM_KEY, checksum := _checksum(tensors)) != checksum:
-        raise ValueError(f"{path} is damaged: its tensors are not those of its checksum. Fetch or save it again.")
+    others = {name: text for name, text in header.items() if name != CHECKSUM_KEY}
+    # Older files have a checksum of their tensors alone.
+    if CHECKSUM_KEY in header and header[CHECKSUM_KEY] not in (_checksum(tensors, others), _checksum(tensors, {})):
+        raise ValueError(f"{path} is damaged: its content is not that of its checksum. Fetch or save it again.")
     return tensors, header
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    return tensor_checksum(*(part for item in sorted(tensors.items()) for part in item))
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    items: list[tuple[str, str | torch.Tensor]] = [*sorted(tensors.items()), *sorted(metadata.items())]
+    return tensor_checksum(*(part for item in items for part in item))

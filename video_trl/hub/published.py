@@ -6,7 +6,6 @@ which decides how strongly it acts: an output is multiplied by alpha / rank.
 """
 
 import copy
-import json
 import math
 import os
 import re
@@ -23,6 +22,8 @@ from .lora import (
     METADATA_KEY,
     PREFIX,
     check_lora_config,
+    check_replaceable,
+    described,
     expert_of,
     known_config,
     lora_state,
@@ -79,7 +80,7 @@ def read_adapter(
     else:
         weights, alphas = _renamed(tensors, path)
         if CONFIG_KEY in header:
-            config = known_config(json.loads(header[CONFIG_KEY]), path)
+            config = known_config(described(header[CONFIG_KEY], path), path)
             _refuse_alpha(alpha, path)
         else:
             config = _config_of(weights, _all_alphas(weights, alphas, alpha, path))
@@ -110,9 +111,10 @@ def import_lora(
         `Path`: The file.
 
     Raises:
-        ValueError: As in [`read_adapter`].
+        ValueError: As in [`read_adapter`], or a file of others would be replaced.
     """
     weights, config = read_adapter(source, alpha=alpha, scale=scale)
+    check_replaceable(Path(directory) / LORA_FILE_NAME)
     return write_lora(directory, weights, config, config.base_model_name_or_path, expert_of(source))
 
 

@@ -1,15 +1,18 @@
 """Upload a run to the Hub: which files are published, and clear errors when an upload fails."""
 
+import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of its client, httpx or httpx2
+from huggingface_hub.utils import validate_repo_id
 
 from ..files import PARTIAL_PATTERN
 from ..load import SANDBOX
@@ -25,11 +28,12 @@ T = TypeVar("T")
 # else its owner keeps there.
 PUBLISHED = (CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*")
 CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
-CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
 # Of the videos made during training, those of other steps than the ones that are uploaded.
 OUTDATED = "samples/step_*"
 # Answers that will be the same tomorrow: a person has to do something. All others may pass.
 REFUSALS = (400, 401, 403, 404, 410, 413)
+# What the Hub may take: so many seconds for its answers, and for the files at so many bytes a second.
+_SECONDS, _BYTES_PER_SECOND = 180.0, 100_000
 _CONFLICT_WAITS = (1.0, 4.0, 16.0)  # seconds; another commit was being made at the same time
 
 
@@ -65,7 +69,7 @@ def push(
         `huggingface_hub.CommitInfo`: The commit, with its URL.
 
     Raises:
-        ValueError: There are no weights in the folder. Raised before anything is sent.
+        ValueError: There are no weights in the folder, or the id is none. Raised before anything is sent.
         HubUploadError: The Hub refused, for instance because the token may not write, or cannot be reached.
     """
     folder = Path(folder)
@@ -74,13 +78,14 @@ def push(
             f"Nothing to push: {folder} has no {LORA_FILE_NAME} and no transformer/config.json. Save the adapter with "
             "`save_lora`, or the trainer's with `trainer.save_model()`, first."
         )
+    validate_repo_id(repo_id)
 
     def send() -> CommitInfo:
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return upload(api, repository, folder, commit_message, revision=revision)
 
-    return explained(send, again(folder, repo_id))
+    return explained(send, again(folder, repo_id), bytes_below(folder))
 
 
 def upload(
@@ -125,21 +130,54 @@ def without_conflict(send: Callable[[], T], waits: Sequence[float] = _CONFLICT_W
     return send()
 
 
-def explained(send: Callable[[], T], way_out: str) -> T:
+def explained(send: Callable[[], T], way_out: str, num_bytes: int = 0) -> T:
     """
     The result of an upload, its errors in words.
 
     Args:
         send (`Callable`): Does the upload.
         way_out (`str`): What can be done later, appended to the message.
+        num_bytes (`int`, defaults to `0`): Size of what is sent.
 
     Raises:
-        HubUploadError: For every error of the Hub or of the connection to it.
+        HubUploadError: For every error of the Hub or of the connection to it, and where it has not ended after three
+            minutes and as long as the files take at 100 kB a second.
     """
     try:
-        return send()
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        return within(_SECONDS + num_bytes / _BYTES_PER_SECOND, send)
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
         raise HubUploadError(f"{reason(error)} {way_out}") from error
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """
+    The result of a call of the Hub, whose client waits for an answer without end.
+
+    Raises:
+        TimeoutError: After so many seconds. The call goes on in a thread that nobody waits for.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError as error:
+        raise error if result.done() else TimeoutError(f"no answer within {seconds:.0f} s") from None
+
+
+def bytes_below(folder: Path) -> int:
+    """Size of what is in a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # temporary files go meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def again(folder: Path, repo_id: str) -> str:
@@ -151,7 +189,7 @@ def reason(error: Exception) -> str:
     """Why an upload failed, for a person. Holds no token: neither requests nor their headers are shown."""
     answer = _answer(error)
     if answer is None:
-        away = isinstance(error, httpx2.HTTPError | ConnectionError | TimeoutError)
+        away = isinstance(error, HTTPError | ConnectionError | TimeoutError)
         what = "The Hub cannot be reached" if away else "The upload failed"
         return f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
     status = answer.response.status_code
@@ -196,8 +234,9 @@ def inherited_license(
         data = ModelCard.load(Path(base_model) / CARD_NAME, ignore_metadata_errors=True).data
     elif ask_hub and is_repo_id(base_model):
         try:
-            data = HfApi(token=token).model_info(base_model, revision=revision, timeout=10).card_data
-        except (HfHubHTTPError, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+            api = HfApi(token=token)
+            data = within(30.0, lambda: api.model_info(base_model, revision=revision, timeout=10)).card_data
+        except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
             logger.warning("The licence of %s is not known: %s", base_model, reason(error))
     entries = {} if data is None else data.to_dict()
     return {name: str(entries[name]) for name in ("license", "license_name", "license_link") if entries.get(name)}

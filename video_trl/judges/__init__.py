@@ -10,31 +10,43 @@ if TYPE_CHECKING:
     from .cache import CachedJudge
     from .chat import ChatClient
     from .mplug_owl import VideoConPhysicsJudge, VideoPhy2Judge
+    from .pairwise import PairwiseJudge
+    from .phyground import PhyGroundJudge
     from .precomputed import PrecomputedJudge
     from .qwen_vl import QwenVLJudge
     from .remote import RemoteJudge
+    from .videoalign import VideoAlignJudge
+    from .videoscore2 import VideoScore2Judge
 
 _HOME = {
     "CachedJudge": "cache",
     "ChatClient": "chat",
+    "PairwiseJudge": "pairwise",
+    "PhyGroundJudge": "phyground",
     "PrecomputedJudge": "precomputed",
     "QwenVLJudge": "qwen_vl",
     "RemoteJudge": "remote",
+    "VideoAlignJudge": "videoalign",
     "VideoConPhysicsJudge": "mplug_owl",
     "VideoPhy2Judge": "mplug_owl",
+    "VideoScore2Judge": "videoscore2",
 }
 
 
 __all__ = [
     "CachedJudge",
     "ChatClient",
+    "PairwiseJudge",
+    "PhyGroundJudge",
     "PrecomputedJudge",
     "QwenVLJudge",
     "RemoteJudge",
     "Video",
+    "VideoAlignJudge",
     "VideoConPhysicsJudge",
     "VideoJudge",
     "VideoPhy2Judge",
+    "VideoScore2Judge",
 ]
 
 

@@ -51,3 +51,16 @@ class VideoJudge(Protocol):
                 (named), or an array that is no uint8 `(T, H, W, 3)` clip.
         """
         ...
+
+
+def score_each(judge: VideoJudge, videos: Sequence[Video], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """
+    As `judge.score`, but what cannot be judged, such as a file that is no readable video or a prompt that the judge
+    does not know, costs its own score only: `sa` and `pc` are None, and `error` says why.
+    """
+    try:
+        return judge.score(videos, prompts)
+    except ValueError as error:
+        if len(videos) == 1:
+            return [{"sa": None, "pc": None, "error": str(error)}]
+    return [score_each(judge, [video], [prompt])[0] for video, prompt in zip(videos, prompts, strict=True)]

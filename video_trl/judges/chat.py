@@ -381,9 +381,9 @@ class ChatClient:
 
         try:
             # Not the client's own timeout, which starts again with every byte, and with every header of status 1xx.
-            async with asyncio.timeout(self.timeout):
-                raw = await client.chat.completions.with_raw_response.create(**fields, extra_body=self.extra_body)
-        except TimeoutError:
+            request = client.chat.completions.with_raw_response.create(**fields, extra_body=self.extra_body)
+            raw = await asyncio.wait_for(request, self.timeout)
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
             raise _TryAgain(f"no reply within {self.timeout:g} s") from None
         except openai.APIStatusError as error:
             self._raise_for_status(error.response, fields)

@@ -74,6 +74,20 @@ def evenly_spaced(num_frames: int, wanted: int) -> NDArray[np.int64]:
     return np.round(np.linspace(0, num_frames - 1, min(wanted, num_frames))).astype(np.int64)
 
 
+def at_rate(num_frames: int, fps: float, wanted: float, *, fewest: int = 4, most: int = 768) -> NDArray[np.int64]:
+    """
+    Evenly spaced frame numbers, about `wanted` of them a second and an even number, as Qwen's own reader takes them.
+
+    Args:
+        num_frames: of the video; all of them where there are fewer than `fewest`.
+        fps: of the video.
+        wanted: frames a second.
+    """
+    most = min(most, num_frames) // 2 * 2
+    count = round(min(max(num_frames / fps * wanted, fewest), most) / 2) * 2
+    return np.round(np.linspace(0, num_frames - 1, count or num_frames)).astype(np.int64)
+
+
 def sample_frames(
     video: Video,
     num_frames: int,
@@ -105,6 +119,20 @@ def sample_frames(
         indices = policy(count, num_frames)
         frames, _ = read_frames_squashed(video, indices.tolist(), height, width)
     return frames, indices
+
+
+def qwen_size(
+    height: int, width: int, *, multiple: int = 28, fewest: int = 128 * 28 * 28, most: int = 768 * 28 * 28
+) -> tuple[int, int]:
+    """Sides that are multiples of `multiple`, of `fewest` to `most` pixels in all, as Qwen's own reader has them."""
+    new_height, new_width = (max(multiple, round(side / multiple) * multiple) for side in (height, width))
+    if new_height * new_width > most:
+        scale = (most / (height * width)) ** 0.5
+        new_height, new_width = (max(multiple, int(side * scale / multiple) * multiple) for side in (height, width))
+    elif new_height * new_width < fewest:
+        scale = (fewest / (height * width)) ** 0.5
+        new_height, new_width = (-int(-side * scale // multiple) * multiple for side in (height, width))
+    return new_height, new_width
 
 
 def size_within(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import fingerprint, with_formula
+from ..files import fingerprint, read_json_lines, with_formula
 from .base import Video
 from .frames import check_request, video_name
 
@@ -129,8 +128,7 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             case ".csv":
                 rows: list[dict[str, Any]] = _csv_rows(path)
             case ".jsonl":
-                lines = path.read_text(encoding="utf-8-sig").split("\n")  # others may stand in a text
-                rows = [json.loads(line) for line in lines if line.strip()]
+                rows = [row for _, row in read_json_lines(path)]
             case ".parquet":
                 import pyarrow.parquet
 

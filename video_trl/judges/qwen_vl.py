@@ -6,11 +6,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from .base import Video
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
-from .qwen_vl_model import FAMILIES, Patches, QwenVL
+from .qwen_vl_model import FAMILIES, QwenVL
 from .weights import text_hash, weights_identity
 
 
@@ -78,10 +77,10 @@ class QwenVLJudge:
                 f"{answers!r}, {num_frames}, {max_pixels} and {fps}."
             )
         self.answers, self.num_frames, self.max_pixels, self.fps = answers, num_frames, max_pixels, fps
-        self._vlm = QwenVL(model, device=device, dtype=dtype, revision=revision)
+        self._vlm = QwenVL.load(model, device=device, dtype=dtype, revision=revision)
         self.family, self.tokenizer, self.model = self._vlm.family, self._vlm.tokenizer, self._vlm.model
         self.device, self.dtype = self._vlm.device, self._vlm.dtype
-        self._answer_ids = [self._single_token(text) for text in (YES_NO if answers == "yes_no" else RATINGS)]
+        self._answer_ids = [self._vlm.single_token(text) for text in (YES_NO if answers == "yes_no" else RATINGS)]
 
     @cached_property
     def identity(self) -> str:
@@ -121,7 +120,8 @@ class QwenVLJudge:
         scores: dict[str, float] = {}
         raw: dict[str, Any] = {}
         for question, text in QUESTIONS[self.answers].items():
-            logprobs = self._answer_logprobs(patches, text.format(caption=quoted(prompt)))
+            inputs = self._vlm.inputs(patches, text.format(caption=quoted(prompt)))
+            logprobs = self._vlm.next_logprobs(inputs, self._answer_ids)
             probabilities = logprobs.softmax(dim=-1).tolist()
             answers = YES_NO if self.answers == "yes_no" else RATINGS
             if self.answers == "yes_no":
@@ -133,20 +133,3 @@ class QwenVLJudge:
                 "coverage": float(logprobs.exp().sum()),
             }
         return scores | {"raw": raw}
-
-    @torch.inference_mode()
-    def _answer_logprobs(self, video: Patches, question: str) -> Tensor:
-        """`(K,)` float32 log-probabilities of the answers as the next token."""
-        inputs = self._vlm.inputs(video, question)
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0, -1]
-        everything = self.model.lm_head(hidden).float().logsumexp(dim=-1)
-        return torch.mv(self.model.lm_head.weight[self._answer_ids].float(), hidden.float()) - everything
-
-    def _single_token(self, text: str) -> int:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(
-                f"{self._vlm.folder}: expected a tokenizer that has {text!r} as one token, got {len(ids)}. Is this a "
-                "Qwen-VL model?"
-            )
-        return int(ids[0])

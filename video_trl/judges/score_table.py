@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..files import atomic_file, formula_free
-from .base import VideoJudge
+from .base import VideoJudge, score_each
 from .precomputed import SUFFIXES, read_table
 
 
@@ -38,16 +38,17 @@ def score_table(
     Args:
         table: `.csv`, `.jsonl` or `.parquet` file with the columns `video` (a path) and `prompt`.
         output: file to write, with one of the same endings.
-        judge: scores the videos. A server's may leave some without: their `sa` and `pc` are None.
+        judge: scores the videos.
         folder: where relative paths start; by default the folder of the table.
         batch_size: videos given to the judge together.
 
     Returns:
-        The rows written, in the order of the table.
+        The rows written, in the order of the table. `sa` and `pc` of a video that cannot be judged are None, and its
+        `details` say why.
 
     Raises:
         ValueError: before anything is judged: another ending, a batch size below 1, missing columns, a video that is
-            missing or unreadable (named), or a file of somebody else under one of the two names.
+            missing (named), or a file of somebody else under one of the two names.
     """
     table, output = Path(table), Path(output)
     if output.suffix not in SUFFIXES:
@@ -63,7 +64,7 @@ def score_table(
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"{table}: {len(missing)} of {len(rows)} videos are not there: {', '.join(missing[:10])}.")
-    hashes = [video_hash(path) for path in paths]  # and one that is damaged is named now
+    hashes = [video_hash(path) for path in paths]
     identity = judge.identity
     kept = output.with_name(f"{output.name}.unfinished.jsonl")
     known = _known_scores(output, kept, identity)
@@ -71,16 +72,16 @@ def score_table(
     unscored = [number for number, key in enumerate(keys) if key not in known]
     for start in tqdm(range(0, len(unscored), batch_size), desc="Scoring", unit="batch", disable=None):
         batch = unscored[start : start + batch_size]
-        scores = judge.score([paths[number] for number in batch], [rows[number]["prompt"] for number in batch])
+        scores = score_each(judge, [paths[number] for number in batch], [rows[number]["prompt"] for number in batch])
         for number, score in zip(batch, scores, strict=True):
             details = {name: value for name, value in score.items() if name not in _PLAIN}
             known[keys[number]] = {"sa": score["sa"], "pc": score["pc"], "details": json.dumps(details)}
-        _append(kept, [{**_entry(keys[number], identity), **known[keys[number]]} for number in batch])
+        append_rows(kept, [{**_entry(keys[number], identity), **known[keys[number]]} for number in batch])
     scored = []
     for row, key in zip(rows, keys, strict=True):
         entry = {"video": row["video"], **_entry(key, identity), **known[key]}
         scored.append({name: entry[name] for name in (*_PLAIN, "judge", "details")})
-    _write_table(output, scored)
+    write_rows(output, scored)
     kept.unlink(missing_ok=True)
     return scored
 
@@ -110,15 +111,16 @@ def _known_scores(output: Path, kept: Path, identity: str) -> dict[tuple[str, st
     }
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Starts with a new line: the last one may be half a line."""
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds JSON lines to a file and waits for the disk. Starts with a new line: the last one may be half a line."""
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join("\n" + json.dumps(row) for row in rows) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table, whole or not at all, in the format that the ending says."""
     with atomic_file(path) as partial:
         if path.suffix == ".parquet":
             import pyarrow

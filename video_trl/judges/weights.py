@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import fingerprint
+from ..files import fingerprint, read_json
 
 
 _WEIGHTS = (  # looked for in this order; a model is one file, or several and an index
@@ -53,15 +53,15 @@ def resolve_weights(
     return Path(snapshot)
 
 
-def weights_identity(folder: Path) -> str:
+def weights_identity(folder: Path, patterns: Sequence[str] = _NEEDED) -> str:
     """
     Tells one set of weights from another: the commit of a Hub snapshot, or a hash over every file of a folder.
 
-    Hashing reads the whole folder once, about a second per gigabyte.
+    Hashing reads the files that match a pattern once, about a second per gigabyte.
     """
     if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
-    files = sorted(path for pattern in _NEEDED for path in folder.glob(pattern))
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return fingerprint(*(piece for path in files for piece in (path.name, path)))
 
 
@@ -105,23 +105,32 @@ def read_state_dict(folder: Path) -> dict[str, Tensor]:
         )
     files = [first]
     if first.suffix == ".json":
-        files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(first)["weight_map"].values()))]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise ValueError(f"{first} names shards that are missing: {', '.join(missing)}. Fetch them into {folder}.")
     state: dict[str, Tensor] = {}
     for path in files:
-        try:
-            if path.suffix == ".safetensors":
-                state |= load_file(path)
-            else:
-                state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # damage shows as any of a dozen classes
-            raise ValueError(
-                f"{path}: cannot be read as tensors ({str(error).splitlines()[0]}). Fetch it again; a file of PyTorch "
-                "before 1.6, or one that holds more than tensors, has to be converted to safetensors first."
-            ) from error
+        state |= read_tensors(path)
     return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """
+    The tensors of one file, as `read_state_dict`.
+
+    Raises:
+        ValueError: the file is damaged or unsafe.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # damage shows as any of a dozen classes
+        raise ValueError(
+            f"{path}: cannot be read as tensors ({str(error).splitlines()[0]}). Fetch it again; a file of PyTorch "
+            "before 1.6, or one that holds more than tensors, has to be converted to safetensors first."
+        ) from error
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:

@@ -29,9 +29,10 @@ GammaMode = Literal["paper", "official"]
 SFTWeightMode = Literal["dgr", "fixed"]
 SFTWeight = float | tuple[Literal["dgr"], float]
 Gap = Literal["raw", "log_ratio"]
-DPOLossType = Literal["sigmoid", "hinge", "ipo"]
+DPOLossType = Literal["sigmoid", "hinge", "ipo", "mapo"]
 
 GAP_EPSILON = 1e-6  # added to both errors of a ratio: an error of 0 has a finite logarithm
+MAPO_STEPS = 1000  # T of MaPO: its margin of one timestep stands for all of them
 
 
 def velocity_error(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -191,6 +192,8 @@ def dpo_loss(
     """
     _check_pair(chosen_rewards, rejected_rewards)
     check_dpo_loss(loss_type, label_smoothing)
+    if loss_type == "mapo":
+        raise ValueError("`loss_type='mapo'` is made of errors, without a reference: call `mapo_loss`.")
     margins = chosen_rewards - rejected_rewards
     if loss_type == "hinge":
         return torch.relu(1 - margins)
@@ -214,6 +217,44 @@ def check_dpo_loss(loss_type: str, label_smoothing: float) -> None:
             f"`label_smoothing` belongs to `loss_type='sigmoid'`, got {label_smoothing} with {loss_type!r}. "
             "Leave it at 0."
         )
+
+
+def mapo_loss(chosen_error: Tensor, rejected_error: Tensor, *, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""
+    Fine-tuning on the chosen video, with a margin between the two errors in the place of a reference.
+
+    $$\mathcal{L}_i = \ell^w_i - \beta \log \sigma \left( T (\phi(\ell^w_i) - \phi(\ell^l_i)) \right), \qquad
+    \phi(\ell) = \frac{\ell / 2}{e^{\ell / 2} - 1}, \qquad T = 1000$$
+
+    Source: MaPO (https://huggingface.co/papers/2406.06424), with the T of its official code. For small errors the
+    margin is that of [`dpo_loss`] with beta 500 and a reference whose two errors are equal.
+
+    Args:
+        chosen_error (`torch.Tensor` of shape `(B,)`):
+            [`velocity_error`] of the policy on the chosen video.
+        rejected_error (`torch.Tensor` of shape `(B,)`):
+            That on the rejected video.
+        beta (`float`):
+            Weight of the margin beside the chosen error, positive; the paper's is 0.1.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Loss of each pair; and what its margin is the difference
+        of, T times the score of the chosen and of the rejected video; `(B,)` each.
+
+    Raises:
+        ValueError: If the shapes are not the same `(B,)`, or the errors are in half precision.
+    """
+    _check_errors(chosen_error, rejected_error)
+    _check_pair(chosen_error, rejected_error)
+    chosen, rejected = _mapo_score(chosen_error), _mapo_score(rejected_error)
+    return chosen_error - beta * F.logsigmoid(chosen - rejected), chosen, rejected
+
+
+def _mapo_score(error: Tensor) -> Tensor:
+    half = error / 2
+    # At 0 the quotient has the limit 1, of which 0 / 0 knows nothing; nor would its gradient.
+    score = half.clamp_min(GAP_EPSILON) / torch.expm1(half.clamp_min(GAP_EPSILON))
+    return MAPO_STEPS * score
 
 
 def group_dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -402,6 +443,8 @@ def dgr(s: Tensor, beta: float, *, loss_type: DPOLossType = "sigmoid", label_smo
         coefficient of gradients (Eq. 5), so no gradient flows through it.
     """
     check_dpo_loss(loss_type, label_smoothing)
+    if loss_type == "mapo":
+        raise ValueError("`loss_type='mapo'` has no ratio: it weighs the two errors of a pair differently.")
     margins = (beta / 2) * s.detach()  # of the other sign
     if loss_type == "hinge":
         return (beta / 2) * (margins > -1).to(margins.dtype)

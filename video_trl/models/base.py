@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import PIL.Image
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..diffusion import NoiseProcess
 

@@ -2,17 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+from typing_extensions import Self
 
 from ..data.buckets import AspectBucket
 from ..diffusion import NoiseProcess, TimestepSampling
 from ..files import without_secrets
 from ..models.attention.ring import check_ring_backend
 from .parallel.engines import Engine, check_deepspeed_installed
+from .parallel.processes import check_restarts
 from .setup.activation_checkpointing import check_policy
 from .setup.attention_and_compile import check_attention_backend
 from .setup.optimizers import check_class_path
@@ -37,6 +39,13 @@ _UNSUPPORTED = {
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
 
+
+# Options of `TrainingArguments` about tokens, labels, predictions and optimizers that no video trainer has.
+_WITHOUT_TOKENS = (
+    "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
+    "length_column_name", "liger_kernel_config", "optim_target_modules", "use_liger_kernel",
+)  # fmt: skip
 
 _POSITIVE_OR_UNSET = (
     "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
@@ -73,7 +82,8 @@ class VideoConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # What callbacks, which get the configuration and not the trainer, ask about the method.
-    logs_gaps: ClassVar[bool] = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
+    reference_is_base = False  # with an adapter that training continues; an option of the methods with a reference
+    logs_gaps = False  # the trainer logs `win_gap` and `lose_gap`; a field `beta` scales them
     regulariser_field: ClassVar[str | None] = None  # coefficient of a term that holds the chosen error down
 
     # Defaults of TrainingArguments that are replaced
@@ -316,6 +326,14 @@ class VideoConfig(TrainingArguments):
     encode_batch_size: int = field(
         default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
     )
+    latents_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "What latents are stored in when raw data is encoded. 'bfloat16' takes half of the disk and of "
+            "the reading, and rounds the videos, for policy and reference alike; what is made of them in a step is "
+            "float32 either way."
+        },
+    )
     cache_dir: str | None = field(
         default=None,
         metadata={
@@ -342,6 +360,7 @@ class VideoConfig(TrainingArguments):
         self.logging_nan_inf_filter = False  # it would wait for the device in every step, to look at a loss
         self._check_base_values()
         check_deepspeed_installed(self)
+        check_restarts()
         super().__post_init__()
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
@@ -468,11 +487,13 @@ class VideoConfig(TrainingArguments):
                 "`optim_class` is given",
             ),
             (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (self.max_steps > 0, ("num_train_epochs",), "`max_steps` says when the run ends"),
             (
                 self.eval_strategy == "no",
-                ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+                ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
                 "`eval_strategy` is 'no'",
             ),
+            (True, _WITHOUT_TOKENS, "nothing in a video trainer reads it"),
             (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
             (self.save_strategy == "no", ("save_total_limit", "save_only_model"), "`save_strategy` is 'no'"),
             (self.logging_strategy != "steps", ("logging_steps",), "`logging_strategy` is not 'steps'"),
@@ -521,6 +542,7 @@ class VideoConfig(TrainingArguments):
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
+        check_choice(self, "latents_dtype", ("float32", "bfloat16"))
         check_policy(self.checkpointing_policy)
         check_choice(self, "context_parallel_method", get_args(ContextParallelMethod))
         if self.context_parallel_size > 1 and self.context_parallel_method == "ring":

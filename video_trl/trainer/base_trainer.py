@@ -40,7 +40,7 @@ from .checkpoints.settings import (
 )
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weight_average import WeightAverage
-from .checkpoints.weights import describe_run, trained_weights
+from .checkpoints.weights import describe_run, named_checkpoint, trained_weights
 from .parallel.engines import (
     SHARDED,
     DeepSpeedSteps,
@@ -157,7 +157,7 @@ class VideoTrainer(Trainer):
     collator_class: ClassVar[type]
     uses_reference: ClassVar[bool]
     aligns_with_teacher: ClassVar[bool] = False  # a relation loss on hidden states takes memory of its own
-    workload_options: ClassVar[tuple[str, ...]] = ()  # options of the configuration that `videos_per_row` reads
+    workload_options: ClassVar[tuple[str, ...]] = ()  # read by `videos_per_row`, `has_reference`
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
 
@@ -251,16 +251,14 @@ class VideoTrainer(Trainer):
         order: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """
-        Decide what is trained, what the reference is, and on which processes and kernels both compute.
-
-        Returns:
-            `dict`: What a checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
+        Decide what is trained, what the reference is, and on which processes and kernels both compute. Returns what a
+        checkpoint must agree on with a trainer that resumes it; `order` is a part of it.
         """
         args, family = self.args, self.family
         idle = family.idle_weights(transformer)
         adapt_for_trainer(transformer, args.checkpointing_policy)
         set_seed(args.seed)  # the weights of a new adapter are random
-        continues_adapter = bool(adapter_configs(transformer))
+        self.continues_adapter = bool(adapter_configs(transformer))
         self.adapter_name: str | None = None
         if args.use_peft:
             targets = lora_targets(family, transformer, args.lora_target_modules)
@@ -269,10 +267,9 @@ class VideoTrainer(Trainer):
             train_all_weights(transformer, idle)
         disable_dropout(transformer)
         self.reference: Reference | None = None
-        if self.uses_reference:
-            self.reference = make_reference(
-                transformer, ref_model, adapter_name=self.adapter_name, continues_adapter=continues_adapter
-            )
+        if self.has_reference(args):
+            keeps = self.continues_adapter and not args.reference_is_base
+            self.reference = make_reference(transformer, ref_model, self.adapter_name, keeps_adapter=keeps)
         separate = self.reference.transformer if isinstance(self.reference, ModuleReference) else None
         saved = trained_weights(transformer, self.adapter_name)
         check_trained(transformer, [weight for name, weight in saved.items() if name not in idle])
@@ -411,15 +408,20 @@ class VideoTrainer(Trainer):
         Make a head: a module that is trained with the transformer and not needed afterwards. None here.
 
         A subclass calls it from within the transformer's forward (a forward hook on a block): only then does it take
-        part in distributed training. It becomes the submodule `trained_head` of the transformer, in float32, without
-        dropout. Checkpoints hold it as `head.safetensors`; adapters, saved transformers and published files do not.
-        The norm of its gradient and of the transformer's is clipped together.
+        part in distributed training. It becomes `trained_head` of the transformer, in float32, without dropout.
+        Checkpoints hold it as `head.safetensors`; adapters, saved transformers and published files do not. The norm of
+        its gradient and of the transformer's is clipped together.
 
         Args:
             transformer (`ModelMixin`): The policy, in the form in which it is trained. The global generators are
                 seeded, so that the new weights are a function of `args.seed`.
         """
         return None
+
+    @classmethod
+    def has_reference(cls, args: Any) -> bool:
+        """Whether a run with this configuration has a frozen model to compare with."""
+        return cls.uses_reference
 
     @classmethod
     def has_head(cls, args: Any) -> bool:
@@ -451,13 +453,11 @@ class VideoTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         As in `transformers.Trainer`. Where memory runs out, what would fit is logged before the error goes on.
-
         A run that has done all its steps, resumed, does nothing. SIGTERM and SIGUSR1 let it save a checkpoint and end.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint; `True` for the newest one of
-                the run in `output_dir`; `"auto"` for that one if there is any, else a new run, so that one command
-                starts a run and goes on with it.
+                the run in `output_dir`; `"auto"` for that one if there is any, else a new run. Or as configured.
 
         Raises:
             ValueError: There is nothing to train on or to resume from; `output_dir` holds another run, or another
@@ -466,7 +466,8 @@ class VideoTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected a `train_dataset` to train on, got an `eval_dataset` only. Pass both.")
-        opened = self.checkpointer.opened(resume_from_checkpoint, overwrite=self.args.overwrite_output_dir)
+        resume = resume_from_checkpoint or named_checkpoint(self.args.resume_from_checkpoint)
+        opened = self.checkpointer.opened(resume, overwrite=self.args.overwrite_output_dir)
         with opened as checkpoint, self._signals.caught():
             if checkpoint is not None:
                 check_resumable(checkpoint, self.engine)
@@ -570,9 +571,8 @@ class VideoTrainer(Trainer):
     ) -> EvalLoopOutput:
         self._guard.check(self.args, self.state)
         with self.average.shown():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
+            loop = super().evaluation_loop
+            output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -8,6 +8,9 @@ from .base_config import check_positive
 from .preference_config import PreferenceConfig
 
 
+MAPO_BETA = 0.1  # of the paper
+
+
 @dataclass
 class VideoDPOConfig(PreferenceConfig):
     """
@@ -29,18 +32,20 @@ class VideoDPOConfig(PreferenceConfig):
     )
 
     # Parameters that control the loss
-    beta: float = field(
-        default=500.0,
+    beta: float | None = field(
+        default=None,
         metadata={
             "help": "Strength of the pull towards the reference: reward = -(beta / 2) * (policy error - reference "
-            "error). Errors are averaged, not summed, over a video, hence its size next to the 0.1 of language models."
+            "error). Errors are averaged, not summed, over a video, hence its size next to the 0.1 of language "
+            "models; unset: 500. With 'mapo' the weight of its margin; unset: 0.1."
         },
     )
     loss_type: DPOLossType = field(
         default="sigmoid",
         metadata={
             "help": "Loss of the margin u = chosen reward - rejected reward, by TRL's names. 'sigmoid': -log "
-            "sigmoid(u). 'hinge': max(0, 1 - u). 'ipo': (u - 1/2)^2, which draws a wider margin back."
+            "sigmoid(u). 'hinge': max(0, 1 - u). 'ipo': (u - 1/2)^2, which draws a wider margin back. 'mapo': "
+            "fine-tuning and a margin of the two errors, without a reference."
         },
     )
     label_smoothing: float = field(
@@ -67,9 +72,34 @@ class VideoDPOConfig(PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta")
         check_dpo_loss(self.loss_type, self.label_smoothing)
+        if self.beta is None:
+            self.beta = MAPO_BETA if self.loss_type == "mapo" else 500.0
+        check_positive(self, "beta")
+        self.logs_gaps = self.loss_type != "mapo"
         super().__post_init__()
+        if self.loss_type == "mapo":
+            self._refuse_gaps()
+
+    @property
+    def pulls_on_errors(self) -> bool:
+        return self.loss_type == "mapo" or super().pulls_on_errors
+
+    def _refuse_gaps(self) -> None:
+        """Raise a `ValueError` if an option speaks of gaps, the differences from a reference."""
+        neutral = {
+            "gap": "raw",
+            "win_gap_penalty": 0.0,
+            "lose_gap_weight": 1.0,
+            "lose_gap_clip": None,
+            "precompute_ref_errors": None,
+        }
+        for name, value in neutral.items():
+            if self.__dict__[name] != value:
+                raise ValueError(
+                    f"`loss_type='mapo'` has no reference, and so no gaps: expected `{name}={value!r}`, got "
+                    f"{self.__dict__[name]!r}. Leave it at its default, or use another loss."
+                )
 
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.dpo_loss`] that stand here."""

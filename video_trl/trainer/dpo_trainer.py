@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..data import GroupCollator, check_columns
 from ..data.columns import MapDataset
-from ..losses.preference import dgr, dpo_loss, error_gap, hold_lose_gap
+from ..losses.preference import dgr, dpo_loss, error_gap, hold_lose_gap, mapo_loss
 from .dpo_config import VideoDPOConfig
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import DIFFUSION_DPO
@@ -41,6 +41,11 @@ class VideoDPOTrainer(PreferenceTrainer):
     config_class = VideoDPOConfig
     row_type = "preference"
     collator_class = GroupCollator
+    workload_options = ("loss_type",)
+
+    @classmethod
+    def has_reference(cls, args: Any) -> bool:
+        return bool(args.loss_type != "mapo")
 
     @classmethod
     def check_rows(cls, dataset: MapDataset, args: Any) -> None:
@@ -70,6 +75,9 @@ class VideoDPOTrainer(PreferenceTrainer):
         weights = inputs.get("loss_weights")  # (B, 1, F, H, W), the same for all videos of a row
         denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=2, weights=weights)
 
+        if self.args.loss_type == "mapo":
+            losses, outputs = self._without_reference(self.passes.policy(model, denoising), inputs)
+            return (losses.mean(), outputs) if return_outputs else losses.mean()
         reference_error = self.passes.reference(denoising, inputs["index"])
         policy_error = self.passes.policy(model, denoising)
 
@@ -102,3 +110,20 @@ class VideoDPOTrainer(PreferenceTrainer):
         )
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss
+
+    def _without_reference(self, policy_error: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses `(B,)` of MaPO, and outputs."""
+        chosen_error, rejected_error = policy_error.view(-1, 2).unbind(dim=1)  # (B,) each
+        losses, chosen, rejected = mapo_loss(chosen_error, rejected_error, beta=self.args.beta)
+        if self.args.pair_weights:
+            losses = inputs["weight"] * losses
+        self.record(
+            {
+                "loss/sft": chosen_error,
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+                "rewards/accuracies": chosen > rejected,
+            }
+        )
+        return losses, {"losses": losses, "chosen_rewards": chosen, "rejected_rewards": rejected}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..losses.preference import AlphaMode, GammaMode, SFTWeight, check_physics_weights
 from .base_config import _FLAG, check_choice
+from .parallel.engines import Engine
 from .preference_config import PreferenceConfig
 from .repa.options import AlignmentOptions
 
@@ -203,7 +204,6 @@ class VideoGroupDPOConfig(PreferenceConfig):
         options = AlignmentOptions(coefficient=self.repa_coeff, **given)
         options.check()
         refused = {
-            "step_mode": self.step_mode == "sequential",  # the relations' graph is that of the chosen video's error
             "safeguard": self.safeguard == "parameter",
             "group_parallel_size": self.group_parallel_size > 1,
             "context_parallel_size": self.context_parallel_size > 1,
@@ -212,10 +212,18 @@ class VideoGroupDPOConfig(PreferenceConfig):
         }
         for name in (name for name, is_set in refused.items() if is_set):
             raise ValueError(
-                f"`{name}={self.__dict__[name]!r}` does not go with `repa_coeff`, which looks into a block while all "
-                "videos of a group, whole and as they are, go through in one forward. Leave it at its default."
+                f"`{name}={self.__dict__[name]!r}` does not go with `repa_coeff`, which looks into a block while the "
+                "chosen video, whole and as it is, goes through it. Leave it at its default."
             )
         return options
+
+    def check_engine(self, engine: Engine) -> None:
+        super().check_engine(engine)
+        if self.repa_coeff and self.step_mode == "sequential" and engine != "ddp":
+            raise ValueError(
+                f"`step_mode='sequential'` with `repa_coeff` is for DDP and for one process, got the engine "
+                f"'{engine}': its head is used in the passes of chosen videos alone. Leave `step_mode` at 'auto'."
+            )
 
     def physics_weight_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.physics_weights`] that stand here."""

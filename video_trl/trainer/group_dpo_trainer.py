@@ -1,8 +1,10 @@
 """Groupwise preference optimisation of a video transformer (PhyGDPO)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -33,6 +35,7 @@ from .repa.teacher_rows import TeacherGroupCollator
 from .setup.chosen_rows import chosen_as_video
 from .setup.rows import IndexedDataset
 from .step.denoising import Denoising, to_device
+from .step.passes import Beside, StepMode
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -99,8 +102,9 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         return TeacherAlignment(options, self.args, teacher=self._teacher, default_teacher=self._default_teacher)
 
     @cached_property
-    def step_mode(self) -> Literal["concat", "sequential"]:
-        return "concat" if self.args.repa_coeff else super().step_mode
+    def step_mode(self) -> StepMode:
+        # Sharded weights of the head take part in every pass or in none; not every video's uses it.
+        return "concat" if self.args.repa_coeff and self.engine != "ddp" else super().step_mode
 
     @cached_property
     def sft_weight(self) -> SFTWeight:
@@ -230,12 +234,29 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         """
         if self.alignment is None:
             return self.passes.policy(model, denoising), None, {}
-        seen = self.alignment.look(inputs)  # by the teacher
-        with self.alignment.tap(model, denoising.target.shape, seen, every=denoising.group_size) as tap:
-            errors = self.passes.policy(model, denoising)
-        if tap.tokens is None:  # only the errors of the reference are wanted, for the cache
-            return errors, None, {}
-        return errors, *self.alignment.losses(tap.tokens, seen)
+        alignment, seen = self.alignment, self.alignment.look(inputs)  # by the teacher
+        metrics: dict[int, dict[str, Tensor]] = {}  # of groups, by the first one
+
+        @contextmanager
+        def around(model: nn.Module, groups: slice) -> Iterator[Callable[[], Tensor]]:
+            part, first = replace(seen, tokens=seen.tokens[groups]), groups.start or 0
+
+            def losses() -> Tensor:
+                assert tap.tokens is not None
+                is_first_pass = first not in metrics
+                values, found = alignment.losses(tap.tokens, part, raw=is_first_pass)
+                if is_first_pass:
+                    metrics[first] = found
+                return values
+
+            with alignment.tap(model, denoising.target.shape, part, every=denoising.group_size) as tap:
+                yield losses
+
+        beside = Beside(around)
+        errors = self.passes.policy(model, denoising, beside)
+        # Without metrics only the errors of the reference are wanted, for the cache.
+        in_order, names = [metrics[first] for first in sorted(metrics)], metrics.get(0, {})
+        return errors, beside.values, {name: torch.cat([found[name] for found in in_order]) for name in names}
 
     def _regularised(
         self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, alignment: Tensor | None

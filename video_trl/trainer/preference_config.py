@@ -3,16 +3,17 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, get_args
 
 from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import Self
 
 from ..losses.preference import Gap
-from .base_config import VideoConfig, check_choice, check_positive
+from .base_config import _FLAG, VideoConfig, check_choice, check_positive
 from .parallel.engines import SHARDED, Engine
 
 
-StepMode = Literal["auto", "concat", "sequential"]
+StepModeOption = Literal["auto", "concat", "singles", "sequential"]
 Safeguard = Literal["none", "output", "parameter"]
 
 
@@ -26,6 +27,7 @@ class PreferenceConfig(VideoConfig):
     reference_error_options: ClassVar[tuple[str, ...]] = (
         "seed",
         "precompute_ref_errors",
+        "reference_is_base",
         "timestep_sampling",
         "timestep_logit_mean",
         "timestep_logit_std",
@@ -42,13 +44,22 @@ class PreferenceConfig(VideoConfig):
         "group_parallel_size",
     )
 
-    step_mode: StepMode = field(
+    step_mode: StepModeOption = field(
         default="auto",
         metadata={
             "help": "How the videos of a pair or group go through the transformer. 'concat': all in one forward. "
-            "'sequential': one video's graph alive at a time, for the memory of fine-tuning and about a fifth more "
-            "time; same loss, same gradient. 'auto': 'concat' where it should fit into the memory of the accelerator, "
-            "and on a CPU."
+            "'singles': a forward a video, which needs less memory with activation checkpointing. 'sequential': one "
+            "video's graph alive at a time, for the memory of fine-tuning and about a fifth more time. Loss and "
+            "gradient are the same. 'auto': the fastest that should fit into the memory of the accelerator."
+        },
+    )
+
+    reference_is_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Where training continues an adapter: the reference is the base model without it, at no memory, "
+            "instead of a frozen copy of the adapter.",
+            **_FLAG,
         },
     )
 
@@ -173,11 +184,16 @@ class PreferenceConfig(VideoConfig):
                 f"{self.largest_batch}. Set `per_device_train_batch_size` and `per_device_eval_batch_size` to 1 and "
                 "raise `gradient_accumulation_steps`: the steps are the same."
             )
+        if self.step_mode == "singles" and engine != "ddp":
+            raise ValueError(
+                f"`step_mode='singles'` keeps the graphs of several forwards, with which the engine '{engine}' has "
+                "not been tried. Use 'concat', or 'sequential' for less memory."
+            )
 
     def _check_base_values(self) -> None:
         super()._check_base_values()
         check_positive(self, "group_parallel_size")
-        check_choice(self, "step_mode", get_args(StepMode))
+        check_choice(self, "step_mode", get_args(StepModeOption))
         if self.rejected_score_below is not None and not 0 < self.rejected_score_below <= 1:
             raise ValueError(
                 f"`rejected_score_below` must be in (0, 1], where scores lie, got {self.rejected_score_below}. Leave "
@@ -200,9 +216,10 @@ class PreferenceConfig(VideoConfig):
         check_choice(self, "gap", get_args(Gap))
         if not 0 <= self.safeguard_mu <= 1:
             raise ValueError(f"`safeguard_mu` must be in [0, 1], got {self.safeguard_mu}.")
-        if self.safeguard == "parameter" and self.step_mode == "concat":
+        if self.safeguard == "parameter" and self.step_mode in ("concat", "singles"):
             raise ValueError(
-                "`safeguard='parameter'` needs each video's own gradient, which `step_mode='concat'` does not have. "
+                f"`safeguard='parameter'` needs each video's own gradient, which `step_mode='{self.step_mode}'` does "
+                "not have. "
                 "Leave `step_mode` at 'auto', or use `safeguard='output'`."
             )
         for name in ("win_gap_penalty", "lose_gap_weight"):

@@ -1,10 +1,11 @@
 """Base class of the trainers whose loss compares videos: step modes, reference, cached errors. It has no loss."""
 
 import logging
+import math
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -27,6 +28,7 @@ from .step.passes import (
     Passes,
     SamePathCheck,
     SequentialPasses,
+    StepMode,
 )
 from .step.reference_errors import CachedPasses, cache_path, compute_errors
 from .step.safeguard import OutputSafeguard, ParameterSafeguard
@@ -48,7 +50,7 @@ class PreferenceTrainer(VideoTrainer):
     uses_reference = True
 
     @cached_property
-    def step_mode(self) -> Literal["concat", "sequential"]:
+    def step_mode(self) -> StepMode:
         """How the videos of a row go through the transformer; `"auto"` is settled here."""
         if self.args.step_mode != "auto":
             return self.args.step_mode
@@ -56,8 +58,9 @@ class PreferenceTrainer(VideoTrainer):
             return "sequential"
         if self.engine in SHARDED and self.args.largest_batch > 1:  # where "sequential" is refused
             return "concat"
-        memory = accelerator_memory(self.args.device)
-        mode = "concat" if memory is None else fitting_step_mode(self.workload(), super().placement(), memory)
+        work, memory = self.workload(), accelerator_memory(self.args.device)
+        tokens = math.prod(self.family.token_grid(self.model, work.latents_shape))
+        mode = fitting_step_mode(work, super().placement(), memory, tokens)
         logger.info("`step_mode='auto'` is '%s'.", mode)
         return mode
 
@@ -90,13 +93,13 @@ class PreferenceTrainer(VideoTrainer):
         Raises:
             ValueError: If the videos of a row cannot be divided among the processes that are to share them.
         """
-        assert self.reference is not None
         now, group = self.step.now, self._group()
         passes: Passes
         mu, kind = self.args.safeguard_mu, self.args.safeguard
         outputs = OutputSafeguard(mu, self.record) if kind == "output" else None
-        if self.step_mode == "concat":
-            passes = ConcatPasses(self.family, self.reference, group, outputs)
+        if self.step_mode != "sequential":
+            one_by_one = self.step_mode == "singles"
+            passes = ConcatPasses(self.family, self.reference, group, outputs, one_by_one=one_by_one)
         else:
             trained = [weight for weight in self.model.parameters() if weight.requires_grad]
             gradients = ParameterSafeguard(trained, mu, self.record) if kind == "parameter" else None
@@ -106,6 +109,7 @@ class PreferenceTrainer(VideoTrainer):
         checked = CheckedPasses(passes, self._check, now)
         if self.args.precompute_ref_errors is None:
             return checked
+        assert self.reference is not None, "`precompute_ref_errors` is refused without one"
         seed, device = self.args.seed, self.args.device
         # A cache is there to do without the reference: it is asked in the first step only where that is in doubt.
         doubted = checked if self._check.is_due else None
@@ -132,6 +136,7 @@ class PreferenceTrainer(VideoTrainer):
         description = self.checkpointer.description
         same = description["base_weights"] == description["reference_weights"]
         same = same or isinstance(self.reference, AdapterReference)
+        same = same and not (self.continues_adapter and self.args.reference_is_base)
         names = ("attention_backend", "compile_blocks", "quantization")
         options = {name: self.args.__dict__[name] for name in names if same and self.args.__dict__[name]}
         return SamePathCheck(options), same

@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 import tarfile
 
 import datasets
@@ -54,7 +56,7 @@ def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
         "deep/er/a.MP4": "einen Ball",
         "Prüfung 视频 🎈.mkv": None,
     }
-    assert "A caption is no JSON" in caplog.text
+    assert "a caption is no JSON" in caplog.text
 
 
 def test_captions_are_found_in_capitals_and_a_bad_line_costs_its_own(folder, tmp_path, caplog):
@@ -122,6 +124,51 @@ def test_a_tar_that_is_cut_off_is_refused_by_name(tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(ValueError, match=r"cut\.tar: not an uncompressed tar, or cut off"):
         rows_of(tmp_path / "cut.tar", tmp_path=tmp_path)
+
+
+def test_a_tar_among_others_that_cannot_be_read_costs_itself(folder, tmp_path):
+    before = len(rows_of(folder, tmp_path=tmp_path))
+    (folder / "cut.tar").write_bytes(b"not a tar at all" * 100)
+    rows = rows_of(folder, tmp_path=tmp_path)
+    (bad,) = [row for row in rows if row["dropped_by"]]
+    assert len(rows) == before + 1 and bad["dropped_by"] == "unreadable" and "cut.tar: not" in bad["detail"]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="packs holes, which tarfile does not")
+def test_a_tar_may_promise_more_than_memory_holds(tmp_path, caplog):
+    """Files with holes are small in a tar; names there are bytes, too."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("a.mp4", "a.txt"):
+        with open(clips / name, "wb") as file:
+            file.truncate(1 << 40)
+    (clips / "b.mp4").write_bytes(tiny_mp4(0))
+    with open(os.fsencode(clips) + b"/c\xff.mp4", "wb") as file:
+        file.write(b"x")
+    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "shard.tar", "-C", clips, "."], check=True)
+    rows = rows_of(tmp_path / "shard.tar", tmp_path=tmp_path)
+    found = {row["source_id"].rsplit("/")[-1]: row["dropped_by"] for row in rows}
+    assert found == {"b.mp4": None, "c\\udcff.mp4": "file_name"}
+    assert "2 files with holes are left out" in caplog.text
+
+
+def test_whatever_lies_beside_a_clip_costs_a_caption_at_most(folder, tmp_path, caplog):
+    with open(folder / "a.txt", "wb") as file:
+        file.truncate(1 << 40)
+    (folder / "b.json").write_text('{"prompt": "half a pair \\ud800"}')
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    (folder / "ring.mp4").symlink_to(folder / "ring.mp4")
+    (tmp_path / "theirs.csv").write_text("file_name,prompt\ndeep/er/a.MP4,a secret\n")
+    (folder / "metadata.csv").symlink_to(tmp_path / "theirs.csv")
+    prompts = {row["source_id"].rsplit("clips/")[-1]: row["prompt"] for row in rows_of(folder, tmp_path=tmp_path)}
+    assert prompts == {
+        "a.MP4": None,
+        "b.mp4": "half a pair ?",
+        "deep/er/a.MP4": None,
+        "Prüfung 视频 🎈.mkv": None,
+    }
+    assert "a.txt is larger than a caption" in caplog.text and "metadata.csv leads out of" in caplog.text
 
 
 def test_datasets_give_paths_and_bytes(tmp_path):

@@ -265,6 +265,17 @@ def test_processes_share_the_rows_and_all_get_the_whole_result(tmp_path):
     assert sorted(committed) == sorted(shares[0] + shares[1])
 
 
+def test_each_file_of_a_store_is_read_once(tmp_path, monkeypatch):
+    table = table_of(x=[float(row) for row in range(7)])
+    first = run_stage(table.slice(0, 4), stage_of(batch_size=1), tmp_path)
+    read, names = pq.read_table, []
+    monkeypatch.setattr(pq, "read_table", lambda path, **options: names.append(path.name) or read(path, **options))
+    whole = run_stage(table, stage_of(batch_size=1), tmp_path)
+    assert len(names) == len(set(names)) == 7
+    assert whole["square"].to_pylist() == [float(row**2) for row in range(7)]
+    assert whole.slice(0, 4)["square"].to_pylist() == first["square"].to_pylist()
+
+
 def test_a_process_that_is_not_there_or_has_died_is_told_and_not_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "_SECONDS_TO_WARN", 0.0)
     monkeypatch.setattr(files, "_SECONDS_TO_WAIT", 0.1)

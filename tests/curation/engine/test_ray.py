@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.curation.phyaug_runs import config, small_pool
-from video_trl.curation.engine.manifest import Stage, new_manifest, run_stage
+from video_trl.curation.engine.manifest import Parts, Stage, new_manifest, run_stage
 from video_trl.curation.engine.ray import MAX_TRIES, RayCluster, Worker, check_arrived, run_stage_on_ray
 from video_trl.curation.phyaug.pipeline import load_groups, run_phyaug
 
@@ -117,9 +117,10 @@ def test_a_batch_whose_worker_died_after_the_commit_is_not_computed_again(tmp_pa
 
 def test_a_disk_that_is_not_shared_is_named(tmp_path):
     Worker(stage(Double(tmp_path / "log")), str(tmp_path)).compute(TABLE.slice(0, 4).to_pydict())
-    check_arrived(tmp_path, "key", {"k0", "k3"}, patience=0.1)
+    parts = Parts(tmp_path, stage(Double(tmp_path / "log")))
+    check_arrived(parts, {"k0", "k3"}, patience=0.1)
     with pytest.raises(RuntimeError, match="1 of 2 rows were computed.*a disk that all nodes of the cluster see"):
-        check_arrived(tmp_path, "key", {"k0", "k4"}, patience=0.1)
+        check_arrived(parts, {"k0", "k4"}, patience=0.1)
 
 
 def test_a_fault_comes_back_as_it_was_raised_and_committed_batches_stay(cluster, tmp_path):

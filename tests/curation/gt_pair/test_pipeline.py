@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.support import forks
 from tests.support.curation.clips import SMALL, moving_video, write_clip
 from tests.support.paths import DOCS, EXAMPLES, PYTHONPATH
 from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
@@ -237,16 +237,12 @@ run_gt_pair(GTPairConfig(**json.loads(sys.argv[1])))
 
 
 def start(config):
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, json.dumps(dataclasses.asdict(config))],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stderr=subprocess.DEVNULL,
-    )
+    return forks.start("-c", WORKER, json.dumps(dataclasses.asdict(config)))
 
 
 def wait_until(condition, worker):
     while not condition():
-        assert worker.poll() is None, "the worker ended before it could be killed"
+        assert not worker.ended(), "the worker ended before it could be killed"
         time.sleep(0.005)
 
 
@@ -263,7 +259,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(done, model, footage, tmp_
     for pattern, count in moments:
         worker = start(config)
         wait_until(lambda: len(list(root.glob(pattern))) >= count, worker)  # noqa: B023
-        worker.send_signal(signal.SIGKILL)
+        worker.kill()
         worker.wait()
         assert not (root / "manifest.parquet").exists()
         finished |= {path: path.stat().st_mtime_ns for path in root.rglob("*.mp4") if not path.parent.name[0] == "."}

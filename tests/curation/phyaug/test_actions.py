@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support import rounding
+from tests.support.paths import ROOT
 from video_trl.curation.phyaug.actions import ClusterBatch, load_embedder, read_actions
 from video_trl.sandbox.world.prompts import ACTIONS, MOTIONS, all_prompts, parse_prompt
 
@@ -48,6 +49,30 @@ def test_captions_go_to_the_action_that_they_are_about(sports):
     assert columns["category"] == list(captions.values())
     assert all(0.1 < cosine < 1 for cosine in columns["similarity"])
     assert all(second != first for first, second in zip(columns["category"], columns["second_category"], strict=True))
+
+
+def test_the_shipped_list_is_made_by_its_rule():
+    """Ten domains of 20 actions; the ones that the paper names are among them; no two share a name or a sentence."""
+    actions = read_actions("real-world")
+    text = (ROOT / "video_trl/curation/phyaug/actions.yaml").read_text()
+    domains = [[line for line in part.splitlines()[1:] if line] for part in text.split("# ---- ")[1:]]
+    assert [len(domain) for domain in domains] == [20] * 10
+    assert len(actions) == 200 and len(set(actions.values())) == 200
+    for named in ("soccer", "basketball", "polo", "squash", "handspring", "glass shatters", "shovel", "barbell"):
+        assert any(named in text for name, wordings in actions.items() for text in (name, *wordings)), named
+
+
+def test_captions_find_their_action_among_the_shipped_ones(minilm):
+    stage = ClusterBatch(partial(load_embedder, minilm), read_actions("real-world"))
+    captions = {
+        "A gymnast in a red suit flips from her hands onto her feet on the blue mat.": "doing a handspring",
+        "A horseman leans out of the saddle and strikes a white ball with his mallet.": "playing polo",
+        "A straw stands in a glass of water and appears broken at the surface.": "refracting in a glass of water",
+        "A wine bottle drops onto the tiles and shatters.": "smashing glass",
+        "A sheet of newspaper is consumed by flames.": "burning of paper",
+        "A man in a winter coat clears the driveway of snow with a shovel.": "shovelling snow",
+    }
+    assert stage({"prompt": list(captions)})["category"] == list(captions.values())
 
 
 def test_similarity_and_margin_tell_what_belongs_nowhere(sports):

@@ -13,12 +13,17 @@ from tests.support.judges.server import Step, free_port, serving
 from tests.support.judges.tiny_qwen import write_qwen
 from video_trl.curation.phyaug.annotate import (
     ANNOTATED,
+    CAPTION_ANNOTATED,
     AnnotateBatch,
-    Annotation,
     Failure,
     QwenAnnotator,
-    SeenClip,
     load_annotator,
+)
+from video_trl.curation.phyaug.annotation import (
+    CAPS,
+    Annotation,
+    SeenClip,
+    capped_richness,
     prompt_hash,
     question_for,
 )
@@ -35,7 +40,8 @@ GOOD = {
     },
     "vision_check": {"removed": [], "added": ["floor"]},
     "reason": "Gravity speeds the ball up.",
-    "scores": {"interaction": 0.8, "forces_outcomes": 0.9, "causal_clarity": 0.7, "penalty": 0.0},
+    "penalties": {"camera_motion": "none", "stylised": "none", "aftermath": "none"},
+    "scores": {"contact": True, "interaction": 0.8, "forces_outcomes": 0.9, "causal_clarity": 0.7},
     "physics_richness": 0.6,
     "extended": "A red ball falls, sped up by gravity, and bounces on the floor.",
 }
@@ -53,6 +59,7 @@ def batch(tmp_path):
         "offset": [None] * 3,
         "length": [None] * 3,
         "prompt": [f"a red ball falls, take {n}" for n in range(3)],
+        "text_draft": [None] * 3,
     }
 
 
@@ -65,14 +72,38 @@ def remote(url, **options):
     [
         changed(physics_richness=1.2),
         changed(physics_richness="0.7"),
-        changed(parse=GOOD["parse"] | {"entities": ["red ball"]}),
-        {name: value for name, value in GOOD.items() if name != "reason"},
+        changed(physics_richness=None),
+        {name: value for name, value in GOOD.items() if name != "physics_richness"},
+        ["red ball"],
     ],
 )
-def test_an_answer_of_another_shape_is_refused(fault):
+def test_an_answer_without_a_score_is_refused(fault):
     assert Annotation.model_validate_json(json.dumps(changed(extended="word " * 100)))
     with pytest.raises(ValidationError):
         Annotation.model_validate_json(json.dumps(fault))
+
+
+# Only the score decides: an answer that has one is taken, with what is valid of the rest.
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "physics_richness"])
+@pytest.mark.parametrize("value", [None, 7, "text", [], ["text"], {}, {"entities": [3]}, "missing"], ids=str)
+def test_no_side_data_of_another_shape_drops_a_clip(name, value):
+    answer = changed(**{name: value})
+    if value == "missing":
+        del answer[name]
+    taken = Annotation.model_validate_json(json.dumps(answer))
+    assert capped_richness(taken) == (0.6, [])  # what is not said caps nothing
+    read = json.loads(taken.model_dump_json())
+    assert {key: read[key] for key in GOOD if key != name} == {key: GOOD[key] for key in GOOD if key != name}
+
+
+def test_of_side_data_what_is_valid_is_kept():
+    parse = GOOD["parse"] | {"entities": ["red ball", {"name": "floor"}, {"material": "wood"}], "forces": "gravity"}
+    parse["actions"] = [{"agent": "ball", "verb": "falls"}, {"agent": "ball"}]
+    scores = GOOD["scores"] | {"interaction": "none"}
+    read = Annotation.model_validate_json(json.dumps(changed(parse=parse, scores=scores)))
+    assert [(entity.name, entity.material) for entity in read.parse.entities] == [("red ball", None), ("floor", None)]
+    assert [(action.verb, action.target) for action in read.parse.actions] == [("falls", None)]
+    assert read.parse.forces == [] and read.scores.model_dump_json() == "{}"
 
 
 def test_side_data_drops_no_clip():
@@ -104,6 +135,59 @@ def test_a_server_is_asked_once_for_each_clip_with_frames_caption_and_schema(bat
 def test_the_label_is_computed_here(batch, richness, label):
     with serving(Step(answer=changed(physics_richness=richness))) as server:
         assert remote(server.url)(batch)["physics_label"] == [label] * 3
+
+
+PENALISED = [
+    *((name, degree, cap) for name, caps in CAPS.items() for degree, cap in caps.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "degree", "cap"), PENALISED)
+def test_a_penalty_caps_the_score_and_the_model_is_told(batch, name, degree, cap):
+    """The official code's bounds where it is dominant; where something is subtracted, what is left of 1."""
+    answer = changed(physics_richness=0.95, penalties=GOOD["penalties"] | {name: degree})
+    one = {column: values[:1] for column, values in batch.items()}
+    with serving(Step(answer=answer)) as server:
+        columns = remote(server.url)(one)
+        asked = server.requests[0]["messages"][1]["content"][-1]["text"]
+    assert columns["physics_richness"] == [cap] and columns["physics_label"] == [int(cap >= 0.6)]
+    noted = json.loads(columns["physics_scores"][0])
+    assert (noted["claimed"], noted["capped_by"], noted[name]) == (0.95, [name], degree)
+    (line,) = [line for line in asked.splitlines() if f'some "{name}"' in line]
+    assert f"{cap:.2f}" in line
+
+
+def test_contact_and_causes_cap_the_score_and_a_lower_one_stays():
+    def richness(claimed, **values):
+        return capped_richness(Annotation.model_validate(changed(physics_richness=claimed) | values))
+
+    apart = {"scores": GOOD["scores"] | {"contact": False}}
+    assert richness(0.9) == (0.9, []) and richness(0.9, **apart) == (0.74, ["no contact"])
+    for part in ("forces", "outcomes"):
+        assert richness(0.9, parse=GOOD["parse"] | {part: []}) == (0.59, ["no cause"])
+    assert richness(0.3, **apart) == (0.3, [])
+
+
+CAPTION = {name: value for name, value in GOOD.items() if name != "vision_check"}
+
+
+def test_captions_are_read_without_frames_and_what_was_read_is_shown_with_them(batch):
+    with serving(Step(answer=CAPTION)) as server:
+        read = AnnotateBatch(partial(load_annotator, server.url, {"model": "reader"}), captions=True)(batch)
+        content = server.requests[0]["messages"][1]["content"]
+        schema = server.requests[0]["response_format"]["json_schema"]["schema"]
+    assert [part["type"] for part in content] == ["text"] and schema["required"] == list(CAPTION)
+    assert set(read) == {*CAPTION_ANNOTATED, "dropped_by", "detail"} and read["text_richness"] == [0.6] * 3
+    assert json.loads(read["text_draft"][0]) == {"parse": GOOD["parse"], "reason": GOOD["reason"]}
+    with serving(Step(answer=GOOD)) as server:
+        remote(server.url)(batch | {"text_draft": read["text_draft"]})
+        assert all(
+            read["text_draft"][0] in json.loads(json.dumps(request))["messages"][1]["content"][-1]["text"]
+            for request in server.requests
+        )
+    with serving(Step(answer="no")) as server:
+        failed = AnnotateBatch(partial(load_annotator, server.url, {"model": "reader"}), captions=True)(batch)
+    assert failed["dropped_by"] == ["invalid_answer"] * 3 and failed["text_richness"] == [None] * 3
 
 
 def test_an_invalid_answer_is_repaired_once_and_then_counted(batch):
@@ -175,6 +259,8 @@ def test_a_model_in_this_process_is_asked_twice_at_most(family, tmp_path):
     (first, said), (second, _) = chats
     assert first == (question_for(clip).replace("<|", "< |"),) and "<|" not in first[0]
     assert second[:2] == (first[0], said) and "no valid answer" in second[2]
+    (unseen,) = annotator.annotate([SeenClip(None, np.zeros(0), "a ball")])  # a chat without a video
+    assert isinstance(unseen, Failure) and len(chats) == 4 and "do not see" in chats[2][0][0]
 
 
 def test_a_model_that_answers_well_is_believed(tmp_path):

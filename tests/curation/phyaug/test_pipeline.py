@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,10 +9,21 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support import forks
 from tests.support.curation.clips import write_clip
 from tests.support.curation.phyaug_runs import KINDS, config, settings, small_pool
 from tests.support.judges.server import Step, free_port, serving
-from video_trl.curation.phyaug.pipeline import PhyAugConfig, describe_prompts, load_groups, run_phyaug
+from video_trl.curation.engine.manifest import Shard
+from video_trl.curation.phyaug.pipeline import (
+    PhyAugConfig,
+    Runner,
+    annotate,
+    describe_prompts,
+    load_groups,
+    read_captions,
+    read_pool,
+    run_phyaug,
+)
 from video_trl.data import read_video
 from video_trl.data.columns import check_columns
 from video_trl.judges.chat import ChatUnavailableError
@@ -48,6 +57,22 @@ def test_every_clip_is_accounted_for_and_the_poor_ones_are_rejected(finished):
         "pool": 11, "usable": 10, "physics-rich": 7, "in a category": 7, "sampled": 4, "groups": 4,
     }  # fmt: skip
     assert result.summary == "11 clips in = 4 kept + 3 not_sampled + 3 physics_poor + 1 repeated; 4 groups"
+
+
+def test_captions_that_promise_no_physics_never_reach_the_frames(pool, tmp_path):
+    made = config(tmp_path, text_annotator="sandbox")
+    run = Runner(made, tmp_path, Shard())
+    table = read_captions(read_pool(made, [pool], tmp_path, run), made, run)
+    fates = dict(zip(KINDS, table["dropped_by"].to_pylist(), strict=True))
+    assert fates["static"] == fates["pan"] == "physics_poor_caption" and fates["rolling"] is None
+    drafts = [row["text_draft"] for row in table.to_pylist() if row["dropped_by"] is None]
+    assert all(json.loads(draft)["parse"]["actions"] for draft in drafts)
+    seen = annotate(table, made, run)
+    asked = sum(pq.read_table(part).num_rows for part in tmp_path.glob("stages/annotate-*/part-*.parquet"))
+    assert asked == len(drafts) < len(KINDS) - 1
+    one_stage = annotate(read_pool(config(tmp_path), [pool], tmp_path, run), config(tmp_path), run)
+    kept = one_stage["dropped_by"].to_pylist()
+    assert [rule is None for rule in seen["dropped_by"].to_pylist()] == [rule is None for rule in kept]
 
 
 def test_histograms_add_up(finished):
@@ -132,13 +157,13 @@ def test_a_run_that_is_killed_goes_on_and_never_looks_finished(stage, finished, 
     folder = tmp_path / "run"
     changes = {"batch_size": 1, "model_options": settings(folder)["model_options"] | {"batch_size": 1}}
     arguments = [json.dumps(settings(folder, **changes)), json.dumps(list(pool))]
-    process = subprocess.Popen([sys.executable, "-c", _RUN, *arguments], stderr=subprocess.DEVNULL)
+    process = forks.start("-c", _RUN, *arguments)
     deadline = time.monotonic() + 200
-    while len(list(folder.glob(f"stages/{stage}-*/part-*.parquet"))) < 2 and process.poll() is None:
+    while len(list(folder.glob(f"stages/{stage}-*/part-*.parquet"))) < 2 and not process.ended():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL]
     with pytest.raises(ValueError, match="a run that is not finished"):
         load_groups(folder)
     assert not (folder / "groups").exists() and not (folder / "manifest.parquet").exists()
@@ -225,6 +250,7 @@ def test_settings_show_no_key(tmp_path, monkeypatch):
     [
         ({"actions": ""}, "`actions` is needed"),
         ({"min_richness": 1.5}, "`min_richness`"),
+        ({"min_text_richness": -0.1}, "`min_text_richness`"),
         ({"min_similarity": 2.0}, "`min_similarity`"),
         ({"budget": 0}, "`budget` >= 1"),
         ({"seeds": [1, 1]}, "Each seed generates one rejected video"),
@@ -250,6 +276,7 @@ def test_bad_settings_are_refused_before_anything_runs(tmp_path, changes, messag
         ({"judge_options": {"speed": 3}}, "Check `judge_options`"),
         ({"judge": "http://localhost:1/v1"}, "needs `model`"),
         ({"annotator": "/nowhere/qwen"}, "No weights at /nowhere/qwen"),
+        ({"text_annotator": "/nowhere/llama"}, "No weights at /nowhere/llama"),
         ({"annotator": "http://localhost:1/v1"}, "Check `annotator_options`"),
         ({"embedder": "/nowhere/mpnet"}, "No weights at /nowhere/mpnet"),
         ({"model": "/nowhere/wan"}, "/nowhere/wan: expected a pipeline"),
@@ -273,7 +300,8 @@ def test_equal_scores_share_a_budget_evenly_and_one_beyond_the_pool_takes_all(po
 
 
 def test_defaults_are_those_of_the_paper():
-    made = PhyAugConfig(actions="sandbox")
+    made = PhyAugConfig()
+    assert made.actions == "real-world" and made.text_annotator is None
     assert (made.min_richness, made.tau, made.budget, made.redistribute) == (0.60, 3.0, 20_000, False)
     assert (made.height, made.width, len(made.seeds)) == (480, 832, 3)
 

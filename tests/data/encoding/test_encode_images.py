@@ -173,7 +173,7 @@ def test_the_fingerprint_covers_images_and_what_encodes_them(wan, tmp_path):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("missing.png", r"row 1, image \(missing.png\).*cannot read the image"),
+        ("missing.png", r"row 1, image \(missing.png\).*cannot open the file"),
         (
             {"path": "cut.png", "bytes": png(tiny_video(0)[0])[:-60]},
             r"row 1, image \(cut.png\).*cannot read the image",

@@ -165,6 +165,14 @@ def test_a_failed_write_leaves_the_previous_report(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_is_no_report_is_not_replaced(tmp_path):
+    path = tmp_path / "mine.html"
+    path.write_text("<html>years of work</html>")
+    with pytest.raises(ValueError, match=r"mine\.html is no page of video_trl and stays"):
+        write_report(path, title="t", columns=[], samples=[])
+    assert path.read_text() == "<html>years of work</html>"
+
+
 def test_table_and_curve_reject_ragged_input():
     with pytest.raises(ValueError, match="2 columns"):
         Table("t", ["a", "b"], [["1", "2"], ["3"]])

@@ -59,7 +59,7 @@ def test_all_columns_are_read(tmp_path):
         ("p.json", '{"prompt": "a"}', "expected a list"),
         ("p.json", "[1]", "got int"),
         ("p.json", "[", "cannot be read as JSON"),
-        ("p.jsonl", '"a"\n{', "line 2 is not JSON"),
+        ("p.jsonl", '"a"\n{', "line 2, cannot be read as JSON"),
         ("p.yaml", "- a", "ending in .txt, .csv"),
     ],
 )

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.support.evaluation.runs import ColourJudge, colour_video, make_run
+from tests.support.evaluation.runs import ColourJudge, colour_video, damage, make_run
 from video_trl.data.video_io import write_video
 from video_trl.evaluation.runs.run import load_run
 from video_trl.evaluation.runs.score import load_scores, score_run
@@ -72,6 +72,14 @@ def test_a_score_that_cannot_be_counted_is_named_and_the_others_are_kept(tmp_pat
     assert load_scores(run) == [good] * 3
 
 
+def test_a_damaged_video_costs_its_own_score(tmp_path):
+    run = make_run(tmp_path, "n", SCORES, scored=False)
+    damage(run.video(run.cases[0]))
+    with pytest.raises(ValueError, match=r"left 1 of 3 videos.*00000-0\.mp4: damaged"):
+        score_run(tmp_path, ColourJudge(), batch_size=2)
+    assert len(list((tmp_path / "scores" / "colour").glob("0*.json"))) == 2
+
+
 def test_a_judge_that_forgets_a_video_is_refused(tmp_path):
     make_run(tmp_path, "n", SCORES, scored=False)
     with pytest.raises(ValueError, match="gave 2 scores for 3 videos"):
@@ -96,8 +104,12 @@ def test_several_judges_stand_side_by_side_and_one_has_to_be_named(tmp_path):
         load_scores(run, "third")
 
 
-def test_a_video_that_changed_after_it_was_scored_is_refused(tmp_path):
+def test_a_video_that_changed_after_it_was_scored_is_refused(tmp_path, monkeypatch):
+    """And nothing is decoded to find that out."""
     run = make_run(tmp_path, "n", SCORES)
+    for module in ("run.probe_video", "run.EvaluationRun.check_videos"):
+        monkeypatch.setattr(f"video_trl.evaluation.runs.{module}", None)
+    assert len(load_scores(run)) == 3
     write_video(run.video(run.cases[1]), colour_video(0.1, 0.1), 8)
     with pytest.raises(ValueError, match="00001-0.mp4 is not the video that was scored"):
         load_scores(load_run(tmp_path))

@@ -1,5 +1,6 @@
 """The studies of preferences: arms, rows, a small piece of them for real, and that pages say what the numbers say."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -55,6 +56,34 @@ def test_compared_arms_are_in_the_table_of_their_study_and_every_arm_is_in_one(s
     assert {arm for part in study.STUDIES.values() for arm in part.arms} == set(study.ARMS)
 
 
+def test_every_kind_of_loser_meets_every_objective_and_equal_time(study):
+    """Arms that other studies have are theirs; each is compared with fine-tuning in its time on its own winners."""
+    part, per_winner = study.STUDIES["losers"], len(study.OBJECTIVES)
+    assert {winners: len(arms) for winners, arms in study.BY_WINNERS.items()} == {
+        "": 5 * per_winner, "wild": 5 * per_winner, "few": 3 * per_winner,
+    }  # fmt: skip
+    assert {study.PHYGDPO, PLAIN, study.DPO, "PhyGDPO, twins", "PhyGDPO, wild against twins"} <= set(part.arms)
+    baseline = dict(part.comparisons[:-1])
+    for arm in study.BY_WINNERS["wild"]:
+        assert study.ARMS[arm].data.startswith("wild") and baseline[arm] == study.WILD_LONGER
+    assert baseline["hinge, few partial"] == study.FEW_LONGER and study.ARMS[study.FEW_LONGER].steps == study.LONG
+    assert study.ARMS["log-ratio, wild repaint"].options["gap"] == "log_ratio"
+    assert study.ARMS["hinge, own"].data == "judged"
+
+
+@pytest.mark.slow
+def test_losers_are_made_of_the_winner_and_judged(study, tmp_path):
+    _, runner = study.parse([*SMALL, "--found_clips", "24", "--output_dir", str(tmp_path)])
+    winners, partial, masked = runner.rows.trained(), runner.rows.of("partial"), runner.rows.of("wild repaint")
+    assert partial["prompt"] == masked["prompt"] == winners["prompt"] and "loss_weights" in masked.column_names
+    assert all(len(row["rejected"]) == len(row["rejected_scores"]) == 3 for row in (*partial, *masked))
+    assert runner.rows.of("few partial")[0]["prompt"] == winners[0]["prompt"]
+    assert any(score["pc"] < 0.4 for row in partial for score in row["rejected_scores"])
+    stamp = (tmp_path / "partial" / "pairs.parquet").stat().st_mtime_ns
+    runner.rows.of("partial")
+    assert (tmp_path / "partial" / "pairs.parquet").stat().st_mtime_ns == stamp
+
+
 @pytest.mark.slow
 def test_arms_of_the_sandbox_experiment_are_its_arms(study, tmp_path):
     """Same folder, same configuration: what `make bench-sandbox` left is what the study would train."""
@@ -63,30 +92,12 @@ def test_arms_of_the_sandbox_experiment_are_its_arms(study, tmp_path):
     _, runner = study.parse([*SMALL, "--output_dir", str(tmp_path), "--max_steps", "400"])
     groups, found = runner.rows.of("judged"), runner.rows.of("found")
     for arm in (*experiment.ARMS, PLAIN, experiment.LONGER):
-        args = study.replace(runner.args, output_dir=str(tmp_path / runner.unit(arm, 1)), overwrite_output_dir=True)
+        args = dataclasses.replace(
+            runner.args, output_dir=str(tmp_path / runner.unit(arm, 1)), overwrite_output_dir=True
+        )
         theirs, ours = experiment._trainer(arm, 1, args, found, groups), runner.trainer(arm, 1)
         assert type(theirs) is type(ours) and theirs.args.to_dict() == ours.args.to_dict()
         assert len(theirs.train_dataset) == len(ours.train_dataset)
-
-
-def scored(*pcs):
-    return {
-        "prompt": "p",
-        "rejected": list("abcdef"[: len(pcs)]),
-        "rejected_scores": [{"sa": 1, "pc": pc} for pc in pcs],
-    }
-
-
-def test_videos_that_break_the_law_come_first_as_they_were_drawn_otherwise(study):
-    assert study.worst_first(scored(0.9, 0.3, 0.5, 0.1), 3, 0.4)["rejected"] == ["b", "d", "a"]
-    assert study.worst_first(scored(0.9, 0.3), 1, 0.4)["rejected_scores"] == [{"sa": 1, "pc": 0.3}]
-
-
-def test_own_pairs_are_the_best_and_the_worst(study):
-    row = study.own_best(scored(0.5, 0.9, 0.2, 0.9))
-    assert (row["chosen"], row["chosen_pc"], row["rejected"]) == ("b", 0.9, ["c"])
-    row = study.own_best(scored(0.5, 0.5, 0.5))
-    assert (row["chosen"], row["rejected"]) == ("a", ["c"])
 
 
 def made(runner, arm, seed, gain, *, win_gap=0.0, fall=0.0):
@@ -189,6 +200,14 @@ def test_costs_of_the_reference_stand_in_the_ablation(study, written, tmp_path):
     text = written("phygdpo", [(BASE, 0, {"gain": 0.0}), (JUDGED, 0, {"gain": 0.1}), (PLAIN, 0, {"gain": 0.1})])
     assert cells(text, "Table 2d: the reference", JUDGED)[1:5] == ["1,234", "1.0 MiB", "3.0 MiB", "0.0 MiB"]
     assert text.count(f"**Not run yet:** {study.COPIED}; {PLAIN}.") == 1  # their memory was not measured
+
+
+def test_what_the_errors_did_stands_under_the_losers(study, written):
+    arm = "safeguard, wild twins"
+    gains = {BASE: 0.0, study.WILD_LONGER: 0.2, arm: 0.3}
+    text = written("losers", [(name, 0, {"gain": gain}) for name, gain in gains.items()])
+    assert cells(text, "What the errors did", arm)[1:4] == ["0", "+0.0050 [+0.0000, +0.0100]", "0"]
+    assert cells(text, "Comparisons", f"{arm} over {study.WILD_LONGER}")[2].startswith("+0.100")
 
 
 def test_what_cannot_be_written_or_is_unknown_is_refused(study, report, tmp_path):

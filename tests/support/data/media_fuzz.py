@@ -3,7 +3,8 @@ Damage small media files in every way and read them; run as a script, since what
 
     python -m tests.support.data.media_fuzz FOLDER FIRST LAST
 
-prints one JSON line a file: its number, what was done to it, what became of it, seconds, megabytes of the process.
+prints one JSON line a file: its number, what was done to it, what became of it, seconds of the processor, megabytes
+of the process.
 """
 
 import json
@@ -111,12 +112,12 @@ def outcomes(folder: Path, numbers: range) -> Iterator[dict[str, Any]]:
         seed, mutation, data = damaged(paths, number)
         path = folder / f"{number}{seed.suffix}"
         path.write_bytes(data)
-        begun = time.monotonic()
+        begun = time.process_time()
         try:
             result = fate({"path": str(path), "bytes": data}, path)
         except Exception:
             result = "PAST " + traceback.format_exc(limit=-3)
-        seconds = round(time.monotonic() - begun, 2)
+        seconds = round(time.process_time() - begun, 2)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         yield {"file": path.name, "of": seed.stem, "mutation": mutation, "fate": result} | {
             "seconds": seconds, "megabytes": memory,

@@ -95,6 +95,7 @@ RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "rows": {"per_device_train_batch_size": 2},
+    "singles": {"per_device_train_batch_size": 2, "step_mode": "singles"},
     "sequential": {
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
+from tests.support import forks
 from tests.support.paths import PYTHONPATH, ROOT
 
 
@@ -22,3 +25,24 @@ def launch(worker: str, *arguments: object, processes: int = 2, seconds: int = 2
         timeout=seconds,
     )
     assert result.returncode == 0, result.stderr[-6000:]
+
+
+def launch_forked(worker: str, *arguments: object, processes: int = 2, seconds: int = 280) -> None:
+    """
+    The same without importing everything in each process, and without `torchrun`, whose variables they get.
+
+    For the fast tests; `launch` is in the slow ones, and test_ended_runs.py and test_train.py hold the launchers.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there, as it is under torchrun
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    ranks = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
+    module = f"tests.support.distributed.{worker.removesuffix('.py')}"
+    forked = forks.start("-m", module, *map(str, arguments), environments=ranks)
+    assert forked.wait(seconds) == [0] * processes, forked.errors[-6000:]

@@ -25,6 +25,15 @@ class ColourJudge:
         return [{"sa": red, "pc": green, "explanation": f"red {red:.2f}"} for red, green, _ in means]
 
 
+def damage(path: Path) -> None:
+    """The file can be opened, and not be decoded."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    content = bytearray(write_video(path, noise, fps=8).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes([255]) * 400
+    path.write_bytes(content)
+
+
 def colour_video(sa: float, pc: float, num_frames: int = 3) -> np.ndarray:
     """uint8 (T, 32, 32, 3) of one colour."""
     video = np.zeros((num_frames, 32, 32, 3), dtype=np.uint8)

@@ -4,6 +4,8 @@ down, for those who swallow the error.
 
 Python imports a file of this name when it starts, so this folder in `PYTHONPATH` guards every process that a test
 starts. Sockets that are not Python's own (gloo, a browser, Hugging Face's Xet) are not seen.
+
+Nor does such a process wait for a disk. No test cuts the power, and what a killed process has written is there.
 """
 
 import errno
@@ -48,3 +50,4 @@ def _guard(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_guard)
+os.fsync = os.fstat  # looks at the descriptor as well; `posix.fsync` is the real one

@@ -1,12 +1,9 @@
 """Saving and resuming: exact, whole or absent, and never into another model."""
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from tests.support import forks
 from tests.support.tiny import tiny_encoded_group, tiny_transformer, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     StopAfter,
@@ -125,6 +123,8 @@ def test_nothing_to_train_on_or_to_resume_from(tmp_path):
         RunFolder(tmp_path / "new").check(True)  # before anything is encoded
     with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got "):
         trainer(config(tmp_path / "new")).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"Expected a `checkpoint-<step>` folder in .*/new .*, got "):
+        trainer(config(tmp_path / "new", resume_from_checkpoint="true")).train()  # it counts here too
     with pytest.raises(ValueError, match="Expected a `train_dataset` to train on, got an `eval_dataset` only"):
         trainer(config(tmp_path), train_dataset=None, eval_dataset=tiny_encoded_group(1)).train()
     with pytest.raises(ValueError, match="Expected an `eval_dataset` to evaluate on, got none"):
@@ -165,15 +165,15 @@ class LimitFileSize(TrainerCallback):
 
 
 @pytest.mark.parametrize("size", [7_000, 9_000], ids=["at the adapter", "at the optimizer state"])
-def test_a_failing_disk_leaves_the_previous_checkpoint_intact(tmp_path, size):
+def test_a_failing_disk_leaves_the_previous_checkpoint_intact(tmp_path, size, caplog):
     made = trainer(config(tmp_path, **SAVING), callbacks=[LimitFileSize(3, size)])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises((OSError, RuntimeError)) as failure:
+        with pytest.raises((OSError, RuntimeError)):
             made.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert "checkpoint-3 failed" in "".join(failure.value.__notes__)
+    assert "checkpoint-3 failed" in caplog.text
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     straight = trainer(config(tmp_path / "straight", max_steps=STEPS))
     straight.train()
@@ -224,17 +224,14 @@ made.train(resume_from_checkpoint=True if list(Path(sys.argv[1]).glob("checkpoin
 
 def kill_when(directory: Path, condition: Callable[[], bool]) -> None:
     """Run the victim until a condition holds and kill it with SIGKILL at that moment."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", VICTIM, str(directory)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = forks.start("-c", VICTIM, str(directory))
     deadline = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert not process.ended(), process.errors
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL]
 
 
 def check_resume_after_kill(directory: Path, straight_directory: Path) -> None:

@@ -2,15 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
 
-from tests.support.paths import PYTHONPATH
+from tests.support import forks
 from tests.support.tiny import tiny_encoded_group
 from tests.support.trainer.runs import assert_equal_weights, config, losses, trained_weights, trainer
 from video_trl.trainer.checkpoints.signals import EXIT_CODE, TrainingInterrupted
@@ -70,21 +69,17 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tests.support.trainer.runs import config, trainer
+sys.stdout.reconfigure(line_buffering=True)
 made = trainer(config(Path(sys.argv[1]), max_steps=10_000, save_strategy="steps", save_steps=1000, logging_steps=1))
-print("begin", flush=True)
 made.train(resume_from_checkpoint="auto")
 """
 
 
 def test_the_program_ends_with_the_code(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while "'loss'" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, errors
-    assert "Ended by SIGTERM after step" in errors and len(list(Path(tmp_path).glob("checkpoint-*"))) == 1
+    process = forks.start("-c", PROGRAM, str(tmp_path))
+    while "'loss'" not in process.output:
+        assert not process.ended(), process.errors
+        time.sleep(0.01)
+    process.kill(signal.SIGTERM)
+    assert process.wait(60) == [75], process.errors
+    assert "Ended by SIGTERM after step" in process.errors and len(list(Path(tmp_path).glob("checkpoint-*"))) == 1

@@ -91,6 +91,12 @@ def test_a_folder_in_another_layout_is_refused(saved, tmp_path):
         trainer(config(tmp_path), model=str(saved / "transformer"))
 
 
+def test_a_file_as_a_model_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "wan.safetensors").touch()
+    with pytest.raises(ValueError, match="got the file .*wan.safetensors.*are `transformer_file`"):
+        trainer(config(tmp_path), model=str(tmp_path / "wan.safetensors"))
+
+
 def test_a_missing_subfolder_is_named(broken, tmp_path):
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(ValueError, match=r"lacks the subfolder\(s\) \['text_encoder'\]"):

@@ -117,6 +117,12 @@ def told(caplog, make):
         ({"eval_steps": 3}, "`eval_strategy` is 'no'"),
         ({"load_best_model_at_end": True}, "`load_best_model_at_end=True`: `eval_strategy` is 'no'"),
         ({"use_peft": False}, "`lora_rank=4`: `use_peft` is off"),
+        ({"max_steps": 2, "num_train_epochs": 5}, "`num_train_epochs=5`: `max_steps` says when the run ends"),
+        ({"optim_target_modules": ["attn"]}, "`optim_target_modules=['attn']`: nothing in a video trainer reads it"),
+        (
+            {"label_names": ["x"], "batch_eval_metrics": True},
+            "`label_names=['x']`: nothing in a video trainer reads it",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

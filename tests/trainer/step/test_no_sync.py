@@ -1,14 +1,11 @@
 """Between two logs, no trainer makes the host wait for the device: shown on a device that writes waits down."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import PYTHONPATH, ROOT
+from tests.support import forks
 
 
 FAST = ("sft", "dpo cogvideox-t2v", "reg-dpo sequential", "group-dpo", "repa")
@@ -17,12 +14,9 @@ SLOW = ("dpo wan-t2v", "dpo wan-i2v", "dpo cogvideox-i2v", "group-dpo full")
 
 def waits(directory: Path, *names: str) -> dict[str, dict[str, list]]:
     """What `host_reads` reports; it registers a backend, which a process cannot take back."""
-    command = [sys.executable, "-m", "tests.support.trainer.host_reads", str(directory), *names]
-    root = ROOT
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = forks.start("-m", "tests.support.trainer.host_reads", str(directory), *names)
+    assert process.wait() == [0], process.errors[-3000:]
+    return json.loads(process.output.splitlines()[-1])
 
 
 def check(report: dict[str, list]) -> None:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,8 +11,7 @@ import pytest
 import torch
 
 import video_trl
-from tests.support import rounding
-from tests.support.paths import PYTHONPATH, ROOT
+from tests.support import forks, rounding
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     RecordGradients,
@@ -203,12 +199,9 @@ def test_evaluation_is_with_the_reference_itself(tmp_path):
 @pytest.mark.slow
 def test_a_copied_reference_leaves_the_device_but_for_passes(tmp_path):
     """In a process of its own, on a device that only exists in the tests."""
-    root = ROOT
-    command = [sys.executable, "-m", "tests.support.trainer.reference_moves", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (losses, first), (others, second), (expected, stays) = json.loads(done.stdout.splitlines()[-1])
+    process = forks.start("-m", "tests.support.trainer.reference_moves", str(tmp_path))
+    assert process.wait() == [0], process.errors[-3000:]
+    (losses, first), (others, second), (expected, stays) = json.loads(process.output.splitlines()[-1])
     assert losses == others == expected and len(set(losses)) == 5  # three steps, two evaluations
     step, passes = ["step on cpu"], ["pass on watched"] * 2
     assert second == step * 2 + passes + step + passes

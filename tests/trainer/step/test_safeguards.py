@@ -124,7 +124,8 @@ def test_by_outputs_the_gradients_are_those_of_scaled_errors(name, changes, tmp_
 
 
 @pytest.mark.parametrize(
-    ("mode", "safeguard"), [("concat", "output"), ("sequential", "output"), ("sequential", "parameter")]
+    ("mode", "safeguard"),
+    [("concat", "output"), ("singles", "output"), ("sequential", "output"), ("sequential", "parameter")],
 )
 def test_a_safeguard_costs_no_forward_and_does_not_change_the_loss(mode, safeguard, tmp_path):
     counts, values = [], []
@@ -138,7 +139,7 @@ def test_a_safeguard_costs_no_forward_and_does_not_change_the_loss(mode, safegua
         made.passes.backward()
         counts.append(len(forwards))
         values.append(loss.item())
-    assert counts[0] == counts[1] == (2 if mode == "concat" else 4 + 4 + 3)
+    assert counts[0] == counts[1] == {"concat": 2, "singles": 4 + 4, "sequential": 4 + 4 + 3}[mode]
     assert values[0] == values[1]
 
 

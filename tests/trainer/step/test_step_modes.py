@@ -1,9 +1,10 @@
-"""One forward over all videos, or one graph alive at a time: the same loss and the same gradient, at other costs."""
+"""All videos in a forward, a forward a video, or one graph alive at a time: the same gradient, at other costs."""
 
 import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from tests.support.rounding import assert_close_weights
 from tests.support.tiny import TINY_FAMILIES, tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import SMOOTH_ADAM, RecordGradients, disturb_adapter, double, losses, mixed_shapes
 from tests.trainer.test_families import rows_for, tiny_pipeline
-from video_trl.trainer.planning.estimate import HEADROOM, Placement, Workload, estimate, fitting_step_mode
+from video_trl.trainer.planning.counter import LiveBytes
+from video_trl.trainer.planning.estimate import HEADROOM, LONG_VIDEO, Placement, Workload, estimate, fitting_step_mode
 
 
 LOSSES: list[tuple[str, dict[str, Any]]] = [
@@ -67,12 +69,15 @@ def run(directory, name: str, mode: str, *, model=None, **changes: Any) -> tuple
 
 
 @pytest.mark.parametrize(("name", "changes"), LOSSES, ids=str)
-def test_both_modes_compute_the_same_step(name, changes, tmp_path):
+def test_all_modes_compute_the_same_step(name, changes, tmp_path):
     concat, expected = run(tmp_path / "concat", name, "concat", **changes)
     sequential, gradients = run(tmp_path / "sequential", name, "sequential", **changes)
+    singles, of_singles = run(tmp_path / "singles", name, "singles", **changes)
     # Two rows of two videos of eight tokens.
     bound = rounding.DOUBLE if changes.get("use_peft", True) else rounding.sums(2 * 2 * 8)
     assert_close_weights(gradients[0], expected[0], bound)
+    assert_close_weights(of_singles[0], expected[0], bound)
+    assert losses(singles) == pytest.approx(losses(concat), rel=1e-4)
     assert losses(sequential) == pytest.approx(losses(concat), rel=1e-4)
     for metric, value in concat.state.log_history[0].items():
         if metric not in ("epoch", "step"):
@@ -113,8 +118,9 @@ def test_conditions_of_every_family_follow_their_video(family, tmp_path):
     assert_close_weights(steps[1][0], steps[0][0], rounding.DOUBLE)
 
 
-def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(tmp_path):
-    made = make(tmp_path, "DPO", "sequential", max_steps=1)
+@pytest.mark.parametrize("mode", ["singles", "sequential"])
+def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(mode, tmp_path):
+    made = make(tmp_path, "DPO", mode, max_steps=1)
     made.train()
     (first,) = losses(made)
     assert first == pytest.approx(math.log(2), abs=1e-7) and made.state.log_history[0]["rewards/margins"] == 0.0
@@ -158,16 +164,46 @@ def test_a_group_needs_the_memory_of_one_video(tmp_path):
     assert one <= 0.3 * whole and one <= 0.55 * pair
 
 
+def test_checkpointed_singles_need_less_memory_than_all_at_once(tmp_path):
+    """What is computed again in the backward pass is one video's at a time; the forwards are as many."""
+    peaks, calls = {}, {}
+    for mode in ("concat", "singles"):
+        rows = tiny_encoded_group(1, m=3, latents_shape=(4, 4, 16, 16))
+        loss = {"loss_type": "plackett_luce", "physics_rewarding": False, "activation_checkpointing": True}
+        made = make(tmp_path, "GroupDPO", mode, rows=rows, max_steps=1, per_device_train_batch_size=1, **loss)
+        sizes: list[int] = []
+        made.model.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        counter = LiveBytes()
+        with counter:
+            made.train()
+        peaks[mode], calls[mode] = counter.peak, sizes
+    assert calls == {"concat": [4, 4], "singles": [1] * 8}  # reference, then policy
+    assert peaks["singles"] < peaks["concat"]
+
+
 @pytest.mark.parametrize("policy", [None, "full", "attention"])
-def test_auto_takes_all_videos_at_once_where_they_fit(policy):
+def test_auto_takes_the_fastest_mode_that_fits(policy):
+    """The planner's own figures; of long videos a forward each is as fast as one for all, and needs less memory."""
     config = {**tiny_wan_pipeline().transformer.config, "_class_name": "WanTransformer3DModel"}
     work = Workload(config, (4, 4, 16, 16), num_videos=4, reference="adapter", lora_rank=4)
-    at_once = estimate(work, Placement(step_mode="concat", checkpointing_policy=policy)).peak
-    for mode in ("concat", "sequential"):
-        placement = Placement(step_mode=mode, checkpointing_policy=policy)
-        assert fitting_step_mode(work, placement, None) == "concat"
-        assert fitting_step_mode(work, placement, int(at_once / HEADROOM) + 2) == "concat"
-        assert fitting_step_mode(work, placement, int(at_once / HEADROOM) - 2) == "sequential"
+    peak = {
+        mode: estimate(work, Placement(step_mode=mode, checkpointing_policy=policy)).peak
+        for mode in ("concat", "singles", "sequential")
+    }
+    assert peak["sequential"] < peak["singles"] < peak["concat"]
+
+    def chosen(memory: float | None, tokens: int, **placement: Any) -> str:
+        where = Placement(checkpointing_policy=policy, **placement)
+        return fitting_step_mode(work, where, None if memory is None else int(memory / HEADROOM), tokens)
+
+    assert chosen(None, LONG_VIDEO - 1) == "concat" and chosen(None, LONG_VIDEO) == "singles"
+    assert chosen(peak["concat"] + 2, LONG_VIDEO - 1) == "concat"
+    assert chosen(peak["concat"] - 2, LONG_VIDEO - 1) == "singles"
+    assert chosen(peak["concat"] + 2, LONG_VIDEO) == chosen(peak["singles"] + 2, LONG_VIDEO) == "singles"
+    assert chosen(peak["singles"] - 2, LONG_VIDEO) == "sequential"
+    assert chosen(None, LONG_VIDEO, engine="zero2") == "concat"
 
 
 def test_auto_is_settled_for_the_trainers_own_step(tmp_path, monkeypatch):
@@ -176,15 +212,19 @@ def test_auto_is_settled_for_the_trainers_own_step(tmp_path, monkeypatch):
     loss = {"loss_type": "plackett_luce", "physics_rewarding": False, "per_device_train_batch_size": 1}
     settings = {"rows": rows, "activation_checkpointing": True, "checkpointing_policy": "attention", **loss}
     made = make(tmp_path, "GroupDPO", "auto", **settings)
-    assert made.step_mode == "concat"
-    needed = estimate(made.workload(), made.placement()).peak
-    for memory, mode in ((needed / HEADROOM + 2, "concat"), (needed / HEADROOM - 2, "sequential")):
-        monkeypatch.setattr("video_trl.trainer.preference_trainer.accelerator_memory", lambda _, found=memory: found)
+    assert made.step_mode == "concat"  # 256 tokens
+    step = [
+        estimate(made.workload(), replace(made.placement(), step_mode=mode)).peak for mode in ("concat", "singles")
+    ]
+    for memory, mode in zip((step[0] + 2, step[0] - 2, step[1] - 2), ("concat", "singles", "sequential"), strict=True):
+        monkeypatch.setattr(
+            "video_trl.trainer.preference_trainer.accelerator_memory", lambda _, found=memory: int(found / HEADROOM)
+        )
         made = make(tmp_path, "GroupDPO", "auto", **settings)
         assert made.step_mode == made.placement().step_mode == mode
     assert make(tmp_path, "GroupDPO", "concat", **settings).step_mode == "concat"
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`step_mode` must be one of 'auto', 'concat', 'sequential', got 'both'"):
+    with pytest.raises(ValueError, match="`step_mode` must be one of 'auto', 'concat', 'singles', 'sequential', got"):
         make(tmp_path, "DPO", "both")

@@ -20,7 +20,7 @@ CONTAINER: dict[str, pa.DataType] = {
     "width": pa.int64(),
     "short_edge": pa.int64(),
 }
-CONTAINER_VERSION = 2
+CONTAINER_VERSION = 3
 
 
 def read_containers(batch: Batch, limits: VideoLimits = DEFAULT_LIMITS) -> Batch:

@@ -43,7 +43,7 @@ MEASURES: dict[str, pa.DataType] = {
     "flashes": pa.int64(),  # moments at which the whole picture is brighter or darker than before and after
     "text": pa.float64(),  # proportion of the picture covered by text
 }
-MEASURES_VERSION = 2  # part of the store's name: raise it with every change of a number
+MEASURES_VERSION = 3  # part of the store's name: raise it with every change of a number
 
 SHORT_EDGE = 64  # cells: 4 pixels at 256, 11 at 720. Sensor noise averages out, a ball of 5 % of the height does not
 _BLUR = 1.0  # cells; then pictures can be warped by fractions of a cell

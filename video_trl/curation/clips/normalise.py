@@ -19,7 +19,7 @@ from .sources import open_clip
 
 #: Columns that normalisation adds: paths relative to the run's folder.
 NORMALISED: dict[str, pa.DataType] = {"video": pa.string(), "reference_image": pa.string()}
-NORMALISE_VERSION = 3
+NORMALISE_VERSION = 4
 
 
 def normalise_batch(

@@ -71,7 +71,8 @@ def list_clips(
             without a prompt column have no caption yet.
 
     Returns:
-        `pyarrow.Table`: Columns `SOURCE` and those of `OUTCOME`. A name that is no UTF-8 is dropped here, by name.
+        `pyarrow.Table`: Columns `SOURCE` and those of `OUTCOME`. A name that is no UTF-8, and a tar in a folder that
+            cannot be read, are dropped here, by name.
 
     Raises:
         ValueError: A source is nothing of these, holds no clip, or is given twice.
@@ -90,17 +91,13 @@ def list_clips(
     twice = [name for name, count in Counter(row["source_id"] for row in rows).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} clips are listed twice, the first is {twice[0]}. Name each source once.")
-    undecodable = [not _is_text(row["path"]) for row in rows]
-    for row, bad in zip(rows, undecodable, strict=True):
-        if bad:
+    for row in rows:
+        if not (_is_text(row["path"]) and _is_text(row["source_id"])):
             row["source_id"] = row["source_id"].encode("utf-8", "backslashreplace").decode()
-            row["path"] = None
+            dropped = {"dropped_by": "file_name", "detail": "the file's name is not valid UTF-8; rename it"}
+            row |= {"path": None, **dropped}
     table = new_manifest({name: [row[name] for row in rows] for name in SOURCE}, SOURCE)
-    words = "the file's name is not valid UTF-8; rename it"
-    outcome: Batch = {name: [None] * len(rows) for name in OUTCOME}
-    outcome["dropped_by"] = ["file_name" if bad else None for bad in undecodable]
-    outcome["detail"] = [words if bad else None for bad in undecodable]
-    return with_columns(table, outcome, OUTCOME)
+    return with_columns(table, {name: [row.get(name) for row in rows] for name in OUTCOME}, OUTCOME)
 
 
 def open_clip(path: str, offset: int | None, length: int | None) -> str | dict[str, Any]:
@@ -183,7 +180,10 @@ def _list_folder(root: Path) -> Iterator[Row]:
         if suffix in VIDEO_SUFFIXES:
             yield _file_row(path, f"{root}/{name}", caption_for(path, root, captions))
         elif suffix == ".tar":
-            yield from _list_tar(path)
+            try:
+                yield from list(_list_tar(path))
+            except (ValueError, OSError) as error:  # one of many shards costs itself
+                yield _file_row(path, f"{root}/{name}", None) | {"dropped_by": "unreadable", "detail": str(error)}
         elif suffix not in CAPTION_SUFFIXES and path.name not in METADATA_NAMES:
             ignored[path.suffix] += 1
     if ignored:
@@ -192,15 +192,23 @@ def _list_folder(root: Path) -> Iterator[Row]:
 
 
 def _file_row(path: Path, source_id: str, caption: str | None) -> Row:
-    status = path.stat()
     return {
         "source_id": source_id,
         "path": str(path.absolute()),
         "offset": None,
         "length": None,
         "prompt": caption,
-        "listing": digest(f"{source_id}\0{status.st_size}\0{status.st_mtime_ns}"),
+        "listing": digest(f"{source_id}\0{path}\0{_version(path)}"),
     }
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does; None where there is none, as is found when it is opened."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a name with a null byte is a ValueError
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _list_tar(path: Path) -> Iterator[Row]:
@@ -209,12 +217,16 @@ def _list_tar(path: Path) -> Iterator[Row]:
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isfile()]
+            if sparse := [member for member in members if member.issparse()]:
+                words = "%s: %d files with holes are left out, the first is %s. Pack them without --sparse."
+                logger.warning(words, path, len(sparse), sparse[0].name)
+                members = [member for member in members if member not in sparse]
             captions: dict[str, str | None] = {}
             for member in members:
                 stem, suffix = os.path.splitext(member.name)
                 data = tar.extractfile(member) if suffix.lower() in CAPTION_SUFFIXES else None
                 if data is not None:
-                    captions[stem] = caption_in(data.read(), suffix.lower())
+                    captions[stem] = caption_in(data, f"{path}/{member.name}")
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not an uncompressed tar, or cut off ({error}). Fetch it again.") from error
     for member in members:
@@ -254,16 +266,7 @@ def _list_dataset(
             path = _spool(cell, spool)
         else:
             path = Path(str(cell["path"] if isinstance(cell, Mapping) else cell))
-        source_id = f"{name}[{index}]"
-        status = path.stat() if path.is_file() else None
-        yield {
-            "source_id": source_id,
-            "path": str(path.absolute()),
-            "offset": None,
-            "length": None,
-            "prompt": str(row.get(prompt_column) or "").strip() or None,
-            "listing": digest(f"{source_id}\0{path}\0{status and (status.st_size, status.st_mtime_ns)}"),
-        }
+        yield _file_row(path, f"{name}[{index}]", str(row.get(prompt_column) or "").strip() or None)
 
 
 def _spool(cell: Mapping[str, Any], folder: Path) -> Path:

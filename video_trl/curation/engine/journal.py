@@ -4,7 +4,6 @@ journal says over which rows. Whether one of them is to blame, or the machine wa
 computed once more in a process of its own.
 """
 
-import gc
 import json
 import logging
 import multiprocessing
@@ -66,8 +65,6 @@ def death_of(function: Callable[[], object], seconds: float = _SECONDS) -> str |
     """
 
     def child() -> None:
-        # FFmpeg's scaler waits for its threads when a frame is collected, and a forked process has none of them.
-        gc.freeze()
         try:
             function()
         except Exception:

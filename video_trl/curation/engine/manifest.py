@@ -120,7 +120,7 @@ class Shard:
     @classmethod
     def from_environment(cls) -> "Shard":
         """What `accelerate launch` and `torchrun` write into `RANK` and `WORLD_SIZE`; without them, the only one."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def digest(text: str, length: int = 16) -> str:
@@ -241,7 +241,8 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     todo = kept_rows(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
-    done = committed_keys(store, stage.key)
+    parts = Parts(store, stage)
+    done = set(parts.keys())
     mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
     tried = _try_suspects(todo, stage, store, mine) if stage.trial else {}
     mine = [row for row in mine if row not in tried]
@@ -256,7 +257,7 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
                 commit_batch(store, stage, batch[stage.key], stage.function(batch))
             progress.update(len(rows))
     logger.info("%s: %d rows computed here, %d found in %s", stage.name, count, len(done & set(keys)), store)
-    results = collect(store, stage, keys, shard)
+    results = collect(parts, stage, keys, shard)
     forget(store)
     return join_results(table, stage, results)
 
@@ -286,11 +287,32 @@ def commit_crashed(store: Path, stage: Stage, key: str, death: str) -> None:
     commit_batch(store, stage, [key], row | {"dropped_by": ["crashed"], "detail": [words]})
 
 
-def committed_keys(store: Path, key: str) -> set[str]:
-    """Keys that are in the store."""
-    return {
-        value for part in store.glob("part-*.parquet") for value in pq.read_table(part, columns=[key])[key].to_pylist()
-    }
+class Parts:
+    """
+    The batches that are in a store, by this process and others; each file is read once.
+
+    Args:
+        store (`Path`): Folder of the stage.
+        stage ([`Stage`]): The stage.
+    """
+
+    def __init__(self, store: Path, stage: Stage) -> None:
+        self.store, self._stage = store, stage
+        self._tables: dict[str, pa.Table] = {}
+        self._keys: set[str] = set()
+
+    def keys(self) -> set[str]:
+        """Keys that are in the store now."""
+        for path in self.store.glob("part-*.parquet"):
+            if path.name not in self._tables:  # one of the same name has the same keys, and so the same rows
+                table = self._tables[path.name] = pq.read_table(path, schema=self._stage.schema)
+                self._keys.update(table[self._stage.key].to_pylist())
+        return self._keys
+
+    def table(self) -> pa.Table:
+        """All rows that [`Parts.keys`] has found."""
+        parts = [table for _, table in sorted(self._tables.items())]
+        return pa.concat_tables(parts) if parts else self._stage.schema.empty_table()
 
 
 def commit_batch(store: Path, stage: Stage, keys: list[str], added: Batch) -> None:
@@ -308,18 +330,17 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def collect(store: Path, stage: Stage, keys: Sequence[str], shard: Shard) -> pa.Table:
+def collect(parts: Parts, stage: Stage, keys: Sequence[str], shard: Shard) -> pa.Table:
     """The store once all keys are in it: at once for a single process, else when the others are done."""
-    absence = Absence(store.parent.resolve(), shard.index, shard.count)
+    absence = Absence(parts.store.parent.resolve(), shard.index, shard.count)
     waited = False
-    while missing := set(keys) - committed_keys(store, stage.key):
+    while missing := set(keys) - parts.keys():
         if not waited:
             logger.info("%s: waiting for %d rows of other processes", stage.name, len(missing))
         waited = True
         absence.check(row % shard.count for row, key in enumerate(keys) if key in missing)
         time.sleep(_POLL_SECONDS)
-    parts = [pq.read_table(part, schema=stage.schema) for part in sorted(store.glob("part-*.parquet"))]
-    return pa.concat_tables(parts) if parts else stage.schema.empty_table()
+    return parts.table()
 
 
 def join_results(table: pa.Table, stage: Stage, results: pa.Table) -> pa.Table:

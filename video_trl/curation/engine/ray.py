@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from .manifest import (
     Batch,
+    Parts,
     Shard,
     Stage,
     collect,
     commit_batch,
     commit_crashed,
-    committed_keys,
     digest,
     join_results,
     kept_rows,
@@ -124,7 +124,8 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
     todo = kept_rows(table)
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
-    done = committed_keys(store, stage.key)
+    parts = Parts(store, stage)
+    done = set(parts.keys())
     missing = [row for row, key in enumerate(keys) if key not in done]
     if missing:
         cluster.connect()
@@ -132,14 +133,14 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
         batches = [missing[start : start + stage.batch_size] for start in starts]
         with tqdm(total=len(missing), desc=f"{stage.name} on Ray", unit="row") as progress:
             _Pool(stage, store, cluster).run(todo, batches, progress)
-        check_arrived(store, stage.key, set(keys))
+        check_arrived(parts, set(keys))
     logger.info(
         "%s: %d rows computed on Ray, %d found in %s", stage.name, len(missing), len(keys) - len(missing), store
     )
-    return join_results(table, stage, collect(store, stage, keys, Shard()))
+    return join_results(table, stage, collect(parts, stage, keys, Shard()))
 
 
-def check_arrived(store: Path, key: str, keys: set[str], patience: float = _PATIENCE) -> None:
+def check_arrived(parts: Parts, keys: set[str], patience: float = _PATIENCE) -> None:
     """
     What workers have committed must be seen here; a network disk may take its time.
 
@@ -147,11 +148,11 @@ def check_arrived(store: Path, key: str, keys: set[str], patience: float = _PATI
         RuntimeError: After `patience` seconds it still isn't: the nodes don't share the disk.
     """
     deadline = time.monotonic() + patience
-    while missing := keys - committed_keys(store, key):
+    while missing := keys - parts.keys():
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"{len(missing)} of {len(keys)} rows were computed, and {store} does not have them. The output folder "
-                "must be on a disk that all nodes of the cluster see under the same path."
+                f"{len(missing)} of {len(keys)} rows were computed, and {parts.store} does not have them. The output "
+                "folder must be on a disk that all nodes of the cluster see under the same path."
             )
         time.sleep(min(1.0, patience / 10))
 

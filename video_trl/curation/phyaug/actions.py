@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from ..engine.manifest import Batch
 
 
 CLUSTER_VERSION = 1
+REAL_WORLD = "real-world"  # the list that ships, actions.yaml, which says by which rule it was made
 
 _NO_PACKAGE = "A sentence transformer needs the package sentence-transformers: pip install 'video-trl[curation]'."
 
@@ -53,9 +55,10 @@ def read_actions(source: str | os.PathLike[str] | Sequence[str] | Mapping[str, S
     A list of action categories.
 
     Args:
-        source: "sandbox"; a `.txt` file with one action a line; a `.yaml` file with a list of actions, or with
-            wordings for each action (`juggling: [a person juggles balls, ...]`); or such a list or mapping itself. A
-            caption is compared with every wording, and the nearest one counts.
+        source: "real-world", the 200 actions that ship with the package; "sandbox"; a `.txt` file with one action a
+            line; a `.yaml` file with a list of actions, or with wordings for each action (`juggling: [a person juggles
+            balls, ...]`); or such a list or mapping itself. A caption is compared with every wording, and the nearest
+            one counts.
 
     Raises:
         ValueError: no such file, fewer than two actions, an empty one, or one that stands there twice.
@@ -64,7 +67,9 @@ def read_actions(source: str | os.PathLike[str] | Sequence[str] | Mapping[str, S
         return dict(action_wordings())
     name = "the list of actions"
     listed: Any = source
-    if isinstance(source, str | os.PathLike):
+    if source == REAL_WORLD:
+        listed = yaml.safe_load((resources.files(__package__) / "actions.yaml").read_text(encoding="utf-8"))
+    elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         try:
             text = Path(source).read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
 """
 Score how much physics a clip shows, with a vision-language model: the filter of PhyAugPipe (PhyGDPO, Algorithm 1).
 
-All steps of the paper's chain of thought are one structured request. The answer is validated here. The label is
-computed from the score, not asked of the model.
+All steps of the paper's chain of thought are one structured request. The answer is validated here, its score is
+capped by what else it says, and the label is computed from the score, not asked of the model. A first stage that reads
+captions alone, as the official code has one, spares the frames of clips that nobody would keep.
 """
 
 import json
@@ -13,8 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...data.video_io import VideoDecodeError
 from ...judges.answers import AnswerError, read_answer
@@ -26,16 +25,23 @@ from ...judges.chat import (
     ChatUnavailableError,
     InvalidAnswerError,
 )
-from ...judges.frames import evenly_spaced, frame_rate, quoted, sample_frames, size_within
-from ...judges.weights import text_hash
+from ...judges.frames import evenly_spaced, frame_rate, sample_frames, size_within
 from ...load import SANDBOX, annotation_rules
 from ..clips.sources import open_clip
 from ..engine.manifest import Batch
+from .annotation import (
+    RICH,
+    Annotation,
+    CaptionAnnotation,
+    SeenClip,
+    capped_richness,
+    prompt_hash,
+    question_for,
+    system_for,
+)
 
 
-RICH = 0.60  # Algorithm 1, step 4
-MAX_EXTENDED_WORDS = 100  # Algorithm 1, step 5
-COT_VERSION = 1
+COT_VERSION = 2
 
 #: Columns that the filter adds. `parse`, `vision_check` and `physics_scores` are JSON.
 ANNOTATED: dict[str, pa.DataType] = {
@@ -48,128 +54,15 @@ ANNOTATED: dict[str, pa.DataType] = {
     "physics_label": pa.int8(),
     "annotator": pa.string(),  # everything that the annotation depends on besides the clip
 }
-
-Unit = Field(ge=0.0, le=1.0)
-
-
-class _Strict(BaseModel):
-    # The schema asks for these keys and no others; others in an answer are no reason to drop a clip.
-    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
-
-
-class Entity(_Strict):
-    """A physical object; `material` is null where it cannot be told."""
-
-    name: str
-    material: str | None
+#: Columns of the first of two stages, which reads captions; `text_draft` is JSON.
+CAPTION_ANNOTATED: dict[str, pa.DataType] = {
+    "text_draft": pa.string(),
+    "text_richness": pa.float64(),
+    "text_annotator": pa.string(),
+}
 
 
-class Action(_Strict):
-    """Who does what to whom; `target` is null where nothing is acted on."""
-
-    agent: str
-    verb: str
-    target: str | None
-
-
-class Parse(_Strict):
-    """Step 1, as step 2 left it."""
-
-    entities: list[Entity]
-    actions: list[Action]
-    forces: list[str]
-    outcomes: list[str]
-
-
-class VisionCheck(_Strict):
-    """Step 2: elements of the caption that the frames do not show, and visible ones that it does not name."""
-
-    removed: list[str]
-    added: list[str]
-
-
-class Scores(_Strict):
-    """Step 4: what the richness is made of."""
-
-    interaction: float = Unit
-    forces_outcomes: float = Unit
-    causal_clarity: float = Unit
-    penalty: float = Unit
-
-
-class Annotation(_Strict):
-    """The answer. `original` and the label of Algorithm 1 are added by the pipeline, which knows them better."""
-
-    parse: Parse
-    vision_check: VisionCheck
-    reason: str
-    scores: Scores
-    physics_richness: float = Unit
-    extended: str
-
-    @field_validator("extended")
-    @classmethod
-    def _cut(cls, text: str) -> str:
-        """Side data: a text that is too long is no reason to drop a clip with a good score."""
-        words = text.split()
-        return text if len(words) <= MAX_EXTENDED_WORDS else " ".join(words[:MAX_EXTENDED_WORDS])
-
-
-SYSTEM = (
-    "You annotate real videos for a study of physics in video generation. You report what the frames show, never what "
-    "usually happens, and you answer with one JSON object."
-)
-QUESTION = """These are {count} frames of one video, in order, at these seconds: {seconds}.
-Its caption: {caption}
-
-Work through these steps.
-1. parse: list the entities with their materials, the actions (agent, verb, target), the forces and the outcomes that
-   the caption and the frames hold. Name every agent. List nothing that is guessed.
-2. vision_check: compare the list with the frames. Take out what the frames do not show (name it in "removed"), put in
-   what they show and the list lacks (name it in "added"), and give `parse` as it is afterwards.
-3. reason: in one or two sentences, how the entities act on each other through forces and what comes of it.
-4. scores, each from 0 to 1: "interaction" (how many entities, and how much they act on each other), "forces_outcomes"
-   (whether forces and outcomes are visible), "causal_clarity" (whether the reason leads from cause to effect), and
-   "penalty" (camera motion instead of motion, stylised or edited footage, only the aftermath is shown).
-   physics_richness, from 0 to 1: all of it weighed, minus the penalty. 0 is a still picture, 0.6 a visible physical
-   process, 1 several bodies that visibly act on each other.
-5. extended: the caption with the causes from step 3 written into it. Add no entity, force or sensation that is not in
-   `parse`. At most {words} words.
-
-Answer with JSON of this schema only:
-{schema}"""
-
-
-def question_for(clip: "SeenClip") -> str:
-    """The request in words."""
-    return QUESTION.format(
-        count=len(clip.frames),
-        seconds=", ".join(f"{time:.2f}" for time in clip.seconds),
-        caption=quoted(clip.prompt),
-        words=MAX_EXTENDED_WORDS,
-        schema=json.dumps(Annotation.model_json_schema()),
-    )
-
-
-def prompt_hash() -> str:
-    """Of the prompt template and the schema: goes into every record and the dataset card."""
-    return text_hash(SYSTEM, QUESTION, json.dumps(Annotation.model_json_schema()))
-
-
-@dataclass(frozen=True)
-class SeenClip:
-    """
-    What an annotator is shown.
-
-    Attributes:
-        frames: uint8 `(T, H, W, 3)`.
-        seconds: `(T,)` times of the frames.
-        prompt: the caption.
-    """
-
-    frames: NDArray[np.uint8]
-    seconds: NDArray[np.float64]
-    prompt: str
+Annotated = Annotation | CaptionAnnotation
 
 
 @dataclass(frozen=True)
@@ -198,7 +91,7 @@ class Annotator(Protocol):
     @property
     def multiple(self) -> int: ...
 
-    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotation | Failure]:
+    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotated | Failure]:
         """One annotation, or the reason why there is none, for each clip."""
 
 
@@ -224,7 +117,7 @@ class RemoteAnnotator:
             f"pixels={self.max_pixels},temperature={self.client.temperature:g}"
         )
 
-    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotation | Failure]:
+    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotated | Failure]:
         """
         Raises:
             ChatUnavailableError: the server cannot be used at all: better to stop than to drop every clip.
@@ -235,8 +128,9 @@ class RemoteAnnotator:
                 raise reply
         return [_failure(reply) if isinstance(reply, ChatError) else reply.answer for reply in replies]
 
-    def _question(self, clip: SeenClip) -> ChatQuestion[Annotation]:
-        return ChatQuestion(question_for(clip), Annotation, list(clip.frames), SYSTEM)
+    def _question(self, clip: SeenClip) -> ChatQuestion[Any]:
+        images = [] if clip.frames is None else list(clip.frames)
+        return ChatQuestion(question_for(clip), clip.answer, images, system_for(clip))
 
 
 class QwenAnnotator:
@@ -255,7 +149,7 @@ class QwenAnnotator:
     ) -> None:
         from ...judges.qwen_vl_model import QwenVL
 
-        self.vlm = QwenVL(model, **options)
+        self.vlm = QwenVL.load(model, **options)
         self.num_frames, self.max_pixels, self.max_tokens = num_frames, max_pixels, max_tokens
         self.multiple = self.vlm.multiple
 
@@ -268,17 +162,17 @@ class QwenAnnotator:
             f"frames={self.num_frames},pixels={self.max_pixels},dtype={str(self.vlm.dtype).removeprefix('torch.')}"
         )
 
-    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotation | Failure]:
+    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotated | Failure]:
         return [self._annotate(clip) for clip in clips]
 
-    def _annotate(self, clip: SeenClip) -> Annotation | Failure:
-        patches = self.vlm.patches(clip.frames, clip.seconds)
+    def _annotate(self, clip: SeenClip) -> Annotated | Failure:
+        patches = None if clip.frames is None else self.vlm.patches(clip.frames, clip.seconds)
         turns = [question_for(clip).replace("<|", "< |")]  # a caption cannot end the user's turn
         fault = ""
         for _ in range(2):
-            text = self.vlm.answer(patches, *turns, system=SYSTEM, max_new_tokens=self.max_tokens)
+            text = self.vlm.answer(patches, *turns, system=system_for(clip), max_new_tokens=self.max_tokens)
             try:
-                return read_answer(text, Annotation)
+                return read_answer(text, clip.answer)
             except AnswerError as error:
                 fault = str(error)
             turns += [text, f"That was no valid answer ({fault}). Answer with JSON of the schema only."]
@@ -286,7 +180,7 @@ class QwenAnnotator:
 
 
 class RuleAnnotator:
-    """The rules of [`~video_trl.sandbox.judge.annotator.annotate_clip`], for sandbox clips; sees every frame."""
+    """The rules of `video_trl.sandbox.judge.annotator`, for sandbox clips and sentences; sees every frame."""
 
     num_frames, max_pixels, multiple = 10_000, 4096 * 4096, 1
 
@@ -294,9 +188,9 @@ class RuleAnnotator:
     def identity(self) -> str:
         return annotation_rules()[0]
 
-    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotation | Failure]:
-        _, annotate_clip = annotation_rules()
-        return [Annotation.model_validate(annotate_clip(clip.frames, clip.prompt)) for clip in clips]
+    def annotate(self, clips: Sequence[SeenClip]) -> list[Annotated | Failure]:
+        _, annotate = annotation_rules()
+        return [clip.answer.model_validate(annotate(clip.frames, clip.prompt)) for clip in clips]
 
 
 def load_annotator(name: str, options: dict[str, Any]) -> Annotator:
@@ -345,26 +239,30 @@ class AnnotateBatch:
 
     Args:
         make: makes the annotator.
+        captions: ask about captions alone, with the columns `CAPTION_ANNOTATED` for an answer.
     """
 
     make: Callable[[], Annotator]
+    captions: bool = False
     _annotator: Annotator | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"make": self.make, "_annotator": None}
+        return {"make": self.make, "captions": self.captions, "_annotator": None}
 
     def __call__(self, batch: Batch) -> Batch:
-        """Columns `path`, `offset`, `length`, `prompt` -> the columns `ANNOTATED`."""
+        """Columns `path`, `offset`, `length`, `prompt`, `text_draft` -> the columns `ANNOTATED`."""
         self._annotator = annotator = self._annotator or self.make()
+        if self.captions:
+            return self._read_captions(batch["prompt"], annotator)
         identity = annotator.identity
         rows: list[dict[str, Any]] = []
         clips: list[SeenClip] = []
-        for path, offset, length, prompt in zip(
-            *(batch[name] for name in ("path", "offset", "length", "prompt")), strict=True
+        for path, offset, length, prompt, draft in zip(
+            *(batch[name] for name in ("path", "offset", "length", "prompt", "text_draft")), strict=True
         ):
             rows.append(dict.fromkeys((*ANNOTATED, "dropped_by", "detail")))
             try:
-                clips.append(_see(open_clip(path, offset, length), prompt, annotator))
+                clips.append(_see(open_clip(path, offset, length), prompt, draft, annotator))
             except VideoDecodeError as error:
                 rows[-1] |= {"dropped_by": error.kind, "detail": str(error)}
         answers = iter(annotator.annotate(clips))
@@ -375,26 +273,42 @@ class AnnotateBatch:
                 row |= _dropped(answer) if isinstance(answer, Failure) else _columns(answer)
         return {name: [row[name] for row in rows] for name in (*ANNOTATED, "dropped_by", "detail")}
 
+    @staticmethod
+    def _read_captions(prompts: Sequence[str], annotator: Annotator) -> Batch:
+        rows: list[dict[str, Any]] = []
+        for answer in annotator.annotate([SeenClip(None, np.zeros(0), prompt) for prompt in prompts]):
+            row = dict.fromkeys((*CAPTION_ANNOTATED, "dropped_by", "detail")) | {"text_annotator": annotator.identity}
+            if isinstance(answer, Failure):
+                row |= _dropped(answer)
+            else:
+                row["text_draft"] = answer.model_dump_json(include={"parse", "reason"})
+                row["text_richness"] = capped_richness(answer)[0]
+            rows.append(row)
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-def _see(clip: Any, prompt: str, annotator: Annotator) -> SeenClip:
+
+def _see(clip: Any, prompt: str, draft: str | None, annotator: Annotator) -> SeenClip:
     frames, indices = sample_frames(
         clip,
         annotator.num_frames,
         evenly_spaced,
         lambda h, w: size_within(h, w, annotator.max_pixels, annotator.multiple),
     )
-    return SeenClip(frames, indices / frame_rate(clip, 16.0), prompt)
+    return SeenClip(frames, indices / frame_rate(clip, 16.0), prompt, draft)
 
 
-def _columns(answer: Annotation) -> dict[str, Any]:
+def _columns(answer: Annotated) -> dict[str, Any]:
+    assert isinstance(answer, Annotation)
+    richness, capped_by = capped_richness(answer)
+    claims = {"claimed": answer.physics_richness, "capped_by": capped_by}
     return {
         "parse": answer.parse.model_dump_json(),
         "vision_check": answer.vision_check.model_dump_json(),
         "reason": answer.reason,
         "extended": answer.extended,
-        "physics_scores": answer.scores.model_dump_json(),
-        "physics_richness": answer.physics_richness,
-        "physics_label": int(answer.physics_richness >= RICH),
+        "physics_scores": json.dumps(answer.scores.model_dump() | answer.penalties.model_dump() | claims),
+        "physics_richness": richness,
+        "physics_label": int(richness >= RICH),
     }
 
 

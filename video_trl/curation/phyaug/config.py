@@ -8,10 +8,10 @@ from ...files import without_secrets
 from ..engine.manifest import Rule, digest
 from ..engine.ray import RayCluster
 from ..generate import VideoModel
-from .annotate import RICH
+from .annotation import RICH
 
 
-_OPTIONS = ("annotator_options", "model_options", "judge_options")
+_OPTIONS = ("text_annotator_options", "annotator_options", "model_options", "judge_options")
 
 
 def public(options: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +46,19 @@ class PhyAugConfig:
         },
     )
 
+    text_annotator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Filter, first of two stages: who reads the captions alone, named as 'annotator'. What passes is "
+            "shown to 'annotator' with its frames, which corrects it. Unset: one stage."
+        },
+    )
+    text_annotator_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Filter: its options, as a dict or JSON."}
+    )
+    min_text_richness: float = field(
+        default=0.70, metadata={"help": "Filter: least richness of a caption that goes to the second stage."}
+    )
     annotator: str = field(
         default="Qwen/Qwen2.5-VL-7B-Instruct",
         metadata={"help": "Filter: 'sandbox', a server's URL, or a repository id or folder of a Qwen-VL model."},
@@ -56,7 +69,11 @@ class PhyAugConfig:
     min_richness: float = field(default=RICH, metadata={"help": "Filter: least physics richness of Algorithm 1."})
 
     actions: str = field(
-        default="", metadata={"help": "Clustering: file with the action categories (.txt or .yaml), or 'sandbox'."}
+        default="real-world",
+        metadata={
+            "help": "Clustering: 'real-world' for the 200 categories that ship, a file with yours (.txt or .yaml), or "
+            "'sandbox'."
+        },
     )
     embedder: str = field(
         default="sentence-transformers/all-mpnet-base-v2",
@@ -126,11 +143,14 @@ class PhyAugConfig:
             value = vars(self)[name]
             setattr(self, name, json.loads(value) if isinstance(value, str) else value)
         if not self.actions:
-            raise ValueError("`actions` is needed: a .txt file with an action a line, or a .yaml file with wordings.")
-        if not 0 <= self.min_richness <= 1 or not 0 <= self.min_latin_proportion <= 1 or self.max_prompt_words < 1:
             raise ValueError(
-                f"Expected `min_richness` and `min_latin_proportion` in [0, 1] and `max_prompt_words` >= 1, got "
-                f"{self.min_richness}, {self.min_latin_proportion} and {self.max_prompt_words}."
+                "`actions` is needed: 'real-world', a .txt file with an action a line, or a .yaml file with wordings."
+            )
+        units = ("min_richness", "min_text_richness", "min_latin_proportion")
+        if not all(0 <= vars(self)[name] <= 1 for name in units) or self.max_prompt_words < 1:
+            raise ValueError(
+                f"Expected {', '.join(f'`{name}`' for name in units)} in [0, 1] and `max_prompt_words` >= 1, got "
+                f"{', '.join(str(vars(self)[name]) for name in (*units, 'max_prompt_words'))}."
             )
         if not -1 <= self.min_similarity <= 1 or not 0 <= self.min_margin <= 2:
             raise ValueError(
@@ -162,7 +182,7 @@ class PhyAugConfig:
         self.cluster()
 
     def options(self, name: str) -> dict[str, Any]:
-        """`annotator_options`, `model_options` or `judge_options` as a dict."""
+        """One of the fields that end in `_options` as a dict."""
         value = vars(self)[name]
         assert not isinstance(value, str)
         return dict(value or {})

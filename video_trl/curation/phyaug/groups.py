@@ -12,7 +12,9 @@ import pyarrow as pa
 import torch
 
 from ...data.columns import group_features
+from ...files import read_json
 from ...judges import VideoJudge
+from ...judges.base import score_each
 from ...losses.preference import physics_weights
 from ..engine.manifest import Batch, kept_rows
 
@@ -48,10 +50,7 @@ class JudgeBatch:
         """Columns `rejected` and `prompt` -> the columns `JUDGED`; no scores: dropped by "not_judged"."""
         self._judge = judge = self._judge or self.make()
         videos = [str(self.root / path) for path in batch["rejected"]]
-        try:
-            scores = judge.score(videos, batch["prompt"])
-        except ValueError:  # one of them cannot be judged, its caption does not fit for instance: find out which
-            scores = [self._score_one(judge, *pair) for pair in zip(videos, batch["prompt"], strict=True)]
+        scores = score_each(judge, videos, batch["prompt"])
         missing = [score["sa"] is None or score["pc"] is None for score in scores]
         return {
             "sa": [score["sa"] for score in scores],
@@ -62,13 +61,6 @@ class JudgeBatch:
                 str(score.get("error", ""))[:1000] if bad else None for score, bad in zip(scores, missing, strict=True)
             ],
         }
-
-    @staticmethod
-    def _score_one(judge: VideoJudge, video: str, prompt: str) -> dict[str, Any]:
-        try:
-            return judge.score([video], [prompt])[0]
-        except ValueError as error:
-            return {"sa": None, "pc": None, "error": str(error)}
 
 
 def phyaug_features() -> datasets.Features:
@@ -157,7 +149,7 @@ def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
     """
     root = Path(output_dir)
     stamp = root / RUN_NAME
-    state = json.loads(stamp.read_text())["state"] if stamp.is_file() else None
+    state = read_json(stamp)["state"] if stamp.is_file() else None
     if state != "finished":
         status = "no run" if state is None else f"a run that is not finished (state {state!r})"
         raise ValueError(f"{root} holds {status}. Start the pipeline with the same settings: it goes on where it was.")

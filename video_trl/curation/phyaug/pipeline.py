@@ -58,7 +58,8 @@ from .actions import (
     load_embedder,
     read_actions,
 )
-from .annotate import ANNOTATED, AnnotateBatch, check_annotator, load_annotator, prompt_hash
+from .annotate import ANNOTATED, CAPTION_ANNOTATED, AnnotateBatch, check_annotator, load_annotator
+from .annotation import prompt_hash
 from .config import PhyAugConfig, public
 from .groups import GROUPS_NAME, JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
 from .report import write_dataset_card, write_funnel
@@ -184,6 +185,10 @@ def _run_stages(
         begin(root, config)
     table = read_pool(config, sources, root, run)
     funnel = {"pool": len(table), "usable": require_rows(table, "reading the pool")}
+    table = read_captions(table, config, run)
+    if config.text_annotator is not None:
+        reader = f"the captions (richness of {config.min_text_richness:g} and more)"
+        funnel["physics-rich caption"] = require_rows(table, reader)
     table = annotate(table, config, run)
     funnel["physics-rich"] = require_rows(table, f"the filter (richness of {config.min_richness:g} and more)")
     table = cluster(table, config, actions, run)
@@ -211,6 +216,8 @@ def check_models(config: PhyAugConfig) -> None:
         ValueError: The first of them.
     """
     check_annotator(config.annotator, config.options("annotator_options"))
+    if config.text_annotator is not None:
+        check_annotator(config.text_annotator, config.options("text_annotator_options"))
     check_embedder(config.embedder)
     check_model(config.video_model(), config.num_frames, config.fps, [AspectBucket(config.height, config.width)])
     try:
@@ -233,7 +240,9 @@ def finish(result: PhyAugResult, attempts: pa.Table, config: PhyAugConfig, root:
     write_table(result.manifest, root / "manifest.parquet")
     write_table(result.rejected, root / "rejected.parquet")
     write_table(attempts, root / "representatives.parquet")
+    readers = {"annotator of captions": _only(result.manifest["text_annotator"])} if config.text_annotator else {}
     identities = {
+        **readers,
         "annotator": _only(result.manifest["annotator"]),
         "embedder": _only(result.manifest["embedder"]),
         "generator": config.model,
@@ -301,6 +310,8 @@ def read_pool(config: PhyAugConfig, sources: Sequence[Any], root: Path, run: Run
     )
     prompts = table["prompt"].to_pylist()
     table = with_columns(table, describe_prompts(table.select(["content", "prompt"]).to_pydict()), PROMPT_COLUMNS)
+    unread = {name: [None] * len(table) for name in CAPTION_ANNOTATED}
+    table = with_columns(table, unread, CAPTION_ANNOTATED)
     uncaptioned = [prompt is None for prompt in prompts]
     # Of two copies, the one with a caption stays.
     table = drop_repeats(table, "content", name="repeated", rank=uncaptioned)
@@ -320,15 +331,34 @@ def describe_prompts(batch: Batch) -> Batch:
     return added
 
 
+def read_captions(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Table:
+    """Stage 2, first half: captions that promise no physics are dropped before a frame is decoded."""
+    if config.text_annotator is None:
+        return table
+    options = config.options("text_annotator_options")
+    stage = Stage(
+        "captions",
+        AnnotateBatch(partial(load_annotator, config.text_annotator, options), captions=True),
+        CAPTION_ANNOTATED,
+        "clip",
+        {"annotator": config.text_annotator, "options": public(options), "prompts": prompt_hash()},
+        8 * config.batch_size,
+    )
+    rule = Rule("physics_poor_caption", "text_richness", config.min_text_richness)
+    return apply_rules_to_table(run(table, stage, gpu=True), [rule])
+
+
 def annotate(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Table:
     """Stage 2: Algorithm 1, then the threshold."""
     options = config.options("annotator_options")
+    drafts = {"drafts": [config.text_annotator, public(config.options("text_annotator_options"))]}
     stage = Stage(
         "annotate",
         AnnotateBatch(partial(load_annotator, config.annotator, options)),
         ANNOTATED,
         "clip",
-        {"annotator": config.annotator, "options": public(options), "prompts": prompt_hash()},
+        {"annotator": config.annotator, "options": public(options), "prompts": prompt_hash()}
+        | (drafts if config.text_annotator else {}),
         config.batch_size,
         trial=decode_clips,  # the first stage that decodes whole clips; its model need not be loaded for that
     )

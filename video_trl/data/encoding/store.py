@@ -184,7 +184,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{error} {self._way_out}") from error
         if not isinstance(index, dict) or index.get("format") != _FORMAT:
             raise ValueError(f"{path} is not in format {_FORMAT}, the one that this version reads. {self._way_out}")
-        if index.pop("checksum") != _index_checksum(index):
+        if index.pop("checksum", None) != _index_checksum(index):
             raise ValueError(f"{path} is damaged: its checksum differs. {self._way_out}")
         return index
 

@@ -1,5 +1,6 @@
 """What every import shares: a bad row costs itself and is listed, and the result is whole or absent."""
 
+import csv
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -119,6 +120,31 @@ def existing_folder(path: str | os.PathLike[str], what: str) -> Path:
     if not Path(path).is_dir():
         raise ValueError(f"Expected {what}, got {path}, which is no folder.")
     return Path(path).absolute()
+
+
+def csv_records(
+    path: Path, columns: Sequence[str], imported: Imported
+) -> Iterator[tuple[str, dict[str | Any, str | Any]]]:
+    """
+    The records of a CSV table, each with its place. One that is none is listed and does not end the table.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: expected the columns {list(columns)}, got {reader.fieldnames}.")
+        while True:
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                imported.skip(f"{path}, line {reader.line_num}", f"this is no CSV ({error})")
+                continue
+            yield f"{path}, line {reader.line_num}", record
 
 
 def common_names(names: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ The layout (https://github.com/caiyuanhao1998/PhyGDPO, PhyAugPipe):
     .../VIDGEN-1M_unzip/<id>.mp4                            the real videos, which VidGen-1M has
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .imported import Imported, common_names, existing_folder, folders_below, with_readable_videos
+from .imported import (
+    Imported,
+    common_names,
+    csv_records,
+    existing_folder,
+    folders_below,
+    with_readable_videos,
+)
 
 
 _TABLE = "final.csv"
@@ -161,33 +167,13 @@ def _read_tables(paths: Sequence[Path], imported: Imported) -> dict[str, _Scored
     """Identifier of a video -> its caption and scores, in [0, 1]."""
     scored: dict[str, _Scored] = {}
     for path in paths:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(f"{path}: expected the columns {list(_COLUMNS)}, got {reader.fieldnames}.")
-            for place, record in _records(reader, path, imported):
-                identifier, line = _line(record, place, imported)
-                if line is not None and identifier in scored:
-                    imported.skip(place, f"{identifier} stands in {scored[identifier].place} already")
-                elif line is not None:
-                    scored[identifier] = line
+        for place, record in csv_records(path, _COLUMNS, imported):
+            identifier, line = _line(record, place, imported)
+            if line is not None and identifier in scored:
+                imported.skip(place, f"{identifier} stands in {scored[identifier].place} already")
+            elif line is not None:
+                scored[identifier] = line
     return scored
-
-
-def _records(
-    reader: "csv.DictReader[str]", path: Path, imported: Imported
-) -> Iterator[tuple[str, dict[str | Any, str | Any]]]:
-    """The records of a table; one that is none does not end it."""
-    while True:
-        try:
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            imported.skip(f"{path}, line {reader.line_num}", f"this is no CSV ({error})")
-            continue
-        yield f"{path}, line {reader.line_num}", record
 
 
 def _line(record: dict[str | Any, str | Any], place: str, imported: Imported) -> tuple[str, _Scored | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
-from ..folders import caption_in, files_below, stem_below, videos_in
+from ..folders import caption_at, files_below, stem_below, videos_in
 from .imported import Imported, common_names, with_readable_videos
 
 
@@ -180,8 +180,6 @@ def _prompt(backend: Backend, video: Path, folder: Path) -> str:
         caption = video.stem.replace("_", " ").strip()
     else:
         file = video.with_suffix(".txt")
-        # A link out of the folder is not read: what is trained on can be published.
-        inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
-        lines = ((caption_in(file.read_bytes(), ".txt") if inside else None) or "").splitlines()
+        lines = ((caption_at(file, folder) if file.is_file() else None) or "").splitlines()
         caption = " ".join(lines if backend.get("disable_multiline_split") else lines[:1]).strip()
     return f"{instance} {caption}" if backend.get("prepend_instance_prompt") and caption and instance else caption

@@ -8,7 +8,6 @@ pooling, training scenarios and regularisation open; here they are arguments and
 scikit-learn: `pip install video-trl[evaluation]`.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.probe_clips import ProbeClip
+from ...files import read_json
 from ...models import family_of, tap_block
 from ...teachers import VideoTeacher
 from ..statistics import wilson_interval
@@ -85,7 +85,7 @@ def read_physion(
         )
     if bad_stimuli is None:
         bad_stimuli = BAD_STIMULI if split == "test" else ()
-    labels = json.loads((home / LABELS_NAME).read_text())
+    labels = read_json(home / LABELS_NAME)
     clips = []
     for path in paths:
         if path.stem in bad_stimuli:

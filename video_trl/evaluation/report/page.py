@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from video_trl.evaluation.report.charts import interval_chart, line_chart
 from video_trl.evaluation.statistics import PairedDifference, verdict
-from video_trl.files import write_atomically
+from video_trl.files import check_page, write_atomically
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,11 @@ def write_report(
         `Path`: The file written.
 
     Raises:
-        ValueError: If column names repeat, a sample names a column that is not there, a video is not an mp4 file, or a
-            curve has nothing to draw.
+        ValueError: If column names repeat, a sample names a column that is not there, a video is not an mp4 file, a
+            curve has nothing to draw, or `path` is a file that is no such page.
         FileNotFoundError: If a video does not exist.
     """
+    check_page(path)
     names = [column.name for column in columns]
     if len(set(names)) != len(names):
         raise ValueError(f"Columns need distinct names, got {names}.")

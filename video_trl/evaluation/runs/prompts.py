@@ -1,7 +1,6 @@
 """Read the prompts of an evaluation: text for the model, text for the judge, and groups for the table."""
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import fingerprint, read_json
+from ...files import fingerprint, read_json, read_json_lines
 
 
 ALL = "all"  # the group of all prompts
@@ -140,13 +139,7 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_json_lines(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error}).") from error
-    return rows
+    return [value for _, value in read_json_lines(path)]
 
 
 def _read_csv(path: Path) -> list[Any]:

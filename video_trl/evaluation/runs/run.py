@@ -17,7 +17,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -109,13 +109,7 @@ class EvaluationRun:
             ValueError: If videos are missing or cannot be opened; all of them are counted, the first one is named.
         """
         cases = self.cases if cases is None else cases
-        missing = [case for case in cases if not self.video(case).is_file()]
-        if missing:
-            raise ValueError(
-                f"{self.folder}: {len(missing)} of {len(cases)} videos are missing, the first being "
-                f"{self.video(missing[0]).name} for {missing[0].prompt.text!r} with seed {missing[0].seed}. Start the "
-                "evaluation again with the same arguments: it generates what is missing."
-            )
+        self.require_videos(cases)
         faults = []
         for case in cases:
             try:
@@ -126,6 +120,19 @@ class EvaluationRun:
             raise ValueError(
                 f"{self.folder}: {len(faults)} of {len(cases)} videos cannot be read. Delete them and start the "
                 f"evaluation again with the same arguments. The first: {faults[0]}"
+            )
+
+    def require_videos(self, cases: Sequence[Case]) -> None:
+        """
+        Raises:
+            ValueError: If videos are missing; all of them are counted, the first one is named.
+        """
+        missing = [case for case in cases if not self.video(case).is_file()]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {len(missing)} of {len(cases)} videos are missing, the first being "
+                f"{self.video(missing[0]).name} for {missing[0].prompt.text!r} with seed {missing[0].seed}. Start the "
+                "evaluation again with the same arguments: it generates what is missing."
             )
 
     def video_hashes(self) -> dict[str, str]:
@@ -218,7 +225,7 @@ def create_run(
         "generation": generation,
         "provenance": dict(provenance or {}),
         "versions": package_versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prompts": [prompt.to_dict() for prompt in prompts],
     }
     try:
@@ -285,7 +292,7 @@ def _check_same(run: EvaluationRun, record: Mapping[str, Any]) -> None:
 
 def shard() -> tuple[int, int]:
     """(rank, number of processes) as `torchrun` and `accelerate launch` announce them; (0, 1) without them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def cases_of(run: EvaluationRun, rank: int, num_ranks: int) -> list[tuple[int, Case]]:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ...data.video_io import video_hash
 from ...files import read_json, remove_leftovers, write_json
 from ...judges import Video, VideoJudge
+from ...judges.base import score_each
 from .run import SCORE_FOLDER, Case, EvaluationRun, cases_of, claimed, load_run, shard
 
 
@@ -42,8 +43,8 @@ def score_run(
         [`EvaluationRun`]
 
     Raises:
-        ValueError: If a video of this process is missing or unreadable, the judge gives a score that is missing, not
-            finite or outside [0, 1], or scores of that name were given by another judge.
+        ValueError: If a video of this process is missing or cannot be opened, or scores of that name were given by
+            another judge; and after all others are scored and kept, if a video has no score in [0, 1].
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -70,7 +71,7 @@ def write_scores(
 ) -> list[str]:
     """Lets the judge see the videos of the cases and writes each score; returns what is wrong with unusable ones."""
     failures = []
-    scores = judge.score(videos, [case.prompt.text for case in cases])
+    scores = score_each(judge, videos, [case.prompt.text for case in cases])
     if len(scores) != len(cases):
         raise ValueError(f"Judge {judge.name!r} gave {len(scores)} scores for {len(cases)} videos.")
     for case, score in zip(cases, scores, strict=True):
@@ -113,11 +114,14 @@ def load_scores(run: EvaluationRun, judge: str | None = None) -> list[dict[str, 
     folder = _score_folder(run, judge)
     missing = [case for case in run.cases if not (folder / f"{case.key}.json").is_file()]
     if missing:
+        rank, num_ranks = shard()
+        part = f" This is RANK={rank} of WORLD_SIZE={num_ranks}; if it is alone, unset both." if num_ranks > 1 else ""
         raise ValueError(
             f"{folder}: {len(missing)} of {len(run.cases)} videos have no score, the first being {missing[0].key} "
-            f"({missing[0].prompt.text!r}). Score the run again with the same judge: it does what is missing."
+            f"({missing[0].prompt.text!r}). Score the run again with the same judge: it does what is missing.{part}"
         )
-    run.check_videos()
+    # Nothing is decoded: the judge has, and a video of the same content is as readable as it was then.
+    run.require_videos(run.cases)
     scores = []
     for case in run.cases:
         content = read_json(folder / f"{case.key}.json")

@@ -47,6 +47,11 @@ BENCHMARKS = {
         _at_least(4 / 5),  # the judge gives a fifth of its rating
         "A video passes sa or pc with a rating of at least 4 of 5, joint with both.",
     ),
+    "phyground": Benchmark(
+        "phyground",
+        _at_least(3 / 4),  # the judge gives (rating - 1) / 4
+        "A video passes sa or pc with a mean rating of at least 4 of 5, joint with both. The paper has mean ratings.",
+    ),
 }
 
 

@@ -5,9 +5,7 @@ The pairs are those of [`~video_trl.curation.annotated.pairs_to_mark`], the file
 [`~video_trl.curation.annotated.read_votes`] reads.
 """
 
-import csv
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -20,6 +18,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from ...data.video_io import VideoDecodeError, probe_video
+from ...files import read_json_lines
+from ..runs.prompts import read_csv_rows
 from .held_file import HeldFile, read_lines
 from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
@@ -66,15 +66,10 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected pairs in a .csv or .jsonl file.")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = (
-            list(csv.DictReader(file))
-            if path.suffix == ".csv"
-            else [json.loads(line) for line in file if line.strip()]
-        )
+    rows: list[Any] = read_csv_rows(path) if path.suffix == ".csv" else [row for _, row in read_json_lines(path)]
     pairs: dict[str, Pair] = {}
     for number, row in enumerate(rows):
-        missing = [name for name in _PAIR if not row.get(name)]
+        missing = [name for name in _PAIR if not (isinstance(row, dict) and row.get(name))]
         if missing:
             raise ValueError(f"{path}, pair {number}: expected values for {missing}, got {row}.")
         pair = Pair(str(row["pair_id"]), str(row["prompt"]), *(str(path.parent / row[side]) for side in _SIDES))

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
@@ -336,7 +336,7 @@ class _Desk:
                 position=self.study.order(rater).index(task.key),
                 answers={key: self.study.verdict(rater, task.key, side) for key, side in answers.items()},
                 seconds=round(float(seconds), 3),
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             try:
                 self._votes.add(vote)

@@ -26,7 +26,7 @@ _FIRST_SEED = 10_000_000  # away from the seeds that the base model and the held
 _FIRST_CLIP_SEED = 20_000_000  # away from those, from the teacher's, and from these groups
 _FIRST_FOUND_SEED = 60_000_000  # away from all of these, and from those that the experiment was tuned on
 _SHARE_VIOLATED = 0.57  # as in the base model's mixture
-_PASSES = 0.8  # what the judge asks of a clip that is found
+PASSES = 0.8  # what the judge asks of a clip that is found
 
 
 def found_clips(number: int, seed: int = 0) -> list[Clip]:
@@ -85,6 +85,7 @@ def build_group_dataset(
     guidance_scale: float = 1.0,
     rendering: Rendering = "plain",
     found: bool = False,
+    judged: bool = True,
     batch_size: int = 16,
 ) -> datasets.Dataset:
     """
@@ -101,6 +102,7 @@ def build_group_dataset(
         rendering: of the chosen videos, as in `simulate`: "wild" ones look like nothing that the base model has seen.
         found: take the chosen videos from `num_groups` clips of `found_clips`: those that the judge passes, by a `pc`
             of at least 0.8. There are fewer rows than clips then.
+        judged: off: take all of those clips, lawful or not.
         batch_size: videos generated together.
 
     Returns:
@@ -121,6 +123,7 @@ def build_group_dataset(
         "seed": seed,
         "rendering": rendering,
         **({"found": True} if found else {}),
+        **({} if judged else {"judged": False}),
         "call_kwargs": {**sandbox.call_kwargs, "guidance_scale": guidance_scale},
     }
     stamp = folder / REQUEST_NAME
@@ -132,7 +135,7 @@ def build_group_dataset(
             f"building replaces what is in it."
         )
 
-    clips, clip_seeds = _chosen_clips(sandbox, num_groups, seed, rendering, found)
+    clips, clip_seeds = _chosen_clips(sandbox, num_groups, seed, rendering, found, judged)
     noise_seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(len(clips), num_rejected)).tolist()
     rejected, scores = _rejected_videos(sandbox, clips, noise_seeds, request["call_kwargs"], batch_size)
     with atomic_folder(folder) as partial:
@@ -157,15 +160,17 @@ def build_group_dataset(
 
 
 def _chosen_clips(
-    sandbox: Sandbox, number: int, seed: int, rendering: Rendering, found: bool
+    sandbox: Sandbox, number: int, seed: int, rendering: Rendering, found: bool, judged: bool
 ) -> tuple[list[Clip], list[int]]:
     """The chosen clips of groups, and the seeds of their simulations."""
     seeds = [(_FIRST_FOUND_SEED if found else _FIRST_SEED) + 1_000_000 * seed + index for index in range(number)]
     if not found:
         return [_base_clip(clip_seed, index, rendering) for index, clip_seed in enumerate(seeds)], seeds
     clips = found_clips(number, seed)
+    if not judged:
+        return clips, seeds
     scores = sandbox.judge.score([clip.video for clip in clips], [clip.prompt for clip in clips])
-    passed = [index for index, score in enumerate(scores) if float(score["pc"]) >= _PASSES]
+    passed = [index for index, score in enumerate(scores) if float(score["pc"]) >= PASSES]
     return [clips[index] for index in passed], [seeds[index] for index in passed]
 
 

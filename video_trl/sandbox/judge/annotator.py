@@ -15,7 +15,7 @@ from ..world.prompts import STILL_SCENES, PromptSpec, parse_prompt
 from .tracking import Body, Observation, observe
 
 
-ANNOTATOR_VERSION = 1
+ANNOTATOR_VERSION = 2
 
 MIN_PATH = 0.08  # frame heights that a body must cover to count as moving
 MIN_FADE = 0.15  # change of the picture's median luminance
@@ -87,7 +87,8 @@ def annotate_clip(frames: NDArray[np.uint8], prompt: str) -> dict[str, Any]:
         prompt: its sentence.
 
     Returns:
-        What a model is asked for: `parse`, `vision_check`, `reason`, `scores`, `physics_richness` and `extended`.
+        What a model is asked for: `parse`, `vision_check`, `reason`, `penalties`, `scores`, `physics_richness` and
+        `extended`.
     """
     seen = observe(frames)
     panning, fading = _camera_moves(seen), _fades(seen)
@@ -106,23 +107,60 @@ def annotate_clip(frames: NDArray[np.uint8], prompt: str) -> dict[str, Any]:
         + ([] if confirmed or motion is None else [_KNOWLEDGE[motion][0]]),
         "added": [f"{colour} body" for colour in shown if colour not in told],
     }
+    penalty = _unit(0.5 * panning + 0.5 * fading + 0.3 * bool(_CAMERA_WORDS.search(prompt)))
     scores = {
+        "contact": confirmed and len(parse["entities"]) > 1,
         "interaction": _unit(0.5 + 0.25 * len(moving) + 0.25 * (len(parse["entities"]) > 1)) if confirmed else 0.1,
         "forces_outcomes": 1.0 if confirmed else 0.0,
         "causal_clarity": 0.9 - 0.2 * min(len(check["removed"]), 2) if confirmed else 0.2,
-        "penalty": 0.5 * panning + 0.5 * fading + 0.3 * bool(_CAMERA_WORDS.search(prompt)),
     }
-    scores["penalty"] = _unit(scores["penalty"])
     richness = 0.35 * scores["interaction"] + 0.35 * scores["forces_outcomes"] + 0.3 * scores["causal_clarity"]
     reason = _KNOWLEDGE[motion][4] if confirmed and motion else _why_not(panning, fading, bool(moving))
     return {
         "parse": parse,
         "vision_check": check,
         "reason": reason[0].upper() + reason[1:] + ".",
+        "penalties": _penalties(prompt, panning, fading),
         "scores": scores,
-        "physics_richness": _unit(richness - scores["penalty"]),
+        "physics_richness": _unit(richness - penalty),
         "extended": f"{prompt.rstrip('. ')}: {reason}." if confirmed else prompt[:400],
     }
+
+
+def annotate_sentence(prompt: str) -> dict[str, Any]:
+    """
+    What a careful reader would write about a sentence, without the clip.
+
+    Returns:
+        As `annotate_clip`, without `vision_check`.
+    """
+    try:
+        spec: PromptSpec | None = parse_prompt(prompt)
+    except ValueError:
+        spec = None
+    motion = spec.motion if spec and spec.motion not in STILL_SCENES else None
+    parse = _parse(list(spec.colours) if spec else [], motion)
+    camera = bool(_CAMERA_WORDS.search(prompt))
+    reason = _KNOWLEDGE[motion][4] if motion else "nothing is said to act on anything"
+    told = float(motion is not None)
+    return {
+        "parse": parse,
+        "reason": reason[0].upper() + reason[1:] + ".",
+        "penalties": _penalties(prompt, panning=False, fading=False),
+        "scores": {
+            "contact": motion is not None and len(parse["entities"]) > 1,
+            "interaction": told,
+            "forces_outcomes": told,
+            "causal_clarity": told,
+        },
+        "physics_richness": _unit(0.9 * told - 0.3 * camera),
+        "extended": f"{prompt.rstrip('. ')}: {reason}." if motion else prompt[:400],
+    }
+
+
+def _penalties(prompt: str, panning: bool, fading: bool) -> dict[str, str]:
+    camera = "dominant" if panning else "some" if _CAMERA_WORDS.search(prompt) else "none"
+    return {"camera_motion": camera, "stylised": "dominant" if fading else "none", "aftermath": "none"}
 
 
 def _parse(shown: list[str], motion: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class RunFolder:
             if self.lineage and checkpoint.resolve() in own:
                 ancestors = [(run, step if last is None else min(last, step)) for run, last in self.lineage]
         self.lineage = [*ancestors, (secrets.token_hex(8), None)]
-        started = datetime.now(UTC).isoformat(timespec="seconds")
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record = {"run": self.run, "continues": ancestors, "started": started}
         files.write_json(self.directory / RUN_NAME, record, indent=1)
 

@@ -84,8 +84,8 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
         if should_save:
             files.write_checksums(partial)
             files.publish_folder(partial, final)
-    except Exception as error:
-        error.add_note(f"Saving {final} failed. It was not published; earlier checkpoints are intact.")
+    except Exception:
+        logger.error("Saving %s failed. It was not published; earlier checkpoints are intact.", final)
         if should_save:  # half a checkpoint is of no use, and the disk may be full
             shutil.rmtree(partial, ignore_errors=True)
         raise

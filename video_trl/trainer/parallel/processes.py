@@ -1,7 +1,9 @@
-"""End a distributed process cleanly: destroy its process groups before Python ends."""
+"""Tell of restarts that fail, and end a distributed process cleanly: its groups destroyed before Python ends."""
 
 import atexit
 import functools
+import logging
+import os
 import sys
 import weakref
 
@@ -9,7 +11,28 @@ import torch.distributed as dist
 from transformers import Trainer
 
 
+logger = logging.getLogger(__name__)
+
 _trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
+
+
+def check_restarts() -> None:
+    """
+    Warn where `torchrun --max_restarts` would restart processes that cannot find each other.
+
+    Since torch 2.5 the launcher's store outlives a restart (pytorch#135712): a restarted process reads there the
+    address of one that is dead, and ends with "Connection refused".
+    """
+    asked = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_first = os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if asked and shared and is_first:
+        logger.warning(
+            "`--max_restarts=%d` is set, but restarted processes will meet the addresses of those before them in the "
+            "store of the launcher. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of `torchrun`, on "
+            "every machine, and pass `resume_from_checkpoint='auto'`.",
+            asked,
+        )
 
 
 @functools.cache

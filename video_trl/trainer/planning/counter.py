@@ -25,7 +25,7 @@ from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for, lora
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
 from ..step.denoising import Denoising
-from ..step.passes import SequentialErrors, forward_errors
+from ..step.passes import SequentialErrors, StepMode, forward_errors
 
 
 _DEPTHS = (3, 4)  # numbers of blocks that are counted
@@ -150,7 +150,7 @@ def count_step(
     *,
     num_videos: int,
     reference: Literal["none", "adapter", "copy"] = "none",
-    step_mode: Literal["concat", "sequential"] = "concat",
+    step_mode: StepMode = "concat",
     checkpointing: bool = True,
     checkpointing_policy: str = "full",
     lora_rank: int | None = 48,
@@ -172,7 +172,7 @@ def count_step(
         num_videos (`int`): Videos in a micro-batch: 1 for fine-tuning, 2 for a pair, 1 + m for a group.
         reference (`"none"`, `"adapter"` or `"copy"`, defaults to `"none"`): The reference: none, the policy with its
             adapter off, or a second set of weights.
-        step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
+        step_mode (`"concat"`, `"singles"` or `"sequential"`): See `step_mode` of the preference trainers.
         checkpointing (`bool`, defaults to `True`): Whether activations are checkpointed.
         checkpointing_policy (`str`, defaults to `"full"`): Which activations; see `enable_recompute`.
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
@@ -322,8 +322,9 @@ def _errors(
             offset = torch.cat([forward_errors(family, transformer, video) for video in videos])
             if reference == "adapter":
                 transformer.enable_adapters()
-    if step_mode == "concat":
-        return forward_errors(family, transformer, denoising) - offset, None
+    if step_mode != "sequential":
+        videos = [denoising] if step_mode == "concat" else denoising.one_by_one()
+        return torch.cat([forward_errors(family, transformer, video) for video in videos]) - offset, None
     sequential = SequentialErrors(denoising, family, transformer)
     return sequential.errors - offset, sequential
 

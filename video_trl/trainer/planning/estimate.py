@@ -12,20 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...losses.alignment import trd_loss
 from ...models import ModelFamily
 from ..setup.quantization import Quantization, check_quantised_engine
+from ..step.passes import StepMode
 from .counter import LiveBytes, StepCost, class_name, count_step, fake_weights
 
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
 ReferencePass = Literal["none", "adapter", "copy"]
+LONG_VIDEO = 512  # tokens with which a forward a video takes no more time than one for all; docs/benchmarks/step.md
 HEADROOM = 0.9  # proportion of a GPU's memory to plan with: the allocator's gaps and CUDA need the rest
 _SHARDS_WEIGHTS = ("zero3", "zero3-offload", "fsdp2")
 # Options of a step that save memory, fastest first: (step mode, checkpointing policy).
-_STEP_OPTIONS: list[tuple[Literal["concat", "sequential"], str | None]] = [
+_STEP_OPTIONS: list[tuple[StepMode, str | None]] = [
     ("concat", None),
     ("sequential", None),
     ("concat", "attention"),
+    ("singles", "attention"),
     ("sequential", "attention"),
     ("concat", "full"),
+    ("singles", "full"),
     ("sequential", "full"),
     ("sequential", "offload"),
 ]
@@ -110,7 +114,7 @@ class Placement:
         num_gpus (`int`): GPUs in all.
         engine (`str`): `"ddp"`, DeepSpeed's `"zero1"`, `"zero2"`, `"zero3"` and `"zero3-offload"`, or `"fsdp2"`.
         context_parallel (`int`): GPUs that share the tokens of a video.
-        step_mode (`"concat"` or `"sequential"`): See `step_mode` of the preference trainers.
+        step_mode (`"concat"`, `"singles"` or `"sequential"`): See `step_mode` of the preference trainers.
         checkpointing_policy (`str`, *optional*): Which activations are checkpointed; none if `None`.
         offload_weights (`bool`): Whether the frozen weights of the blocks are in the host's memory.
 
@@ -122,7 +126,7 @@ class Placement:
     num_gpus: int = 1
     engine: EngineName = "ddp"
     context_parallel: int = 1
-    step_mode: Literal["concat", "sequential"] = "concat"
+    step_mode: StepMode = "concat"
     checkpointing_policy: str | None = "full"
     offload_weights: bool = False
 
@@ -354,7 +358,11 @@ def recommend(
     compares = workload.reference != "none"  # other trainers have no step mode
     offloadable = workload.lora_rank is not None and workload.quantization is None
     for placement in placements(num_gpus, engines, workload.config["num_attention_heads"], offloadable=offloadable):
-        if (placement.step_mode == "sequential" and not compares) or placement.cluster in too_large:
+        if placement.step_mode != "concat" and not compares:
+            continue
+        if placement.step_mode == "singles" and placement.engine != "ddp":
+            continue  # which the trainer refuses
+        if placement.cluster in too_large:
             continue
         key = (placement.step_mode, placement.checkpointing_policy)
         if key not in steps:
@@ -367,21 +375,26 @@ def recommend(
     return None
 
 
-def fitting_step_mode(
-    workload: Workload, placement: Placement, gpu_memory: int | None
-) -> Literal["concat", "sequential"]:
+def fitting_step_mode(workload: Workload, placement: Placement, gpu_memory: int | None, tokens: int) -> StepMode:
     """
-    Choose `"concat"`, which is faster, if it fits the GPU or there is none; else `"sequential"`, which needs less.
+    Choose the fastest step mode that fits; of equally fast ones, that of less memory.
+
+    Long videos go one by one, which takes no more time and less memory than all in one forward; of short ones the cost
+    of a call would count. `"sequential"`, which needs a forward more for most videos, is for what does not fit else.
 
     Args:
         workload ([`Workload`]): The step.
         placement ([`Placement`]): GPUs, engine and options; its step mode is not used.
         gpu_memory (`int`, *optional*): Bytes of memory of each GPU, of which a tenth is left free; `None` on a CPU.
+        tokens (`int`): Tokens of a video.
     """
-    if gpu_memory is None:
-        return "concat"
-    needed = estimate(workload, replace(placement, step_mode="concat")).peak
-    return "concat" if needed <= HEADROOM * gpu_memory else "sequential"
+    modes: tuple[StepMode, ...] = ("concat",)
+    if placement.engine == "ddp":
+        modes = ("singles",) if tokens >= LONG_VIDEO else ("concat", "singles")
+    for mode in modes:
+        if gpu_memory is None or estimate(workload, replace(placement, step_mode=mode)).peak <= HEADROOM * gpu_memory:
+            return mode
+    return "sequential"
 
 
 def accelerator_memory(device: torch.device) -> int | None:

@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 
 from ...hub import CARD_NAME, LORA_FILE_NAME, HubUploadError
-from ...hub.upload import again, explained, is_refusal, upload
+from ...hub.upload import again, bytes_below, explained, is_refusal, upload
 from ..base_config import VideoConfig
 from ..checkpoints.weights import TRANSFORMER_FOLDER
 
@@ -215,7 +215,7 @@ class Uploader:
                 checkpoints=folder != source,
             )
 
-        return explained(send, again(source, name))
+        return explained(send, again(source, name), bytes_below(folder))
 
     def _report(self, *, finish: bool) -> None:
         """Say how the uploads that are done, or with `finish` all, have ended."""

@@ -292,13 +292,16 @@ class TeacherAlignment:
         with tap_alignment(self._family, model, self._block, self.head, plan, every=every) as tap:
             yield tap
 
-    def losses(self, tokens: AlignedTokens, seen: TeacherTokens) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, tokens: AlignedTokens, seen: TeacherTokens, *, raw: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Alignment loss of each video, and metrics.
 
         Args:
             tokens (`AlignedTokens`): What the head made of the hidden states of B videos.
             seen (`TeacherTokens`): What the teacher saw in them.
+            raw (`bool`, defaults to `True`): Whether `trd/raw` is wanted, which takes as long as the loss.
 
         Returns:
             `tuple[torch.Tensor, dict[str, torch.Tensor]]`: `(B,)`, and by name `(B,)`: `loss/alignment`, the parts of
@@ -312,10 +315,11 @@ class TeacherAlignment:
         else:
             trd = [torch.stack(trd_loss(*pair, **relations)) for pair in _one_by_one(tokens.projected, teacher)]
             losses, parts["trd/spatial"], parts["trd/temporal"] = torch.stack(trd, dim=1)  # (B,) each
-        with torch.no_grad():
-            chunk = self.options.row_chunk
-            raw = [trd_loss(*pair, margin=0.0, row_chunk=chunk)[0] for pair in _one_by_one(tokens.hidden, teacher)]
-        return losses, {**parts, "loss/alignment": losses, "trd/raw": torch.stack(raw)}
+        if raw:
+            with torch.no_grad():
+                chunk, pairs = self.options.row_chunk, _one_by_one(tokens.hidden, teacher)
+                parts["trd/raw"] = torch.stack([trd_loss(*pair, margin=0.0, row_chunk=chunk)[0] for pair in pairs])
+        return losses, {**parts, "loss/alignment": losses}
 
 
 def _one_by_one(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:

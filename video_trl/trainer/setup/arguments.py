@@ -49,7 +49,7 @@ def check_arguments(
         raise ValueError("Expected a `train_dataset` (or, to evaluate only, an `eval_dataset`), got neither.")
     if isinstance(train_dataset, dict):  # of `eval_dataset` each is evaluated; here, which one to train on is unclear
         check_columns(train_dataset, kind.row_type)
-    if ref_model is not None and not kind.uses_reference:
+    if ref_model is not None and not kind.has_reference(args):
         raise ValueError(f"{kind.__name__} has no reference; leave `ref_model` out.")
     if peft_config is not None and not args.use_peft:
         raise ValueError("`peft_config` describes an adapter, but `use_peft=False` trains all weights. Drop one.")

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 _OF_ENCODING = (
     "num_frames", "fps", "height", "width", "resolution_buckets", "resolution_max_crop", "encode_batch_size",
-    "on_bad_video",
+    "on_bad_video", "latents_dtype",
 )  # fmt: skip
 _OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
 _OF_OPTIMIZER = ("learning_rate", "optim", "optim_class", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -307,11 +307,16 @@ def _read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
                 f"holds {sorted(os.listdir(name))[:10]}). Save one with `pipeline.save_pretrained`, or pass the "
                 "folder above."
             )
+    elif Path(name).is_file():
+        raise ValueError(
+            f"Expected a pipeline in diffusers layout (a folder, or a repository id), got the file {name!r}. Weights "
+            "of a transformer in one file are `transformer_file`, beside the pipeline that it belongs to."
+        )
     else:
         index = Path(_download_index(name, kwargs))
     try:
         return json.loads(index.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{index} is not valid JSON ({error}). Fetch or save the pipeline again.") from error
 
 

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 def make_reference(
     transformer: ModelMixin,
     ref_model: ModelMixin | None,
-    *,
     adapter_name: str | None,
-    continues_adapter: bool,
+    *,
+    keeps_adapter: bool,
 ) -> Reference:
     """
     Choose the reference of a policy.
@@ -28,7 +28,7 @@ def make_reference(
         transformer (`ModelMixin`): The policy, before its first update.
         ref_model (`ModelMixin`, *optional*): A reference given by the user; comes first.
         adapter_name (`str`, *optional*): Adapter that is trained; none when all weights are.
-        continues_adapter (`bool`): Whether that adapter was there before training: then a frozen copy of it is the
+        keeps_adapter (`bool`): Whether that adapter was there before training and a frozen copy of it is to be the
             reference, not the bare base.
 
     Returns:
@@ -38,7 +38,7 @@ def make_reference(
     if ref_model is not None:
         return ModuleReference(ref_model)
     if adapter_name is not None:
-        if not continues_adapter:
+        if not keeps_adapter:
             return AdapterReference(transformer)
         copy_adapter(transformer, adapter_name)
         return AdapterReference(transformer, REFERENCE_ADAPTER)

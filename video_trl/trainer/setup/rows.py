@@ -105,6 +105,7 @@ def prepare_rows(
             on_bad_video=args.on_bad_video,
             device=args.device,
             before_encoding=before_encoding,
+            latents_dtype=torch.bfloat16 if args.latents_dtype == "bfloat16" else torch.float32,
         )
     check_conditions(dataset, family)
     shapes = check_encoded_rows(

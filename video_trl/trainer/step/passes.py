@@ -1,18 +1,18 @@
 """
-Forward and backward passes of a step: all videos at once, or one video's graph at a time.
+Forward and backward passes of a step: all videos at once, one forward a video, or one video's graph at a time.
 
 A preference loss needs the errors of all videos of a pair or group at once, but its gradient is a sum over videos: the
-gradient of each error times dL/d(error). So the errors are computed either from one forward over all videos, or first,
-mostly without a graph, and the videos go forward and backward one by one afterwards, weighed by that derivative. Loss
-and gradient are exact, and the graph of one video is all that is kept: also the exact loss of a group needs no more
-memory than fine-tuning.
+gradient of each error times dL/d(error). So the errors are computed either with all graphs kept, from one forward over
+all videos or one forward a video; or first, mostly without a graph, and the videos go forward and backward one by one
+afterwards, weighed by that derivative. Loss and gradient are exact in all of them. In the last one the graph of one
+video is all that is kept: also the exact loss of a group needs no more memory than fine-tuning.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -30,6 +30,25 @@ from .safeguard import OutputSafeguard, ParameterSafeguard
 
 logger = logging.getLogger(__name__)
 
+StepMode = Literal["concat", "singles", "sequential"]
+
+
+class Beside:
+    """
+    A further value of the first video of each group, from the very forward that gives its error.
+
+    Args:
+        around (`Callable`): Takes the model and a slice of the groups; a context manager around a forward of their
+            videos, which gives a function for the values of these groups afterwards.
+
+    Attributes:
+        values (`torch.Tensor` of shape `(B,)`, *optional*): Of all groups, once the policy has run.
+    """
+
+    def __init__(self, around: Callable[[nn.Module, slice], AbstractContextManager[Callable[[], Tensor]]]) -> None:
+        self.around = around
+        self.values: Tensor | None = None
+
 
 class Passes(Protocol):
     """What `compute_loss` asks for errors. Its loss must depend on the weights through those of the policy alone."""
@@ -37,8 +56,10 @@ class Passes(Protocol):
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         """Velocity errors `(N,)` of the reference on the videos of the rows with these indices; no gradient."""
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
-        """Velocity errors `(N,)` of the policy. In training, to be called once in a `compute_loss`."""
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
+        """
+        Velocity errors `(N,)` of the policy, and `beside.values`. In training, to be called once in a `compute_loss`.
+        """
 
     def backward(self) -> None:
         """Carry on to the weights what the backward pass of the loss has left to do. Called after every one."""
@@ -46,13 +67,15 @@ class Passes(Protocol):
 
 class ConcatPasses:
     """
-    All videos of a step in one forward.
+    All videos of a step in one forward, or in a forward each; the graphs of all are kept until the backward pass.
 
     Args:
         family ([`ModelFamily`]): Of the transformer.
         reference ([`Reference`], *optional*): For the trainers that have one.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
         outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back.
+        one_by_one (`bool`, defaults to `False`): A forward for each video: what checkpointed activations are computed
+            from again is then one video's at a time.
     """
 
     def __init__(
@@ -61,8 +84,11 @@ class ConcatPasses:
         reference: "Reference | None" = None,
         group: GroupParallel | None = None,
         outputs: OutputSafeguard | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> None:
         self._family, self._reference, self._group, self._outputs = family, reference, group, outputs
+        self._one_by_one = one_by_one
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
         assert self._reference is not None, "only trainers with `uses_reference` have one"
@@ -70,10 +96,11 @@ class ConcatPasses:
         with torch.no_grad(), self._reference() as module:
             return self.policy(module, denoising)
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = [] if self._outputs is not None and torch.is_grad_enabled() else None
-        errors = forward_errors(self._family, model, own, residuals)
+        videos = own.one_by_one() if self._one_by_one else [own]
+        errors = _policy_errors(self._family, model, videos, beside, residuals)
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -88,7 +115,7 @@ class SequentialPasses:
 
     Args:
         family ([`ModelFamily`]): Of the transformer.
-        reference ([`Reference`]): The reference.
+        reference ([`Reference`], *optional*): For the trainers that have one.
         accelerator (`Accelerator`): Of the trainer; knows how processes go through several backward passes in a step.
         group ([`GroupParallel`], *optional*): The processes that divide the videos among themselves.
         outputs ([`OutputSafeguard`], *optional*): Holds rejected videos back, by their predictions.
@@ -98,7 +125,7 @@ class SequentialPasses:
     def __init__(
         self,
         family: ModelFamily,
-        reference: "Reference",
+        reference: "Reference | None",
         accelerator: Accelerator,
         group: GroupParallel | None = None,
         outputs: OutputSafeguard | None = None,
@@ -109,19 +136,20 @@ class SequentialPasses:
         self._waiting: SequentialErrors | None = None  # for the backward pass of the loss
 
     def reference(self, denoising: Denoising, indices: Iterable[int]) -> Tensor:
+        assert self._reference is not None, "asked by no method without one"
         with torch.no_grad(), self._reference() as module:
             return self.policy(module, denoising)
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         own = denoising if self._group is None else self._group.own(denoising)
         residuals: list[Tensor] | None = None
         if torch.is_grad_enabled():
             residuals = None if self._outputs is None else []
             how = self._backward_passes(model) | {"residuals": residuals, "safeguard": self._gradients}
-            self._waiting = SequentialErrors(own, self._family, model, **how)
+            self._waiting = SequentialErrors(own, self._family, model, beside=beside, **how)
             errors = self._waiting.errors
         else:
-            errors = torch.cat([forward_errors(self._family, model, video) for video in own.one_by_one()])
+            errors = _policy_errors(self._family, model, own.one_by_one(), beside)
         errors = errors if self._group is None else self._group.gather(errors)
         _watch(self._outputs, errors, residuals, denoising.group_size, self._group)
         return errors
@@ -157,6 +185,46 @@ def forward_errors(
     return velocity_error(prediction, target, weights)
 
 
+def _one_video(
+    family: ModelFamily,
+    model: nn.Module,
+    video: Denoising,
+    groups: slice | None,
+    beside: Beside | None,
+    residuals: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Errors of a video, or of all in one forward, and what stands beside those of these groups, where it is asked."""
+    if beside is None or groups is None:
+        return forward_errors(family, model, video, residuals), None
+    with beside.around(model, groups) as values:
+        errors = forward_errors(family, model, video, residuals)
+    return errors, values()
+
+
+def _group_of(number: int, group_size: int) -> slice | None:
+    """The group whose first video has this number, if there is one."""
+    return slice(number // group_size, number // group_size + 1) if number % group_size == 0 else None
+
+
+def _policy_errors(
+    family: ModelFamily,
+    model: nn.Module,
+    videos: Sequence[Denoising],
+    beside: Beside | None,
+    residuals: list[Tensor] | None = None,
+) -> Tensor:
+    """Errors `(N,)` of videos by themselves, or of a single `Denoising` with all of them, and `beside.values`."""
+    errors, values = [], []
+    for number, video in enumerate(videos):
+        groups = slice(None) if len(videos) == 1 else _group_of(number, video.group_size)
+        error, value = _one_video(family, model, video, groups, beside, residuals)
+        errors.append(error)
+        values += [] if value is None else [value]
+    if beside is not None:
+        beside.values = torch.cat(values)
+    return torch.cat(errors)
+
+
 def _watch(
     safeguard: OutputSafeguard | None,
     errors: Tensor,
@@ -188,6 +256,7 @@ class SequentialErrors:
             step; the scalar's own backward pass if not given.
         residuals (`list`, *optional*): Gets what the errors are made of, see `forward_errors`.
         safeguard ([`ParameterSafeguard`], *optional*): Adds up the gradients.
+        beside ([`Beside`], *optional*): A further value of each group; gets its values as a leaf of the graph.
 
     Attributes:
         errors (`torch.Tensor` of shape `(N,)`): A leaf of the graph, float32.
@@ -202,21 +271,28 @@ class SequentialErrors:
         backward: Callable[[Tensor, bool], None] = lambda value, final: value.backward(),
         residuals: list[Tensor] | None = None,
         safeguard: ParameterSafeguard | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._family, self._model, self._no_sync, self._backward = family, model, no_sync, backward
-        self._safeguard, self._group_size = safeguard, denoising.group_size
+        self._safeguard, self._beside, self._group_size = safeguard, beside, denoising.group_size
         self._videos = denoising.one_by_one()
         self._kept = len(self._videos) - 1 if safeguard is None else 0
+        self._kept_graph: tuple[Tensor, Tensor | None] | None = None
         errors: list[Tensor] = []
+        values: list[Tensor] = []
         for number, video in enumerate(self._videos):
-            if number == self._kept:
-                with self._local(final=len(self._videos) == 1):
-                    self._kept_error: Tensor | None = forward_errors(family, model, video, residuals)
-                errors.append(self._kept_error.detach())
-            else:
-                with torch.no_grad():
-                    errors.append(forward_errors(family, model, video, residuals))
+            is_kept = number == self._kept
+            context = self._local(final=len(self._videos) == 1) if is_kept else torch.no_grad()
+            with context:
+                groups = _group_of(number, self._group_size)
+                error, value = _one_video(family, model, video, groups, beside, residuals)
+            if is_kept:
+                self._kept_graph = error, value
+            errors.append(error.detach())
+            values += [] if value is None else [value.detach()]
         self.errors = torch.cat(errors).requires_grad_()
+        if beside is not None:
+            beside.values = torch.cat(values).requires_grad_()
 
     def backward(self) -> None:
         """Add the gradients of the weights, video by video, given the gradient of `errors`."""
@@ -227,7 +303,8 @@ class SequentialErrors:
             return
         # The graph that is alive goes first, and makes room.
         *others, last = range(len(self._videos))
-        order = [last, *others]
+        # A head that only chosen videos use must be used in the final pass, in which processes average gradients.
+        order = [last, *(others if self._beside is None else reversed(others))]
         for number in order:
             self._add_gradient(number, final=number == order[-1])
 
@@ -235,10 +312,21 @@ class SequentialErrors:
         """Add the weighted gradient of one video's error to those of the weights."""
         assert self.errors.grad is not None
         with self._local(final=final):
-            errors, self._kept_error = (self._kept_error if number == self._kept else None), None
-            if errors is None:
-                errors = forward_errors(self._family, self._model, self._videos[number])
-            self._backward((self.errors.grad[number : number + 1] * errors).sum(), final)
+            graph, self._kept_graph = (self._kept_graph if number == self._kept else None), None
+            if graph is None:
+                groups = _group_of(number, self._group_size)
+                graph = _one_video(self._family, self._model, self._videos[number], groups, self._beside)
+            error, value = graph
+            total = (self.errors.grad[number : number + 1] * error).sum()
+            if value is not None:
+                total = total + self._coefficient(number) * value.sum()
+            self._backward(total, final)
+
+    def _coefficient(self, number: int) -> Tensor:
+        """Derivative of the loss by what stands beside the video with this number."""
+        assert self._beside is not None and self._beside.values is not None
+        assert self._beside.values.grad is not None, "the loss must depend on it, were it with a coefficient of 0"
+        return self._beside.values.grad[number // self._group_size]
 
     def _local(self, *, final: bool) -> AbstractContextManager[None]:
         """Processes average their gradients in the final backward pass alone, and there only if the trainer does."""
@@ -269,8 +357,8 @@ class CheckedPasses:
             self._check.see_reference(errors)
         return errors
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
-        errors = self._passes.policy(model, denoising)
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
+        errors = self._passes.policy(model, denoising, beside)
         if self.is_due:
             self._check.see_policy(errors)
         return errors

@@ -24,7 +24,7 @@ from ...files import fingerprint
 from ...hub.lora import read_tensors, write_tensors
 from ..setup.rows import IndexedDataset
 from .denoising import EVALUATION_STEP, Denoising, to_device
-from .passes import CheckedPasses, Passes, Reference
+from .passes import Beside, CheckedPasses, Passes, Reference
 
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,10 @@ class CachedPasses:
         self._reference.set_aside()  # until an evaluation
         return to_device(self._device, self.errors.look_up(self._now(), [int(index) for index in indices]))[0]
 
-    def policy(self, model: nn.Module, denoising: Denoising) -> Tensor:
+    def policy(self, model: nn.Module, denoising: Denoising, beside: Beside | None = None) -> Tensor:
         if self._number is not None:  # nobody asks for the loss
             return self._measured
-        return (self._checked or self._passes).policy(model, denoising)
+        return (self._checked or self._passes).policy(model, denoising, beside)
 
     def backward(self) -> None:
         self._passes.backward()

@@ -1,0 +1,166 @@
+"""Rounds: options, allocation, when they end, and three real rounds that are stopped and go on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import video_trl.curation.rounds as rounds_module
+from tests.support.tiny import tiny_wan_pipeline
+from tests.support.trainer.runs import config, first_batch, trainer
+from video_trl.cli import main
+from video_trl.curation import Round, RoundsConfig, run_rounds
+from video_trl.curation.rounds import _Rounds
+from video_trl.files import read_json
+
+
+class Table:
+    """What `gain` and `losers` read of an evaluation."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def rows(self):
+        return [{"prompt": f"p{number}", "pc": value} for number, value in enumerate(self.values)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "first"}, "`reference` must be one of 'base', 'previous', got 'first'"),
+        ({"metric": "fvd"}, "`metric` must be one of 'pc', 'sa', 'joint'"),
+        ({"num_rejected": 0}, "of at least 1"),
+        ({"eval_seeds": []}, "an evaluation seed"),
+        ({"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, "needs `dataset_name` and `eval_prompts`"),
+    ],
+)
+def test_bad_options_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RoundsConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "gdpoo"}, "`method` must be one of sft, dpo"),
+        ({"training": {"seed": 3}}, "`training` leaves seed to the rounds"),
+        ({"training": {"betta": 3}}, "`training`: .*betta"),
+        ({"generation": '{"steps": 3}'}, "`generation` has no steps; it takes call_kwargs, device"),
+        ({"judge": "nobody"}, "No judge 'nobody'"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_made(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_rounds(RoundsConfig(output_dir=str(tmp_path / "rounds"), **changes))
+    assert not (tmp_path / "rounds").exists()
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Rounds are run by one process"):
+        run_rounds(RoundsConfig())
+
+
+def test_difficult_categories_get_more_and_without_categories_the_hardest_prompts(tmp_path):
+    """Half of the budget for as many clips as there are; the rejected videos are those of the prompt."""
+    clips = [{"prompt": f"p{n}", "chosen": f"{n}.mp4", "category": "easy" if n < 6 else "hard"} for n in range(12)]
+    videos = {f"p{n}": [{"video": f"own{n}.mp4", "sa": 1.0, "pc": 0.5, "seed": 7}] for n in range(12)}
+    maker = _Rounds(RoundsConfig(budget=6, tau=1.0))
+    maker.rows = clips
+    groups, allocation = maker.groups(tmp_path, 1, {"easy": 0.9, "hard": 0.1}, videos)
+    assert allocation == {"easy": 2, "hard": 4}
+    assert {row["category"] for row in groups} <= {"easy", "hard"} and len(groups) == 6
+    for row in groups:
+        assert row["rejected"][0]["path"] == f"own{row['prompt'][1:]}.mp4"
+        assert row["rejected_scores"] == [{"sa": 1, "pc": 0.5}]
+    assert (tmp_path / "groups" / "train.parquet").is_file()
+    again, _ = maker.groups(tmp_path, 1, {"easy": 0.9, "hard": 0.1}, videos)
+    assert again["prompt"] == groups["prompt"]
+    maker = _Rounds(RoundsConfig(budget=3))
+    maker.rows = [{"prompt": clip["prompt"], "video": clip["chosen"]} for clip in clips]
+    scores = {f"p{n}": 0.2 if n in (1, 4, 8) else 0.95 for n in range(12)}
+    groups, _ = maker.groups(tmp_path / "other", 1, scores, videos)
+    assert sorted(groups["prompt"]) == ["p1", "p4", "p8"]
+
+
+def test_the_gain_is_paired_by_prompt():
+    gain = _Rounds(RoundsConfig()).gain(Table([0.5, 0.7, 0.9]), Table([0.4, 0.6, 0.8]))
+    assert gain.difference == pytest.approx(0.1) and gain.low > 0
+
+
+def test_rounds_end_when_the_interval_covers_zero(monkeypatch, tmp_path):
+    """And the best adapter is the one before; the next round begins with the last good one."""
+    starts = []
+
+    def fake(self, number, start):
+        starts.append(start)
+        low = 0.05 if number < 3 else -0.01
+        return Round(number, f"a{number}", "h", start, {}, {"all": 4}, 0.5, low + 0.05, low, low + 0.1)
+
+    monkeypatch.setattr(_Rounds, "check", lambda self: None)
+    monkeypatch.setattr(_Rounds, "round", fake)
+    result = run_rounds(RoundsConfig(output_dir=str(tmp_path), max_rounds=9))
+    assert starts == [None, "a1", "a2"] and result.best == "a2" and len(result.rounds) == 3
+    assert "the best adapter is a2" in str(result) and "+0.040 [-0.010, +0.090]" in str(result)
+    monkeypatch.setattr(_Rounds, "round", lambda self, number, start: replace(fake(self, 3, start), number=number))
+    assert "no round is better than the base model" in str(run_rounds(RoundsConfig(output_dir=str(tmp_path))))
+
+
+@pytest.mark.parametrize("is_base", [True, False])
+def test_a_continued_adapter_is_compared_with_the_base_or_with_itself(is_base, tmp_path):
+    first = trainer(config(tmp_path / "first", max_steps=1))
+    first.train()
+    base = trainer(config(tmp_path / "fresh", max_steps=1))
+    pipeline = tiny_wan_pipeline()
+    first.save_model()
+    pipeline.load_lora_weights(str(tmp_path / "first"))
+    made = trainer(config(tmp_path / "second", max_steps=1, reference_is_base=is_base), model=pipeline)
+    errors = {}
+    for name, each in (("base", base), ("second", made)):
+        seen = {}
+        each.record = seen.update
+        each.compute_loss(each.model, first_batch(each, 0, 1))
+        errors[name] = seen["win_gap"]
+    assert bool(errors["second"].any()) == is_base and not errors["base"].any()
+    made.train()  # the comparison of the first step knows that they differ
+
+
+@pytest.mark.slow
+def test_rounds_on_the_sandbox_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    """Real videos, judge, training and evaluation; stopped between training and evaluation of the second round."""
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "lora_rank": 2, "learning_rate": 1e-4, "fps": 8}
+    config_ = RoundsConfig(
+        output_dir=str(tmp_path), num_clips=3, num_rejected=1, budget=2, training=options | {"save_strategy": "no"},
+        num_eval_prompts=3, eval_seeds=[0], max_rounds=2,
+    )  # fmt: skip
+    monkeypatch.setattr(Round, "is_better", property(lambda self: True))
+    real, trained = _Rounds.evaluate, []
+
+    def stopped(self, run_dir, adapter):
+        if run_dir.name == "round-2":
+            raise KeyboardInterrupt
+        return real(self, run_dir, adapter)
+
+    monkeypatch.setattr(_Rounds, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(config_)
+    assert (tmp_path / "round-1" / "round.json").is_file() and not (tmp_path / "round-2" / "round.json").exists()
+    assert read_json(tmp_path / "round-2" / "adapter" / "trained.json") == {"updates": 1}
+    monkeypatch.setattr(_Rounds, "evaluate", real)
+    monkeypatch.setattr(
+        rounds_module._Rounds,
+        "arguments",
+        lambda self, folder, start, real=_Rounds.arguments: (trained.append(folder), real(self, folder, start))[1],
+    )
+    result = run_rounds(config_)
+    assert [each.number for each in result.rounds] == [1, 2]
+    assert not [path for path in trained if path.name == "adapter"]
+    second = read_json(tmp_path / "round-2" / "round.json")
+    assert second["start"] == result.rounds[0].adapter and sum(second["allocation"].values()) == 2
+    assert second["adapter_hash"] != result.rounds[0].adapter_hash
+    with pytest.raises(ValueError, match="holds rounds of"):
+        run_rounds(replace(config_, tau=1.0))
+    words = ["rounds", "--output_dir", str(tmp_path), "--num_clips", "3", "--num_rejected", "1", "--budget", "2"]
+    words += ["--training", json.dumps(config_.training), "--num_eval_prompts", "3", "--eval_seeds", "0"]
+    assert main([*words, "--max_rounds", "2"]) == 0
+    assert "the best adapter is" in capsys.readouterr().out
