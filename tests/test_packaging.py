@@ -1,5 +1,6 @@
 """What is published: tested versions are declared, wheel and sdist hold what they should, the wheel works alone."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -91,10 +92,27 @@ def test_every_dependency_has_its_licence_on_its_page():
 
 
 def test_only_tested_versions_of_python_are_declared():
-    """`.ci/run` and the constraints are for 3.11; a classifier for another one would be a guess."""
+    """`.ci/run` and the constraints are for 3.11, the oldest versions for 3.10; the workflow runs the others."""
     versions = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
-    assert versions == ["3.11"] and PROJECT["requires-python"] == ">=3.11"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]
+    assert sorted([*jobs["python"]["strategy"]["matrix"]["python"], "3.11"]) == versions
+    assert PROJECT["requires-python"] == f">={versions[0]}"
+    assert jobs["oldest"]["steps"][1]["with"]["python-version"] == versions[0]
     assert "Python 3.11" in (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()[1]
+
+
+def test_the_short_selection_of_every_python_is_there():
+    text = (ROOT / "Makefile").read_text("utf-8")
+    selection = re.search(r"^SHORT := ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1].replace("\\\n", " ").split()
+    assert selection and all((ROOT / path).is_file() for path in selection)
+
+
+def test_nothing_of_a_newer_python_than_the_oldest_declared_is_used():
+    """As far as syntax goes; names of the standard library are what the short selection is run for."""
+    oldest = tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
+    for path in [*(ROOT / "video_trl").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        if "templates" not in path.parts:
+            ast.parse(path.read_text("utf-8"), feature_version=oldest)
 
 
 def test_citation_and_changelog_have_the_version():
