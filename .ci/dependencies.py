@@ -8,13 +8,17 @@ python .ci/dependencies.py hashes UV   # writes .ci/hashes.txt again; UV: the pa
 import re
 import subprocess
 import sys
-import tomllib
 from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PINS, HASHES = (ROOT / name for name in ("docs/extend/dependencies.md", ".ci/constraints.txt", ".ci/hashes.txt"))

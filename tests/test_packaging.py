@@ -115,6 +115,13 @@ def test_nothing_of_a_newer_python_than_the_oldest_declared_is_used():
             ast.parse(path.read_text("utf-8"), feature_version=oldest)
 
 
+def test_scripts_ask_for_the_oldest_python_that_is_declared():
+    texts = {path.name: path.read_text("utf-8") for path in (ROOT / "examples").rglob("*.py")}
+    asked = {name: re.findall(r'^# requires-python = "(.+)"$', text, re.M) for name, text in texts.items()}
+    assert len(list(filter(None, asked.values()))) >= 10
+    assert {name: found for name, found in asked.items() if found not in ([], [PROJECT["requires-python"]])} == {}
+
+
 def test_citation_and_changelog_have_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == __version__ and citation["license"] == PROJECT["license"]

@@ -8,6 +8,7 @@ imported when that name is loaded. No module that it loads from may import it.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .teachers.base import VideoTeacher
 
 
+# What diffusers calls the argument since 0.40. It passes over a name that it does not know, and would load float32.
+DTYPE_OPTION = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
 SANDBOX = "sandbox"  # the pipeline, judge, teacher and prompts that ship with the package
 
 _JUDGES = ("videocon-physics", "videophy2", "videoscore2", "videoalign", "qwen-vl")
@@ -44,8 +47,8 @@ def load_pipeline(name: str, **options: Any) -> "DiffusionPipeline":
 
     Args:
         name (`str`): `"sandbox"`, or a repository id or path of a pipeline in diffusers layout.
-        options: Arguments of `DiffusionPipeline.from_pretrained`. The sandbox's pipeline, float32 on the CPU, takes
-            none.
+        options: Arguments of `DiffusionPipeline.from_pretrained`; `dtype` goes by its name in the installed version.
+            The sandbox's pipeline, float32 on the CPU, takes none.
 
     Raises:
         ValueError: If options are given for the sandbox.
@@ -59,7 +62,8 @@ def load_pipeline(name: str, **options: Any) -> "DiffusionPipeline":
         return load_sandbox().pipeline
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(name, **options)
+    named = {DTYPE_OPTION if option == "dtype" else option: value for option, value in options.items()}
+    return DiffusionPipeline.from_pretrained(name, **named)
 
 
 def pipeline_source(name: str) -> str:

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["video-trl"]
 # ///
 """
@@ -9,6 +9,7 @@ Memory and arithmetic of a training step at real sizes, counted without weights:
     python examples/studies/step_costs.py --model wan-1.3b
     python examples/studies/step_costs.py --table policies --model wan-14b
     python examples/studies/step_costs.py --table quantised --model wan-14b
+    python examples/studies/step_costs.py --table references --model wan-1.3b
     python examples/studies/step_costs.py --table clusters --model wan-14b
 """
 
@@ -67,6 +68,15 @@ STEPS = {
     "group of 1 + 3, concat": (4, "adapter", "concat"),
     "group of 1 + 3, sequential": (4, "adapter", "sequential"),
 }
+# Name -> (videos, reference, step mode, rank of the adapter; all weights are trained without one)
+REFERENCES = {
+    "none, SFT": (1, "none", "concat", 48),
+    "adapter off, concat": (2, "adapter", "concat", 48),
+    "adapter off, sequential": (2, "adapter", "sequential", 48),
+    "a copy, under LoRA, concat": (2, "copy", "concat", 48),
+    "a copy, all weights, concat": (2, "copy", "concat", None),
+    "a copy, all weights, sequential": (2, "copy", "sequential", None),
+}
 
 
 POLICIES = (None, "attention", "full", "offload")
@@ -99,6 +109,13 @@ def quantised(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> 
         say(row(name, size, kind or "bf16", count_step(config, latents(size), **pair, quantization=kind)))
 
 
+def references(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
+    """A pair with each kind of reference, next to fine-tuning."""
+    for kind, (num_videos, reference, mode, rank) in REFERENCES.items():
+        pair = {"num_videos": num_videos, "reference": reference, "step_mode": mode, "lora_rank": rank}
+        say(row(name, size, kind, count_step(config, latents(size), **pair)))
+
+
 def clusters(name: str, config: dict[str, Any], size: tuple[int, int, int]) -> None:
     """A pair on many GPUs, and what each of them sends in a step."""
     for number, engine, sharing in CLUSTERS:
@@ -114,9 +131,15 @@ HEADERS = {
     "steps": "model | frames, size | tokens | step | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "policies": "model | frames, size | tokens | checkpointed | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "quantised": "model | frames, size | tokens | frozen base | weights, GiB | activations, GiB | peak, GiB | PFLOP",
+    "references": "model | frames, size | tokens | reference | weights, GiB | activations, GiB | peak, GiB | PFLOP",
     "clusters": "model | frames, size | GPUs | engine | a video | step mode | peak, GiB | weights sent, GiB | "
     "gradients sent, GiB | tokens and heads sent, GiB",
 }
+
+
+TABLES = {
+    "steps": steps, "policies": policies, "quantised": quantised, "references": references, "clusters": clusters,
+}  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -140,8 +163,7 @@ def main() -> None:
     for name, (config, sizes) in MODELS.items():
         if args.model in (None, name):
             for size in sizes:
-                tables = {"steps": steps, "policies": policies, "quantised": quantised, "clusters": clusters}
-                tables[args.table](name, config, size)
+                TABLES[args.table](name, config, size)
 
 
 if __name__ == "__main__":

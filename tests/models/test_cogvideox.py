@@ -21,6 +21,7 @@ from tests.support.tiny import (
     tiny_cogvideox_vae,
 )
 from video_trl.diffusion import VPrediction
+from video_trl.load import DTYPE_OPTION
 from video_trl.models import CogVideoXFamily, CogVideoXImageToVideoFamily, ModelFamily, family_for, tap_block
 
 
@@ -171,7 +172,7 @@ def test_predict_depends_on_each_sample_s_own_timestep_and_conditions(pipeline, 
 
 def test_predict_in_bfloat16(pipeline, family, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path)
-    transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path, **{DTYPE_OPTION: torch.bfloat16})
     with recorded_calls(transformer) as calls, torch.no_grad():
         velocity = family.predict(
             transformer,

@@ -18,6 +18,7 @@ from tests.support.tiny import (
     tiny_vae,
     tiny_wan_pipeline,
 )
+from video_trl.load import DTYPE_OPTION
 from video_trl.models import ModelFamily, WanFamily, family_for, tap_block
 
 
@@ -100,7 +101,7 @@ def test_padding_length_matters_because_cross_attention_has_no_mask(pipeline):
 def test_predict_in_bfloat16_keeps_float_timesteps(pipeline, tmp_path):
     """Loaded as users load it: a bfloat16 base whose time embedder and norms stay float32."""
     pipeline.transformer.save_pretrained(tmp_path)
-    transformer = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path, **{DTYPE_OPTION: torch.bfloat16})
     assert transformer.scale_shift_table.dtype == torch.float32
     latents, _, conditions = inputs()
     with recorded_calls(transformer) as calls, torch.no_grad():

@@ -178,7 +178,7 @@ def sample_of(path: str) -> list[Mutant]:
 
     def place(mutant: Mutant) -> int:
         change = f"{mutant.kind}: {mutant.before} -> {mutant.after}"
-        return int.from_bytes(hashlib.sha256(change.encode()).digest()[:4])
+        return int.from_bytes(hashlib.sha256(change.encode()).digest()[:4], "big")
 
     return [mutant for mutant in mutants_of(path) if place(mutant) * one_of < 2**32]
 

@@ -61,11 +61,20 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"torch_compile": True}, "`torch_compile=True` is not supported"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "is not supported: blocks are checkpointed"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "is not supported: blocks are checkpointed"),
     ],
 )
 def test_bad_values_are_refused_with_the_way_out(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+def test_the_older_name_of_activation_checkpointing_means_the_same(tmp_path):
+    """What versions of transformers read differs between them."""
+    on = config(tmp_path, gradient_checkpointing=True)
+    assert on.activation_checkpointing is True and on.gradient_checkpointing is True
+    off = dataclasses.replace(on, activation_checkpointing=False)
+    assert off.activation_checkpointing is False and off.gradient_checkpointing is False
 
 
 def test_the_defaults_are_the_papers(tmp_path):

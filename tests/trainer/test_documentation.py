@@ -24,6 +24,7 @@ def table(heading: str) -> list[list[list[str]]]:
 def test_every_option_is_listed_with_its_default():
     documented = {name: default for row in table("Options") for name, default in zip(row[0], row[1], strict=True)}
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    inherited |= {"activation_checkpointing", "activation_checkpointing_kwargs"}  # of newer versions of it
     own = {f.name: repr(f.default) for f in dataclasses.fields(VideoGroupDPOConfig) if f.name not in inherited}
     assert documented == own
 

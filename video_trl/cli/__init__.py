@@ -44,9 +44,10 @@ video-trl VERB --help    what the verb does, with examples
 
 Try it, without a download and on any machine:
 
-  video-trl eval --num_prompts 7 --output_dir runs/base
-  video-trl train gdpo --num_groups 32 --max_steps 20 --output_dir out/phygdpo
-  video-trl eval --num_prompts 7 --adapter out/phygdpo --output_dir runs/phygdpo
+  video-trl eval --num_prompts 14 --output_dir runs/base
+  video-trl train gdpo --num_groups 64 --max_steps 100 --per_device_train_batch_size 8 --learning_rate 1e-3 \\
+      --sft_weight 500 --lora_target_modules all-linear --output_dir out/phygdpo
+  video-trl eval --num_prompts 14 --adapter out/phygdpo --output_dir runs/phygdpo
   video-trl report runs/base runs/phygdpo
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.

@@ -1,7 +1,8 @@
 """
 Examples:
 
-  video-trl train gdpo --num_groups 32 --max_steps 20 --output_dir out/phygdpo            the sandbox, minutes on a CPU
+  video-trl train gdpo --num_groups 64 --max_steps 100 --per_device_train_batch_size 8 --learning_rate 1e-3 \\
+      --sft_weight 500 --lora_target_modules all-linear --output_dir out/phygdpo          the sandbox, minutes on a CPU
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --dry_run
   video-trl train gdpo --config examples/configs/wan2.1-1.3b-gdpo.yaml --dataset_name my/groups --num_processes 8
   video-trl train dpo --dataset_name my/pairs --model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers

@@ -241,7 +241,7 @@ def _check_segment(file: io.BufferedIOBase, size: int, name: str) -> None:
         return
     # The number of leading zero bits says how many bytes the length takes; all bits set means that it is not known.
     width = 9 - head[place].bit_length()
-    length = int.from_bytes(head[place : place + width]) & ((1 << 7 * width) - 1)
+    length = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
     if length != (1 << 7 * width) - 1 and place + width + length > size:
         raise VideoDecodeError(
             f"{name}: truncated. The header declares {place + width + length} bytes, the file has {size}. Fetch or "
@@ -462,7 +462,7 @@ def _is_from_the_middle(stream: VideoStream, first: Packet) -> bool:
     while place + width < len(data):
         if data[place + width] & 31 == _IDR:
             return False
-        place += width + int.from_bytes(data[place : place + width])
+        place += width + int.from_bytes(data[place : place + width], "big")
     return True
 
 

@@ -111,6 +111,13 @@ class VideoConfig(TrainingArguments):
             **_FLAG,
         },
     )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "None are taken: see `checkpointing_policy`."}
+    )
+    # transformers has the two names above since 5.23, and goes by this one before.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Older name of `activation_checkpointing`.", **_FLAG}
+    )
     checkpointing_policy: str = field(
         default="full",
         metadata={
@@ -352,8 +359,10 @@ class VideoConfig(TrainingArguments):
         uses_gpu = not self.use_cpu and is_torch_bf16_gpu_available()
         if self.bf16 is None:
             self.bf16 = uses_gpu and not self.fp16
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = uses_gpu
+        if self.activation_checkpointing is None:
+            given = self.gradient_checkpointing
+            self.activation_checkpointing = uses_gpu if given is None else given
+        self.gradient_checkpointing = self.activation_checkpointing
         if self.data_seed is None:
             self.data_seed = self.seed
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
@@ -378,11 +387,12 @@ class VideoConfig(TrainingArguments):
                     f"processes so that every row counts exactly once. Leave it at {accepted!r}."
                 )
         self._check_offloading()
-        if isinstance(self.activation_checkpointing_kwargs, dict) and self.activation_checkpointing_kwargs:
-            raise ValueError(
-                f"`activation_checkpointing_kwargs={self.activation_checkpointing_kwargs!r}` is not supported: blocks "
-                "are checkpointed one by one, non-reentrantly, by diffusers. Leave it unset."
-            )
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if self.__dict__[name]:
+                raise ValueError(
+                    f"`{name}={self.__dict__[name]!r}` is not supported: blocks are checkpointed one by one, "
+                    "non-reentrantly, by diffusers. Leave it unset."
+                )
 
     @property
     def processes_per_row(self) -> int:

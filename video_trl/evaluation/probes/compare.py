@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...hub.published import Alpha
-from ...load import SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
+from ...load import DTYPE_OPTION, SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
 from ..runs.adapters import find_adapter, load_adapter
 from .physion import (
     CELLS,
@@ -88,7 +88,7 @@ def probe_models(
     for adapter in ("", *adapters):
         file = files.get(adapter)
         if adapter and file is None:
-            whole = type(base).from_pretrained(adapter, subfolder="transformer", dtype=base.dtype)
+            whole = type(base).from_pretrained(adapter, subfolder="transformer", **{DTYPE_OPTION: base.dtype})
             pipeline.transformer = whole.to(base.device)
         elif file is not None:
             load_adapter(pipeline, file, model, alpha=adapter_alpha, scale=adapter_scale)

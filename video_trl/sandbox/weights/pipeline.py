@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -73,7 +72,7 @@ def load_sandbox(path: str | Path = PIPELINE_PATH) -> Sandbox:
             f"to make your own run `python -m video_trl.sandbox.weights.train_base --work DIR --output DIR2` and "
             f"pass DIR2."
         )
-    pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    pipeline = WanPipeline.from_pretrained(path, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     train, heldout = all_prompts("train", BASE_MOTIONS), all_prompts("heldout", BASE_MOTIONS)
     return Sandbox(pipeline, SandboxJudge(fps=FPS), train, heldout)

@@ -101,7 +101,7 @@ def train_base(
         pipeline = build_pipeline()
         prepare_vae(pipeline.vae, work / "vae.safetensors", scale=vae_scale, seed=seed)
     else:
-        pipeline = WanPipeline.from_pretrained(start, dtype=torch.float32)
+        pipeline = WanPipeline.from_pretrained(start)
     lawful, violated = (
         encode_corpus(pipeline.vae, work / f"{name}.safetensors", corpus_clips, seed=seed, violated=name == "violated")
         for name in ("lawful", "violated")

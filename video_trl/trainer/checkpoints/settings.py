@@ -37,7 +37,8 @@ _INHERITED = (
 _WITHOUT_EFFECT = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "logging_nan_inf_filter",
     "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_pin_memory", "data_seed", "cache_dir",
-    "encode_batch_size", "activation_checkpointing", "checkpointing_policy", "model_init_kwargs", "use_peft",
+    "encode_batch_size", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "checkpointing_policy", "model_init_kwargs", "use_peft",
     "lora_rank", "lora_alpha", "use_rslora", "use_dora", "init_adapter",
     "teacher_batch_size", "row_chunk", "overwrite_output_dir",
 }  # fmt: skip

@@ -35,3 +35,4 @@ def adapt_for_trainer(transformer: ModelMixin, checkpointing_policy: str) -> Non
         enable_recompute(transformer, checkpointing_policy)
 
     transformer.activation_checkpointing_enable = activation_checkpointing_enable
+    transformer.gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
-from ...load import SANDBOX, load_pipeline
+from ...load import DTYPE_OPTION, SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
 from .lora import adapter_configs
@@ -256,7 +256,7 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
         **{name: frozen for name in _OF_PROMPTS if name in index},
         "default": torch.float32,
     }
-    options: dict[str, Any] = {"dtype": dtypes}
+    options: dict[str, Any] = {DTYPE_OPTION: dtypes}
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen, component)
     parts: dict[str, Any] = dict.fromkeys(left_out)
@@ -280,11 +280,9 @@ def _with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
             kwargs = kwargs | {key: {part: _dtype(key, each) for part, each in value.items()}}
         elif value is not None:
             kwargs = kwargs | {key: _dtype(key, value)}
-    if "torch_dtype" in kwargs:  # the older name; ours comes first otherwise
-        kwargs = {"dtype": kwargs["torch_dtype"]} | {
-            name: each for name, each in kwargs.items() if name != "torch_dtype"
-        }
-    return kwargs
+    given = [kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs]  # the newer name wins
+    others = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+    return others | ({DTYPE_OPTION: given[0]} if given else {})
 
 
 def _dtype(key: str, value: Any) -> torch.dtype:

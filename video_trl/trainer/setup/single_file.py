@@ -12,6 +12,7 @@ from diffusers import GGUFQuantizationConfig, ModelMixin
 from diffusers.loaders import single_file_model
 from safetensors import SafetensorError, safe_open
 
+from ...load import DTYPE_OPTION
 from ...models import TRANSFORMERS
 
 
@@ -93,8 +94,8 @@ def load_transformer_file(
                 config=pipeline,
                 subfolder=component,
                 config_revision=options.get("revision"),
-                dtype=None if quantization is None else dtype,
                 quantization_config=quantization,
+                **{DTYPE_OPTION: None if quantization is None else dtype},
                 **hub,
             )
         except NotImplementedError as error:  # of a weight without contents
