@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -136,12 +136,15 @@ class _Phases:
     def finish(self, name: str) -> None:
         if not self.shown:
             return
+        from tqdm.auto import tqdm
+
         self.done.append(name)
         elapsed = time.monotonic() - self.started
         before = sum(self.weights[done] for done in self.done)
         left = elapsed / before * (sum(self.weights.values()) - before)
         number = f"{len(self.done)}/{len(self.weights)}"
-        sys.stdout.write(f"[{number:>5}] {elapsed / 60:4.1f} min, about {left / 60:.0f} min left. Done: {name}\n")
+        line = f"[{number:>5}] {elapsed / 60:4.1f} min, about {left / 60:.0f} min left. Done: {name}"
+        tqdm.write(line, file=sys.stdout)  # above a bar, if one is shown
         sys.stdout.flush()
 
 
@@ -172,7 +175,7 @@ def run_sandbox_experiment(
     folder = Path(args.output_dir)
     arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
     units = [(arm, seed) for arm in arms for seed in experiment.seeds]
-    phases = _Phases(_phases(units, experiment), shown=args.process_index == 0)
+    phases = _Phases(_phases(units, experiment, args), shown=args.process_index == 0)
     if args.process_index == 0:
         sys.stdout.write(
             f"Finding {experiment.found_clips} clips, making rejected videos; then {len(units)} trainings\n"
@@ -193,14 +196,17 @@ def run_sandbox_experiment(
     )
 
 
-def _phases(units: Sequence[tuple[str, int]], experiment: ExperimentArguments) -> dict[str, float]:
+def _phases(
+    units: Sequence[tuple[str, int]], experiment: ExperimentArguments, args: "VideoGroupDPOConfig"
+) -> dict[str, float]:
     """Phases, and about how long each takes, in seconds of a processor."""
     evaluation = 0.3 * experiment.eval_prompts * experiment.eval_seeds
-    training = {FOUND: 70.0, JUDGED: 70.0}
+    steps = args.max_steps if args.max_steps > 0 else 400
+    training = {FOUND: 0.15 * steps, JUDGED: 0.15 * steps}
     return {
         _DATA: 0.2 * experiment.found_clips,
         BASE: evaluation,
-        **{_phase(arm, seed): training.get(arm, 170.0) + evaluation for arm, seed in units},
+        **{_phase(arm, seed): training.get(arm, 0.45 * steps) + evaluation for arm, seed in units},
     }
 
 
@@ -235,16 +241,25 @@ def _train_and_evaluate(
     late = sorted((unit for unit in work if unit not in early), key=lambda unit: _LONGEST_FIRST.index(unit[0]))
     with _environment(TQDM_DISABLE="1", OMP_NUM_THREADS="1"):  # children read it; bars of several would mix
         pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
-        futures = {unit: pool.submit(_train_and_evaluate_one, *unit, args, experiment, found) for unit in early}
+        futures: dict[tuple[str, int], Future[_Adapter]] = {}
+
+        def start(unit: tuple[str, int], rows: "datasets.Dataset") -> None:
+            def finish(future: "Future[_Adapter]") -> None:
+                if not future.cancelled() and future.exception() is None:
+                    phases.finish(_phase(*unit))
+
+            futures[unit] = pool.submit(_train_and_evaluate_one, *unit, args, experiment, rows)
+            futures[unit].add_done_callback(finish)
+
+        for unit in early:
+            start(unit, found)
     try:
         groups = _groups(data, experiment, args)
         phases.finish(_DATA)
         for unit in late:
-            futures[unit] = pool.submit(_train_and_evaluate_one, *unit, args, experiment, groups)
-        names = {future: _phase(*unit) for unit, future in futures.items()}
-        for future in as_completed(names):
+            start(unit, groups)
+        for future in as_completed(futures.values()):
             future.result()
-            phases.finish(names[future])
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure nothing more is begun; what is whole is kept
     return [futures[unit].result() for unit in units], groups
