@@ -21,10 +21,10 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
+from ...hub.attach import find_adapter, load_adapter
 from ...load import SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
-from .lora import adapter_configs
 from .quantization import quantization_config
 from .single_file import load_transformer_file
 
@@ -55,9 +55,11 @@ def load_model(
             supported, or if `model` is of another type.
     """
     if isinstance(model, str | os.PathLike):
-        model = _load_pipeline(os.fspath(model), args)
-        if args.init_adapter is not None:
-            _load_adapter(model, args)
+        file = None if args.init_adapter is None else _find_adapter(args.init_adapter)
+        name, model = os.fspath(model), _load_pipeline(os.fspath(model), args)
+        if file is not None:
+            expert = choose_expert(pipeline_index(model), args.expert, name)
+            load_adapter(model, file, name, expert=None if expert is None else expert.name, unrounded=True)
     elif args.init_adapter is not None:
         raise ValueError(
             f"`init_adapter={args.init_adapter!r}` is loaded when the model is named by a string, but it was passed "
@@ -99,33 +101,17 @@ def load_model(
     )
 
 
-def _load_adapter(pipeline: DiffusionPipeline, args: VideoConfig) -> None:
-    """
-    Load the adapter that training starts from, into the transformer that is trained.
-
-    Raises:
-        ValueError: If there is none, or it has no layer of this transformer.
-    """
-    expert = choose_expert(pipeline_index(pipeline), args.expert, type(pipeline).__name__)
-    second = expert is not None and expert.component == "transformer_2"
-    path = str(args.init_adapter)
-    file = Path(path)
-    where = {"weight_name": file.name} if file.is_file() else {}
+def _find_adapter(path: str) -> Path:
+    """The file of the adapter that training starts from, read as a whole before a model is loaded."""
     try:
-        pipeline.load_lora_weights(
-            str(file.parent) if where else path, **where, **({"load_into_transformer_2": True} if second else {})
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        file = find_adapter(path)
+    except ValueError as error:
         raise ValueError(
-            f"`init_adapter={path!r}` cannot be loaded ({' '.join(str(error).split())}). Pass a folder with "
-            "pytorch_lora_weights.safetensors, such a file, or a repository id."
+            f"`init_adapter={path!r}` cannot be loaded: {error} Bring a file of another tool here first: `video-trl "
+            "export FILE FOLDER --to diffusers`, with `--adapter_alpha` where it does not say its alpha."
         ) from error
-    transformer, _ = _choose_transformer(pipeline, args)
-    if not adapter_configs(transformer):  # diffusers only warns
-        raise ValueError(
-            f"`init_adapter={path!r}` has no weights for the {type(transformer).__name__} that is trained. Pass an "
-            "adapter of this model."
-        )
+    assert file is not None
+    return file
 
 
 def _choose_transformer(pipeline: DiffusionPipeline, args: VideoConfig) -> tuple[ModelMixin, Expert | None]:
