@@ -129,12 +129,13 @@ def _rules_of(model: VideoModel) -> GenerationRules | None:
         if generation_rules(index, {}) is None:
             return None
         part = "transformer" if index["transformer"][0] is not None else "transformer_2"
-        return generation_rules(index, AutoModel.load_config(model.name, revision=model.revision, subfolder=part))
+        config = AutoModel.load_config(model.name, revision=model.revision, subfolder=part)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model.name}: expected a pipeline in diffusers layout, on the Hub or in a folder, which cannot be "
             f"loaded ({error}). Check the spelling, the revision, and for the Hub the connection and `hf auth login`."
         ) from error
+    return generation_rules(index, config)
 
 
 def check_length(name: str, made_frames: int, made_fps: float, num_frames: int, fps: float) -> None:
@@ -312,6 +313,7 @@ class BatchGenerator:
             rules = _rules_of(self.model)
             if rules is not None:
                 fps, self.one_video_a_call = rules.fps, rules.one_video_a_call
+                call |= {} if rules.guidance_scale is None else {"guidance_scale": rules.guidance_scale}
         self.model_fps, self.call_kwargs = self.model.fps or fps, {**call, **self.call_kwargs}
         # The sandbox's pipeline has one revision and one dtype.
         options = {"revision": self.model.revision, "dtype": vars(torch)[self.model.dtype]}

@@ -231,21 +231,24 @@ class _Maker:
 
     def _conditions(self, prompt: str, video: np.ndarray, rate: float) -> dict[str, Tensor]:
         device = self.pipeline.transformer.device
-        conditions = self._prompt(prompt)
-        first = [PIL.Image.fromarray(video[0])]
-        conditions |= self.family.encode_image(self.pipeline, first, len(video))
+        first = PIL.Image.fromarray(video[0])
+        conditions = self._prompt(prompt, first)
+        conditions |= self.family.encode_image(self.pipeline, [first], len(video))
         if FRAME_RATE in self.family.condition_columns:
             conditions[FRAME_RATE] = torch.tensor([rate], dtype=torch.float32)
         return {name: value.to(device) for name, value in conditions.items()}
 
-    def _prompt(self, prompt: str) -> dict[str, Tensor]:
-        encoded = self.family.encode_prompt(self.pipeline, [prompt], self.length)
+    def _prompt(self, prompt: str, image: PIL.Image.Image) -> dict[str, Tensor]:
+        encoded = self.family.encode_prompt_with_image(self.pipeline, [prompt], [image], self.length)
         return self.family.pad_prompts(encoded, self.length)
 
     def _negative(self) -> dict[str, Tensor]:
         if not self._empty:
             device = self.pipeline.transformer.device
-            self._empty = {name: value.to(device) for name, value in self._prompt(self.how.negative_prompt).items()}
+            black = PIL.Image.new("RGB", (64, 64))  # which pipelines show a text encoder beside the negative prompt
+            self._empty = {
+                name: value.to(device) for name, value in self._prompt(self.how.negative_prompt, black).items()
+            }
         return self._empty
 
     def _decoded(self, latents: Tensor) -> np.ndarray:

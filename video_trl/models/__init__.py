@@ -18,7 +18,7 @@ from torch import nn
 
 from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
-from .hunyuan import HunyuanVideoFamily, hunyuan_family
+from .hunyuan import HunyuanVideoFamily, HunyuanVideoImageToVideoFamily, hunyuan_family
 from .hunyuan15 import HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily, hunyuan15_family
 from .ltx import LTXFamily, LTXImageToVideoFamily, ltx_family
 from .ltx2 import LTX2Family, ltx2_family
@@ -36,6 +36,7 @@ __all__ = [
     "HunyuanVideo15Family",
     "HunyuanVideo15ImageToVideoFamily",
     "HunyuanVideoFamily",
+    "HunyuanVideoImageToVideoFamily",
     "LTX2Family",
     "LTXFamily",
     "LTXImageToVideoFamily",
@@ -61,7 +62,7 @@ _FAMILIES: dict[type[nn.Module], tuple[Callable[..., ModelFamily], tuple[Any, ..
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily, WanFirstFrameFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
     HunyuanVideo15Transformer3DModel: (hunyuan15_family, (HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily)),
-    HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily,)),
+    HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily, HunyuanVideoImageToVideoFamily)),
     LTX2VideoTransformer3DModel: (ltx2_family, (LTX2Family,)),
     LTXVideoTransformer3DModel: (ltx_family, (LTXFamily, LTXImageToVideoFamily)),
     SkyReelsV2Transformer3DModel: (skyreels_family, (SkyReelsFamily, SkyReelsImageToVideoFamily)),
