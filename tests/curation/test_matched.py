@@ -11,6 +11,7 @@ from tests.support.models.calls import image
 from tests.support.tiny import (
     tiny_cogvideox_pipeline,
     tiny_group_dataset,
+    tiny_hunyuan15_pipeline,
     tiny_hunyuan_i2v_pipeline,
     tiny_video,
     tiny_wan_pipeline,
@@ -60,7 +61,14 @@ def test_a_text_encoder_that_sees_the_first_frame_is_shown_it():
     one, two = (maker._conditions("A ball falls.", tiny_video(seed), 8.0) for seed in (0, 1))
     assert set(one) == set(maker.family.condition_columns)
     assert not torch.allclose(one["prompt_embeds"], two["prompt_embeds"], atol=1e-4)
+    assert (maker.family.guidance, maker.guidance) == (2.0, 1.0)  # it is told
+    assert _Maker(maker.pipeline, MatchedLosers()).family.guidance == 6.0  # and not its call's default of 1
     assert maker._negative().keys() == set(maker.family.condition_columns) - {"first_frame_latents"}
+
+
+def test_a_pipeline_with_a_guider_guides_as_that_does():
+    pipeline = tiny_hunyuan15_pipeline()
+    assert [_Maker(pipeline, MatchedLosers(guidance_scale=each)).guidance for each in (None, 2.0)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])

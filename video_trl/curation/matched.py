@@ -147,11 +147,14 @@ class _Maker:
                 "Use a pipeline with a single transformer, such as Wan2.1."
             )
         takes = inspect.signature(self.pipeline.__call__).parameters
-        defaults = {name: takes[name].default for name in ("num_inference_steps", "guidance_scale")}
-        self.steps: int = self.how.num_inference_steps or defaults["num_inference_steps"]
-        self.guidance: float = self.how.guidance_scale or defaults["guidance_scale"]
+        self.steps: int = self.how.num_inference_steps or takes["num_inference_steps"].default
         if self.family.guidance is not None:  # the transformer is told, and makes one forward a step
-            self.family, self.guidance = self.family.with_guidance(self.guidance), 1.0
+            self.family = self.family.with_guidance(self.how.guidance_scale or self.family.guidance)
+            self.guidance = 1.0
+        elif "guidance_scale" in takes:
+            self.guidance = self.how.guidance_scale or takes["guidance_scale"].default
+        else:
+            self.guidance = self.how.guidance_scale or self.pipeline.components["guider"].guidance_scale
         length = self.family.prompt_length(self.pipeline.transformer) or self.family.published_prompt_tokens
         self.length = min(length, self.pipeline.tokenizer.model_max_length)
 

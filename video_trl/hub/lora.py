@@ -295,6 +295,31 @@ def expert_of(directory: str | os.PathLike[str]) -> str | None:
         return (file.metadata() or {}).get(EXPERT_KEY)
 
 
+def component_for(adapter: str | os.PathLike[str], experts: Mapping[str, str], model: str) -> str:
+    """
+    Component of a pipeline that an adapter is for.
+
+    Args:
+        adapter (`str` or `Path`): Folder or file of the adapter.
+        experts (`Mapping`): Components of a pipeline with several transformers by what adapters' files call them;
+            empty for one with one.
+        model (`str`): How messages call the pipeline.
+
+    Raises:
+        ValueError: If the pipeline has several and the file does not say which one it is for, or the file is for one
+            of several and the pipeline has one.
+    """
+    name = expert_of(adapter)
+    if name is None and experts:
+        raise ValueError(
+            f"{model} has the transformers {sorted(experts)}, and {adapter} does not say which one it is for. Load it "
+            "yourself: `pipeline.load_lora_weights`, with `load_into_transformer_2=True` for the second."
+        )
+    if name is not None and name not in experts:
+        raise ValueError(f"{adapter} is for the transformer {name!r} of a pipeline with several; {model} has one.")
+    return "transformer" if name is None else experts[name]
+
+
 def check_replaceable(path: Path) -> None:
     """Raise a `ValueError` if a file that is to be written is there, and `write_tensors` has not written it."""
     if path.exists():

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from ..files import atomic_folder
 from ..load import load_pipeline
-from .lora import expert_of, load_lora_state
+from .lora import PREFIX, adapter_metadata, component_for, load_lora_state
 
 
 def merge_adapter(
@@ -60,19 +60,20 @@ def merge_into(pipeline: DiffusionPipeline, adapter: str | os.PathLike[str], *, 
         scale (`float`, defaults to `1.0`): Factor of the adapter's effect.
 
     Raises:
-        ValueError: If the adapter has no layer of the transformer, or a merged weight is not finite.
+        ValueError: If the adapter has no layer of the transformer, or is for another one of several; or if a merged
+            weight is not finite.
     """
-    path = Path(adapter)
-    second = expert_of(path) == "low_noise" and pipeline.components.get("transformer_2") is not None
-    component = "transformer_2" if second else "transformer"
-    where = {"weight_name": path.name} if path.is_file() else {}
-    into = {"load_into_transformer_2": True} if second else {}
+    several = pipeline.components.get("transformer_2") is not None
+    experts = {"high_noise": "transformer", "low_noise": "transformer_2"} if several else {}
+    transformer = pipeline.components[component_for(adapter, experts, "the base")]
+    weights, config = load_lora_state(adapter)
+    named = {PREFIX + name: weight for name, weight in weights.items()}
     try:
-        pipeline.load_lora_weights(str(path.parent if where else path), adapter_name="merged", **where, **into)
-        pipeline.fuse_lora(components=[component], lora_scale=scale, safe_fusing=True, adapter_names=["merged"])
+        transformer.load_lora_adapter(named, adapter_name="merged", metadata=adapter_metadata(config))
+        transformer.fuse_lora(lora_scale=scale, safe_fusing=True, adapter_names=["merged"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} does not fit the {type(pipeline.components[component]).__name__} of the base: "
+            f"{adapter} does not fit the {type(transformer).__name__} of the base: "
             f"{' '.join(str(error).split())[:500]}"
         ) from error
-    pipeline.unload_lora_weights()
+    transformer.unload_lora()

@@ -10,6 +10,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    ModelMixin,
     SchedulerMixin,
     SkyReelsV2Transformer3DModel,
     WanTransformer3DModel,
@@ -53,6 +54,7 @@ __all__ = [
     "generation_rules",
     "lora_targets",
     "pipeline_index",
+    "rules_of",
     "supported_pipelines",
     "tap_block",
 ]
@@ -81,9 +83,21 @@ def depth_options(transformer_class: str) -> tuple[str, ...]:
 def family_of(pipeline: DiffusionPipeline) -> ModelFamily:
     """[`family_for`] the transformer of a pipeline, or the first one that it has of several."""
     index = pipeline_index(pipeline)
+    return family_for(_transformer_of(pipeline, index), pipeline.scheduler, index)
+
+
+def rules_of(pipeline: DiffusionPipeline) -> GenerationRules | None:
+    """[`generation_rules`] of a pipeline; `None` if it is of none of the families here."""
+    index = pipeline_index(pipeline)
+    if index["_class_name"] not in supported_pipelines():
+        return None
+    return generation_rules(index, _transformer_of(pipeline, index).config)
+
+
+def _transformer_of(pipeline: DiffusionPipeline, index: Mapping[str, Any]) -> ModelMixin:
+    """The transformer, or the first one that is there of several."""
     names = [expert.component for expert in experts_of(index)] or ["transformer"]
-    transformer = next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
-    return family_for(transformer, pipeline.scheduler, index)
+    return next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
 
 
 def pipeline_index(pipeline: DiffusionPipeline) -> dict[str, Any]:

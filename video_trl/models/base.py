@@ -31,12 +31,14 @@ class GenerationRules:
         side_multiple (`int`): What height and width must be divisible by; other sizes are rounded or refused.
         one_video_a_call (`bool`, defaults to `False`): Whether a call with several prompts or images fails.
         guidance_scale (`float`, *optional*): What to ask for, where the default of the call is none of the model's.
+        lost_frames (`int`, defaults to `0`): First frames that are made and thrown away, the given one among them.
     """
 
     fps: float
     side_multiple: int
     one_video_a_call: bool = False
     guidance_scale: float | None = None
+    lost_frames: int = 0
 
 
 @dataclass(frozen=True)

@@ -240,9 +240,9 @@ class HunyuanVideoImageToVideoFamily(HunyuanVideoFamily):
         24 fps, sides of 16, and the guidance that transformers are told, for which the call's default is 1. Of several
         prompts the pipeline cuts those wrongly that are too long.
         """
-        _check_image_form(transformer_config.get("image_condition_type"))
         guidance = GUIDANCE if transformer_config.get("guidance_embeds", True) else None
-        return GenerationRules(24.0, 16, one_video_a_call=True, guidance_scale=guidance)
+        lost = 4 if transformer_config.get("image_condition_type") == "latent_concat" else 0
+        return GenerationRules(24.0, 16, one_video_a_call=True, guidance_scale=guidance, lost_frames=lost)
 
     @property
     def condition_columns(self) -> tuple[str, ...]:
@@ -347,7 +347,12 @@ def hunyuan_family(
         ValueError: If the transformer takes more channels than it returns, for a first frame or something else.
     """
     config = transformer.config
-    _check_image_form(config.image_condition_type)
+    if config.image_condition_type == "latent_concat":
+        raise ValueError(
+            "The transformer takes the first frame as further channels (`image_condition_type='latent_concat'`, "
+            "HunyuanVideo-I2V-33ch), and its pipeline throws the first four frames of what it makes away: what it "
+            "generates does not begin with that frame. Use `hunyuanvideo-community/HunyuanVideo-I2V`."
+        )
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels and returns {config.out_channels}: HunyuanVideo's "
@@ -355,12 +360,3 @@ def hunyuan_family(
         )
     family = HunyuanVideoFamily if config.image_condition_type is None else HunyuanVideoImageToVideoFamily
     return family(guidance=GUIDANCE if config.guidance_embeds else None)
-
-
-def _check_image_form(image_condition_type: str | None) -> None:
-    if image_condition_type == "latent_concat":
-        raise ValueError(
-            "The transformer takes the first frame as further channels (`image_condition_type='latent_concat'`, "
-            "HunyuanVideo-I2V-33ch), and its pipeline throws the first four frames of what it makes away: what it "
-            "generates does not begin with that frame. Use `hunyuanvideo-community/HunyuanVideo-I2V`."
-        )

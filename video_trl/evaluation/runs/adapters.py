@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
-from ...hub.lora import LORA_FILE_NAME, PREFIX, adapter_metadata, expert_of
+from ...hub.lora import LORA_FILE_NAME, PREFIX, adapter_metadata, component_for
 from ...hub.published import Alpha, read_adapter
 from ...models import experts_of, pipeline_index
 
@@ -66,24 +66,12 @@ def load_adapter(
             several transformers and the file does not say which one it is for.
     """
     weights, config = read_adapter(file, alpha=alpha, scale=scale)
-    transformer = pipeline.components[_component(pipeline, file, model)]
+    experts = {expert.name: expert.component for expert in experts_of(pipeline_index(pipeline))}
+    transformer = pipeline.components[component_for(file, experts, repr(model))]
     _check_fit(transformer, weights, file, model)
     named = {PREFIX + name: weight for name, weight in weights.items()}
     transformer.load_lora_adapter(named, adapter_name="default", metadata=adapter_metadata(config))
     transformer.eval()  # diffusers adds layers in training mode, with the dropout that a file asks for
-
-
-def _component(pipeline: DiffusionPipeline, file: Path, model: str) -> str:
-    experts, name = {expert.name: expert.component for expert in experts_of(pipeline_index(pipeline))}, expert_of(file)
-    if name is None and len(experts) > 1:
-        raise ValueError(
-            f"{model!r} has the transformers {sorted(experts)}, and {file} does not say which one it is for. Load it "
-            "yourself (`pipeline.load_lora_weights`, with `load_into_transformer_2=True` for the second) and pass the "
-            "pipeline in a `VideoGenerator`."
-        )
-    if name is not None and name not in experts:
-        raise ValueError(f"{file} is for the transformer {name!r} of a pipeline with several; {model!r} has one.")
-    return "transformer" if name is None else experts[name]
 
 
 def _check_fit(transformer: nn.Module, weights: Mapping[str, torch.Tensor], file: Path, model: str) -> None:
