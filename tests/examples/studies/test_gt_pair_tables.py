@@ -70,7 +70,7 @@ def test_tables_say_what_is_there(study, tmp_path):
     from video_trl.load import ScriptArguments
 
     parser = TrlParser((ScriptArguments, ExperimentArguments, VideoGroupDPOConfig))
-    argv = [*study.DEFAULTS, *SMALL, "--output_dir", str(tmp_path)]
+    argv = [*study.DEFAULTS, *SMALL, "--seeds", "0", "--output_dir", str(tmp_path)]
     runner = study.TableRunner(*parser.parse_args_and_config(args=argv))
     for arm, pc in ((BASE, 0.4), (study.DPO, 0.8), (study.ANNOTATED, 0.45)):
         folder = tmp_path / "runs" / runner.unit(arm, 0)
@@ -81,3 +81,5 @@ def test_tables_say_what_is_there(study, tmp_path):
     assert ["DPO,", "annotated", "vs", "base", "1", "0/8/0", "1.00", "0/8/0", "1.00"] in lines
     (pc,) = [float(line[2]) for line in lines if line[:2] == ["DPO", "1"]]
     assert pc == pytest.approx(0.8, abs=0.01) and study.BOTH not in text
+    (gain,) = [line for line in lines if line[:4] == ["pc", "DPO", "vs", "base"]]
+    assert "+0.400" in gain and "better" not in text  # of one seed nothing is called so

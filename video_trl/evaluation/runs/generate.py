@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
 from ...files import announce, fingerprint, remove_leftovers
+from ...hub.attach import find_adapter, load_adapter
 from ...hub.published import Alpha
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
 from ...models import rules_of, supported_pipelines
 from ...models.mixed_precision import inputs_cast_for_vae
-from .adapters import find_adapter, load_adapter
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, EvaluationRun, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores

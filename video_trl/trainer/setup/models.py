@@ -21,14 +21,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 
-from ...hub.card import WITHOUT_LORA_LOADER
-from ...hub.lora import LORA_FILE_NAME, expert_of
+from ...hub.attach import find_adapter, load_adapter
 from ...load import SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
-from .lora import adapter_configs
 from .quantization import quantization_config
 from .single_file import load_transformer_file
 
@@ -59,9 +56,12 @@ def load_model(
             supported, or if `model` is of another type.
     """
     if isinstance(model, str | os.PathLike):
-        model = _load_pipeline(os.fspath(model), args)
-        if args.init_adapter is not None:
-            _load_adapter(model, args)
+        file = None if args.init_adapter is None else _find_adapter(args.init_adapter)
+        name, model = os.fspath(model), _load_pipeline(os.fspath(model), args)
+        if file is not None:
+            expert = choose_expert(pipeline_index(model), args.expert, name)
+            _check_file_name("init_adapter", args.init_adapter, pipeline_index(model), expert)
+            load_adapter(model, file, name, expert=None if expert is None else expert.name, unrounded=True)
     elif args.init_adapter is not None:
         raise ValueError(
             f"`init_adapter={args.init_adapter!r}` is loaded when the model is named by a string, but it was passed "
@@ -103,74 +103,22 @@ def load_model(
     )
 
 
-def _load_adapter(pipeline: DiffusionPipeline, args: VideoConfig) -> None:
-    """
-    Load the adapter that training starts from, into the transformer that is trained.
-
-    Raises:
-        ValueError: If there is none, or it has no layer of this transformer.
-    """
-    index = pipeline_index(pipeline)
-    expert = choose_expert(index, args.expert, type(pipeline).__name__)
-    second = expert is not None and expert.component == "transformer_2"
-    path = str(args.init_adapter)
-    file = Path(path)
-    _check_adapter_file(path, None if expert is None else expert.name)
-    _check_file_name("init_adapter", path, index, expert)
-    where = {"weight_name": file.name} if file.is_file() else {}
-    folder = str(file.parent) if where else path
+def _find_adapter(path: str) -> Path:
+    """The file of the adapter that training starts from, read as a whole before a model is loaded."""
     try:
-        if type(pipeline).__name__ in WITHOUT_LORA_LOADER:
-            pipeline.transformer.load_lora_adapter(folder, **({"weight_name": LORA_FILE_NAME} | where))
-        elif second:  # `load_lora_weights` would ask the first one for its configuration, which is not loaded
-            weights, metadata = pipeline.lora_state_dict(folder, **where, return_lora_metadata=True)
-            pipeline.load_lora_into_transformer(
-                weights, transformer=pipeline.transformer_2, metadata=metadata, _pipeline=pipeline
-            )
-        else:
-            pipeline.load_lora_weights(folder, **where)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        file = find_adapter(path)
+    except ValueError as error:
         raise ValueError(
-            f"`init_adapter={path!r}` cannot be loaded ({' '.join(str(error).split())}). Pass a folder with "
-            "pytorch_lora_weights.safetensors, such a file, or a repository id."
+            f"`init_adapter={path!r}` cannot be loaded: {error} Bring a file of another tool here first: `video-trl "
+            "export FILE FOLDER --to diffusers`, with `--adapter_alpha` where it does not say its alpha."
         ) from error
-    transformer, _ = _choose_transformer(pipeline, args)
-    if not adapter_configs(transformer):  # diffusers only warns
-        raise ValueError(
-            f"`init_adapter={path!r}` has no weights for the {type(transformer).__name__} that is trained. Pass an "
-            "adapter of this model."
-        )
+    assert file is not None
+    return file
 
 
-def _check_adapter_file(adapter: str, expert: str | None) -> None:
-    """
-    Raise a `ValueError` if the file of an adapter is for another transformer than the one that is trained, or for two:
-    diffusers would load what fits without a warning. What is no such file is left to what loads it.
-    """
-    path = Path(adapter) / LORA_FILE_NAME if Path(adapter).is_dir() else Path(adapter)
-    try:
-        file = path if path.is_file() else hf_hub_download(adapter, LORA_FILE_NAME)
-        said = expert_of(file)
-        with safe_open(file, framework="pt") as content:
-            two = any(name.startswith("transformer_2.") for name in content.keys())  # noqa: SIM118
-    except (OSError, HfHubHTTPError, HFValidationError, SafetensorError):
-        return
-    if said not in (None, expert):
-        raise ValueError(
-            f"`init_adapter={adapter!r}` is for the transformer {said!r}, and the run trains "
-            f"{'the only one' if expert is None else repr(expert)}. Pass an adapter of that one, or set `expert`."
-        )
-    if two:
-        raise ValueError(
-            f"`init_adapter={adapter!r}` has weights of two transformers (`transformer.` and `transformer_2.`), of "
-            "which diffusers loads the former, into whichever one is trained. Write those of one into a file of their "
-            "own, named `transformer....`."
-        )
-
-
-def _check_file_name(option: str, file: str, index: Mapping[str, Any], expert: Expert | None) -> None:
+def _check_file_name(option: str, file: str | None, index: Mapping[str, Any], expert: Expert | None) -> None:
     """Raise a `ValueError` if a file is called after another transformer of the pipeline than the trained one."""
-    letters = re.sub("[^a-z]", "", Path(file).name.lower())
+    letters = re.sub("[^a-z]", "", Path(file or "").name.lower())
     called = [each for each in experts_of(index) if each.name.replace("_", "") in letters]
     if expert is not None and len(called) == 1 and called[0] != expert:
         raise ValueError(
@@ -311,8 +259,8 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen, component)
     parts: dict[str, Any] = dict.fromkeys(left_out)
+    _check_file_name("transformer_file", args.transformer_file, index, expert)
     if args.transformer_file is not None:
-        _check_file_name("transformer_file", args.transformer_file, index, expert)
         parts[component] = load_transformer_file(
             args.transformer_file, index[component][1], name, component, dtypes[component], kwargs
         )
