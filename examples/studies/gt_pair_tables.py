@@ -135,13 +135,13 @@ class PairRows(StudyRows):
         return marked + self._lawless(real)
 
     def _lawless(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Real pairs as the other arms are trained on them: losers below the bound alone, of rows that have one."""
+        """Real pairs like those that the other arms are trained on: the first loser below the bound, where one is."""
         found = []
         for row in rows:
             scored = zip(row["rejected"], row["rejected_scores"], strict=True)
             losers = [video for video, score in scored if score["pc"] < self.below]
             if losers:
-                found.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": losers})
+                found.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": losers[:1]})
         return found
 
 

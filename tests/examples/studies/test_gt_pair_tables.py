@@ -52,7 +52,7 @@ def test_annotators_see_what_the_judge_sees_but_for_an_error(study):
 
 def test_marked_pairs_are_as_many_as_the_real_ones_and_mostly_right(study, tmp_path, monkeypatch):
     groups = [_group(number, 0.2, 0.8, 0.5) for number in range(8)]
-    rows = study.PairRows(tmp_path, 12, 3, 0.4)
+    rows = study.PairRows(tmp_path, 12, 3, 0.6)
     monkeypatch.setattr(rows, "trained", lambda *_, **__: groups)
     annotated = rows.of("annotated")
     assert len(annotated) == 8 and all(set(row) == {"prompt", "chosen", "rejected"} for row in annotated)
