@@ -72,6 +72,6 @@ def merge_into(
         ValueError: If a layer of the adapter is not in the transformer, or a merged weight is not finite.
     """
     component = load_adapter(pipeline, file, model, alpha=alpha, scale=scale, unrounded=True)
-    transformer = pipeline.components[component]  # some pipelines have no loader of adapters
+    transformer = pipeline.components[component]  # some pipelines have no methods for adapters
     transformer.fuse_lora(safe_fusing=True, adapter_names=["default"])
     transformer.unload_lora()

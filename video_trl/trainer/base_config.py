@@ -283,7 +283,7 @@ class VideoConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Guidance scale that a transformer is told which was distilled to guide itself (HunyuanVideo). "
-            "Unset: 6, the pipeline's default. Sample with what it was trained with."
+            "Unset: 6. Sample with what it was trained with."
         },
     )
     timestep_shift: float | None = field(

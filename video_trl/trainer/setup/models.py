@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def load_model(
         name, model = os.fspath(model), _load_pipeline(os.fspath(model), args)
         if file is not None:
             expert = choose_expert(pipeline_index(model), args.expert, name)
+            _check_file_name("init_adapter", args.init_adapter, pipeline_index(model), expert)
             load_adapter(model, file, name, expert=None if expert is None else expert.name, unrounded=True)
     elif args.init_adapter is not None:
         raise ValueError(
@@ -112,6 +114,17 @@ def _find_adapter(path: str) -> Path:
         ) from error
     assert file is not None
     return file
+
+
+def _check_file_name(option: str, file: str | None, index: Mapping[str, Any], expert: Expert | None) -> None:
+    """Raise a `ValueError` if a file is called after another transformer of the pipeline than the trained one."""
+    letters = re.sub("[^a-z]", "", Path(file or "").name.lower())
+    called = [each for each in experts_of(index) if each.name.replace("_", "") in letters]
+    if expert is not None and len(called) == 1 and called[0] != expert:
+        raise ValueError(
+            f"`{option}={file!r}` is called after the transformer {called[0].name!r}, and the run trains "
+            f"{expert.name!r}: their weights have the same names and shapes. Set `expert`, or give the other file."
+        )
 
 
 def _choose_transformer(pipeline: DiffusionPipeline, args: VideoConfig) -> tuple[ModelMixin, Expert | None]:
@@ -246,6 +259,7 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen, component)
     parts: dict[str, Any] = dict.fromkeys(left_out)
+    _check_file_name("transformer_file", args.transformer_file, index, expert)
     if args.transformer_file is not None:
         parts[component] = load_transformer_file(
             args.transformer_file, index[component][1], name, component, dtypes[component], kwargs
