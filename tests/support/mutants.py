@@ -62,7 +62,10 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "video_trl/curation/engine/ray.py": ("tests/curation/engine/test_ray.py",),
     "video_trl/curation/gt_pair/elsewhere.py": ("tests/curation/gt_pair/test_elsewhere.py",),
     "video_trl/curation/gt_pair/pairs.py": ("tests/curation/gt_pair/test_pairs.py",),
-    "video_trl/curation/gt_pair/pipeline.py": ("tests/curation/gt_pair/test_pipeline.py",),
+    "video_trl/curation/gt_pair/pipeline.py": (
+        "tests/curation/gt_pair/test_elsewhere.py",
+        "tests/curation/gt_pair/test_pipeline.py",
+    ),
     "video_trl/curation/phyaug/actions.py": ("tests/curation/phyaug/test_actions.py",),
     "video_trl/curation/phyaug/annotate.py": ("tests/curation/phyaug/test_annotate.py",),
     "video_trl/curation/phyaug/annotation.py": ("tests/curation/phyaug/test_annotate.py",),
