@@ -89,7 +89,7 @@ def votes_on(groups: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str, 
                 votes.append(
                     {
                         "pair_id": pair_id,
-                        "video": str(row["rejected"][index]),
+                        "video": f"{number}-{index}",
                         "annotator": f"rater-{rater}",
                         "prompt": row["prompt"],
                         **marks(row["rejected_scores"][index], generator),
@@ -121,8 +121,13 @@ class PairRows(StudyRows):
         real = self.trained()
         # The paper: all pairs whose marks differ by 2, and ones that differ by 1 up to the number of the others.
         pairs, _ = annotated_pairs(votes_on(real), min_raters=RATERS, min_positive=None, fill_to=len(real))
+        videos = {f"{n}-{index}": video for n, row in enumerate(real) for index, video in enumerate(row["rejected"])}
         marked = [
-            {"prompt": row["prompt"], "chosen": row["chosen"]["path"], "rejected": [row["rejected"]["path"]]}
+            {
+                "prompt": row["prompt"],
+                "chosen": videos[row["chosen"]["path"]],
+                "rejected": [videos[row["rejected"]["path"]]],
+            }
             for row in pairs
         ]
         if kind == "annotated":

@@ -36,7 +36,7 @@ def _group(number, *pcs):
     return {
         "prompt": f"A ball falls, {number}.",
         "chosen": f"real-{number}.mp4",
-        "rejected": [f"{number}-{place}.mp4" for place in range(len(pcs))],
+        "rejected": [{"path": f"{number}-{place}.mp4", "bytes": b"of a file"} for place in range(len(pcs))],
         "rejected_scores": [{"sa": pc, "pc": pc} for pc in pcs],
     }
 
@@ -56,10 +56,12 @@ def test_marked_pairs_are_as_many_as_the_real_ones_and_mostly_right(study, tmp_p
     monkeypatch.setattr(rows, "trained", lambda *_, **__: groups)
     annotated = rows.of("annotated")
     assert len(annotated) == 8 and all(set(row) == {"prompt", "chosen", "rejected"} for row in annotated)
-    assert sum(row["chosen"].endswith("-1.mp4") and row["rejected"][0].endswith("-0.mp4") for row in annotated) >= 6
+    marked = [(row["chosen"], row["rejected"]) for row in annotated]
+    right = [(groups[number]["rejected"][1], [groups[number]["rejected"][0]]) for number in range(8)]
+    assert sum(pair in right for pair in marked) >= 6
     both = rows.of("both")
     assert both[:8] == annotated and len(both) == 16
-    assert both[8] == {"prompt": groups[0]["prompt"], "chosen": "real-0.mp4", "rejected": ["0-0.mp4"]}
+    assert both[8] == {"prompt": groups[0]["prompt"], "chosen": "real-0.mp4", "rejected": groups[0]["rejected"][:1]}
 
 
 def test_tables_say_what_is_there(study, tmp_path):

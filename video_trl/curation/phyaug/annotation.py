@@ -177,7 +177,7 @@ class _Answer(_Strict):
             return validate(value)
         except ValidationError:  # what caps the richness counts, whatever stands beside it
             contact = as_truth(value.get("contact")) if isinstance(value, dict) else None
-            return Scores.model_construct(**({"contact": contact} if isinstance(contact, bool) else {}))
+            return Scores.model_construct(contact=contact) if isinstance(contact, bool) else Scores.model_construct()
 
 
 class Annotation(_Answer):
