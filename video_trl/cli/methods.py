@@ -275,12 +275,13 @@ def _evaluator(data: DataArguments, args: Any) -> Any:
         return None
     from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
 
-    _, call = generation_defaults(data.model_name_or_path)
+    default_fps, call = generation_defaults(data.model_name_or_path)
     sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
+    told = {} if args.embedded_guidance is None else {"guidance_scale": args.embedded_guidance}
     return TrainingEvaluator(
         evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts, data.evaluator_benchmark),
         load_judge(data.evaluator_judge, **mapping("evaluator_options", data.evaluator_options)),
-        fps=args.fps or 8.0,
-        call_kwargs=call | sizes,
+        fps=args.fps or default_fps,
+        call_kwargs=call | sizes | told,
         benchmark=data.evaluator_benchmark,
     )

@@ -131,24 +131,36 @@ def load_generator(
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
         load_adapter(pipeline, adapter_file, model, alpha=adapter_alpha, scale=adapter_scale)
-    rules = rules_of(pipeline)
-    fps = fps or default_fps or (None if rules is None else rules.fps)
-    assert fps is not None, "asked for above"
-    if "frame_rate" in inspect.signature(pipeline.__call__).parameters:
-        default_call["frame_rate"] = fps
-    if rules is not None and rules.guidance_scale is not None:
-        default_call["guidance_scale"] = rules.guidance_scale
+    fps, wanted_call = wanted_by_family(pipeline, fps or default_fps)
     return VideoGenerator(
         pipeline=pipeline.to(place),
         model=model,
         fps=fps,
-        call_kwargs={**default_call, **(call_kwargs or {})},
+        call_kwargs={**wanted_call, **default_call, **(call_kwargs or {})},
         revision=folder.name if folder.parent.name == "snapshots" else fingerprint(folder),
         adapter=adapter,
         adapter_hash=None if adapter_file is None else fingerprint(adapter_file),
         adapter_alpha=adapter_alpha,
         adapter_scale=adapter_scale,
     )
+
+
+def wanted_by_family(pipeline: DiffusionPipeline, fps: float | None) -> tuple[float, dict[str, Any]]:
+    """
+    Frames per second of a pipeline's videos, its family's if not given, and what its call must be told beside a size.
+
+    Raises:
+        ValueError: If the rate is not given, and the pipeline is of no family in `video_trl.models`.
+    """
+    rules = rules_of(pipeline)
+    fps = fps or (None if rules is None else rules.fps)
+    if fps is None:
+        raise ValueError(f"`fps` is needed for a {type(pipeline).__name__}: the rate it generates at.")
+    takes = inspect.signature(pipeline.__call__).parameters
+    call: dict[str, Any] = {"frame_rate": fps} if "frame_rate" in takes else {}
+    if rules is not None and rules.guidance_scale is not None:
+        call["guidance_scale"] = rules.guidance_scale
+    return fps, call
 
 
 def generate_run(
