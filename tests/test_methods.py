@@ -99,7 +99,8 @@ def test_a_registration_that_leads_nowhere_says_so(path, message, register, caps
 def test_a_class_is_imported_without_looks_for_garbage(is_first, tmp_path, monkeypatch):
     name = f"imported_{is_first}"
     (tmp_path / f"{name}.py").write_text(
-        "import gc\nfrom video_trl.trainer import VideoTrainer as T\nENABLED = gc.isenabled()\nclass Mine(T): pass"
+        "import gc\nfrom video_trl.trainer import VideoTrainer\nENABLED = gc.isenabled()\n"
+        "class Mine(VideoTrainer): pass"
     )
     monkeypatch.syspath_prepend(tmp_path)
     if is_first:

@@ -168,7 +168,7 @@ def test_a_rank_that_an_earlier_launch_left_in_the_environment_is_told(tmp_path,
     [
         ({"model": "some/model"}, "needs `prompts` and `judge`"),
         ({"model": "some/model", "judge": ColourJudge()}, "needs `prompts` and `judge`"),
-        ({"model": "some/model", "judge": ColourJudge(), "prompts": ["a"]}, "`fps` is needed"),
+        ({"model": "some/model", "judge": ColourJudge(), "prompts": ["a"]}, "No folder 'some/model'"),
         ({"benchmark": "videophy3"}, "Unknown benchmark"),
         ({"num_prompts": 0}, "between 1 and"),
         ({"prompts": ["a"], "num_prompts": 2}, "between 1 and the 1 prompts"),

@@ -54,8 +54,10 @@ def call_of(name: str, family: ModelFamily, pipeline: Any) -> dict[str, Any]:
 
 def conditions_of(name: str, family: ModelFamily, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     tiny, length = TINY_FAMILIES[name], prompt_length(family, pipeline)
-    conditions = family.pad_prompts(family.encode_prompt(pipeline, prompts, length), length)
-    images = family.encode_image(pipeline, [image(height=tiny.side, width=tiny.side)], tiny.frames)
+    first = image(height=tiny.side, width=tiny.side)
+    encoded = family.encode_prompt_with_image(pipeline, prompts, [first] * len(prompts), length)
+    conditions = family.pad_prompts(encoded, length)
+    images = family.encode_image(pipeline, [first], tiny.frames)
     assert set(images) == set(family.image_columns)
     conditions |= {column: values.expand(len(prompts), *values.shape[1:]) for column, values in images.items()}
     if FRAME_RATE in family.condition_columns:
@@ -129,7 +131,7 @@ def compare_step(family, transformer, noisy, conditions, kwargs, expected, of_ot
         if argument == "timestep" and value.shape != theirs.shape:  # one a video where all tokens have the same
             theirs = theirs[:, 0] if theirs.ndim == 2 and (theirs == theirs[:, :1]).all() else theirs
         if argument == "encoder_hidden_states" and "prompt_mask" in conditions:  # what is masked may be anything
-            value, theirs = (each[conditions["prompt_mask"]] for each in (value, theirs))
+            value, theirs = (each[own["encoder_attention_mask"].bool()] for each in (value, theirs))
         assert_same(value, theirs, argument)
     if kwargs["timestep"].ndim == own["timestep"].ndim:
         assert torch.equal(velocity, expected)

@@ -29,11 +29,15 @@ class GenerationRules:
         fps (`float`): Frames per second at which their videos are meant to be seen.
         side_multiple (`int`): What height and width must be divisible by; other sizes are rounded or refused.
         one_video_a_call (`bool`, defaults to `False`): Whether a call with several prompts or images fails.
+        guidance_scale (`float`, *optional*): What to ask for, where the default of the call is none of the model's.
+        lost_frames (`int`, defaults to `0`): First frames that are made and thrown away, the given one among them.
     """
 
     fps: float
     side_multiple: int
     one_video_a_call: bool = False
+    guidance_scale: float | None = None
+    lost_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ class ModelFamily(Protocol):
         """Components, besides the VAE, that encode first frames, each with the component that prepares its input."""
 
     @property
+    def prompt_image_processor(self) -> str | None:
+        """Component that prepares first frames for the first text encoder, where that sees them beside the prompt."""
+
+    @property
     def guidance(self) -> float | None:
         """Guidance scale that a transformer is told which was distilled to guide itself; `None` for the others."""
 
@@ -160,6 +168,15 @@ class ModelFamily(Protocol):
         self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
     ) -> list[dict[str, Tensor]]:
         """The `prompt_columns` of each prompt, without what `pad_prompts` can add again. No gradient."""
+
+    def encode_prompt_with_image(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        max_sequence_length: int,
+    ) -> list[dict[str, Tensor]]:
+        """The same of prompts and their first frames; those are of no use without a `prompt_image_processor`."""
 
     def pad_prompts(self, prompts: list[dict[str, Tensor]], max_sequence_length: int) -> dict[str, Tensor]:
         """Conditions `(B, ...)` of prompts, padded as the pipeline pads them, with the masks that it makes."""
@@ -208,6 +225,7 @@ class FamilyDefaults:
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
     published_prompt_tokens: int = 512
+    prompt_image_processor: str | None = None
     guidance: float | None = None
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Options of the transformer's configuration that are its numbers of blocks."""
@@ -265,6 +283,21 @@ class FamilyDefaults:
     def prompt_length(self, transformer: nn.Module) -> int | None:
         """Any: training must pad to the length that the pipeline's call is given."""
         return None
+
+    def encode_prompt(
+        self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
+    ) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def encode_prompt_with_image(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        max_sequence_length: int,
+    ) -> list[dict[str, Tensor]]:
+        """Those of the prompts alone."""
+        return self.encode_prompt(pipeline, prompts, max_sequence_length)
 
     def encode_image(
         self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
