@@ -1,10 +1,9 @@
 """The protocol of a model family: prediction, encoding, LoRA targets and sizes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import PIL.Image
@@ -516,8 +515,27 @@ def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterat
         handle.remove()
 
 
-# Transformer inside the wrappers of distributed training and `torch.compile`.
-unwrap: Callable[[nn.Module], ModelMixin] = partial(extract_model_from_parallel, keep_torch_compile=False)
+def unwrap(module: nn.Module) -> ModelMixin:
+    """Transformer inside the wrappers of distributed training and `torch.compile`."""
+    if isinstance(module, ModelMixin):  # accelerate would look through its modules, in every pass
+        return module
+    transformer: ModelMixin = extract_model_from_parallel(module, keep_torch_compile=False)
+    return transformer
+
+
+def weights_dtype(transformer: nn.Module) -> torch.dtype:
+    """
+    What the property `dtype` of a diffusers transformer says, by its first weight that is not kept in float32.
+
+    The property looks through all modules for hooks that change dtypes, in every pass; the trainers use none.
+    """
+    base = unwrap(transformer)
+    kept = base._keep_in_fp32_modules or ()
+    return next(
+        weight.dtype
+        for name, weight in base.named_parameters()
+        if weight.is_floating_point() and not any(part in name for part in kept)
+    )
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -27,6 +27,7 @@ from .base import (
     pad_with_zeros,
     prompt_mask,
     unwrap,
+    weights_dtype,
 )
 
 
@@ -104,7 +105,7 @@ class HunyuanVideoFamily(FamilyDefaults):
         Returns:
             `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
         """
-        dtype = unwrap(transformer).dtype
+        dtype = weights_dtype(transformer)
         latents = noisy_latents.to(dtype)
         # Rounded as in the pipeline: 6016 in bfloat16.
         guidance = None if self.guidance is None else latents.new_full((len(latents),), self.guidance) * 1000.0
