@@ -43,7 +43,7 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED)  ## train a physics adapter on the sandbox and write demo/report.html (minutes on 2 CPU cores)
-	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml --max_steps 300
 
 test: $(INSTALLED)  ## fast tests, on CPU, without network
 	$(PYTEST) -m "not slow"

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "data": {"models", "teachers"},
     "sandbox": {"judges", "teachers", "data", "diffusion"},
     "load": {"judges", "teachers", "data", "sandbox"},
-    "hub": {"data", "load"},
+    "hub": {"data", "load", "models"},
     "curation": {"data", "judges", "models", "losses", "load", "hub"},
     "evaluation": {"judges", "data", "models", "teachers", "load", "hub"},
     "trainer": {"losses", "diffusion", "models", "data", "hub", "teachers", "load"},

@@ -1,6 +1,7 @@
 """The registry of methods: what names lead to, and what is wrong with a registration, said in one line."""
 
 import ast
+import gc
 import subprocess
 import sys
 
@@ -92,6 +93,26 @@ def test_a_registration_that_leads_nowhere_says_so(path, message, register, caps
         assert main(["train", *argv]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_class_is_imported_without_looks_for_garbage(is_first, tmp_path, monkeypatch):
+    name = f"imported_{is_first}"
+    (tmp_path / f"{name}.py").write_text(
+        "import gc\nfrom video_trl.trainer import VideoTrainer\nENABLED = gc.isenabled()\n"
+        "class Mine(VideoTrainer): pass"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    if is_first:
+        monkeypatch.delitem(sys.modules, "torch")
+    kept = [[] for _ in range(1000)]
+    before = gc.get_freeze_count()
+    loaded = Method("mine", f"{name}:Mine").load()
+    assert not sys.modules[loaded.__module__].ENABLED and gc.isenabled()
+    assert (gc.get_freeze_count() >= before + len(kept)) == is_first
+    with pytest.raises(ValueError, match="no module"):
+        Method("mine", "no_such_module:X").load()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("argv", [["train"], ["estimate", "--help"], ["train", "dop"]])

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ _IN_WORDS = {
     FOUND: "fine-tuning on the clips as found",
     JUDGED: "fine-tuning on the clips that the judge passed",
 }
+_LONGEST_FIRST = (REG_DPO, PLAIN, PHYGDPO, LONGER, JUDGED)  # so that no processor waits at the end
 _SFT_STEPS = 2.3  # steps of fine-tuning in the time of a step of a preference method, measured
 
 # The recipe was chosen on draw 0 of the held-out prompts with noise seed 0, and on another pool: none is used again.
@@ -135,12 +136,15 @@ class _Phases:
     def finish(self, name: str) -> None:
         if not self.shown:
             return
+        from tqdm.auto import tqdm
+
         self.done.append(name)
         elapsed = time.monotonic() - self.started
         before = sum(self.weights[done] for done in self.done)
         left = elapsed / before * (sum(self.weights.values()) - before)
         number = f"{len(self.done)}/{len(self.weights)}"
-        sys.stdout.write(f"[{number:>5}] {elapsed / 60:4.1f} min, about {left / 60:.0f} min left. Done: {name}\n")
+        line = f"[{number:>5}] {elapsed / 60:4.1f} min, about {left / 60:.0f} min left. Done: {name}"
+        tqdm.write(line, file=sys.stdout)  # above a bar, if one is shown
         sys.stdout.flush()
 
 
@@ -171,14 +175,12 @@ def run_sandbox_experiment(
     folder = Path(args.output_dir)
     arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
     units = [(arm, seed) for arm in arms for seed in experiment.seeds]
-    phases = _Phases(_phases(units, experiment), shown=args.process_index == 0)
+    phases = _Phases(_phases(units, experiment, args), shown=args.process_index == 0)
     if args.process_index == 0:
         sys.stdout.write(
             f"Finding {experiment.found_clips} clips, making rejected videos; then {len(units)} trainings\n"
         )
-    found, groups = _datasets(data, experiment, args)
-    phases.finish(_DATA)
-    adapters = _train_and_evaluate(units, args, experiment, found, groups, phases)
+    adapters, groups = _train_and_evaluate(units, data, args, experiment, phases)
     if args.process_index != 0:
         return None
     base, *tables = [_evaluate(folder / "runs", adapter, experiment) for adapter in (_BASE_MODEL, *adapters)]
@@ -194,14 +196,17 @@ def run_sandbox_experiment(
     )
 
 
-def _phases(units: Sequence[tuple[str, int]], experiment: ExperimentArguments) -> dict[str, float]:
+def _phases(
+    units: Sequence[tuple[str, int]], experiment: ExperimentArguments, args: "VideoGroupDPOConfig"
+) -> dict[str, float]:
     """Phases, and about how long each takes, in seconds of a processor."""
     evaluation = 0.3 * experiment.eval_prompts * experiment.eval_seeds
-    training = {FOUND: 70.0, JUDGED: 70.0}
+    steps = args.max_steps if args.max_steps > 0 else 400
+    training = {FOUND: 0.15 * steps, JUDGED: 0.15 * steps}
     return {
         _DATA: 0.2 * experiment.found_clips,
         BASE: evaluation,
-        **{_phase(arm, seed): training.get(arm, 170.0) + evaluation for arm, seed in units},
+        **{_phase(arm, seed): training.get(arm, 0.45 * steps) + evaluation for arm, seed in units},
     }
 
 
@@ -211,35 +216,53 @@ def _phase(arm: str, seed: int) -> str:
 
 def _train_and_evaluate(
     units: Sequence[tuple[str, int]],
+    data: ScriptArguments,
     args: "VideoGroupDPOConfig",
     experiment: ExperimentArguments,
-    found: "datasets.Dataset",
-    groups: "datasets.Dataset",
     phases: _Phases,
-) -> list[_Adapter]:
+) -> "tuple[list[_Adapter], datasets.Dataset]":
     """
-    Trains each arm and makes its videos. On a CPU several at a time: the model is too small for a second thread to
-    help, and arms know nothing of each other. A launch of several processes shares each training instead.
+    Makes the datasets, trains each arm and makes its videos. On a CPU several at a time: the model is too small for a
+    second thread to help, and arms know nothing of each other; those that need no rejected videos are trained while
+    these are made. A launch of several processes shares each training instead. Returns the arms, and the groups.
     """
     at_once = experiment.arms_at_once if args.world_size == 1 and args.device.type == "cpu" else 1
+    found = _found(experiment, args)
     work = [(BASE, 0), *units]
+    early = [unit for unit in work if unit[0] in (BASE, FOUND)]
     if at_once == 1:
+        groups = _groups(data, experiment, args)
+        phases.finish(_DATA)
         adapters = {}
         for unit in work:
-            adapters[unit] = _train_and_evaluate_one(*unit, args, experiment, found, groups)
+            adapters[unit] = _train_and_evaluate_one(*unit, args, experiment, found if unit in early else groups)
             phases.finish(_phase(*unit))
-        return [adapters[unit] for unit in units]
+        return [adapters[unit] for unit in units], groups
+    late = sorted((unit for unit in work if unit not in early), key=lambda unit: _LONGEST_FIRST.index(unit[0]))
     with _environment(TQDM_DISABLE="1", OMP_NUM_THREADS="1"):  # children read it; bars of several would mix
         pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
-        futures = {unit: pool.submit(_train_and_evaluate_one, *unit, args, experiment, found, groups) for unit in work}
+        futures: dict[tuple[str, int], Future[_Adapter]] = {}
+
+        def start(unit: tuple[str, int], rows: "datasets.Dataset") -> None:
+            def finish(future: "Future[_Adapter]") -> None:
+                if not future.cancelled() and future.exception() is None:
+                    phases.finish(_phase(*unit))
+
+            futures[unit] = pool.submit(_train_and_evaluate_one, *unit, args, experiment, rows)
+            futures[unit].add_done_callback(finish)
+
+        for unit in early:
+            start(unit, found)
     try:
-        names = {future: _phase(*unit) for unit, future in futures.items()}
-        for future in as_completed(names):
+        groups = _groups(data, experiment, args)
+        phases.finish(_DATA)
+        for unit in late:
+            start(unit, groups)
+        for future in as_completed(futures.values()):
             future.result()
-            phases.finish(names[future])
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure nothing more is begun; what is whole is kept
-    return [futures[unit].result() for unit in units]
+    return [futures[unit].result() for unit in units], groups
 
 
 def _train_and_evaluate_one(
@@ -247,11 +270,10 @@ def _train_and_evaluate_one(
     seed: int,
     args: "VideoGroupDPOConfig",
     experiment: ExperimentArguments,
-    found: "datasets.Dataset",
-    groups: "datasets.Dataset",
+    rows: "datasets.Dataset",
 ) -> _Adapter:
     """Nothing is trained for the base model."""
-    adapter = _BASE_MODEL if arm == BASE else _train(arm, seed, args, found, groups)
+    adapter = _BASE_MODEL if arm == BASE else _train(arm, seed, args, rows)
     if args.process_index == 0:
         _evaluate(Path(args.output_dir) / "runs", adapter, experiment)
     return adapter
@@ -288,29 +310,33 @@ def _refuse_what_needs_one_run(args: "VideoGroupDPOConfig") -> None:
         )
 
 
-def _datasets(
-    data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig"
-) -> "tuple[datasets.Dataset, datasets.Dataset]":
-    """The pool as found as video rows, and groups of what the judge passed and of the base model's own videos."""
-    from .sandbox import build_clip_dataset, build_group_dataset, load_sandbox
+def _found(experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> "datasets.Dataset":
+    """The pool as found, as video rows."""
+    from .sandbox import build_clip_dataset
 
-    folder = Path(args.output_dir)
     with args.main_process_first():
-        found = build_clip_dataset(folder / "found", num_clips=experiment.found_clips, found=True)
-        groups = build_group_dataset(
+        return build_clip_dataset(Path(args.output_dir) / "found", num_clips=experiment.found_clips, found=True)
+
+
+def _groups(data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> "datasets.Dataset":
+    """Groups of what the judge passed and of the base model's own videos."""
+    from .sandbox import build_group_dataset, load_sandbox
+
+    with args.main_process_first():
+        return build_group_dataset(
             load_sandbox(),
-            folder / "dataset",
+            Path(args.output_dir) / "dataset",
             num_groups=experiment.found_clips,
             num_rejected=data.num_rejected,
             found=True,
         )
-    return found, groups
 
 
-def _train(
-    arm: str, seed: int, args: "VideoGroupDPOConfig", found: "datasets.Dataset", groups: "datasets.Dataset"
-) -> _Adapter:
-    """Trains one adapter and saves it, or reads what an earlier call has left."""
+def _train(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dataset") -> _Adapter:
+    """
+    Trains one adapter and saves it, or reads what an earlier call has left. `rows` are groups, whose last ones are
+    held out; fine-tuning on the clips as found takes all of these.
+    """
     from transformers import PrinterCallback
 
     from .sandbox.data.regimes import HELD_OUT
@@ -320,26 +346,24 @@ def _train(
     if stored.is_file():
         return _Adapter(**read_json(stored))
     shutil.rmtree(Path(args.output_dir) / "runs" / folder.name, ignore_errors=True)  # videos of an earlier training
-    held_out = max(1, round(HELD_OUT * len(groups)))
-    trained = groups.select(range(max(1, len(groups) - held_out)))
+    held_out = 0 if arm == FOUND else max(1, round(HELD_OUT * len(rows)))
+    trained = rows.select(range(max(1, len(rows) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
-    trainer = _trainer(arm, seed, replace(args, **changes), found, trained)
+    trainer = _trainer(arm, seed, replace(args, **changes), trained)
     trainer.remove_callback(PrinterCallback)  # the phases say how far it is
     start = time.process_time()
     trainer.train()
     cpu_seconds = time.process_time() - start
     trainer.save_model()
-    rest = groups.select(range(len(trained), len(groups)))
-    gaps = [] if arm in (FOUND, JUDGED, LONGER) or not len(rest) else held_out_win_gaps(trainer, rest)
+    rest = range(len(trained), len(rows))
+    gaps = [] if arm in (FOUND, JUDGED, LONGER) or not rest else held_out_win_gaps(trainer, rows.select(rest))
     adapter = _Adapter(arm, seed, str(folder), cpu_seconds, gaps, trainer.state.log_history)
     if args.process_index == 0:
         write_atomically(stored, json.dumps(asdict(adapter)))
     return adapter
 
 
-def _trainer(
-    arm: str, seed: int, args: "VideoGroupDPOConfig", found: "datasets.Dataset", groups: "datasets.Dataset"
-) -> Any:
+def _trainer(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dataset") -> Any:
     """The trainer of an arm. What is not said of an arm here is as `args` says of PhyGDPO."""
     from .trainer.group_dpo_config import as_sft_weight
     from .trainer.group_dpo_trainer import VideoGroupDPOTrainer
@@ -351,16 +375,16 @@ def _trainer(
     changes: dict[str, Any] = {"seed": seed, "data_seed": seed, "disable_tqdm": True}
     if arm in (PHYGDPO, PLAIN):
         changes |= {"sft_weight": 0.0} if arm == PLAIN else {}
-        return VideoGroupDPOTrainer(SANDBOX, replace(args, **changes), groups)
+        return VideoGroupDPOTrainer(SANDBOX, replace(args, **changes), rows)
     if arm == REG_DPO:
         weight = as_sft_weight(args.sft_weight)
         mode, coefficient = weight if isinstance(weight, tuple) else ("fixed", weight)
         changes |= {"sft_weight_mode": mode, "sft_coefficient": coefficient}
-        return VideoRegDPOTrainer(SANDBOX, VideoRegDPOConfig(**_shared(args, VideoRegDPOConfig) | changes), groups)
+        return VideoRegDPOTrainer(SANDBOX, VideoRegDPOConfig(**_shared(args, VideoRegDPOConfig) | changes), rows)
     if arm == LONGER:
         changes["max_steps"] = round(_SFT_STEPS * args.max_steps)
     config = VideoSFTConfig(**_shared(args, VideoSFTConfig) | changes)
-    return VideoSFTTrainer(SANDBOX, config, found if arm == FOUND else groups)
+    return VideoSFTTrainer(SANDBOX, config, rows)
 
 
 def _shared(args: "VideoGroupDPOConfig", config_class: type[Any]) -> dict[str, Any]:

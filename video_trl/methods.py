@@ -1,5 +1,9 @@
 """Registry of methods: names and trainer classes, of this package and of installed distributions."""
 
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
@@ -53,7 +57,8 @@ class Method:
         """
         what = f"The method {self.name!r}" + (f" is {self.path!r}" if self.path != self.name else "")
         try:
-            trainer_class = EntryPoint(self.name, self.path, ENTRY_POINTS).load()
+            with _imported_at_once():
+                trainer_class = EntryPoint(self.name, self.path, ENTRY_POINTS).load()
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{what}, but there is no module {error.name!r}. Install it, or start in its folder."
@@ -67,6 +72,24 @@ class Method:
                 f"{what}: expected a class that extends `VideoTrainer` or `PreferenceTrainer`, got {trainer_class!r}."
             )
         return trainer_class
+
+
+@contextmanager
+def _imported_at_once() -> Iterator[None]:
+    """
+    Import without looking for garbage among the million objects that torch and its libraries make, which all stay: the
+    looks are a fifth of the time. The first import leaves these objects to no later look either: `Trainer.train` asks
+    for one.
+    """
+    was_enabled, is_first = gc.isenabled(), "torch" not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def own_methods() -> list[Method]:

@@ -61,6 +61,7 @@ TABLES = {
     "pairs": (DPO, ANNOTATED, BOTH),
     "hyperparameters": tuple(name for name in ARMS if name.startswith(("r =", "Reg-DPO"))),
 }
+BASELINES = {"pairs": BASE, "hyperparameters": CENTRE}  # what the other arms are compared with, by Holm's method
 COMPARED = ((DPO, BASE), (DPO, ANNOTATED), (DPO, BOTH), (ANNOTATED, BASE), (BOTH, BASE))  # first rows: of Table 1
 RATERS, ERROR = 3, 0.7
 GOOD = 0.1  # one video is better than another one if its score is higher by this
@@ -88,7 +89,7 @@ def votes_on(groups: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str, 
                 votes.append(
                     {
                         "pair_id": pair_id,
-                        "video": str(row["rejected"][index]),
+                        "video": f"{number}-{index}",
                         "annotator": f"rater-{rater}",
                         "prompt": row["prompt"],
                         **marks(row["rejected_scores"][index], generator),
@@ -120,8 +121,13 @@ class PairRows(StudyRows):
         real = self.trained()
         # The paper: all pairs whose marks differ by 2, and ones that differ by 1 up to the number of the others.
         pairs, _ = annotated_pairs(votes_on(real), min_raters=RATERS, min_positive=None, fill_to=len(real))
+        videos = {f"{n}-{index}": video for n, row in enumerate(real) for index, video in enumerate(row["rejected"])}
         marked = [
-            {"prompt": row["prompt"], "chosen": row["chosen"]["path"], "rejected": [row["rejected"]["path"]]}
+            {
+                "prompt": row["prompt"],
+                "chosen": videos[row["chosen"]["path"]],
+                "rejected": [videos[row["rejected"]["path"]]],
+            }
             for row in pairs
         ]
         if kind == "annotated":
@@ -129,13 +135,13 @@ class PairRows(StudyRows):
         return marked + self._lawless(real)
 
     def _lawless(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Real pairs as the other arms are trained on them: losers below the bound alone, of rows that have one."""
+        """Real pairs like those that the other arms are trained on: the first loser below the bound, where one is."""
         found = []
         for row in rows:
             scored = zip(row["rejected"], row["rejected_scores"], strict=True)
             losers = [video for video, score in scored if score["pc"] < self.below]
             if losers:
-                found.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": losers})
+                found.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": losers[:1]})
         return found
 
 
@@ -161,7 +167,8 @@ class TableRunner(Runner):
 
 def page(runner: Runner, tables: Sequence[str]) -> str:
     """The tables of what is there, as Markdown."""
-    from video_trl.evaluation.report.page import Table
+    from video_trl.evaluation.report.comparison import compare_runs
+    from video_trl.evaluation.report.page import Table, summary_table
     from video_trl.evaluation.runs.tables import text_table
 
     seeds = runner.experiment.seeds
@@ -176,6 +183,11 @@ def page(runner: Runner, tables: Sequence[str]) -> str:
                 rows.append([arm, str(1 if arm == BASE else len(there)), *means])
         note = "Means over seeds, prompts and noises."
         parts.append(text_table(Table(f"{name}: scores", ["arm", "seeds", "pc", "sa"], rows, note)))
+        whole = [arm for arm in (BASE, *TABLES[name]) if all(runner.table(arm, seed) for seed in seeds)]
+        if len(whole) > 1 and BASELINES[name] in whole:
+            units = dict.fromkeys(runner.unit(arm, seed) for arm in whole for seed in seeds)
+            folders = [runner.folder / "runs" / unit for unit in units]
+            parts.append(summary_table(compare_runs(folders, baseline=BASELINES[name])))
     if "pairs" in tables:
         compared = [line for pair in COMPARED if (line := preference(runner, *pair))]
         note = f"A video is Good (Bad) where its score is higher (lower) by {GOOD} than that of the same noise."

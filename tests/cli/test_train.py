@@ -71,6 +71,12 @@ def test_both_experts_are_trained_one_after_the_other(groups, tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_weights_of_one_expert_are_not_taken_for_both(capsys):
+    argv = ["train", "dpo", "--model_name_or_path", "a/b", "--dataset_name", "x", "--use_cpu", "--expert", "both"]
+    assert main([*argv, "--init_adapter", "low.safetensors"]) != 0
+    assert "--init_adapter names weights of one transformer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

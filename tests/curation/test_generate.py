@@ -222,11 +222,37 @@ def test_another_size_than_the_one_asked_for_is_refused_not_scaled(tmp_path):
         ({"_class_name": "WanPipeline", "expand_timesteps": True}, {}, GenerationRules(24.0, 32)),
         ({"_class_name": "CogVideoXPipeline"}, {"patch_size_t": None}, GenerationRules(8.0, 16)),
         ({"_class_name": "CogVideoXImageToVideoPipeline"}, {"patch_size_t": 2}, GenerationRules(16.0, 16)),
+        ({"_class_name": "HunyuanVideoImageToVideoPipeline"}, {}, GenerationRules(24.0, 16, True, 6.0)),
+        (
+            {"_class_name": "HunyuanVideoImageToVideoPipeline"},
+            {"guidance_embeds": False, "image_condition_type": "token_replace"},
+            GenerationRules(24.0, 16, True),
+        ),
+        (
+            {"_class_name": "HunyuanVideoImageToVideoPipeline"},
+            {"guidance_embeds": False, "image_condition_type": "latent_concat"},
+            GenerationRules(24.0, 16, True, lost_frames=4),
+        ),
         ({"_class_name": "MochiPipeline"}, {}, None),
     ],
 )
 def test_families_know_the_rate_and_the_sizes_of_their_videos(index, config, expected):
     assert generation_rules(index, config) == expected
+
+
+def test_a_model_that_is_told_a_guidance_is_told_its_own(tmp_path):
+    """The default of the pipeline's call is 1."""
+    pipeline = tiny_pipeline("hunyuan-i2v")
+    pipeline.save_pretrained(tmp_path / "model")
+    generator = BatchGenerator(model_of(tmp_path / "model", call_kwargs={}), tmp_path, **FORMAT)
+    generator._load()
+    assert generator.call_kwargs == {"guidance_scale": 6.0}
+    config = json.loads((tmp_path / "model" / "transformer" / "config.json").read_text())
+    (tmp_path / "model" / "transformer" / "config.json").write_text(
+        json.dumps(config | {"image_condition_type": "latent_concat"})
+    )
+    with pytest.raises(ValueError, match="throws the first 4 frames of what it makes away"):
+        check_model(model_of(tmp_path / "model"), 5, 8.0)
 
 
 def test_the_rate_of_a_model_is_its_familys_and_never_guessed(models, tmp_path):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import tiny_cogvideox_pipeline, tiny_group_dataset, tiny_wan_pipeline
+from tests.support.models.calls import image
+from tests.support.tiny import (
+    tiny_cogvideox_pipeline,
+    tiny_group_dataset,
+    tiny_hunyuan15_pipeline,
+    tiny_hunyuan_i2v_pipeline,
+    tiny_video,
+    tiny_wan_pipeline,
+)
 from video_trl import VideoDPOConfig, VideoDPOTrainer
 from video_trl.cli import main
 from video_trl.curation.matched import MatchedLosers, _Maker, matched_losers, moving_region
@@ -48,13 +56,28 @@ def test_a_region_is_the_same_shape_on_every_grid():
         assert torch.equal(fine[:, 2::5, 2::5], coarse) and coarse.sum() > 9
 
 
+def test_a_text_encoder_that_sees_the_first_frame_is_shown_it():
+    maker = _Maker(tiny_hunyuan_i2v_pipeline(), MatchedLosers(**HOW))
+    one, two = (maker._conditions("A ball falls.", tiny_video(seed), 8.0) for seed in (0, 1))
+    assert set(one) == set(maker.family.condition_columns)
+    assert not torch.allclose(one["prompt_embeds"], two["prompt_embeds"], atol=1e-4)
+    assert (maker.family.guidance, maker.guidance) == (2.0, 1.0)  # it is told
+    assert _Maker(maker.pipeline, MatchedLosers()).family.guidance == 6.0  # and not its call's default of 1
+    assert maker._negative().keys() == set(maker.family.condition_columns) - {"first_frame_latents"}
+
+
+def test_a_pipeline_with_a_guider_guides_as_that_does():
+    pipeline = tiny_hunyuan15_pipeline()
+    assert [_Maker(pipeline, MatchedLosers(guidance_scale=each)).guidance for each in (None, 2.0)] == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("pipeline", [tiny_wan_pipeline, tiny_cogvideox_pipeline])
 def test_outside_of_a_region_nothing_changes(pipeline):
     maker = _Maker(pipeline(), MatchedLosers("repaint", **HOW))
     generator = torch.Generator().manual_seed(1)
     shape = (1, maker.pipeline.transformer.config.in_channels, 3, 4, 4)
     latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    conditions = maker._prompt("A ball falls.")
+    conditions = maker._prompt("A ball falls.", image())
     mask = moving_region((3, 4, 4), generator)
     painted = maker._denoise(latents, noise, conditions, 0.7, mask)
     assert torch.equal(painted[:, :, ~mask], latents[:, :, ~mask])

@@ -55,6 +55,18 @@ def test_what_does_not_fit_is_told_before_anything_is_made(changes, message, tmp
     assert not (tmp_path / "rounds").exists()
 
 
+def test_a_folder_of_other_rounds_is_refused_and_more_rounds_are_not(tmp_path):
+    def check(**changes):
+        maker = _Rounds(RoundsConfig(output_dir=str(tmp_path), **changes))
+        maker.rows = [{"prompt": "p", "chosen": "0.mp4"}]
+        maker.check()
+
+    check(max_rounds=2)
+    check(max_rounds=5)
+    with pytest.raises(ValueError, match="holds rounds of .*Pass another folder"):
+        check(budget=3)
+
+
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Rounds are run by one process"):

@@ -262,4 +262,7 @@ def test_scores_in_every_accepted_form_are_the_same_numbers():
         np.testing.assert_array_equal(as_scores(cell), expected)
         assert as_scores(cell).dtype == np.float32
     np.testing.assert_array_equal(as_scores(dicts[0]), expected[:1])
+    in_lists = {"sa": [0.25, 0.5], "pc": [1.0, 0.0]}  # as a dataset with `Sequence` of the two shows them
+    np.testing.assert_array_equal(as_scores(in_lists), expected)
+    np.testing.assert_array_equal(as_scores(in_lists | {"pc": [None, 0.0]}), [[0.25, np.nan], [0.5, 0.0]])
     assert as_scores([]).shape == (0, 2)

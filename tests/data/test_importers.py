@@ -231,6 +231,21 @@ def test_a_video_outside_the_folder_costs_its_pair(tmp_path, clips, path):
     assert len(imported.rows) == 2 and len(imported.skipped) == 1
 
 
+def test_the_scores_of_videodpos_pairs_become_weights(tmp_path, clips):
+    videodpo_folder(tmp_path, clips)
+    pairs = json.loads((tmp_path / "pair.json").read_text())
+    for pair, score in zip(pairs, (0.36, 0.72, None), strict=True):
+        pair |= {} if score is None else {"score": score}
+    (tmp_path / "pair.json").write_text(json.dumps(pairs))
+    rows = read_videodpo(tmp_path).rows
+    assert [row["weight"] for row in rows] == [2, 1, 0.72]
+    check_columns(rows, "preference", pair_weights=True)
+    pairs[0]["score"] = 0
+    (tmp_path / "pair.json").write_text(json.dumps(pairs))
+    imported = read_videodpo(tmp_path)
+    assert len(imported.rows) == 2 and "positive, finite number in 'score', got 0" in imported.skipped[0]
+
+
 def test_other_folders_are_not_videodpos(tmp_path, clips):
     with pytest.raises(ValueError, match="expected metadata.json and pair.json, found no metadata.json"):
         read_videodpo(tmp_path)
@@ -275,6 +290,7 @@ def simpletuner_config(root, clips, rejected=("lose",), **options):
         ({"caption_strategy": "instanceprompt", "instance_prompt": "a ball"}, ["a ball", "a ball"]),
         ({"prepend_instance_prompt": True, "instance_prompt": "film,"}, ["film, first line", "film, two balls"]),
         ({"conditioning_data": "lose"}, ["first line", "two balls"]),
+        ({"caption_shuffle": {"enable": False, "count": 3}}, ["first line", "two balls"]),
     ],
     ids=str,
 )
@@ -323,6 +339,8 @@ def test_captions_are_read_inside_the_folder_only(tmp_path, clips):
         ({"conditioning_data": ["gone"]}, r"`conditioning_data` of 'win' names \['gone'\]"),
         ({"conditioning_data": []}, "expected a dataset of type 'video' with `conditioning_data`.*found none among"),
         ({"caption_shuffle": {"enable": True}}, "which change captions"),
+        ({"caption_filter_list": "words.txt"}, "which change captions"),
+        ({"caption_strategy": "instanceprompt", "instance_prompt": ["a", "b"]}, "expected one text.*choose one"),
         ({"id": "lose"}, r"several datasets have the `id` \['lose'\]"),
         ({"id": None}, "expected a list of datasets with an `id` each"),
     ],

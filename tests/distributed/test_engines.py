@@ -4,6 +4,7 @@ losses, updates of the weights, checkpoints.
 """
 
 import functools
+import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tests.support import rounding
 from tests.support.cells import CELLS
-from tests.support.distributed.engine_runs import precision, run
+from tests.support.distributed.engine_runs import COUNTED, precision, run
 from tests.support.distributed.launch import launch, launch_forked
 from tests.support.trainer.runs import SMOOTH_ADAM
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
@@ -284,6 +285,22 @@ def same_files(directory: Path, straight: str, resumed: str, tolerance: float = 
         left, right = safetensors.torch.load_file(path), safetensors.torch.load_file(other)
         assert left.keys() == right.keys() and left
         assert all((left[name] - right[name]).abs().max() <= tolerance for name in left), path
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_processes_send_what_is_estimated(quick, name):
+    told = json.loads((quick / f"{name}-1.json").read_text())
+    counted, single = told["counted"], precision(name).itemsize / 4  # of estimates, which know no float64
+    purposes = {
+        "gradients": "_reduce_scatter_base_" if name.endswith("fsdp2") else "allreduce_",
+        "weights": "_allgather_base_",
+        "tokens and heads": "all_to_all_single",
+    }
+    assert told["estimated"]
+    for purpose, number in told["estimated"].items():
+        # Beside the gradients go a loss and flags; FSDP2 fills tables of first dimension 1 up to one row a process.
+        assert number <= counted.pop(purposes[purpose]) / single <= 1.02 * number, purpose
+    assert not counted or name.endswith("fsdp2") and sum(counted.values()) < 100
 
 
 def test_resuming_is_bit_exact(quick):

@@ -168,7 +168,7 @@ def test_a_rank_that_an_earlier_launch_left_in_the_environment_is_told(tmp_path,
     [
         ({"model": "some/model"}, "needs `prompts` and `judge`"),
         ({"model": "some/model", "judge": ColourJudge()}, "needs `prompts` and `judge`"),
-        ({"model": "some/model", "judge": ColourJudge(), "prompts": ["a"]}, "`fps` is needed"),
+        ({"model": "some/model", "judge": ColourJudge(), "prompts": ["a"]}, "No folder 'some/model'"),
         ({"benchmark": "videophy3"}, "Unknown benchmark"),
         ({"num_prompts": 0}, "between 1 and"),
         ({"prompts": ["a"], "num_prompts": 2}, "between 1 and the 1 prompts"),
@@ -182,8 +182,8 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path, arguments
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("benchmark", "joint"), [("custom", 1.0), ("videophy2", 0.0)])
-def test_an_evaluator_in_training_counts_by_the_rule_of_its_benchmark(benchmark, joint, tmp_path):
+@pytest.mark.parametrize(("benchmark", "joint", "fps"), [("custom", 1.0, 8), ("videophy2", 0.0, None)])
+def test_an_evaluator_in_training_counts_by_the_rule_of_its_benchmark(benchmark, joint, fps, tmp_path):
     class Lenient:
         name = identity = "lenient"
 
@@ -192,11 +192,12 @@ def test_an_evaluator_in_training_counts_by_the_rule_of_its_benchmark(benchmark,
 
     sandbox = load_sandbox()
     call = {**sandbox.call_kwargs, **QUICK}
-    evaluator = TrainingEvaluator(sandbox_prompts(1), Lenient(), fps=8, call_kwargs=call, benchmark=benchmark)
+    evaluator = TrainingEvaluator(sandbox_prompts(1), Lenient(), fps=fps, call_kwargs=call, benchmark=benchmark)
     found = evaluator(sandbox.pipeline, output_dir=str(tmp_path), step=3)
     low, high = found.pop("joint_low"), found.pop("joint_high")
     assert found == {"sa": 0.6, "pc": 0.6, "joint": joint}
     assert (low, high) == pytest.approx((0.2065, 1.0) if joint else (0.0, 0.7935), abs=1e-4)  # Wilson's, of one video
-    assert load_run(tmp_path / "evaluation" / "step-3").benchmark == benchmark
+    run = load_run(tmp_path / "evaluation" / "step-3")
+    assert run.benchmark == benchmark and run.generation["fps"] == (fps or 16)  # unset: its family's
     with pytest.raises(ValueError, match="vidophy"):
         TrainingEvaluator(["A ball falls."], Lenient(), fps=8, benchmark="vidophy")

@@ -141,7 +141,7 @@ def test_file_of_another_tool_or_cut_off_is_refused(tmp_path):
         hub.load_lora_state(tmp_path)
     path = tmp_path / hub.LORA_FILE_NAME
     safetensors.torch.save_file({"blocks.0.lora_A.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="lacks the metadata 'lora_adapter_metadata' or the key prefix"):
+    with pytest.raises(ValueError, match="lacks the metadata 'lora_adapter_metadata', so its alpha is unknown"):
         hub.load_lora_state(tmp_path)
     hub.save_lora(with_adapter().transformer, tmp_path)
     path.write_bytes(path.read_bytes()[:-10])
@@ -291,7 +291,7 @@ METADATA = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.target
         (METADATA | {"transformer.lora_alpha": None}, "alphas that are numbers"),
         (METADATA | {"transformer.rank_pattern": [1]}, "expected `rank_pattern` to be an object"),
         (METADATA | {"transformer.rank_pattern": {"attn2": 1e9}}, "positive whole ranks"),
-        (METADATA | {"transformer.r": 10**9}, "has rank 1000000000, and no tensor in it is that wide"),
+        (METADATA | {"transformer.r": 10**9}, "expected matrices of rank 1000000000 of"),
         (METADATA | {"transformer.new": 1}, r"options \['new'\] that this version"),
     ],
     ids=lambda value: str(value)[:30],

@@ -11,8 +11,8 @@ from tests.support.adapters import ATTENTION, adapter, output
 from tests.support.tiny import tiny_pipeline, tiny_wan_pipeline
 from video_trl import hub
 from video_trl.cli import main
-from video_trl.evaluation.runs.adapters import find_adapter, load_adapter
 from video_trl.evaluation.runs.generate import load_generator
+from video_trl.hub.attach import find_adapter, load_adapter
 from video_trl.hub.lora import write_lora
 from video_trl.hub.wan_names import original_name
 
@@ -190,8 +190,25 @@ WHOLE = MATRICES | {"blocks.0.self_attn.q.lora_B.x.weight": torch.zeros(16, 2)}
         (WHOLE | {"blocks.0.self_attn.z.lora_A.x.weight": torch.zeros(2, 16)}, "got .*self_attn.z"),
         (WHOLE | {"blocks.0.self_attn.q.dora_scale": torch.zeros(16)}, "got .*dora_scale"),
         ({"blocks.0.self_attn.q.weight": torch.zeros(16, 16)}, "got .*'blocks.0.self_attn.q.weight'"),
+        (
+            WHOLE | {"blocks.0.self_attn.q.alpha": torch.tensor(float("nan"))},
+            "one finite number other than 0 in",
+        ),
+        (WHOLE | {"blocks.0.self_attn.q.alpha": torch.tensor(float("inf"))}, "one finite number other than 0"),
+        (WHOLE | {"blocks.0.self_attn.q.alpha": torch.tensor(0)}, "one finite number other than 0"),
+        (WHOLE | {"blocks.0.self_attn.q.alpha": torch.ones(2)}, r"one finite number other than 0 .*got \[1.0, 1.0\]"),
+        (WHOLE | {"transformer.blocks.0.attn1.to_q.lora_down.x.weight": torch.ones(2, 16)}, "holds two tensors for"),
+        (MATRICES | {"blocks.0.self_attn.q.lora_B.x.weight": torch.zeros(16, 4)}, "expected matrices of rank 2 of"),
+        ({name: tensor.flatten() for name, tensor in WHOLE.items()}, "expected matrices of rank"),
+        ({name: tensor.to(torch.int8) for name, tensor in WHOLE.items()}, r"of a floating dtype.*torch.int8"),
+        (WHOLE | {"blocks.0.self_attn.q.lora_B.x.weight": torch.full((16, 2), torch.nan)}, "expected finite numbers"),
+        (WHOLE | {"blocks.0.self_attn.q.lokr_w1": torch.zeros(4, 4)}, "got .*lokr_w1"),
+        (WHOLE | {"transformer_2.blocks.0.attn1.to_q.lora_A.x.weight": torch.zeros(2, 16)}, "got .*transformer_2"),
     ],
-    ids=["half", "several", "bias", "layer", "DoRA", "no adapter"],
+    ids=[
+        *("half", "several", "bias", "layer", "DoRA", "no adapter", "alpha nan", "alpha inf", "alpha 0", "two alphas"),
+        *("twice", "ranks", "vectors", "integers", "nan", "LoKr", "two transformers"),
+    ],
 )
 def test_what_is_no_whole_adapter_is_refused(tmp_path, tensors, message):
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
@@ -212,6 +229,85 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):
     _, file = adapter("wan-t2v", tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
         hub.read_adapter(file, **options)
+
+
+@pytest.mark.parametrize("layout", ["DiffSynth-Studio", "diffusion-pipe", "older diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64], ids=str)
+def test_weights_of_every_floating_dtype_are_the_numbers_that_they_are(tmp_path, layout, dtype):
+    _, file = adapter("wan-t2v", tmp_path / "ours")
+    tensors = safetensors.torch.load_file(publish(file, tmp_path / "x.safetensors", layout))
+    safetensors.torch.save_file({name: w.to(dtype) for name, w in tensors.items()}, tmp_path / "x.safetensors")
+    read, _ = hub.read_adapter(tmp_path / "x.safetensors", alpha=4)
+    ours, _ = hub.load_lora_state(file)
+    assert all(torch.equal(read[name], ours[name].to(dtype)) for name in ours)
+    assert loaded(tmp_path / "x.safetensors", alpha=4).isfinite().all()
+
+
+def test_layers_of_several_ranks_and_alphas_act_each_by_its_own(tmp_path):
+    """As LyCORIS and tools that cut ranks write them; some layers of one kind only."""
+    config = {"rank_pattern": {"blocks.0.attn1.to_q": 8, "blocks.1.attn1.to_k": 1}, "target_modules": ATTENTION}
+    trained, file = adapter("wan-t2v", tmp_path / "ours", alpha_pattern={"blocks.1.attn1.to_v": 3}, **config)
+    tensors = safetensors.torch.load_file(publish(file, tmp_path / "x.safetensors", "musubi-tuner", alpha=4))
+    tensors["lora_unet_blocks_1_self_attn_v.alpha"] = torch.tensor(3, dtype=torch.bfloat16)
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    assert torch.equal(loaded(tmp_path / "x.safetensors"), output(trained))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_has_saved_says_its_alpha_beside_it(tmp_path, rslora):
+    config = {"target_modules": ATTENTION, "alpha_pattern": {"blocks.0.attn1.to_q": 1}, "use_rslora": rslora}
+    trained, file = adapter("wan-t2v", tmp_path / "ours", lora_alpha=2, **config)
+    theirs = publish(file, tmp_path / "adapter_model.safetensors", "PEFT")
+    trained.transformer.peft_config["default"].save_pretrained(tmp_path)
+    rounding.assert_close(loaded(theirs), output(trained), rounding.SINGLE)
+    with pytest.raises(ValueError, match="says its alpha, so `alpha=2` would have no effect"):
+        hub.read_adapter(theirs, alpha=2)
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(beside.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ValueError, match="adapter_config.json: the adapter would not act as it was trained.*pissa"):
+        hub.read_adapter(theirs)
+
+
+def test_what_a_transformer_saves_itself_is_read(tmp_path):
+    """`transformer.save_lora_adapter`: the metadata of diffusers, without the prefix for pipelines."""
+    trained, _ = adapter("wan-t2v", tmp_path / "ours", lora_alpha=2)
+    trained.transformer.save_lora_adapter(tmp_path / "own")
+    assert torch.equal(loaded(tmp_path / "own" / hub.LORA_FILE_NAME), output(trained))
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (
+            {"use_dora": True},
+            {"use_dora": False},
+            r"layer has \['A.weight', 'B.weight'\], got .*magnitude_vector",
+        ),
+        ({}, {"use_dora": True}, "every layer has .*'magnitude_vector'.*, got"),
+        ({"lora_bias": True}, {"lora_bias": False}, r"got \['A.weight', 'B.bias', 'B.weight'\] of"),
+        ({}, {"r": 8}, r"expected matrices of rank 8 of .*got shapes \(4, 24\)"),
+        ({}, {"rank_pattern": {"attn1.to_v": 2}}, "expected matrices of rank 2 of 'blocks.0.attn1.to_v'"),
+    ],
+    ids=str,
+)
+def test_metadata_of_another_adapter_are_noticed(tmp_path, options, changed, message):
+    """diffusers loads what fits, and logs the rest."""
+    _, file = adapter("wan-t2v", tmp_path / "ours", **options)
+    header = {"target_modules": ATTENTION, "r": 4, "lora_alpha": 4} | options | changed
+    settings = json.dumps({f"transformer.{key}": value for key, value in header.items()})
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(file), tmp_path / "x.safetensors", {"lora_adapter_metadata": settings}
+    )
+    with pytest.raises(ValueError, match=message):
+        hub.read_adapter(tmp_path / "x.safetensors")
+
+
+def test_an_adapter_with_dora_has_no_other_scale(tmp_path):
+    """Its magnitudes stay where its matrices are scaled to nothing."""
+    trained, file = adapter("wan-t2v", tmp_path / "ours", use_dora=True)
+    assert torch.equal(loaded(file), output(trained))
+    with pytest.raises(ValueError, match="DoRA, which replaces weights.*`scale=0.0`"):
+        hub.read_adapter(file, scale=0.0)
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path, capsys):

@@ -35,6 +35,15 @@ BLUE = '{"colour": "blue", "share": 4}'
         f"First I thought {BLUE}, but it is {RED}",
         f'{RED} The schema was {{"type": "object"}}.',
         f"the set {{1, 2}} and then {RED}",
+        f"{{:-) It is {RED}",
+        f"◁think▷{BLUE}◁/think▷{RED}",
+        f"<seed:think>{BLUE}</seed:think>{RED}",
+        f"{RED}\n<think>Or {BLUE}? I am not",
+        f"[{RED}]",
+        f'{{"answer": {RED}}}',
+        f"```json\n{RED[:-1]},\n}}\n```",
+        "{'colour': 'red', 'share': 3}",
+        "{'colour': 'red', 'share': 3, 'words': ''}",
     ],
 )
 def test_the_answer_is_found_in_what_models_put_around_it(text):
@@ -51,6 +60,11 @@ def test_the_answer_is_found_in_what_models_put_around_it(text):
         ('{"colour": "red"}', "share: Field required"),
         ('{"colour": "red", "share": 3, "more": 1}', "more: Extra inputs"),
         ('{"colour": "red", "share": NaN}', "share: Input should be"),
+        (f"<think>{RED}? Or", "Invalid JSON"),  # no thought is an answer
+        (f'{{"draft": {RED}, "colour": "blue", "sha', "Invalid JSON"),  # nor what lies in an answer that is cut off
+        (f'{{"draft": {RED}, "colour": "blue", share: 4}}', "Invalid JSON"),
+        (f'{{"draft": {RED}, "share": 4}}', "colour: Field required"),
+        (f'{{"a": {{"b": {RED}}}}}', "colour: Field required"),
         ("[" * 200_000, "Invalid JSON"),
         ("{" * 200_000, "Invalid JSON"),
         ('{"a":' * 100_000, "Invalid JSON"),

@@ -10,6 +10,7 @@ from video_trl.cli import main
 from video_trl.data.video_io import write_video
 from video_trl.judges import ChatClient, PairwiseJudge
 from video_trl.judges.chat import ChatUnavailableError
+from video_trl.judges.pairwise import Comparison
 
 
 def _clip(*greys):
@@ -54,6 +55,13 @@ def test_segments_vote_and_both_orders_are_asked():
     ]  # the longer one's last second is not shown
     assert verdict.answers == [["a", "a"], ["b", "b"], ["a", "a"]] and verdict.error == ""
     assert other.preference == "same" and other.segments == ["same"]
+
+
+def test_a_choice_counts_in_any_case_and_without_a_reason():
+    assert Comparison.model_validate_json('{"better": " FIRST "}').better == "first"
+    for other in ("1", "the first", "first or second", "tie"):
+        with pytest.raises(ValueError, match="better"):
+            Comparison.model_validate_json(f'{{"reason": "x", "better": "{other}"}}')
 
 
 def test_a_model_that_prefers_what_comes_first_says_nothing():

@@ -13,10 +13,11 @@ from tests.support.tiny import tiny_mp4, tiny_video
 from video_trl.data import VideoDecodeError, read_video
 from video_trl.judges import RemoteJudge, VideoJudge
 from video_trl.judges.chat import ChatUnavailableError
+from video_trl.judges.remote import Verdict
 
 
 VIDEO = tiny_video(0, num_frames=9, height=64, width=96)
-BAD_SCORES = [{"sa": 0}, {"sa": 6}, {"pc": 4.5}, {"pc": -1}, {"pc": None}, {"sa": "high"}]
+BAD_SCORES = [{"sa": 0}, {"sa": 6}, {"pc": 4.5}, {"pc": -1}, {"pc": None}, {"sa": "high"}, {"sa": "8/10"}, {"pc": "9"}]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,13 @@ def test_ratings_fill_the_range(rating):
     with serving(Step(GOOD | {"sa": rating, "pc": 6 - rating})) as server:
         score = _judge(server).score([VIDEO], ["x"])[0]
     assert (score["sa"], score["pc"]) == ((rating - 1) / 4, (5 - rating) / 4)
+
+
+@pytest.mark.parametrize("four", ["4", 4.0, " 4/5", "4 out of 5"])
+def test_a_rating_counts_however_it_is_written_and_without_reasons(four):
+    given = Verdict.model_validate_json(json.dumps({"sa": four, "pc": 2, "sa_reason": None, "more": 1}))
+    assert (given.sa, given.pc, given.sa_reason, given.description_of_video) == (4, 2, "", "")
+    assert Verdict.model_json_schema()["required"] == list(GOOD)  # it is asked for them
 
 
 def test_the_model_sees_evenly_spaced_frames_their_times_and_the_caption():

@@ -18,6 +18,7 @@ FACTS = {
     "zai-org/CogVideoX1.5-5B-I2V": (5.57, (16, 5, 8, 8)),
     "Lightricks/LTX-Video": (1.92, (128, 3, 2, 2)),
     "hunyuanvideo-community/HunyuanVideo": (12.82, (16, 5, 8, 8)),
+    "hunyuanvideo-community/HunyuanVideo-I2V": (12.82, (16, 5, 8, 8)),
     "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v": (8.33, (32, 5, 4, 4)),
     "Lightricks/LTX-2": (18.88, (128, 3, 2, 2)),
 }
@@ -40,6 +41,7 @@ def test_a_listed_checkpoint_is_planned_without_the_hub(name):
     [
         ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", {"text_encoder": 5.68, "image_encoder": 0.63}),
         ("hunyuanvideo-community/HunyuanVideo", {"text_encoder": 7.5, "text_encoder_2": 0.12}),
+        ("hunyuanvideo-community/HunyuanVideo-I2V", {"text_encoder": 8.36, "text_encoder_2": 0.12}),
         (
             "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
             {"text_encoder": 7.07, "text_encoder_2": 0.22, "image_encoder": 0.43},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.support.models.calls import image, pixels, recorded_calls
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_latents_shape, tiny_pipeline
+from video_trl.cli.dry_run import latents_shape
 from video_trl.models import (
     ModelFamily,
     experts_of,
@@ -20,7 +21,7 @@ from video_trl.models import (
     supported_pipelines,
     tap_block,
 )
-from video_trl.models.base import FRAME_RATE
+from video_trl.models.base import FRAME_RATE, weights_dtype
 
 
 @pytest.fixture(scope="module", params=TINY_FAMILIES)
@@ -53,8 +54,10 @@ def call_of(name: str, family: ModelFamily, pipeline: Any) -> dict[str, Any]:
 
 def conditions_of(name: str, family: ModelFamily, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     tiny, length = TINY_FAMILIES[name], prompt_length(family, pipeline)
-    conditions = family.pad_prompts(family.encode_prompt(pipeline, prompts, length), length)
-    images = family.encode_image(pipeline, [image(height=tiny.side, width=tiny.side)], tiny.frames)
+    first = image(height=tiny.side, width=tiny.side)
+    encoded = family.encode_prompt_with_image(pipeline, prompts, [first] * len(prompts), length)
+    conditions = family.pad_prompts(encoded, length)
+    images = family.encode_image(pipeline, [first], tiny.frames)
     assert set(images) == set(family.image_columns)
     conditions |= {column: values.expand(len(prompts), *values.shape[1:]) for column, values in images.items()}
     if FRAME_RATE in family.condition_columns:
@@ -71,6 +74,24 @@ def test_the_family_knows_its_pipeline(name, pipeline, family):
     family.check_video(pipeline.vae, (tiny.frames, tiny.side, tiny.side))
     rules = family.generation_rules(pipeline_index(pipeline), pipeline.transformer.config)
     assert tiny.side % rules.side_multiple == 0
+
+
+def test_the_dtype_is_the_transformers_own(pipeline):
+    made = type(pipeline.transformer).from_config(pipeline.transformer.config)
+    made.to(torch.bfloat16)
+    for kept in made._keep_in_fp32_modules or ():
+        for name, weight in made.named_parameters():
+            weight.data = weight.data.float() if kept in name else weight.data
+    assert weights_dtype(made) == made.dtype == torch.bfloat16
+    assert weights_dtype(nn.DataParallel(pipeline.transformer)) == pipeline.transformer.dtype
+
+
+def test_the_shape_of_latents_is_known_without_the_video(name, pipeline, family):
+    tiny, vae = TINY_FAMILIES[name], pipeline.vae
+    size = (2 * tiny.frames - 1, tiny.side, 2 * tiny.side)
+    with torch.device("meta"):
+        empty, video = type(vae).from_config(vae.config), torch.empty(1, 3, *size)
+    assert latents_shape(family, empty, size) == tuple(family.encode_video(empty, video).shape[1:])
 
 
 def test_predict_is_the_transformer_call_of_the_pipeline(name, pipeline, family, monkeypatch):
@@ -110,7 +131,7 @@ def compare_step(family, transformer, noisy, conditions, kwargs, expected, of_ot
         if argument == "timestep" and value.shape != theirs.shape:  # one a video where all tokens have the same
             theirs = theirs[:, 0] if theirs.ndim == 2 and (theirs == theirs[:, :1]).all() else theirs
         if argument == "encoder_hidden_states" and "prompt_mask" in conditions:  # what is masked may be anything
-            value, theirs = (each[conditions["prompt_mask"]] for each in (value, theirs))
+            value, theirs = (each[own["encoder_attention_mask"].bool()] for each in (value, theirs))
         assert_same(value, theirs, argument)
     if kwargs["timestep"].ndim == own["timestep"].ndim:
         assert torch.equal(velocity, expected)

@@ -42,6 +42,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "video_trl/curation/captions.py": ("tests/curation/test_captions.py",),
     "video_trl/curation/generate.py": ("tests/curation/test_generate.py",),
     "video_trl/curation/matched.py": ("tests/curation/test_matched.py",),
+    "video_trl/curation/rounds.py": ("tests/curation/test_rounds.py",),
     "video_trl/curation/self_pairs.py": ("tests/curation/test_self_pairs.py",),
     "video_trl/curation/clips/camera_motion.py": (
         "tests/curation/clips/test_measure_numbers.py",
@@ -61,9 +62,13 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "video_trl/curation/engine/ray.py": ("tests/curation/engine/test_ray.py",),
     "video_trl/curation/gt_pair/elsewhere.py": ("tests/curation/gt_pair/test_elsewhere.py",),
     "video_trl/curation/gt_pair/pairs.py": ("tests/curation/gt_pair/test_pairs.py",),
-    "video_trl/curation/gt_pair/pipeline.py": ("tests/curation/gt_pair/test_pipeline.py",),
+    "video_trl/curation/gt_pair/pipeline.py": (
+        "tests/curation/gt_pair/test_elsewhere.py",
+        "tests/curation/gt_pair/test_pipeline.py",
+    ),
     "video_trl/curation/phyaug/actions.py": ("tests/curation/phyaug/test_actions.py",),
     "video_trl/curation/phyaug/annotate.py": ("tests/curation/phyaug/test_annotate.py",),
+    "video_trl/curation/phyaug/annotation.py": ("tests/curation/phyaug/test_annotate.py",),
     "video_trl/curation/phyaug/config.py": ("tests/curation/phyaug",),
     "video_trl/curation/phyaug/groups.py": ("tests/curation/phyaug/test_groups.py",),
     "video_trl/curation/phyaug/pipeline.py": ("tests/curation/phyaug/test_pipeline.py",),

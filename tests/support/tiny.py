@@ -30,6 +30,7 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTX2Pipeline,
@@ -48,7 +49,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
     CLIPImageProcessorPil,
@@ -60,6 +61,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -450,7 +453,7 @@ def tiny_ltx_i2v_pipeline(seed: int = 0) -> LTXImageToVideoPipeline:
     return tiny_ltx_pipeline(seed, LTXImageToVideoPipeline)
 
 
-def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
+def tiny_hunyuan_pipeline(seed: int = 0, **config: Any) -> HunyuanVideoPipeline:
     """Text-to-video pipeline laid out as HunyuanVideo's: two text encoders, blocks of two kinds, embedded guidance."""
     ids = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     torch.manual_seed(seed)
@@ -460,18 +463,19 @@ def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
     )
     text_encoder, text_encoder_2 = LlamaModel(llama).eval(), CLIPTextModel(clip).eval()
     torch.manual_seed(seed)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_DIM,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    ).eval()
+    defaults = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "text_embed_dim": TEXT_DIM,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (2, 4, 4),
+    }
+    transformer = HunyuanVideoTransformer3DModel(**(defaults | config)).eval()
     torch.manual_seed(seed)
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
@@ -487,6 +491,48 @@ def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
             tokenizer_2=tiny_tokenizer(),
         )
     )
+
+
+def tiny_llava_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    One token a word, as far as the template of HunyuanVideo's image-to-video pipeline allows: that counts on its
+    marks, on the image being the sixth token and on a prompt beginning with the 104th.
+    """
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "\n\n"]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *marks])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    parts = [pre_tokenizers.Whitespace(), pre_tokenizers.Split("ships", "isolated")]  # "relationships" are two tokens
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="</s>", unk_token="<unk>", model_max_length=256
+    )
+
+
+def tiny_hunyuan_i2v_pipeline(seed: int = 0) -> HunyuanVideoImageToVideoPipeline:
+    """Image-to-video pipeline laid out as HunyuanVideo's: LLaVA reads the prompt and 24 x 24 patches of the image."""
+    parts = tiny_hunyuan_pipeline(seed, image_condition_type="token_replace").components
+    tokenizer = tiny_llava_tokenizer()
+    llama = LlamaConfig(**parts["text_encoder"].config.to_dict() | {"vocab_size": len(tokenizer)})
+    clip = CLIPVisionConfig(
+        hidden_size=TEXT_DIM,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(seed)
+    llava = LlavaConfig(text_config=llama, vision_config=clip, image_token_index=image, pad_token_id=0)
+    size = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+    own = {
+        "text_encoder": LlavaForConditionalGeneration(llava).eval(),
+        "tokenizer": tokenizer,
+        "image_processor": CLIPImageProcessorPil(**size),
+    }
+    return _silent(HunyuanVideoImageToVideoPipeline(**parts | own))
 
 
 def tiny_hunyuan15_pipeline(seed: int = 0, task: str = "t2v") -> HunyuanVideo15Pipeline:
@@ -803,6 +849,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         call={"guidance_scale": 1.0, "frame_rate": 8.0},
     ),
     "hunyuan-t2v": TinyFamily(tiny_hunyuan_pipeline, call={}),
+    "hunyuan-i2v": TinyFamily(tiny_hunyuan_i2v_pipeline, call={"guidance_scale": 6.0}),  # its default is 1
     "hunyuan1.5-t2v": TinyFamily(
         tiny_hunyuan15_pipeline, noisy=lambda kwargs: kwargs["hidden_states"][:, :4], call={}
     ),

@@ -6,15 +6,18 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_pipeline, tiny_wan_a14b_pipeline
 from tests.support.trainer.runs import assert_equal_weights
 from tests.trainer.test_families import make
-from video_trl.hub import load_lora_state
-from video_trl.hub.lora import expert_of
+from video_trl.hub import LORA_FILE_NAME, load_lora_state, save_lora
+from video_trl.hub.lora import expert_of, write_lora
 from video_trl.trainer import LogVideosCallback
 
 
+PARTS = ("transformer", "transformer_2")
 EXPERTS = {"high_noise": ("transformer", 875, 1000), "low_noise": ("transformer_2", 0, 875)}
 
 
@@ -102,6 +105,42 @@ def test_the_other_expert_need_not_even_be_there(saved, tmp_path):
     assert made.expert.component == "transformer_2"
     with pytest.raises(ValueError, match=r"lacks the subfolder\(s\) \['transformer'\]"):
         make("wan-a14b-t2v", "DPO", tmp_path / "run", extra={"model": str(tmp_path / "low")}, expert="high_noise")
+
+
+def test_a_run_does_not_start_from_an_adapter_of_the_other_expert(saved, tmp_path):
+    pipeline = tiny_wan_a14b_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["attn1.to_q"]))
+    weights, config = load_lora_state(save_lora(pipeline.transformer, tmp_path / "plain").parent)
+    high = str(write_lora(tmp_path / "high", weights, config, None, "high_noise").parent)
+    with pytest.raises(ValueError, match="is for the transformer 'high_noise', not for 'low_noise'"):
+        make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved)}, expert="low_noise", init_adapter=high)
+    for expert, adapter in (("high_noise", high), ("low_noise", str(tmp_path / "plain"))):  # which says of none
+        made = make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved)}, expert=expert, init_adapter=adapter)
+        assert made.model.peft_config["ref"].lora_alpha == 8
+    for option in ("init_adapter", "transformer_file"):  # as ComfyUI's users and quantisers call them
+        for name in ("wan2.2_low_noise_14B.safetensors", "Wan2.2-T2V-A14B-LowNoise-Q8_0.safetensors"):
+            shutil.copy(tmp_path / "plain" / LORA_FILE_NAME, tmp_path / name)
+            with pytest.raises(ValueError, match="is called after the transformer 'low_noise', and the run"):
+                changes = {option: str(tmp_path / name)}
+                make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved)}, expert="high_noise", **changes)
+    file = str(tmp_path / "two.safetensors")
+    save_file({f"{part}.{name}": weight.clone() for name, weight in weights.items() for part in PARTS}, file)
+    with pytest.raises(ValueError, match="`init_adapter=.*cannot be loaded.*'transformer_2"):
+        make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved)}, expert="low_noise", init_adapter=file)
+    tiny_pipeline("wan-t2v").save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="is for the transformer 'high_noise' of a pipeline with several"):
+        make("wan-t2v", "DPO", tmp_path, extra={"model": str(tmp_path / "one")}, init_adapter=high)
+
+
+def test_a_run_starts_from_an_adapter_that_the_pipeline_has_no_loader_for(tmp_path):
+    pipeline = tiny_pipeline("hunyuan1.5-t2v")
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["attn.to_q"]))
+    file = save_lora(pipeline.transformer, tmp_path / "adapter")
+    for adapter in (file, file.parent):
+        extra = {"model": str(tmp_path / "model")}
+        made = make("hunyuan1.5-t2v", "DPO", tmp_path / "run", extra=extra, init_adapter=str(adapter))
+        assert made.model.peft_config["ref"].lora_alpha == 8  # not the rank, as of a file that is loaded by its path
 
 
 def test_a_range_lies_within_that_of_the_expert(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from tests.support.tiny import tiny_encoded_group, tiny_encoded_video, tiny_wan_pipeline
@@ -11,6 +12,7 @@ from video_trl.cli.methods import DataArguments
 from video_trl.cli.parser import UsageError, check
 from video_trl.diffusion import FlowMatching, VPrediction, loss_weights
 from video_trl.hub import load_lora_state
+from video_trl.hub.lora import write_lora
 from video_trl.trainer.publishing.progress import where_everything_is
 from video_trl.trainer.setup.optimizers import optimizer_and_options
 from video_trl.trainer.step.passes import AdapterReference
@@ -49,10 +51,29 @@ def test_a_run_starts_from_an_adapter_and_compares_with_a_copy_of_it(saved, tmp_
 
 def test_a_start_that_is_none_is_refused(saved, tmp_path):
     folder, _ = saved
-    with pytest.raises(ValueError, match="`init_adapter='nowhere'` cannot be loaded|nowhere"):
-        trainer(config(tmp_path, init_adapter="nowhere"), model=str(folder / "model"))
+    model, (state, made) = str(folder / "model"), load_lora_state(folder / "run")
+    with pytest.raises(ValueError, match="`init_adapter='nowhere'` cannot be loaded: .*nowhere"):
+        trainer(config(tmp_path, init_adapter="nowhere"), model=model)
+    save_file({f"transformer.{name}": weight for name, weight in state.items()}, tmp_path / "silent.safetensors")
+    with pytest.raises(ValueError, match=r"`init_adapter=.*cannot be loaded: .*got .*magnitude.*--adapter_alpha"):
+        trainer(config(tmp_path, init_adapter=str(tmp_path / "silent.safetensors")), model=model)
+    deeper = state | {name.replace("blocks.1.", "blocks.7."): weight.clone() for name, weight in state.items()}
+    write_lora(tmp_path / "deeper", deeper, made)
+    with pytest.raises(ValueError, match="Only 8 of the 12 layers of .*deeper.* fit"):
+        trainer(config(tmp_path, init_adapter=str(tmp_path / "deeper")), model=model)
     with pytest.raises(ValueError, match="`init_adapter='x'` is loaded when the model is named by a string"):
         trainer(config(tmp_path, init_adapter="x"))
+
+
+def test_a_start_is_not_rounded_to_the_precision_of_its_base(saved, tmp_path):
+    folder, weights = saved
+    args = config(tmp_path, init_adapter=str(folder / "run"), model_init_kwargs={"dtype": "bfloat16"})
+    made = trainer(args, model=str(folder / "model"))
+    now = trained_weights(made)
+    assert {weight.dtype for name, weight in made.model.named_parameters() if ".attn1.to_q.base" in name} == {
+        torch.bfloat16
+    }
+    assert now.keys() == weights.keys() and all(torch.equal(now[name], weights[name]) for name in now)
 
 
 def test_an_optimizer_by_its_class_trains_and_resumes_exactly(tmp_path):

@@ -211,8 +211,10 @@ def latents_shape(family: Any, vae: "ModelMixin", size: tuple[int, int, int]) ->
     import torch
 
     family.check_video(vae, size)
-    channels, frames, height, width = family.encode_video(vae, torch.empty(1, 3, *size, device="meta")).shape[1:]
-    return channels, frames, height, width
+    frames, *sides = size
+    # Of an image: a video goes through most VAEs in parts, each of which takes as long.
+    channels, _, height, width = family.encode_video(vae, torch.empty(1, 3, 1, *sides, device="meta")).shape[1:]
+    return channels, (frames - 1) // family.compression(vae)[0] + 1, height, width
 
 
 def reference_pass(trainer_class: type[Any], args: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..load import SANDBOX
+from .options import alpha_value
 from .parser import UsageError, parse, say
 
 
@@ -25,6 +26,10 @@ class MergeArguments:
     model_name_or_path: str = field(
         default=SANDBOX,
         metadata={"help": "Repository id or path of the base pipeline in diffusers layout, or 'sandbox'."},
+    )
+    adapter_alpha: str | None = field(
+        default=None,
+        metadata={"help": "Alpha that it was trained with, where the file does not say it: a number, or 'rank'."},
     )
     scale: float = field(default=1.0, metadata={"help": "Factor of the adapter's effect."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
@@ -46,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     adapter, target = where
     dtype = None if args.dtype is None else dtypes[args.dtype]
-    folder = merge_adapter(args.model_name_or_path, adapter, target, scale=args.scale, dtype=dtype)
+    alpha = alpha_value(args.adapter_alpha)
+    folder = merge_adapter(args.model_name_or_path, adapter, target, alpha=alpha, scale=args.scale, dtype=dtype)
     say(f"{folder}: DiffusionPipeline.from_pretrained({str(folder)!r})")
     return 0

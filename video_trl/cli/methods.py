@@ -195,7 +195,7 @@ def check_training(trainer_class: type[Any], data: DataArguments, args: Any) -> 
     from ..data.tables import load_rows
     from ..trainer.checkpoints.run_folder import RunFolder
     from ..trainer.checkpoints.weights import named_checkpoint
-    from ..trainer.setup.idle_options import idle_in_run, tell_idle_options
+    from ..trainer.setup.idle_options import Passed, idle_in_run, tell_idle_options
     from ..trainer.setup.run_options import check_run_options
 
     check_run_options(args, evaluates=bool(data.eval_rows or data.evaluator_judge))
@@ -208,7 +208,7 @@ def check_training(trainer_class: type[Any], data: DataArguments, args: Any) -> 
         trainer_class.check_rows(dataset, args)
         encoded = is_encoded(dataset, trainer_class.row_type)
     if data.dry_run:  # otherwise the trainer says so, and knows more
-        tell_idle_options(args, idle_in_run(encoded=encoded, has_adapter=False, has_optimizer=False))
+        tell_idle_options(args, idle_in_run(Passed(args.init_adapter is not None), encoded=encoded))
 
 
 def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:
@@ -275,12 +275,13 @@ def _evaluator(data: DataArguments, args: Any) -> Any:
         return None
     from ..evaluation.evaluate import TrainingEvaluator, evaluation_prompts
 
-    _, call = generation_defaults(data.model_name_or_path)
+    default_fps, call = generation_defaults(data.model_name_or_path)
     sizes = {name: value for name in ("num_frames", "height", "width") if (value := vars(args)[name]) is not None}
+    told = {} if args.embedded_guidance is None else {"guidance_scale": args.embedded_guidance}
     return TrainingEvaluator(
         evaluation_prompts(data.evaluator_prompts, data.evaluator_num_prompts, data.evaluator_benchmark),
         load_judge(data.evaluator_judge, **mapping("evaluator_options", data.evaluator_options)),
-        fps=args.fps or 8.0,
-        call_kwargs=call | sizes,
+        fps=args.fps or default_fps,
+        call_kwargs=call | sizes | told,
         benchmark=data.evaluator_benchmark,
     )

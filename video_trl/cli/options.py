@@ -69,7 +69,8 @@ class RunArguments:
     )
     device: str | None = field(default=None, metadata={"help": "Unset: the accelerator, else the CPU."})
     fps: float | None = field(
-        default=None, metadata={"help": "Frames per second that the model generates at (Wan 16, CogVideoX 8)."}
+        default=None,
+        metadata={"help": "Frames per second that the model generates at. Unset: its family's (Wan 2.1 16, LTX 25)."},
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
     height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})

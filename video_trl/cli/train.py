@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import DataArguments, check_training, config_of, make_trainer, method_named, parse_training
-from .parser import check, read_yaml, say
+from .parser import UsageError, check, read_yaml, say
 from .sources import read_arguments, read_dataclass
 
 
@@ -69,7 +69,18 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _train_both(argv: Sequence[str], args: Any) -> int:
-    """A run for each transformer, one after the other, in folders (and repositories) of their own."""
+    """
+    A run for each transformer, one after the other, in folders (and repositories) of their own.
+
+    Raises:
+        UsageError: If an option names weights, which are those of one of them.
+    """
+    for option in ("transformer_file", "init_adapter"):
+        if args.__dict__[option] is not None:
+            raise UsageError(
+                f"--{option} names weights of one transformer, and --expert both trains two. Run each with its own "
+                "file: --expert high_noise, then --expert low_noise."
+            )
     for name in ("high_noise", "low_noise"):
         own = ["--expert", name, "--output_dir", str(Path(args.output_dir) / name)]
         repository = [] if args.hub_model_id is None else ["--hub_model_id", f"{args.hub_model_id}-{name}"]

@@ -23,11 +23,12 @@ from ..data.buckets import AspectBucket
 from ..files import remove_leftovers
 from ..load import SANDBOX, generation_defaults, load_pipeline
 from ..models import GenerationRules, generation_rules
+from ..models.mixed_precision import inputs_cast_for_vae
 from .clips.normalise import normalise_video
 from .engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage
 
 
-GENERATE_VERSION = 2  # raise it when the same job makes another file
+GENERATE_VERSION = 3  # raise it when the same job makes another file
 
 #: Columns of a table of jobs.
 JOB: dict[str, pa.DataType] = {
@@ -55,7 +56,8 @@ class VideoModel:
         revision (`str`, *optional*): Branch, tag or commit of the repository.
         fps (`float`, *optional*): Rate at which its frames are meant to be seen. Needed only for pipelines of none
             of the families in `video_trl.models`, which know it: 16 of Wan 2.1, 8 of CogVideoX, 24 of Wan 2.2's 5B.
-        dtype (`str`, defaults to `"bfloat16"`): Attribute of `torch` that the weights are loaded in.
+        dtype (`str`, defaults to `"bfloat16"`): Attribute of `torch` that the weights are loaded in, except those of
+            the VAE, whose rounding would be seen in the generated videos alone: they are float32.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call: `num_frames`, `num_inference_steps`,
             `guidance_scale`, ... Without `height` and `width` it is asked for the size of the real clip.
         batch_size (`int`, defaults to `1`): Videos made in one call. Other sizes or processors change the last bits.
@@ -104,6 +106,11 @@ def check_model(model: VideoModel, num_frames: int, fps: float, sizes: Sequence[
     if model.name == SANDBOX:
         return
     rules = _rules_of(model)
+    if rules is not None and rules.lost_frames:
+        raise ValueError(
+            f"{model.name}: its pipeline throws the first {rules.lost_frames} frames of what it makes away, so videos "
+            "do not begin with the frame that they are given, as the real clips do. Use another model."
+        )
     made_fps = model.fps or (None if rules is None else rules.fps)
     if made_fps is None:
         raise ValueError(
@@ -129,12 +136,13 @@ def _rules_of(model: VideoModel) -> GenerationRules | None:
         if generation_rules(index, {}) is None:
             return None
         part = "transformer" if index["transformer"][0] is not None else "transformer_2"
-        return generation_rules(index, AutoModel.load_config(model.name, revision=model.revision, subfolder=part))
+        config = AutoModel.load_config(model.name, revision=model.revision, subfolder=part)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model.name}: expected a pipeline in diffusers layout, on the Hub or in a folder, which cannot be "
             f"loaded ({error}). Check the spelling, the revision, and for the Hub the connection and `hf auth login`."
         ) from error
+    return generation_rules(index, config)
 
 
 def check_length(name: str, made_frames: int, made_fps: float, num_frames: int, fps: float) -> None:
@@ -269,7 +277,7 @@ class BatchGenerator:
         call["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in batch["seed"]]
         if len(batch["prompt"]) == 1:  # image-to-video pipelines want one picture, not a list of one
             call |= {name: call[name][0] for name in ("prompt", "image", "generator") if name in call}
-        with torch.no_grad():
+        with torch.no_grad(), inputs_cast_for_vae(pipeline):
             frames = np.asarray(pipeline(**call).frames, dtype=np.float32)
         asked, made = (call.get("height", size.height), call.get("width", size.width)), frames.shape[2:4]
         if made != asked:  # scaling would blur the generated videos alone: a difference that training would learn
@@ -312,9 +320,11 @@ class BatchGenerator:
             rules = _rules_of(self.model)
             if rules is not None:
                 fps, self.one_video_a_call = rules.fps, rules.one_video_a_call
+                call |= {} if rules.guidance_scale is None else {"guidance_scale": rules.guidance_scale}
         self.model_fps, self.call_kwargs = self.model.fps or fps, {**call, **self.call_kwargs}
         # The sandbox's pipeline has one revision and one dtype.
-        options = {"revision": self.model.revision, "dtype": vars(torch)[self.model.dtype]}
+        dtypes = {"vae": torch.float32, "default": vars(torch)[self.model.dtype]}
+        options = {"revision": self.model.revision, "dtype": dtypes}
         self.pipeline = load_pipeline(name, **({} if name == SANDBOX else options))
         if torch.cuda.is_available():
             self.pipeline.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))

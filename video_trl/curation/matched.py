@@ -147,11 +147,14 @@ class _Maker:
                 "Use a pipeline with a single transformer, such as Wan2.1."
             )
         takes = inspect.signature(self.pipeline.__call__).parameters
-        defaults = {name: takes[name].default for name in ("num_inference_steps", "guidance_scale")}
-        self.steps: int = self.how.num_inference_steps or defaults["num_inference_steps"]
-        self.guidance: float = self.how.guidance_scale or defaults["guidance_scale"]
+        self.steps: int = self.how.num_inference_steps or takes["num_inference_steps"].default
         if self.family.guidance is not None:  # the transformer is told, and makes one forward a step
-            self.family, self.guidance = self.family.with_guidance(self.guidance), 1.0
+            self.family = self.family.with_guidance(self.how.guidance_scale or self.family.guidance)
+            self.guidance = 1.0
+        elif "guidance_scale" in takes:
+            self.guidance = self.how.guidance_scale or takes["guidance_scale"].default
+        else:
+            self.guidance = self.how.guidance_scale or self.pipeline.components["guider"].guidance_scale
         length = self.family.prompt_length(self.pipeline.transformer) or self.family.published_prompt_tokens
         self.length = min(length, self.pipeline.tokenizer.model_max_length)
 
@@ -231,21 +234,24 @@ class _Maker:
 
     def _conditions(self, prompt: str, video: np.ndarray, rate: float) -> dict[str, Tensor]:
         device = self.pipeline.transformer.device
-        conditions = self._prompt(prompt)
-        first = [PIL.Image.fromarray(video[0])]
-        conditions |= self.family.encode_image(self.pipeline, first, len(video))
+        first = PIL.Image.fromarray(video[0])
+        conditions = self._prompt(prompt, first)
+        conditions |= self.family.encode_image(self.pipeline, [first], len(video))
         if FRAME_RATE in self.family.condition_columns:
             conditions[FRAME_RATE] = torch.tensor([rate], dtype=torch.float32)
         return {name: value.to(device) for name, value in conditions.items()}
 
-    def _prompt(self, prompt: str) -> dict[str, Tensor]:
-        encoded = self.family.encode_prompt(self.pipeline, [prompt], self.length)
+    def _prompt(self, prompt: str, image: PIL.Image.Image) -> dict[str, Tensor]:
+        encoded = self.family.encode_prompt_with_image(self.pipeline, [prompt], [image], self.length)
         return self.family.pad_prompts(encoded, self.length)
 
     def _negative(self) -> dict[str, Tensor]:
         if not self._empty:
             device = self.pipeline.transformer.device
-            self._empty = {name: value.to(device) for name, value in self._prompt(self.how.negative_prompt).items()}
+            black = PIL.Image.new("RGB", (64, 64))  # which pipelines show a text encoder beside the negative prompt
+            self._empty = {
+                name: value.to(device) for name, value in self._prompt(self.how.negative_prompt, black).items()
+            }
         return self._empty
 
     def _decoded(self, latents: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..data.buckets import AspectBucket
 from ..data.tables import load_rows
 from ..load import SANDBOX, check_judge, heldout_prompts, load_judge
 from .engine.manifest import Shard, Stage, digest, kept_rows, run_stage, write_table
@@ -146,7 +147,7 @@ def run_self_pairs(config: SelfPairsConfig, *, shard: Shard | None = None) -> Se
     """
     shard = shard or Shard.from_environment()
     model = config.video_model()
-    check_model(model, config.num_frames, config.fps)
+    check_model(model, config.num_frames, config.fps, [AspectBucket(config.height, config.width)])
     check_judge(config.judge, **config.judge_arguments())
     prompts = read_prompts(config.prompts, config.num_prompts)
     root = Path(config.output_dir).absolute()

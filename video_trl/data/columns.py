@@ -141,10 +141,13 @@ def as_scores(cell: Any) -> np.ndarray:
     """
     A `rejected_scores` cell as float32 of shape `(m, 2)`, columns `sa` and `pc`.
 
-    Accepts a list of `{"sa", "pc"}`, one such dict (m = 1), or numbers of shape `(m, 2)`. A missing value becomes NaN.
+    Accepts a list of `{"sa", "pc"}`, one such dict (m = 1) or one of lists (as `datasets.Sequence` makes of it), or
+    numbers of shape `(m, 2)`. A missing value becomes NaN.
     """
     if isinstance(cell, Mapping):
-        cell = [cell]
+        values = [cell.get("sa"), cell.get("pc")]
+        in_lists = all(isinstance(value, (list, tuple, np.ndarray)) for value in values)
+        cell = [{"sa": sa, "pc": pc} for sa, pc in zip(*values, strict=True)] if in_lists else [cell]
     if isinstance(cell, (list, tuple)) and any(isinstance(score, Mapping) or score is None for score in cell):
         cell = [[(score or {}).get("sa"), (score or {}).get("pc")] for score in cell]
         cell = [[math.nan if value is None else value for value in pair] for pair in cell]

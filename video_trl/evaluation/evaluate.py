@@ -15,7 +15,7 @@ from ..load import SANDBOX, heldout_prompts, load_judge
 from .benchmarks.phyground import load_phyground
 from .benchmarks.videophy import load_videophy
 from .benchmarks.videophy2 import load_videophy2
-from .runs.generate import VideoGenerator, generate_run, load_generator
+from .runs.generate import VideoGenerator, generate_run, load_generator, wanted_by_family
 from .runs.longer_prompts import read_longer_prompts, with_longer_prompts
 from .runs.prompts import ALL, EvaluationPrompt, check_prompts, load_prompts
 from .runs.run import SCORE_FOLDER, EvaluationRun, make_room, shard
@@ -184,7 +184,7 @@ class TrainingEvaluator:
     Args:
         prompts (list of [`EvaluationPrompt`] or `str`): Never those of the final evaluation: they choose the weights.
         judge ([`VideoJudge`]): Any judge.
-        fps (`float`): Frames per second that the model generates at.
+        fps (`float`, *optional*): Frames per second that the model generates at; by default its family's.
         seeds (list of `int`, *optional*, defaults to `(0,)`): One video of each prompt for each noise seed.
         call_kwargs (`dict`, *optional*): Size, frames, steps and guidance of the pipeline's call.
         batch_size (`int`, *optional*, defaults to `1`): Videos generated together.
@@ -200,7 +200,7 @@ class TrainingEvaluator:
         prompts: Sequence[EvaluationPrompt | str],
         judge: VideoJudge,
         *,
-        fps: float,
+        fps: float | None = None,
         seeds: Sequence[int] = (0,),
         call_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 1,
@@ -212,7 +212,10 @@ class TrainingEvaluator:
         self.call_kwargs, self.batch_size = dict(call_kwargs or {}), batch_size
 
     def __call__(self, pipeline: DiffusionPipeline, *, output_dir: str, step: int) -> dict[str, float]:
-        generator = VideoGenerator(pipeline, model=f"run in {output_dir}", fps=self.fps, call_kwargs=self.call_kwargs)
+        fps, call = wanted_by_family(pipeline, self.fps)
+        generator = VideoGenerator(
+            pipeline, model=f"run in {output_dir}", fps=fps, call_kwargs={**call, **self.call_kwargs}
+        )
         folder = os.path.join(output_dir, "evaluation", f"step-{step}")
         make_room(folder)
         # The trainer calls this on one process of the launch, so the others have no part of the work.

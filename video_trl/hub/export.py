@@ -6,7 +6,6 @@ Layers are named as the original code names them. The weights are the same numbe
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,8 @@ from typing import Any
 
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
-from .lora import EXPERT_KEY, PREFIX, check_replaceable, expert_of, write_tensors
+from .lora import EXPERT_KEY, PREFIX, acting_alpha, check_replaceable, expert_of, write_tensors
 from .published import CONFIG_KEY, Alpha, read_adapter
 from .wan_names import original_name
 
@@ -74,7 +71,7 @@ def export_lora(
         down = weights[f"{name}.lora_A.weight"]
         tensors[f"{_WAN_PREFIX}{theirs}.lora_down.weight"] = down
         tensors[f"{_WAN_PREFIX}{theirs}.lora_up.weight"] = weights[f"{name}.lora_B.weight"]
-        written = _alpha(config, name, len(down))
+        written = acting_alpha(config, name, len(down))
         if written <= 0:  # diffusers' converter would look for a power of two for ever
             raise ValueError(f"{source}: {name!r} has alpha {written:g}; this layout needs alpha and `scale` above 0.")
         if name.startswith("blocks."):
@@ -94,12 +91,6 @@ def export_lora(
     header = {"format": "pt", CONFIG_KEY: json.dumps(settings)} | ({} if expert is None else {EXPERT_KEY: expert})
     check_replaceable(path)
     return write_tensors(path, tensors, header)
-
-
-def _alpha(config: LoraConfig, name: str, rank: int) -> float:
-    """What the output of a layer of this rank is multiplied by, times the rank."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    return float(alpha) * math.sqrt(rank) if config.use_rslora else float(alpha)
 
 
 def _check_with_diffusers(tensors: Mapping[str, torch.Tensor], names: set[str], source: Any) -> None:

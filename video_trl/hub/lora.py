@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ..files import tensor_checksum, write_atomically
@@ -195,7 +196,7 @@ def load_lora_state(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.
         CPU, ready for `peft.set_peft_model_state_dict`, and the adapter's configuration.
 
     Raises:
-        ValueError: No such file, or a file without the prefix or the metadata.
+        ValueError: No such file, or a file without the metadata; as in [`lora_state`].
     """
     path = Path(directory)
     path = path / LORA_FILE_NAME if path.is_dir() else path
@@ -213,20 +214,66 @@ def lora_state(
     What [`load_lora_state`] returns, from the tensors and the metadata of the file `path`.
 
     Raises:
-        ValueError: Names without the prefix, no metadata, or options that the PEFT that is installed does not know.
+        ValueError: No metadata, options that the PEFT that is installed does not know, or weights that are not those
+            of the options, whole and finite.
     """
-    if METADATA_KEY not in header or not all(name.startswith(PREFIX) for name in tensors):
+    if METADATA_KEY not in header:
         raise ValueError(
-            f"{path} lacks the metadata '{METADATA_KEY}' or the key prefix '{PREFIX}', so its alpha is unknown. "
-            "Save it with `video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
+            f"{path} lacks the metadata '{METADATA_KEY}', so its alpha is unknown. Save it with "
+            "`video_trl.hub.save_lora`, or bring it here with `video_trl.hub.import_lora`."
         )
-    settings = {key.removeprefix(PREFIX): value for key, value in described(header[METADATA_KEY], path).items()}
-    config = known_config(settings, path)
-    # An adapter is made of what the file says before its weights are compared.
-    widest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
-    if (rank := max(config.r, *config.rank_pattern.values(), 0)) > widest:
-        raise ValueError(f"{path} says that its adapter has rank {rank}, and no tensor in it is that wide.")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+    settings = described(header[METADATA_KEY], path)
+    # diffusers writes the prefix for pipelines, and none where a transformer saves its adapter itself.
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in (*tensors, *settings)) else ""
+    others = [name for name in (*tensors, *settings) if not name.startswith(prefix)]
+    if others:
+        raise ValueError(
+            f"{path} holds more than the adapter of one transformer: {others[:3]} lack the prefix '{PREFIX}'. Keep "
+            "the tensors and metadata of one."
+        )
+    config = known_config({key.removeprefix(prefix): value for key, value in settings.items()}, path)
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    check_weights(weights, config, path)
+    return weights, config
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], config: LoraConfig, path: Path) -> None:
+    """
+    Raise a `ValueError` unless the weights in the file `path` are the whole of an adapter of this configuration.
+
+    diffusers loads what fits, and only logs a warning of the rest.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): By PEFT's names, without the adapter's.
+        config (`peft.LoraConfig`): The configuration.
+        path (`Path`): The file, for messages.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, weight in weights.items():
+        if not (weight.is_floating_point() and weight.float().isfinite().all()):
+            raise ValueError(
+                f"{path}: expected finite numbers, of a floating dtype, got other ones in {name!r} ({weight.dtype})."
+            )
+        layer, _, part = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[part] = weight
+    parts = {"A.weight", "B.weight"}
+    parts |= {"magnitude_vector"} if config.use_dora else set()
+    parts |= {"B.bias"} if config.lora_bias else set()
+    if not layers:
+        raise ValueError(f"{path} holds no weights.")
+    for layer, found in sorted(layers.items()):
+        if set(found) != parts:
+            raise ValueError(
+                f"{path}: by its options every layer has {sorted(parts)}, got {sorted(found)} of {layer!r}. A part of "
+                "it is missing, or its metadata are another adapter's."
+            )
+        down, up = found["A.weight"], found["B.weight"]
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
+        if min(down.ndim, up.ndim) < 2 or not len(down) == up.shape[1] == rank:
+            raise ValueError(
+                f"{path}: expected matrices of rank {rank} of {layer!r}, got shapes {tuple(down.shape)} and "
+                f"{tuple(up.shape)}."
+            )
 
 
 def described(text: str, path: Path) -> dict[str, Any]:
@@ -267,6 +314,12 @@ def known_config(settings: Mapping[str, Any], path: Path) -> LoraConfig:
         return LoraConfig(**settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} has options that PEFT refuses ({error}).") from error
+
+
+def acting_alpha(config: LoraConfig, name: str, rank: int) -> float:
+    """What the output of a layer of this rank is multiplied by, times the rank."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    return float(alpha) * math.sqrt(rank) if config.use_rslora else float(alpha)
 
 
 def _pattern(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:

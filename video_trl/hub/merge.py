@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 
 from ..files import atomic_folder
 from ..load import load_pipeline
-from .lora import expert_of, load_lora_state
+from .attach import find_adapter, load_adapter
+from .published import Alpha
 
 
 def merge_adapter(
@@ -16,6 +17,7 @@ def merge_adapter(
     adapter: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    alpha: Alpha | None = None,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -27,8 +29,10 @@ def merge_adapter(
 
     Args:
         model (`str`): Repository id or path of the base pipeline in diffusers layout, or `"sandbox"`.
-        adapter (`str` or `Path`): Folder or file of the adapter, as the trainers write it.
+        adapter (`str` or `Path`): Folder or file of the adapter, in any layout that [`~video_trl.hub.read_adapter`]
+            knows.
         target (`str` or `Path`): Folder to write; must not exist.
+        alpha (`float` or `"rank"`, *optional*): What the adapter was trained with, for files that do not say it.
         scale (`float`, defaults to `1.0`): Factor of the adapter's effect.
         dtype (`torch.dtype`, *optional*): Precision of the merged pipeline; by default that of the base's files.
 
@@ -36,43 +40,38 @@ def merge_adapter(
         `Path`: The folder.
 
     Raises:
-        ValueError: If the target exists, or the adapter is none, or of another model.
+        ValueError: If the target exists, or the adapter is none, or does not fit the model as a whole.
         OSError: If the model cannot be loaded, or the folder cannot be written.
     """
     folder = Path(target)
     if folder.exists():
         raise ValueError(f"{folder} exists already. Name a new folder for the merged model.")
-    load_lora_state(adapter)  # refuses what is no adapter, before the base is loaded
+    file = find_adapter(adapter, alpha, scale)  # refuses what is no adapter, before the base is loaded
+    assert file is not None
     pipeline = load_pipeline(model, **({} if dtype is None else {"dtype": dtype}))
-    merge_into(pipeline, adapter, scale=scale)
+    merge_into(pipeline, file, model, alpha=alpha, scale=scale)
     with atomic_folder(folder) as partial:
         pipeline.save_pretrained(partial)
     return folder
 
 
-def merge_into(pipeline: DiffusionPipeline, adapter: str | os.PathLike[str], *, scale: float = 1.0) -> None:
+def merge_into(
+    pipeline: DiffusionPipeline, file: Path, model: str, *, alpha: Alpha | None = None, scale: float = 1.0
+) -> None:
     """
     Merge an adapter into a transformer of a pipeline, in place.
 
     Args:
         pipeline (`DiffusionPipeline`): The base.
-        adapter (`str` or `Path`): As for `merge_adapter`.
+        file (`Path`): The adapter's file.
+        model (`str`): How messages call the pipeline.
+        alpha (`float` or `"rank"`, *optional*): As for `merge_adapter`.
         scale (`float`, defaults to `1.0`): Factor of the adapter's effect.
 
     Raises:
-        ValueError: If the adapter has no layer of the transformer, or a merged weight is not finite.
+        ValueError: If a layer of the adapter is not in the transformer, or a merged weight is not finite.
     """
-    path = Path(adapter)
-    second = expert_of(path) == "low_noise" and pipeline.components.get("transformer_2") is not None
-    component = "transformer_2" if second else "transformer"
-    where = {"weight_name": path.name} if path.is_file() else {}
-    into = {"load_into_transformer_2": True} if second else {}
-    try:
-        pipeline.load_lora_weights(str(path.parent if where else path), adapter_name="merged", **where, **into)
-        pipeline.fuse_lora(components=[component], lora_scale=scale, safe_fusing=True, adapter_names=["merged"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} does not fit the {type(pipeline.components[component]).__name__} of the base: "
-            f"{' '.join(str(error).split())[:500]}"
-        ) from error
-    pipeline.unload_lora_weights()
+    component = load_adapter(pipeline, file, model, alpha=alpha, scale=scale, unrounded=True)
+    transformer = pipeline.components[component]  # some pipelines have no methods for adapters
+    transformer.fuse_lora(safe_fusing=True, adapter_names=["default"])
+    transformer.unload_lora()

@@ -16,13 +16,16 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from .lora import (
     LORA_FILE_NAME,
     METADATA_KEY,
     PREFIX,
+    acting_alpha,
     check_lora_config,
     check_replaceable,
+    check_weights,
     described,
     expert_of,
     known_config,
@@ -30,14 +33,15 @@ from .lora import (
     read_tensors,
     write_lora,
 )
-from .wan_names import diffusers_name, layer_with_underscores
+from .wan_names import diffusers_name, layer_with_underscores, original_name
 
 
 CONFIG_KEY = "video_trl_adapter"  # an exported adapter's configuration, for the way back
 #: `alpha` of files whose tools multiply by nothing.
 RANK: Literal["rank"] = "rank"
 # What tools put before a layer's name: ComfyUI, DiffSynth-Studio where it is told to leave it, PEFT.
-_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.dit.", "base_model.model.", PREFIX)
+_PEFT_PREFIX = "base_model.model."
+_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.dit.", _PEFT_PREFIX, PREFIX)
 _FLAT_PREFIX = re.compile("lora_unet_+")  # of musubi-tuner and VideoX-Fun, with underscores for dots
 # The two matrices, in files of all tools; some have the adapter's name in between, as `lora_A.default.weight`.
 _MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A|B|down|up)(\.(?P<adapter>[^.]+))?\.weight")
@@ -83,11 +87,18 @@ def read_adapter(
             config = known_config(described(header[CONFIG_KEY], path), path)
             _refuse_alpha(alpha, path)
         else:
+            alphas |= _alphas_of_peft(weights, path)
             config = _config_of(weights, _all_alphas(weights, alphas, alpha, path))
+        check_weights(weights, config, path)
     try:
         check_lora_config(config)
     except ValueError as error:
         raise ValueError(f"{path} would not act as it was trained. {error}") from error
+    if config.use_dora and scale != 1:
+        raise ValueError(
+            f"{path} is an adapter with DoRA, which replaces weights instead of adding to them: with `scale={scale}` "
+            "it would be another one, and not the base with 0. Leave the scale at 1."
+        )
     return weights, _scaled(config, scale)
 
 
@@ -146,10 +157,13 @@ def _renamed(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str,
         if name is None or (found is None and not key.endswith(".alpha")):
             unknown.append(key)
         elif found is None:
-            alphas[name] = float(tensor)
+            alphas[name] = _number(tensor, key, path)
         else:
             names.add(found["adapter"])
-            weights[f"{name}.{_MATRICES[found['which']]}.weight"] = tensor
+            ours = f"{name}.{_MATRICES[found['which']]}.weight"
+            if ours in weights:
+                raise ValueError(f"{path} holds two tensors for {ours!r}, one of them {key!r}. Keep one.")
+            weights[ours] = tensor
     if unknown or not weights:
         raise ValueError(
             f"{path}: expected LoRA matrices of layers with the names of diffusers (transformer....) or of Wan's "
@@ -166,14 +180,40 @@ def _renamed(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[dict[str,
     return weights, alphas
 
 
+def _number(tensor: torch.Tensor, key: str, path: Path) -> float:
+    """The alpha in a tensor."""
+    value = float(tensor) if tensor.numel() == 1 else math.nan
+    if not (math.isfinite(value) and value != 0):
+        raise ValueError(f"{path}: expected one finite number other than 0 in {key!r}, got {tensor.tolist()}.")
+    return value
+
+
 def _layer(name: str) -> str | None:
     """Name of a layer in diffusers, from that in a file; `None` where it is of no known layout."""
     if flat := _FLAT_PREFIX.match(name):
         return layer_with_underscores(name[flat.end() :])
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     inner = name.removeprefix(prefix)
-    original = diffusers_name(inner)
-    return inner if original is None and prefix in (PREFIX, "base_model.model.") else original
+    known = prefix in (PREFIX, _PEFT_PREFIX) or original_name(inner) is not None
+    return diffusers_name(inner) or (inner if known else None)
+
+
+def _alphas_of_peft(weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, float]:
+    """The alpha of every layer of a file that PEFT has saved, from the configuration that it has put beside it."""
+    beside = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not beside.is_file():
+        return {}
+    config = known_config(described(beside.read_text(encoding="utf-8"), beside), beside)
+    try:
+        check_lora_config(config)
+    except ValueError as error:
+        raise ValueError(f"{beside}: the adapter would not act as it was trained. {error}") from error
+    alphas = {}
+    for name, rank in _ranks(weights).items():
+        theirs = original_name(name) or name  # patterns may have the names of the original code
+        in_pattern = get_pattern_key(config.alpha_pattern.keys(), theirs) in config.alpha_pattern
+        alphas[name] = acting_alpha(config, theirs if in_pattern else name, rank)
+    return alphas
 
 
 def _ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:

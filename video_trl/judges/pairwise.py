@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from tqdm.auto import tqdm
 
+from .answers import AsWord
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
@@ -40,7 +41,15 @@ class Comparison(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
 
     reason: str
-    better: Literal["first", "second", "same"]
+    better: Annotated[Literal["first", "second", "same"], AsWord]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choice_alone(cls, value: Any) -> Any:
+        """An answer that gives its choice without a reason is one."""
+        if not isinstance(value, dict):
+            return value
+        return value | {"reason": value["reason"] if isinstance(value.get("reason"), str) else ""}
 
 
 SYSTEM = (

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from .answers import AsNumber
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
@@ -20,9 +21,18 @@ class Verdict(BaseModel):
 
     description_of_video: str
     sa_reason: str
-    sa: Literal[1, 2, 3, 4, 5]
+    sa: Annotated[Literal[1, 2, 3, 4, 5], AsNumber]
     pc_reason: str
-    pc: Literal[1, 2, 3, 4, 5]
+    pc: Annotated[Literal[1, 2, 3, 4, 5], AsNumber]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratings_alone(cls, value: Any) -> Any:
+        """An answer that gives ratings without reasons is one."""
+        if not isinstance(value, dict):
+            return value
+        reasons = ("description_of_video", "sa_reason", "pc_reason")
+        return value | {name: value[name] if isinstance(value.get(name), str) else "" for name in reasons}
 
 
 SYSTEM = (

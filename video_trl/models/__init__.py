@@ -10,6 +10,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    ModelMixin,
     SchedulerMixin,
     SkyReelsV2Transformer3DModel,
     WanTransformer3DModel,
@@ -18,7 +19,7 @@ from torch import nn
 
 from .base import BlockTap, Expert, GenerationRules, ModelFamily, lora_targets, tap_block
 from .cogvideox import CogVideoXFamily, CogVideoXImageToVideoFamily, cogvideox_family
-from .hunyuan import HunyuanVideoFamily, hunyuan_family
+from .hunyuan import HunyuanVideoFamily, HunyuanVideoImageToVideoFamily, hunyuan_family
 from .hunyuan15 import HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily, hunyuan15_family
 from .ltx import LTXFamily, LTXImageToVideoFamily, ltx_family
 from .ltx2 import LTX2Family, ltx2_family
@@ -36,6 +37,7 @@ __all__ = [
     "HunyuanVideo15Family",
     "HunyuanVideo15ImageToVideoFamily",
     "HunyuanVideoFamily",
+    "HunyuanVideoImageToVideoFamily",
     "LTX2Family",
     "LTXFamily",
     "LTXImageToVideoFamily",
@@ -52,6 +54,7 @@ __all__ = [
     "generation_rules",
     "lora_targets",
     "pipeline_index",
+    "rules_of",
     "supported_pipelines",
     "tap_block",
 ]
@@ -61,7 +64,7 @@ _FAMILIES: dict[type[nn.Module], tuple[Callable[..., ModelFamily], tuple[Any, ..
     WanTransformer3DModel: (wan_family, (WanFamily, WanImageToVideoFamily, WanFirstFrameFamily)),
     CogVideoXTransformer3DModel: (cogvideox_family, (CogVideoXFamily, CogVideoXImageToVideoFamily)),
     HunyuanVideo15Transformer3DModel: (hunyuan15_family, (HunyuanVideo15Family, HunyuanVideo15ImageToVideoFamily)),
-    HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily,)),
+    HunyuanVideoTransformer3DModel: (hunyuan_family, (HunyuanVideoFamily, HunyuanVideoImageToVideoFamily)),
     LTX2VideoTransformer3DModel: (ltx2_family, (LTX2Family,)),
     LTXVideoTransformer3DModel: (ltx_family, (LTXFamily, LTXImageToVideoFamily)),
     SkyReelsV2Transformer3DModel: (skyreels_family, (SkyReelsFamily, SkyReelsImageToVideoFamily)),
@@ -80,9 +83,21 @@ def depth_options(transformer_class: str) -> tuple[str, ...]:
 def family_of(pipeline: DiffusionPipeline) -> ModelFamily:
     """[`family_for`] the transformer of a pipeline, or the first one that it has of several."""
     index = pipeline_index(pipeline)
+    return family_for(_transformer_of(pipeline, index), pipeline.scheduler, index)
+
+
+def rules_of(pipeline: DiffusionPipeline) -> GenerationRules | None:
+    """[`generation_rules`] of a pipeline; `None` if it is of none of the families here."""
+    index = pipeline_index(pipeline)
+    if index["_class_name"] not in supported_pipelines():
+        return None
+    return generation_rules(index, _transformer_of(pipeline, index).config)
+
+
+def _transformer_of(pipeline: DiffusionPipeline, index: Mapping[str, Any]) -> ModelMixin:
+    """The transformer, or the first one that is there of several."""
     names = [expert.component for expert in experts_of(index)] or ["transformer"]
-    transformer = next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
-    return family_for(transformer, pipeline.scheduler, index)
+    return next(part for part in (pipeline.components.get(name) for name in names) if part is not None)
 
 
 def pipeline_index(pipeline: DiffusionPipeline) -> dict[str, Any]:

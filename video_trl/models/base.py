@@ -1,10 +1,9 @@
 """The protocol of a model family: prediction, encoding, LoRA targets and sizes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import PIL.Image
@@ -30,11 +29,15 @@ class GenerationRules:
         fps (`float`): Frames per second at which their videos are meant to be seen.
         side_multiple (`int`): What height and width must be divisible by; other sizes are rounded or refused.
         one_video_a_call (`bool`, defaults to `False`): Whether a call with several prompts or images fails.
+        guidance_scale (`float`, *optional*): What to ask for, where the default of the call is none of the model's.
+        lost_frames (`int`, defaults to `0`): First frames that are made and thrown away, the given one among them.
     """
 
     fps: float
     side_multiple: int
     one_video_a_call: bool = False
+    guidance_scale: float | None = None
+    lost_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ class ModelFamily(Protocol):
         """Components, besides the VAE, that encode first frames, each with the component that prepares its input."""
 
     @property
+    def prompt_image_processor(self) -> str | None:
+        """Component that prepares first frames for the first text encoder, where that sees them beside the prompt."""
+
+    @property
     def guidance(self) -> float | None:
         """Guidance scale that a transformer is told which was distilled to guide itself; `None` for the others."""
 
@@ -161,6 +168,15 @@ class ModelFamily(Protocol):
         self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
     ) -> list[dict[str, Tensor]]:
         """The `prompt_columns` of each prompt, without what `pad_prompts` can add again. No gradient."""
+
+    def encode_prompt_with_image(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        max_sequence_length: int,
+    ) -> list[dict[str, Tensor]]:
+        """The same of prompts and their first frames; those are of no use without a `prompt_image_processor`."""
 
     def pad_prompts(self, prompts: list[dict[str, Tensor]], max_sequence_length: int) -> dict[str, Tensor]:
         """Conditions `(B, ...)` of prompts, padded as the pipeline pads them, with the masks that it makes."""
@@ -209,6 +225,7 @@ class FamilyDefaults:
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
     published_prompt_tokens: int = 512
+    prompt_image_processor: str | None = None
     guidance: float | None = None
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Options of the transformer's configuration that are its numbers of blocks."""
@@ -266,6 +283,21 @@ class FamilyDefaults:
     def prompt_length(self, transformer: nn.Module) -> int | None:
         """Any: training must pad to the length that the pipeline's call is given."""
         return None
+
+    def encode_prompt(
+        self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
+    ) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def encode_prompt_with_image(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        max_sequence_length: int,
+    ) -> list[dict[str, Tensor]]:
+        """Those of the prompts alone."""
+        return self.encode_prompt(pipeline, prompts, max_sequence_length)
 
     def encode_image(
         self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
@@ -483,8 +515,27 @@ def tap_block(family: ModelFamily, transformer: nn.Module, index: int) -> Iterat
         handle.remove()
 
 
-# Transformer inside the wrappers of distributed training and `torch.compile`.
-unwrap: Callable[[nn.Module], ModelMixin] = partial(extract_model_from_parallel, keep_torch_compile=False)
+def unwrap(module: nn.Module) -> ModelMixin:
+    """Transformer inside the wrappers of distributed training and `torch.compile`."""
+    if isinstance(module, ModelMixin):  # accelerate would look through its modules, in every pass
+        return module
+    transformer: ModelMixin = extract_model_from_parallel(module, keep_torch_compile=False)
+    return transformer
+
+
+def weights_dtype(transformer: nn.Module) -> torch.dtype:
+    """
+    What the property `dtype` of a diffusers transformer says, by its first weight that is not kept in float32.
+
+    The property looks through all modules for hooks that change dtypes, in every pass; the trainers use none.
+    """
+    base = unwrap(transformer)
+    kept = base._keep_in_fp32_modules or ()
+    return next(
+        weight.dtype
+        for name, weight in base.named_parameters()
+        if weight.is_floating_point() and not any(part in name for part in kept)
+    )
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -1,9 +1,10 @@
-"""HunyuanVideo, text to video."""
+"""HunyuanVideo, text to video and image to video."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -18,6 +19,7 @@ from .base import (
     FamilyDefaults,
     GenerationRules,
     check_channels,
+    check_frames_behind_the_first,
     check_patches,
     check_pixels,
     encode_mode,
@@ -25,11 +27,19 @@ from .base import (
     pad_with_zeros,
     prompt_mask,
     unwrap,
+    weights_dtype,
 )
 
 
 POOLED = "pooled_prompt_embeds"
 """Column `(D,)`: what the second text encoder (CLIP) makes of a whole prompt."""
+
+GUIDANCE = 6.0
+"""The scale that the published checkpoints are told by their authors."""
+
+# Image to video. LLaVA makes 576 tokens of a first frame, of which the pipeline takes every fourth one; of the tokens
+# that it makes of a prompt's template it drops four behind the prompt.
+IMAGE_STRIDE, IMAGE_TOKENS, DROPPED_TOKENS = 4, 144, 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class HunyuanVideoFamily(FamilyDefaults):
     noise_process: NoiseProcess = FlowMatching()
     prompt_columns: tuple[str, ...] = ("prompt_embeds", POOLED)
     published_prompt_tokens: int = 256
-    guidance: float | None = 6.0
+    guidance: float | None = GUIDANCE
     depth_options: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @staticmethod
@@ -95,7 +105,7 @@ class HunyuanVideoFamily(FamilyDefaults):
         Returns:
             `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
         """
-        dtype = unwrap(transformer).dtype
+        dtype = weights_dtype(transformer)
         latents = noisy_latents.to(dtype)
         # Rounded as in the pipeline: 6016 in bfloat16.
         guidance = None if self.guidance is None else latents.new_full((len(latents),), self.guidance) * 1000.0
@@ -207,20 +217,147 @@ class HunyuanVideoFamily(FamilyDefaults):
         check_patches(shape, (config.patch_size_t, config.patch_size, config.patch_size))
 
 
+@dataclass(frozen=True)
+class HunyuanVideoImageToVideoFamily(HunyuanVideoFamily):
+    """
+    [`ModelFamily`] of `HunyuanVideoTransformer3DModel` in its image-to-video form, where a first frame takes the place
+    of the first latent frame (`image_condition_type="token_replace"`).
+
+    The first text encoder, LLaVA, sees the first frame beside the prompt. Rows carry what it makes of the prompt,
+    `prompt_embeds` `(L, D)`, and of the image, `image_embeds` `(144, D)`, and `first_frame_latents` `(C, 1, H, W)`,
+    which the transformer sees without noise and at timestep 0: it predicts nothing for them.
+    """
+
+    name: str = "hunyuan-i2v"
+    pipeline_classes: tuple[str, ...] = ("HunyuanVideoImageToVideoPipeline",)
+    prompt_columns: tuple[str, ...] = ("prompt_embeds", POOLED, "image_embeds")
+    image_columns: tuple[str, ...] = ("first_frame_latents",)
+    prompt_image_processor: str | None = "image_processor"
+    given_frames: int = 1
+
+    @staticmethod
+    def generation_rules(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> GenerationRules:
+        """
+        24 fps, sides of 16, and the guidance that transformers are told, for which the call's default is 1. Of several
+        prompts the pipeline cuts those wrongly that are too long.
+        """
+        guidance = GUIDANCE if transformer_config.get("guidance_embeds", True) else None
+        lost = 4 if transformer_config.get("image_condition_type") == "latent_concat" else 0
+        return GenerationRules(24.0, 16, one_video_a_call=True, guidance_scale=guidance, lost_frames=lost)
+
+    @property
+    def condition_columns(self) -> tuple[str, ...]:
+        return (*self.prompt_columns, "prompt_mask", *self.image_columns)
+
+    def predict(
+        self, transformer: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Velocity predicted by one transformer call, the one that `HunyuanVideoImageToVideoPipeline` makes.
+
+        Takes and returns what [`HunyuanVideoFamily.predict`] does, with `first_frame_latents` `(B, C, 1, H, W)` and
+        `image_embeds` `(B, 144, D)` in `conditions` too. The noise of the first latent frame is not looked at, and its
+        velocity has no meaning.
+        """
+        image, prompt, mask = (conditions[name] for name in ("image_embeds", "prompt_embeds", "prompt_mask"))
+        first = conditions["first_frame_latents"].to(noisy_latents.dtype)
+        context = {
+            "prompt_embeds": torch.cat([image, prompt], dim=1),
+            "prompt_mask": torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1),
+        }
+        latents = torch.cat([first, noisy_latents[:, :, 1:]], dim=2)
+        return super().predict(transformer, latents, timesteps, conditions | context)
+
+    @torch.no_grad()
+    def encode_prompt_with_image(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        max_sequence_length: int,
+    ) -> list[dict[str, Tensor]]:
+        """
+        `prompt_embeds` `(L_i, D)` of each prompt, those of its own tokens, `image_embeds` `(144, D)` of its first
+        frame, and `pooled_prompt_embeds` `(D',)`, in the dtypes and on the device of the text encoders.
+
+        Args:
+            pipeline (`HunyuanVideoImageToVideoPipeline`): Pipeline with its tokenizers, text encoders and image
+                processor.
+            prompts (`list[str]`): Prompts; put into the pipeline's template.
+            images (`list[PIL.Image.Image]`): First frame of each.
+            max_sequence_length (`int`): Longer prompts are truncated to this number of tokens, less four.
+        """
+        encoded = []
+        for prompt, image in zip(prompts, images, strict=True):  # one at a time: see `generation_rules`
+            embeds, pooled, mask = pipeline.encode_prompt(
+                image,
+                prompt,
+                max_sequence_length=max_sequence_length,
+                image_embed_interleave=IMAGE_STRIDE,
+                device=module_device(pipeline.text_encoder),
+            )
+            own = embeds[0][mask[0].bool()]
+            seen, read = own[:IMAGE_TOKENS].clone(), own[IMAGE_TOKENS:].clone()
+            encoded.append({"prompt_embeds": read, POOLED: pooled[0], "image_embeds": seen})
+        return encoded
+
+    def pad_prompts(self, prompts: list[dict[str, Tensor]], max_sequence_length: int) -> dict[str, Tensor]:
+        """As in text to video, to four tokens less, as the pipeline does; and `image_embeds` `(B, 144, D)`."""
+        images = torch.stack([prompt["image_embeds"] for prompt in prompts])
+        return super().pad_prompts(prompts, max_sequence_length - DROPPED_TOKENS) | {"image_embeds": images}
+
+    @torch.no_grad()
+    def encode_image(
+        self, pipeline: DiffusionPipeline, images: list[PIL.Image.Image], num_frames: int
+    ) -> dict[str, Tensor]:
+        """
+        `first_frame_latents` `(B, C, 1, H, W)`, float32, on the device of the VAE: the images as videos of one frame.
+
+        Args:
+            pipeline (`HunyuanVideoImageToVideoPipeline`): Pipeline with its VAE.
+            images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
+            num_frames (`int`): Not needed: an image's latents do not depend on what follows.
+        """
+        pixels = pipeline.video_processor.preprocess(images)[:, :, None]
+        return {"first_frame_latents": self.encode_video(pipeline.vae, pixels)}
+
+    def condition_shapes(
+        self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Prompts of 256 tokens, less four, if not said otherwise; 144 tokens of the image, and one latent frame."""
+        length = (prompt_tokens or self.published_prompt_tokens) - DROPPED_TOKENS
+        channels, _, height, width = latents_shape[-4:]
+        return super().condition_shapes(transformer, latents_shape, length) | {
+            "image_embeds": (IMAGE_TOKENS, unwrap(transformer).config.text_embed_dim),
+            "first_frame_latents": (channels, 1, height, width),
+        }
+
+    def check_latents(self, transformer: nn.Module, shape: Sequence[int]) -> None:
+        """As in text to video, and there must be a frame behind the first one."""
+        super().check_latents(transformer, shape)
+        check_frames_behind_the_first(shape)
+
+
 def hunyuan_family(
     transformer: HunyuanVideoTransformer3DModel, scheduler: SchedulerMixin | None, index: Mapping[str, Any]
 ) -> HunyuanVideoFamily:
     """
-    Family of a HunyuanVideo transformer.
+    Family of a HunyuanVideo transformer, whose configuration says whether it begins with a given frame.
 
     Raises:
-        ValueError: If the transformer is one for image to video, whose prompts are made of images too.
+        ValueError: If the transformer takes more channels than it returns, for a first frame or something else.
     """
     config = transformer.config
-    if config.image_condition_type is not None or config.in_channels != config.out_channels:
+    if config.image_condition_type == "latent_concat":
         raise ValueError(
-            f"The transformer takes {config.in_channels} channels and has `image_condition_type="
-            f"{config.image_condition_type!r}`: HunyuanVideo's image-to-video and control models are not supported. "
-            "Use `hunyuanvideo-community/HunyuanVideo`."
+            "The transformer takes the first frame as further channels (`image_condition_type='latent_concat'`, "
+            "HunyuanVideo-I2V-33ch), and its pipeline throws the first four frames of what it makes away: what it "
+            "generates does not begin with that frame. Use `hunyuanvideo-community/HunyuanVideo-I2V`."
         )
-    return HunyuanVideoFamily(guidance=6.0 if config.guidance_embeds else None)
+    if config.in_channels != config.out_channels:
+        raise ValueError(
+            f"The transformer takes {config.in_channels} channels and returns {config.out_channels}: HunyuanVideo's "
+            "control models are not supported. Use `hunyuanvideo-community/HunyuanVideo` or `-I2V`."
+        )
+    family = HunyuanVideoFamily if config.image_condition_type is None else HunyuanVideoImageToVideoFamily
+    return family(guidance=GUIDANCE if config.guidance_embeds else None)

@@ -27,6 +27,7 @@ from .base import (
     pad_with_zeros,
     prompt_mask,
     unwrap,
+    weights_dtype,
 )
 
 
@@ -186,7 +187,7 @@ class LTXFamily(FamilyDefaults):
         self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
         """The transformer's output `(B, C, F, H, W)`, for timesteps `(B,)` or `(B, F * H * W)`."""
-        dtype = unwrap(transformer).dtype
+        dtype = weights_dtype(transformer)
         frames, height, width = latents.shape[2:]
         rate = conditions[FRAME_RATE].float().view(-1, 1, 1, 1, 1)
         velocity = transformer(

@@ -31,6 +31,7 @@ from .base import (
     module_device,
     pad_with_zeros,
     unwrap,
+    weights_dtype,
 )
 
 
@@ -100,7 +101,7 @@ class WanFamily(FamilyDefaults):
         Returns:
             `torch.Tensor` of shape `(B, C, F, H, W)`: Velocity, in the dtype of the transformer.
         """
-        dtype = unwrap(transformer).dtype
+        dtype = weights_dtype(transformer)
         return transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=timesteps,

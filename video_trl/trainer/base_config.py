@@ -42,10 +42,16 @@ _UNSUPPORTED = {
 
 # Options of `TrainingArguments` about tokens, labels, predictions and optimizers that no video trainer has.
 _WITHOUT_TOKENS = (
-    "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
-    "eval_use_gather_object", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
-    "length_column_name", "liger_kernel_config", "optim_target_modules", "use_liger_kernel",
+    "average_tokens_across_devices", "batch_eval_metrics", "do_predict", "do_train", "eval_accumulation_steps",
+    "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "include_num_input_tokens_seen",
+    "label_names", "length_column_name", "liger_kernel_config", "optim_target_modules", "prediction_loss_only",
+    "use_cache", "use_liger_kernel",
 )  # fmt: skip
+_OF_SEVERAL_PROCESSES = (
+    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph",
+    "ddp_timeout",
+)  # fmt: skip
+_OF_TRACKIO = ("project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
 
 _POSITIVE_OR_UNSET = (
     "num_frames", "fps", "height", "width", "max_sequence_length", "timestep_shift", "embedded_guidance",
@@ -284,7 +290,7 @@ class VideoConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Guidance scale that a transformer is told which was distilled to guide itself (HunyuanVideo). "
-            "Unset: 6, the pipeline's default. Sample with what it was trained with."
+            "Unset: 6. Sample with what it was trained with."
         },
     )
     timestep_shift: float | None = field(
@@ -462,7 +468,7 @@ class VideoConfig(TrainingArguments):
 
     def options_without_effect(self) -> dict[str, str]:
         """Options that change nothing beside the values of others, and why; given or not. Subclasses add theirs."""
-        optimizer = self.optim.value
+        optimizer, schedule = self.optim.value, self.lr_scheduler_type.value
         has_betas = any(kind in optimizer for kind in ("adam", "ademamix", "lion"))
         has_epsilon = any(kind in optimizer for kind in ("adam", "ademamix"))
         engine = {} if self.deepspeed_plugin is None else self.deepspeed_plugin.deepspeed_config
@@ -496,13 +502,34 @@ class VideoConfig(TrainingArguments):
                 ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
                 "`optim_class` is given",
             ),
-            (self.lr_scheduler_type == "constant", ("warmup_steps",), "`lr_scheduler_type='constant'` has no warm-up"),
+            (
+                schedule in ("constant", "reduce_lr_on_plateau", "greedy"),
+                ("warmup_steps",),
+                f"`lr_scheduler_type={schedule!r}` has no warm-up",
+            ),
+            (
+                schedule in ("constant", "constant_with_warmup"),
+                ("lr_scheduler_kwargs",),
+                f"`lr_scheduler_type={schedule!r}` takes none",
+            ),
             (self.max_steps > 0, ("num_train_epochs",), "`max_steps` says when the run ends"),
+            (
+                not (
+                    self.load_best_model_at_end or self.save_strategy == "best" or schedule == "reduce_lr_on_plateau"
+                ),
+                ("metric_for_best_model", "greater_is_better"),
+                "nothing looks for the best weights",
+            ),
+            (self.eval_strategy == "epoch", ("eval_steps",), "`eval_strategy` is not 'steps'"),
             (
                 self.eval_strategy == "no",
                 ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
                 "`eval_strategy` is 'no'",
             ),
+            (self.world_size == 1, _OF_SEVERAL_PROCESSES, "there is one process"),
+            (not self.report_to, ("run_name",), "`report_to` names no tracker"),
+            ("trackio" not in self.report_to, _OF_TRACKIO, "`report_to` does not name 'trackio'"),
+            (not self.push_to_hub, ("hub_strategy", "hub_always_push"), "`push_to_hub` is off"),
             (True, _WITHOUT_TOKENS, "nothing in a video trainer reads it"),
             (self.save_strategy != "steps", ("save_steps",), "`save_strategy` is not 'steps'"),
             (self.save_strategy == "no", ("save_total_limit", "save_only_model"), "`save_strategy` is 'no'"),

@@ -67,7 +67,7 @@ from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_
 from .setup.adapt import adapt_for_trainer
 from .setup.arguments import check_arguments, check_generation
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
-from .setup.idle_options import idle_in_run, tell_idle_options
+from .setup.idle_options import Passed, idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
 from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
@@ -210,8 +210,8 @@ class VideoTrainer(Trainer):
         )
         reference = reference_transformer(ref_model, self.expert)
         check_ref_model(transformer, reference, use_peft=args.use_peft)
-        has_adapter = bool(peft_config or adapter_configs(transformer))
-        tell_idle_options(args, self.idle_options(datasets, has_adapter, optimizers[0] is not None))
+        passed = Passed(bool(adapter_configs(transformer)), peft_config, reference, *optimizers)
+        tell_idle_options(args, self.idle_options(datasets, passed))
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
@@ -379,10 +379,9 @@ class VideoTrainer(Trainer):
         """Raise a `ValueError` if a dataset, raw or encoded, cannot feed this trainer. Reads no pixels."""
         self.check_rows(dataset, self.args)
 
-    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+    def idle_options(self, datasets: Sequence[MapDataset], passed: Passed) -> dict[str, str]:
         """Options that this run, with these datasets, leaves without effect, and why; see [`idle_in_run`]."""
-        encoded = all(is_encoded(dataset, self.row_type) for dataset in datasets)
-        return idle_in_run(encoded=encoded, has_adapter=has_adapter, has_optimizer=has_optimizer)
+        return idle_in_run(passed, encoded=all(is_encoded(dataset, self.row_type) for dataset in datasets))
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         """Encode a raw dataset, or take an encoded one as it is, check its latents and number its rows."""

@@ -101,6 +101,10 @@ class VideoDPOConfig(PreferenceConfig):
                     f"{self.__dict__[name]!r}. Leave it at its default, or use another loss."
                 )
 
+    def options_without_effect(self) -> dict[str, str]:
+        idle = {"reference_is_base": "`loss_type='mapo'` has no reference"} if self.loss_type == "mapo" else {}
+        return super().options_without_effect() | idle
+
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`~video_trl.losses.preference.dpo_loss`] that stand here."""
         return {"loss_type": self.loss_type, "label_smoothing": self.label_smoothing}

@@ -1,6 +1,7 @@
 """Arguments of the groupwise preference trainer (PhyGDPO)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -177,9 +178,17 @@ class VideoGroupDPOConfig(PreferenceConfig):
 
     def options_without_effect(self) -> dict[str, str]:
         why = "`physics_rewarding` is off"
-        weights = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
-        alignment = {} if self.repa_coeff else {"repa_options": "`repa_coeff` is 0"}
-        return super().options_without_effect() | weights | alignment
+        idle = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
+        idle |= {} if self.repa_coeff else {"repa_options": "`repa_coeff` is 0"}
+        idle |= {} if self.loss_type == "sampled" else {"scale_by_group": "`loss_type` is not 'sampled'"}
+        alignment = self.alignment_options()
+        idle |= {} if alignment is None else self.idle_repa_options(alignment.idle())
+        return super().options_without_effect() | idle
+
+    def idle_repa_options(self, idle: Mapping[str, str]) -> dict[str, str]:
+        """Of options of the alignment without effect, and why, those that `repa_options` gives."""
+        given = sorted(f"`{name}`: {why}" for name, why in idle.items() if name in (self.repa_options or {}))
+        return {"repa_options": f"in it, {', '.join(given)}"} if given else {}
 
     def alignment_options(self) -> AlignmentOptions | None:
         """

@@ -1,6 +1,6 @@
 """Groupwise preference optimisation of a video transformer (PhyGDPO)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -33,6 +33,7 @@ from .publishing.citations import PHYGDPO
 from .repa.teacher_alignment import TeacherAlignment
 from .repa.teacher_rows import TeacherGroupCollator
 from .setup.chosen_rows import chosen_as_video
+from .setup.idle_options import Passed
 from .setup.rows import IndexedDataset
 from .step.denoising import Denoising, to_device
 from .step.passes import Beside, StepMode
@@ -115,6 +116,14 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         super().check_dataset(dataset)
         if self.alignment is not None:
             self.alignment.check(chosen_as_video(dataset), type(self).__name__)
+
+    def idle_options(self, datasets: Sequence[MapDataset], passed: Passed) -> dict[str, str]:
+        idle = super().idle_options(datasets, passed)
+        if self.alignment is None:
+            return idle
+        videos = [chosen_as_video(dataset) for dataset in datasets]
+        own = self.alignment.options.idle() | self.alignment.idle_options(videos)
+        return idle | self.args.idle_repa_options(own)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         if self.alignment is None:

@@ -167,8 +167,14 @@ class PreferenceConfig(VideoConfig):
         return self.gap != "raw" or self.win_gap_penalty > 0 or weight != 0
 
     def options_without_effect(self) -> dict[str, str]:
-        idle = {"safeguard_mu": "`safeguard` is 'none'"} if self.safeguard == "none" else {}
-        return super().options_without_effect() | idle
+        due = self.heldout_evaluations > 0 and self.eval_steps == 1 / self.heldout_evaluations
+        why = "there is no `eval_dataset`" if self.eval_strategy == IntervalStrategy.NO else "`eval_strategy` is given"
+        causes = (
+            (self.safeguard == "none", "safeguard_mu", "`safeguard` is 'none'"),
+            (self.lose_gap_weight == 0, "lose_gap_clip", "`lose_gap_weight` is 0"),
+            (self.heldout_evaluations > 0 and not due, "heldout_evaluations", why),
+        )
+        return super().options_without_effect() | {name: why for holds, name, why in causes if holds}
 
     def check_engine(self, engine: Engine) -> None:
         super().check_engine(engine)

@@ -71,3 +71,7 @@ class VideoRegDPOConfig(PreferenceConfig):
                 "weight would train the model away from the chosen videos; 0 is plain DPO."
             )
         super().__post_init__()
+
+    def options_without_effect(self) -> dict[str, str]:
+        idle = {} if self.sft_coefficient else {"sft_weight_mode": "`sft_coefficient` is 0"}
+        return super().options_without_effect() | idle

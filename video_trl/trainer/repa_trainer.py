@@ -19,6 +19,7 @@ from .repa.teacher_alignment import TeacherAlignment
 from .repa.teacher_rows import TeacherVideoCollator
 from .repa_config import VideoREPAConfig
 from .setup.chosen_rows import chosen_as_video
+from .setup.idle_options import Passed
 from .setup.rows import IndexedDataset
 
 
@@ -88,9 +89,9 @@ class VideoREPATrainer(VideoTrainer):
         super().check_dataset(dataset)
         self.alignment.check(chosen_as_video(dataset), type(self).__name__)
 
-    def idle_options(self, datasets: Sequence[MapDataset], has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+    def idle_options(self, datasets: Sequence[MapDataset], passed: Passed) -> dict[str, str]:
         videos = [chosen_as_video(dataset) for dataset in datasets]
-        return super().idle_options(videos, has_adapter, has_optimizer) | self.alignment.idle_options(videos)
+        return super().idle_options(videos, passed) | self.alignment.idle_options(videos)
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         videos = undecoded(chosen_as_video(dataset))

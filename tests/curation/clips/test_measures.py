@@ -15,7 +15,7 @@ from video_trl.curation.clips.measures import (
     measure_pictures,
     tick_numbers,
 )
-from video_trl.curation.clips.text_overlay import TEXT_SHORT_EDGE, LineDetector
+from video_trl.curation.clips.text_overlay import TEXT_SHORT_EDGE, LineDetector, _describe
 from video_trl.curation.engine.manifest import OUTCOME, apply_rules
 from video_trl.curation.gt_pair.pipeline import GTPairConfig
 from video_trl.data import VideoLimits
@@ -274,3 +274,20 @@ def test_what_passes_close_to_the_lens_is_no_flash():
         flash = scene.copy()
         flash[50 : 50 + length] = level
         assert count_flashes(flash.mean(axis=(1, 2)), clock, flash) == 1
+
+
+def test_strokes_above_and_below_a_line_are_counted_by_its_letters():
+    """Wherever in the picture it stands; those beside it, or of another size, do not count."""
+
+    def row(top, count, height=20.0, left=50.0):
+        """Strokes of letters: top, left, bottom, right, level, width of the stroke, unevenness, peak."""
+        return [[top, left + 15 * n, top + height, left + 15 * n + 10, 200, 3, 0.1, 80] for n in range(count)]
+
+    line = np.array(row(100.0, 4))
+    beside = row(70.0, 3, left=500.0) + row(70.0, 3, height=4.0)
+    for down in (0, 300):
+        strokes = np.array([*row(70.0, 4), *row(130.0, 2), *row(100.0, 4), *beside])
+        strokes[:, [0, 2]] += down
+        moved = line.copy()
+        moved[:, [0, 2]] += down
+        assert _describe(moved, strokes)[9:11] == pytest.approx(np.log1p([2 / 4, 4 / 4]))

@@ -71,7 +71,9 @@ def remote(url, **options):
     "fault",
     [
         changed(physics_richness=1.2),
-        changed(physics_richness="0.7"),
+        changed(physics_richness="7/10"),
+        changed(physics_richness="high"),
+        changed(physics_richness="nan"),
         changed(physics_richness=None),
         {name: value for name, value in GOOD.items() if name != "physics_richness"},
         ["red ball"],
@@ -81,6 +83,12 @@ def test_an_answer_without_a_score_is_refused(fault):
     assert Annotation.model_validate_json(json.dumps(changed(extended="word " * 100)))
     with pytest.raises(ValidationError):
         Annotation.model_validate_json(json.dumps(fault))
+
+
+@pytest.mark.parametrize(("given", "score"), [("0.7", 0.7), (" 1 ", 1.0), (1, 1.0), (0, 0.0)])
+def test_a_score_in_quotes_is_that_score(given, score):
+    """Only the score decides, and this one can be read: a clip is not worth another request, or its place, for it."""
+    assert Annotation.model_validate_json(json.dumps(changed(physics_richness=given))).physics_richness == score
 
 
 # Only the score decides: an answer that has one is taken, with what is valid of the rest.
@@ -103,7 +111,24 @@ def test_of_side_data_what_is_valid_is_kept():
     read = Annotation.model_validate_json(json.dumps(changed(parse=parse, scores=scores)))
     assert [(entity.name, entity.material) for entity in read.parse.entities] == [("red ball", None), ("floor", None)]
     assert [(action.verb, action.target) for action in read.parse.actions] == [("falls", None)]
-    assert read.parse.forces == [] and read.scores.model_dump_json() == "{}"
+    # A cap is not lost for what stands beside it.
+    assert read.parse.forces == [] and read.scores.model_dump_json() == '{"contact":true}'
+
+
+@pytest.mark.parametrize(
+    ("values", "capped"),
+    [
+        ({"scores": GOOD["scores"] | {"contact": False, "interaction": 7}}, "no contact"),
+        ({"scores": {"contact": "No"}}, "no contact"),
+        ({"scores": GOOD["scores"] | {"contact": "false"}}, "no contact"),
+        ({"penalties": {"camera_motion": "Dominant"}}, "camera_motion"),
+        ({"penalties": GOOD["penalties"] | {"stylised": " SOME "}}, "stylised"),
+    ],
+    ids=str,
+)
+def test_what_caps_a_score_is_read_as_models_write_it(values, capped):
+    read = Annotation.model_validate_json(json.dumps(changed(physics_richness=0.95) | values))
+    assert capped_richness(read)[1] == [capped]
 
 
 def test_side_data_drops_no_clip():

@@ -24,6 +24,7 @@ from video_trl.curation.phyaug.pipeline import (
     read_pool,
     run_phyaug,
 )
+from video_trl.curation.phyaug.report import bar_chart
 from video_trl.data import read_video
 from video_trl.data.columns import check_columns
 from video_trl.judges.chat import ChatUnavailableError
@@ -41,6 +42,13 @@ def finished(pool, tmp_path_factory):
     """A run from beginning to end."""
     folder = tmp_path_factory.mktemp("run")
     return folder, run_phyaug(config(folder), [pool])
+
+
+def test_series_are_named_where_there_are_several():
+    rows = [("falling", (3.0, 0.5)), ("rolling", (1.0, 0.25))]
+    several = bar_chart(rows, ["available", "sampled"], label="clips")
+    assert several.count("<li>") == 2 and "available" in several
+    assert "legend" not in bar_chart([(name, values[:1]) for name, values in rows], ["available"], label="clips")
 
 
 def stores(folder: Path) -> dict[str, int]:

@@ -65,7 +65,7 @@ def test_redistribution_takes_from_nobody():
     for counts, scores, tau, budget in histograms():
         plain = allocate(counts, scores, tau=tau, budget=budget)
         spent = allocate(counts, scores, tau=tau, budget=budget, redistribute=True)
-        assert (spent >= plain - 1).all()  # rounding may move one
+        assert (spent >= plain).all()
 
 
 def test_equal_scores_share_evenly_and_tau_zero_does_not_look_at_them():

@@ -15,6 +15,7 @@ from tests.support.tiny import (
     MAX_SEQUENCE_LENGTH,
     PROMPTS,
     tiny_cogvideox_i2v_pipeline,
+    tiny_hunyuan_i2v_pipeline,
     tiny_latents_shape,
     tiny_video,
     tiny_wan_i2v_pipeline,
@@ -165,6 +166,26 @@ def test_the_fingerprint_covers_images_and_what_encodes_them(wan, tmp_path):
     names.append(encode(rows, other, tmp_path).directory)
     names.append(encode(rows, tiny_wan_i2v_pipeline(image_encoder=False), tmp_path).directory)
     assert len(set(names)) == 6
+
+
+def test_a_prompt_that_is_read_with_its_image_is_stored_once_for_each(tmp_path):
+    pipeline, frames = tiny_hunyuan_i2v_pipeline(), [tiny_video(seed)[0] for seed in (1, 2)]
+    family = family_for(pipeline.transformer)
+    pairs = [(PROMPTS[0], frames[0]), (PROMPTS[0], frames[1]), (PROMPTS[1], frames[0]), (PROMPTS[0], frames[0])]
+    rows = [video_row(seed, image=frame) | {"prompt": prompt} for seed, (prompt, frame) in enumerate(pairs)]
+    found = encode(rows, pipeline, tmp_path, batch_size=2)
+    for example, (prompt, frame) in zip(found, pairs, strict=True):
+        picture = [PIL.Image.fromarray(frame)]
+        (expected,) = family.encode_prompt_with_image(pipeline, [prompt], picture, MAX_SEQUENCE_LENGTH)
+        for name, values in (expected | by_hand(pipeline, frame, 5)).items():
+            rounding.assert_close(example[name], values, rounding.SINGLE)
+    for column in ("prompts", "image_embeds", "pooled_prompt_embeds"):
+        assert len([key for key in stored(found) if key.startswith(f"{column}/")]) == 3
+    pipeline.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert encode(rows, pipeline, tmp_path).directory != found.directory
+    pipeline.register_modules(image_processor=None)
+    with pytest.raises(ValueError, match="no 'image_processor' to encode with"):
+        encode(rows, pipeline, tmp_path)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.evaluation.runs import make_run
-from tests.support.tiny import PROMPTS, tiny_wan_pipeline
+from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_pipeline, tiny_wan_pipeline
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.runs.generate import VideoGenerator, generate_run, load_generator
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
@@ -242,10 +243,53 @@ def test_load_generator_reads_a_folder_and_records_its_content(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "fps", "call"),
+    [
+        ("ltx-t2v", 25.0, {"frame_rate": 25.0}),  # positions in time are in seconds
+        ("hunyuan-i2v", 24.0, {"guidance_scale": 6.0}),  # of the model, not of the call
+        ("wan-5b-t2v", 24.0, {}),
+    ],
+)
+def test_a_generator_is_called_as_its_family_wants(name, fps, call, tmp_path):
+    tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    made = load_generator(str(tmp_path / "model"), call_kwargs={"num_frames": 9})
+    assert made.fps == fps and made.call_kwargs == {**call, "num_frames": 9}
+    if "frame_rate" in call:
+        assert load_generator(str(tmp_path / "model"), fps=12).call_kwargs["frame_rate"] == 12
+
+
+@pytest.mark.parametrize("name", ["cogvideox-i2v", "ltx-i2v"])
+def test_a_vae_of_another_dtype_is_given_its_own(name, tmp_path):
+    """Pipelines that hand it what the others have; on an accelerator the others are bfloat16 by default."""
+    tiny = TINY_FAMILIES[name]
+    tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    call = {"num_frames": tiny.frames, "height": tiny.side, "width": tiny.side, "num_inference_steps": 1}
+    call["max_sequence_length"] = MAX_SEQUENCE_LENGTH
+    generator = load_generator(str(tmp_path / "model"), fps=8, dtype="bfloat16", call_kwargs=call)
+    prompt = EvaluationPrompt(text=PROMPTS[0], image=str(tmp_path / "first.png"))
+    Image.fromarray(np.full((tiny.side, tiny.side, 3), 40, dtype=np.uint8)).save(prompt.image)
+    run = generate_run(tmp_path / "run", generator, [prompt])
+    assert len(list((run.folder / "videos").rglob("*.mp4"))) == 1
+    assert not {"encode", "decode"} & set(vars(generator.pipeline.vae))
+
+
+def test_a_generator_of_no_family_needs_its_rate(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
+    with pytest.raises(ValueError, match="`fps` is needed for .*, a MochiPipeline"):
+        load_generator(str(tmp_path))
+
+
+def test_a_pipeline_that_fails_for_several_videos_makes_one_at_a_time(tmp_path):
+    call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1}
+    generator = VideoGenerator(tiny_pipeline("hunyuan1.5-t2v"), "tiny", fps=24, call_kwargs=call)
+    run = generate_run(tmp_path, generator, PROMPTS[:2], batch_size=2)
+    assert len(list((run.folder / "videos").rglob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"model": "no-such/model", "fps": 8}, "No folder 'no-such/model'"),
-        ({"model": "no-such/model"}, "`fps` is needed"),
         ({"adapter": "no-such/adapter"}, "No folder 'no-such/adapter'"),
         ({"adapter": "."}, "No adapter in '.'"),
         ({"dtype": "bfloat16"}, "one revision and one dtype"),

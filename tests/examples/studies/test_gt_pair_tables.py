@@ -36,7 +36,7 @@ def _group(number, *pcs):
     return {
         "prompt": f"A ball falls, {number}.",
         "chosen": f"real-{number}.mp4",
-        "rejected": [f"{number}-{place}.mp4" for place in range(len(pcs))],
+        "rejected": [{"path": f"{number}-{place}.mp4", "bytes": b"of a file"} for place in range(len(pcs))],
         "rejected_scores": [{"sa": pc, "pc": pc} for pc in pcs],
     }
 
@@ -52,14 +52,16 @@ def test_annotators_see_what_the_judge_sees_but_for_an_error(study):
 
 def test_marked_pairs_are_as_many_as_the_real_ones_and_mostly_right(study, tmp_path, monkeypatch):
     groups = [_group(number, 0.2, 0.8, 0.5) for number in range(8)]
-    rows = study.PairRows(tmp_path, 12, 3, 0.4)
+    rows = study.PairRows(tmp_path, 12, 3, 0.6)
     monkeypatch.setattr(rows, "trained", lambda *_, **__: groups)
     annotated = rows.of("annotated")
     assert len(annotated) == 8 and all(set(row) == {"prompt", "chosen", "rejected"} for row in annotated)
-    assert sum(row["chosen"].endswith("-1.mp4") and row["rejected"][0].endswith("-0.mp4") for row in annotated) >= 6
+    marked = [(row["chosen"], row["rejected"]) for row in annotated]
+    right = [(groups[number]["rejected"][1], [groups[number]["rejected"][0]]) for number in range(8)]
+    assert sum(pair in right for pair in marked) >= 6
     both = rows.of("both")
     assert both[:8] == annotated and len(both) == 16
-    assert both[8] == {"prompt": groups[0]["prompt"], "chosen": "real-0.mp4", "rejected": ["0-0.mp4"]}
+    assert both[8] == {"prompt": groups[0]["prompt"], "chosen": "real-0.mp4", "rejected": groups[0]["rejected"][:1]}
 
 
 def test_tables_say_what_is_there(study, tmp_path):
@@ -70,7 +72,7 @@ def test_tables_say_what_is_there(study, tmp_path):
     from video_trl.load import ScriptArguments
 
     parser = TrlParser((ScriptArguments, ExperimentArguments, VideoGroupDPOConfig))
-    argv = [*study.DEFAULTS, *SMALL, "--output_dir", str(tmp_path)]
+    argv = [*study.DEFAULTS, *SMALL, "--seeds", "0", "--output_dir", str(tmp_path)]
     runner = study.TableRunner(*parser.parse_args_and_config(args=argv))
     for arm, pc in ((BASE, 0.4), (study.DPO, 0.8), (study.ANNOTATED, 0.45)):
         folder = tmp_path / "runs" / runner.unit(arm, 0)
@@ -81,3 +83,5 @@ def test_tables_say_what_is_there(study, tmp_path):
     assert ["DPO,", "annotated", "vs", "base", "1", "0/8/0", "1.00", "0/8/0", "1.00"] in lines
     (pc,) = [float(line[2]) for line in lines if line[:2] == ["DPO", "1"]]
     assert pc == pytest.approx(0.8, abs=0.01) and study.BOTH not in text
+    (gain,) = [line for line in lines if line[:4] == ["pc", "DPO", "vs", "base"]]
+    assert "+0.400" in gain and "better" not in text  # of one seed nothing is called so

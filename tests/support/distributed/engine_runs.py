@@ -6,7 +6,10 @@ Run by `torchrun`: `engine_runs.py DIRECTORY NAME...`, where a name is `TASK+LAY
 The optimizer is plain gradient descent, unless a task says otherwise, so that an update is a sum of gradients.
 """
 
+import json
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.support.distributed.cpu_attention import register_cpu_attention
 from tests.support.distributed.cpu_engines import FSDP2, engine, zero
@@ -30,6 +35,7 @@ from tests.support.tiny import (
 from tests.support.trainer.runs import SMOOTH_ADAM, config, losses, mixed_shapes
 from video_trl import VideoGroupDPOTrainer
 from video_trl.trainer.checkpoints.weights import gather, trained_weights
+from video_trl.trainer.planning.estimate import estimate
 
 
 ENGINES = {
@@ -91,6 +97,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         for policy in ("attention", "offload")
     },
 }
+# Runs of which is counted what the processes send.
+COUNTED = ("concat+rows+fsdp2", "concat+sequential+fsdp2", "concat+tokens+ddp", "concat+singles+ddp")
 RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -132,6 +140,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+class SentBytes(TorchDispatchMode):
+    """Bytes that this process sends by each kind of collective, if rings carry them: `of`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        kind = function._overloadpacket.__name__
+        if function.namespace in ("c10d", "_c10d_functional") and kind in _SENT:
+            size = sum(tensor.nbytes for tensor in tree_leaves(args[0]) if isinstance(tensor, Tensor))
+            self.of[kind] += _SENT[kind](dist.get_world_size()) * size
+        return output
+
+
+# By what the first argument of a collective is multiplied: of n processes, what one sends of it.
+_SENT = {
+    "allreduce_": lambda n: 2 * (n - 1) / n,
+    "_allgather_base_": lambda n: (n - 1) / n,  # the whole
+    "_reduce_scatter_base_": lambda n: n - 1,  # the part of a process
+    "all_to_all_single": lambda n: (n - 1) / n,
+    "alltoall_base_": lambda n: (n - 1) / n,
+}
+
+
 def precision(name: str) -> torch.dtype:
     """Of the weights of a run: float64 where all of it can be; DeepSpeed and ring attention know float32 only."""
     task, layout, engine_name = name.split("+")[:3]
@@ -140,9 +174,18 @@ def precision(name: str) -> torch.dtype:
 
 
 def run(
-    task: str, layout: str, directory: Path, dtype: torch.dtype, resume: Path | None = None, **arguments: Any
+    task: str,
+    layout: str,
+    directory: Path,
+    dtype: torch.dtype,
+    resume: Path | None = None,
+    counts: bool = False,
+    **arguments: Any,
 ) -> dict[str, Tensor]:
-    """Train weights of a type; returns their update, with the losses beside them."""
+    """
+    Train weights of a type; returns their update, with the losses beside them. With `counts`, what each process sends
+    in a micro-batch is written, as counted and as estimated.
+    """
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "beta": 20.0, "max_grad_norm": 0.0}
     task, _, option = task.partition(":")
     settings |= TASKS[task] | OPTIONS[option] | LAYOUTS[layout] | arguments
@@ -162,7 +205,16 @@ def run(
     made = VideoGroupDPOTrainer(pipeline, config(directory, **settings), rows)
     before = gather(trained_weights(made.model, made.adapter_name), keep=True)
     before = {name: weight.clone() for name, weight in before.items()}
-    made.train(resume_from_checkpoint=resume and str(resume))
+    sent = SentBytes()
+    with sent if counts else nullcontext():
+        made.train(resume_from_checkpoint=resume and str(resume))
+    if counts:
+        estimated = estimate(made.workload(), made.placement()).sent
+        micro_batches = made.state.max_steps * made.args.gradient_accumulation_steps
+        found = {kind: number / micro_batches for kind, number in sent.of.items()}
+        (directory.parent / f"{directory.name}-{dist.get_rank()}.json").write_text(
+            json.dumps({"counted": found, "estimated": estimated})
+        )
     if "fsdp" in settings:
         assert all(isinstance(block, FSDPModule) for block in made.family.blocks(made.model))
     if settings.get("compile_blocks"):
@@ -187,7 +239,8 @@ def main() -> None:
         task, layout, engine_name, *resumed = name.split("+")
         with engine(ENGINES[engine_name]):
             checkpoint = directory / "+".join(resumed) / "checkpoint-2" if resumed else None
-            results = run(task, layout, directory / name, precision(name), checkpoint, **ENGINES[engine_name])
+            how = {"counts": name in COUNTED, **ENGINES[engine_name]}
+            results = run(task, layout, directory / name, precision(name), checkpoint, **how)
             keep(directory, name, results)
 
 

@@ -8,6 +8,8 @@ import torch
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import StopAfter, assert_equal_weights, config, trained_weights, trainer
 from video_trl import VideoDPOConfig, VideoDPOTrainer
+from video_trl.trainer.checkpoints.settings import ARGUMENTS_NAME, check_settings
+from video_trl.trainer.checkpoints.weights import DESCRIPTION_NAME
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,17 @@ def test_the_numbers_of_the_optimizer_are_kept_and_said_to_be(run, tmp_path, cap
     assert "keeps these settings" in caplog.text and "learning_rate: 0.01 / 0.005" in caplog.text
     assert "weight_decay: 0.01 / 0.1" in caplog.text and "adam_beta2: 0.999 / 0.9" in caplog.text
     assert_equal_weights(trained_weights(other), trained_weights(straight))
+
+
+def test_arguments_of_the_optimizer_are_among_them(tmp_path, caplog):
+    """A checkpoint has them in its groups of weights."""
+    before = config(tmp_path, optim="sgd", optim_args="momentum=0.5")
+    (tmp_path / ARGUMENTS_NAME).write_text(before.to_json_string())
+    (tmp_path / DESCRIPTION_NAME).write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        check_settings(tmp_path, config(tmp_path, optim="sgd", optim_args="momentum=0.9"), "GroupDPO")
+    assert "keeps these settings" in caplog.text and "optim_args: momentum=0.5 / momentum=0.9" in caplog.text
+    assert "with other settings" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ MEASURED = [
     ("wan pair bf16", "wan", "DPO", 1, {"step_mode": "concat", "bf16": True}),
     ("wan pair full", "wan", "RegDPO", 1, {"step_mode": "concat", "use_peft": False}),
     ("wan group", "wan", "GroupDPO", 3, {"step_mode": "concat", "loss_type": "plackett_luce"}),
+    ("wan group singles", "wan", "GroupDPO", 3, {"step_mode": "singles", "activation_checkpointing": True}),
     ("wan group sequential", "wan", "GroupDPO", 3, {"step_mode": "sequential", "loss_type": "plackett_luce"}),
     ("wan sft attention", "wan", "SFT", 0, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
     ("wan pair attention", "wan", "DPO", 1, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
@@ -78,7 +79,7 @@ def measured_peak(directory, family: str, name: str, num_rejected: int, changes:
 @pytest.mark.parametrize(
     ("family", "name", "num_rejected", "changes"), [case[1:] for case in MEASURED], ids=[case[0] for case in MEASURED]
 )
-def test_the_plan_is_within_a_tenth_of_what_training_takes(tmp_path, family, name, num_rejected, changes):
+def test_the_plan_is_within_three_percent_of_what_training_takes(tmp_path, family, name, num_rejected, changes):
     peak, transformer = measured_peak(tmp_path, family, name, num_rejected, changes)
     full = not changes.get("use_peft", True)
     plan = count_step(
@@ -93,15 +94,15 @@ def test_the_plan_is_within_a_tenth_of_what_training_takes(tmp_path, family, nam
         bf16=changes.get("bf16", False),
         prompt_tokens=16,
     )
-    assert plan.peak - plan.optimizer == pytest.approx(peak, rel=0.1)
+    assert plan.peak - plan.optimizer == pytest.approx(peak, rel=0.03)
 
 
 def test_more_blocks_cost_what_a_block_costs(monkeypatch):
     """Depth is extrapolated; counting all blocks says the same."""
-    config = configuration(tiny_wan_pipeline().transformer, num_layers=7)
+    config = configuration(tiny_wan_pipeline().transformer, num_layers=9)
     settings = {"num_videos": 2, "reference": "adapter", "lora_rank": 4, "bf16": False, "prompt_tokens": 16}
     fast = count_step(config, SHAPES["wan"], **settings)
-    monkeypatch.setattr("video_trl.trainer.planning.counter._DEPTHS", (6, 7))
+    monkeypatch.setattr("video_trl.trainer.planning.counter._FEW_BLOCKS", 9)
     assert count_step(config, SHAPES["wan"], **settings) == fast
 
 

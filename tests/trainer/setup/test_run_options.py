@@ -42,6 +42,14 @@ RAW = [{"prompt": "a", "chosen": "nowhere.mp4", "rejected": ["nowhere.mp4"]}]
         ({"save_strategy": "steps", "save_total_limit": 0}, "`save_total_limit` must be positive"),
         ({"output_dir": "/proc/nowhere/run"}, "`output_dir`: /proc/nowhere/run cannot be written"),
         ({"output_dir": __file__}, "`output_dir`: .* cannot be written"),
+        ({"max_steps": 0}, "`max_steps` must be positive, or -1 where"),
+        ({"max_steps": -5}, "`max_steps` must be positive, or -1 where"),
+        ({"dataloader_persistent_workers": True}, "The loader cannot be made with dataloader_num_workers=0"),
+        (
+            {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "threads"},
+            "The loader cannot be made with .*dataloader_multiprocessing_context='threads'",
+        ),
+        ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": -1}, "The loader cannot be made with"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -119,6 +127,20 @@ def told(caplog, make):
         ({"use_peft": False}, "`lora_rank=4`: `use_peft` is off"),
         ({"max_steps": 2, "num_train_epochs": 5}, "`num_train_epochs=5`: `max_steps` says when the run ends"),
         ({"optim_target_modules": ["attn"]}, "`optim_target_modules=['attn']`: nothing in a video trainer reads it"),
+        ({"prediction_loss_only": True}, "`prediction_loss_only=True`: nothing in a video trainer reads it"),
+        ({"average_tokens_across_devices": False}, "`average_tokens_across_devices=False`: nothing"),
+        ({"ddp_bucket_cap_mb": 10}, "`ddp_bucket_cap_mb=10`: there is one process"),
+        ({"run_name": "a"}, "`run_name='a'`: `report_to` names no tracker"),
+        ({"project": "a"}, "`project='a'`: `report_to` does not name 'trackio'"),
+        ({"hub_strategy": "end"}, "`push_to_hub` is off"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"x": 1}},
+            "`lr_scheduler_type='constant'` takes none",
+        ),
+        ({"heldout_evaluations": 4}, "`heldout_evaluations=4`: there is no `eval_dataset`"),
+        ({"reference_is_base": True}, "`reference_is_base=True`: no adapter is continued"),
+        ({"loss_type": "sum", "scale_by_group": False}, "`scale_by_group=False`: `loss_type` is not 'sampled'"),
+        ({"lose_gap_weight": 0.0, "lose_gap_clip": 1.0}, "`lose_gap_clip=1.0`: `lose_gap_weight` is 0"),
         (
             {"label_names": ["x"], "batch_eval_metrics": True},
             "`label_names=['x']`: nothing in a video trainer reads it",
@@ -128,6 +150,28 @@ def told(caplog, make):
 )
 def test_an_option_without_effect_is_told(tmp_path, caplog, changes, expected):
     assert expected in told(caplog, lambda: trainer(config(tmp_path, **changes)))
+
+
+def test_options_beside_rows_to_evaluate_on_are_told_where_others_decide(tmp_path, caplog):
+    held_out = tiny_encoded_group(2, seed=3)
+    both = {"eval_strategy": "epoch", "eval_steps": 3, "heldout_evaluations": 4, "metric_for_best_model": "loss"}
+    found = told(caplog, lambda: trainer(config(tmp_path, **both), eval_dataset=held_out))
+    assert "`eval_steps=3`: `eval_strategy` is not 'steps'" in found and "`eval_strategy` is given" in found
+    assert "`metric_for_best_model='loss'`: nothing looks for the best weights" in found
+    made = config(tmp_path, heldout_evaluations=4)
+    assert "heldout" not in told(caplog, lambda: trainer(made, eval_dataset=held_out))
+
+
+def test_options_of_an_alignment_beside_the_preference_are_told(tmp_path):
+    options = {"alignment_loss": "repa", "margin": 0.2, "teacher_batch_size": 2, "precompute_teacher": False}
+    idle = config(tmp_path, repa_coeff=0.5, repa_options=options).options_without_effect()["repa_options"]
+    assert "`margin`: `alignment_loss='repa'` compares tokens" in idle and "`teacher_batch_size`" in idle
+    assert (
+        "repa_options" not in config(tmp_path, repa_coeff=0.5, repa_options={"margin": 0.2}).options_without_effect()
+    )
+    assert (
+        config(tmp_path, repa_options={"margin": 0.2}).options_without_effect()["repa_options"] == "`repa_coeff` is 0"
+    )
 
 
 def test_what_deepspeeds_configuration_decides_is_told(tmp_path):
@@ -155,9 +199,12 @@ def test_options_beside_an_adapter_or_optimizer_of_the_user_are_told(tmp_path, c
     pipeline = tiny_wan_pipeline()
     pipeline.transformer.add_adapter(trainer(config(tmp_path)).model.peft_config["default"])
     optimizer = torch.optim.SGD([w for n, w in pipeline.transformer.named_parameters() if "lora_" in n], lr=1e-3)
-    message = told(caplog, lambda: trainer(config(tmp_path), model=pipeline, optimizers=(optimizer, None)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    args = config(tmp_path, warmup_steps=2, reference_is_base=True, optim="sgd", optim_args="momentum=0.5")
+    message = told(caplog, lambda: trainer(args, model=pipeline, optimizers=(optimizer, schedule)))
     assert "`lora_rank=4`: the adapter is that of" in message
-    assert "`learning_rate=0.01`: the optimizer is that of `optimizers`" in message
+    assert "`learning_rate=0.01`: the optimizer is that of `optimizers`" in message and "`optim_args=" in message
+    assert "`warmup_steps=2`: the schedule is that of `optimizers`" in message and "reference_is_base" not in message
 
 
 def test_teacher_options_beside_tokens_and_repa_options_are_told(tmp_path, caplog):

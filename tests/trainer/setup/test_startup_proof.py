@@ -187,6 +187,30 @@ def test_a_choice_of_layers_that_leaves_none_is_refused_before_anything_is_encod
             trainer(config(tmp_path), peft_config=peft_config)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["attn1"]}, "match 'blocks.0.attn1', which is a WanAttention"),
+        ({"target_modules": r"blocks\.0\.attn1.*"}, "match 'blocks.0.attn1', which is a"),
+        ({"target_modules": ["attn1.norm_q"]}, "match 'blocks.0.attn1.norm_q', which is a RMSNorm"),
+        ({"rank_pattern": {"attn1.to_qq": 8}}, r"`rank_pattern` of `peft_config` names \['attn1.to_qq'\], and no mod"),
+        ({"alpha_pattern": {"blocks.7.attn1.to_q": 8}}, r"`alpha_pattern` of `peft_config` names \['blocks.7"),
+        ({"target_modules": "all-linear", "rank_pattern": {"nowhere": 8}}, r"names \['nowhere'\]"),
+    ],
+    ids=str,
+)
+def test_targets_and_patterns_that_name_nothing_to_train_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(config(tmp_path), peft_config=LoraConfig(**({"target_modules": ATTENTION} | options)))
+
+
+def test_patterns_of_layers_that_are_not_targets_are_told(tmp_path, caplog):
+    peft_config = LoraConfig(target_modules=["attn1.to_q"], rank_pattern={"attn1.to_k": 2, "attn1.to_q": 2})
+    with caplog.at_level(logging.WARNING):
+        trainer(config(tmp_path), peft_config=peft_config)
+    assert "`rank_pattern` of `peft_config` names ['attn1.to_k'], which is not among its targets" in caplog.text
+
+
 # ---- Gradients ----
 
 

@@ -50,6 +50,10 @@ def test_the_reference_of_a_fresh_adapter_is_the_untouched_base(tmp_path):
         assert torch.equal(predict(reference), base)
     assert flags(made) == before
     assert torch.equal(predict(made.model), policy) and not torch.equal(policy, base)
+    made.model.add_adapter(LoraConfig(r=2, target_modules=["ffn.net.2"], init_lora_weights=False), "later")
+    with made.reference() as reference:  # off as well, in layers that had no adapter before
+        assert torch.equal(predict(reference), base)
+    assert not torch.equal(predict(made.model), policy) and not torch.equal(predict(made.model), base)
 
 
 def test_the_reference_switch_recovers_from_an_error(tmp_path):

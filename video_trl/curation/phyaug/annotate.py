@@ -41,7 +41,7 @@ from .annotation import (
 )
 
 
-COT_VERSION = 2
+COT_VERSION = 3
 
 #: Columns that the filter adds. `parse`, `vision_check` and `physics_scores` are JSON.
 ANNOTATED: dict[str, pa.DataType] = {

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from ...judges.answers import AsNumber, AsTruth, as_truth
 from ...judges.frames import quoted
 from ...judges.weights import text_hash
 
@@ -41,7 +42,7 @@ CAPS = {
 #: And where no two entities touch, or the parse has no force or no outcome; these bounds of its scale are exclusive.
 NO_CONTACT_CAP, NO_CAUSE_CAP = 0.74, 0.59
 
-Unit = Field(ge=0.0, le=1.0)
+Unit = Annotated[float, Field(ge=0.0, le=1.0), AsNumber]
 
 
 def _what_is_valid(value: Any, validate: Callable[[Any], Any]) -> list[Any]:
@@ -55,7 +56,7 @@ def _what_is_valid(value: Any, validate: Callable[[Any], Any]) -> list[Any]:
 
 def _degree_or_none(value: Any, validate: Callable[[Any], str]) -> str:
     try:
-        return validate(value)
+        return validate(value.strip().casefold() if isinstance(value, str) else value)
     except ValidationError:
         return "none"
 
@@ -150,10 +151,10 @@ class Penalties(_Side):
 class Scores(_Strict):
     """Step 4: what the richness is made of."""
 
-    contact: bool
-    interaction: float = Unit
-    forces_outcomes: float = Unit
-    causal_clarity: float = Unit
+    contact: Annotated[bool, AsTruth]
+    interaction: Unit
+    forces_outcomes: Unit
+    causal_clarity: Unit
 
 
 class _Answer(_Strict):
@@ -174,8 +175,9 @@ class _Answer(_Strict):
     def _scores_or_none(cls, value: Any, validate: Callable[[Any], Scores]) -> Scores:
         try:
             return validate(value)
-        except ValidationError:
-            return Scores.model_construct()
+        except ValidationError:  # what caps the richness counts, whatever stands beside it
+            contact = as_truth(value.get("contact")) if isinstance(value, dict) else None
+            return Scores.model_construct(contact=contact) if isinstance(contact, bool) else Scores.model_construct()
 
 
 class Annotation(_Answer):
@@ -186,7 +188,7 @@ class Annotation(_Answer):
     reason: Text
     penalties: Penalties
     scores: Scores
-    physics_richness: float = Unit
+    physics_richness: Unit
     extended: Extended
 
 
@@ -197,7 +199,7 @@ class CaptionAnnotation(_Answer):
     reason: Text
     penalties: Penalties
     scores: Scores
-    physics_richness: float = Unit
+    physics_richness: Unit
     extended: Extended
 
 

@@ -56,7 +56,7 @@ def allocate(
         budget (`int`, defaults to `20000`): N, clips to take in all.
         redistribute (`bool`, defaults to `False`):
             Offer what small categories leave over to the others, in the same proportions, until the budget is spent
-            or every clip is taken. Eq. 1 does not.
+            or every clip is taken: no category gets less than without it. Eq. 1 does not.
 
     Returns:
         `dict[str, int]` or `numpy.ndarray` of `int64`: Clips to take, like `counts`. Never more than there are, never
@@ -91,9 +91,11 @@ def allocate(
     difficulty = np.where(there, 1 - np.nan_to_num(score), 0.0)
     # A common factor cancels; without it, a large tau would overflow.
     weight = np.where(there, np.exp(tau * (difficulty - difficulty[there].max(initial=0.0))).clip(1e-300), 0.0)
+    taken = np.minimum(available, _round(_quotas(weight, budget), budget, difficulty))
     if not redistribute:
-        return np.minimum(available, _round(_quotas(weight, budget), budget, difficulty))
-    return _fill(available, weight, difficulty, min(budget, int(available.sum())))
+        return taken
+    left = min(budget, int(available.sum())) - int(taken.sum())
+    return taken + _fill(available - taken, weight * (available > taken), difficulty, left)
 
 
 def _quotas(weight: NDArray[np.float64], budget: int) -> NDArray[np.float64]:

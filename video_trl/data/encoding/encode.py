@@ -161,7 +161,8 @@ def _check_job(job: _Job) -> None:
     if job.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {job.batch_size}.")
     pairs = (*job.family.text_encoders.items(), *job.family.image_encoders.items())
-    for component in ("vae", *(name for pair in pairs for name in pair if name)):
+    names = ("vae", *(name for pair in pairs for name in pair), job.family.prompt_image_processor)
+    for component in filter(None, names):
         if job.pipeline.components.get(component) is None:
             raise ValueError(f"The pipeline has no {component!r} to encode with. Load it whole, or pass encoded data.")
     num_frames, height, width = job.pixels["num_frames"], job.pixels["height"], job.pixels["width"]
@@ -201,7 +202,7 @@ def _build(job: _Job, cache_dir: Path) -> str:
     fps = None if math.isnan(fps) else fps
     with EncodedWriter(directory, job.row_type, identity, encoder=job.family.name, fps=fps) as writer:
         if not writer.complete:
-            _encode_prompts(job, rows, writer)
+            _encode_prompts(job, inventory, rows, shapes, writer)
             _encode_videos(job, inventory, rows, shapes, writer)
             if job.image_columns:
                 _encode_images(job, inventory, rows, shapes, writer)
@@ -225,6 +226,8 @@ def _fingerprint(job: _Job, rows: Sequence[Row]) -> str:
         parts += [tokenizer_settings(pipeline.components[tokenizer])] if tokenizer else []
         parts += _parts_of(pipeline.components[name])
     parts += _parts_of(pipeline.vae)
+    if job.family.prompt_image_processor is not None:
+        parts.append(pipeline.components[job.family.prompt_image_processor].to_json_string())
     if job.image_columns:
         parts += [job.image_columns, [row.image for row in rows]]
     for name, processor in job.family.image_encoders.items():
@@ -244,24 +247,45 @@ def _settings_of(network: ModelMixin | PreTrainedModel) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
 
 
-def _encode_prompts(job: _Job, rows: Sequence[Row], writer: EncodedWriter) -> None:
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    _warn_of_long_prompts(job, prompts)
-    with ExitStack() as stack, tqdm(total=len(prompts), desc="Encoding prompts") as progress:
+def _encode_prompts(
+    job: _Job,
+    inventory: Inventory,
+    rows: Sequence[Row],
+    shapes: dict[str, tuple[int, int, int]],
+    writer: EncodedWriter,
+) -> None:
+    """Embeddings of every distinct prompt; where the text encoder sees it, with every first frame of it."""
+    row_of: dict[str, Row] = {}
+    for row in rows:
+        row_of.setdefault(_prompt_key(job, row, shapes[row.videos[0]]), row)
+    distinct = list(row_of.items())
+    _warn_of_long_prompts(job, list(dict.fromkeys(row.prompt for _, row in distinct)))
+    with ExitStack() as stack, tqdm(total=len(distinct), desc="Encoding prompts") as progress:
         for network in job.networks(job.family.text_encoders):
             stack.enter_context(_placed(network, job.device))
-        for start in range(0, len(prompts), job.batch_size):
-            batch = prompts[start : start + job.batch_size]
+        for start in range(0, len(distinct), job.batch_size):
+            batch = distinct[start : start + job.batch_size]
             progress.update(len(batch))
             # Batches are whole also where a part is there from before: another size would change the last bits.
-            if all(_prompt_key(prompt, column) in writer for prompt in batch for column in job.family.prompt_columns):
+            if all(_column_key(key, column) in writer for key, _ in batch for column in job.family.prompt_columns):
                 continue
-            encoded = job.family.encode_prompt(job.pipeline, batch, job.max_sequence_length)
-            for prompt, columns in zip(batch, encoded, strict=True):
+            encoded = _encoded_prompts(job, inventory, [row for _, row in batch], shapes)
+            for (key, row), columns in zip(batch, encoded, strict=True):
                 for column in job.family.prompt_columns:
                     encoder = job.pipeline.components[next(iter(job.family.text_encoders))]
-                    _check_finite(columns[column], f"The prompt {prompt!r}", encoder, "text encoder")
-                    writer.add(_prompt_key(prompt, column), columns[column])
+                    _check_finite(columns[column], f"The prompt {row.prompt!r}", encoder, "text encoder")
+                    writer.add(_column_key(key, column), columns[column])
+
+
+def _encoded_prompts(
+    job: _Job, inventory: Inventory, rows: Sequence[Row], shapes: dict[str, tuple[int, int, int]]
+) -> list[dict[str, torch.Tensor]]:
+    images = []
+    for row in rows if job.family.prompt_image_processor else ():
+        _, height, width = shapes[row.videos[0]]
+        images.append(PIL.Image.fromarray(_first_frame(job, inventory, row.image or row.videos[0], height, width)))
+    prompts = [row.prompt for row in rows]
+    return job.family.encode_prompt_with_image(job.pipeline, prompts, images, job.max_sequence_length)
 
 
 def _warn_of_long_prompts(job: _Job, prompts: Sequence[str]) -> None:
@@ -397,12 +421,13 @@ def _rate_key(rate: float) -> str:
 def _index_row(job: _Job, row: Row, shape: tuple[int, int, int], rate: float | None) -> dict[str, Any]:
     keys = [_video_key(digest) for digest in row.videos]
     videos = {"video": keys[0]} if job.row_type == "video" else {"chosen": keys[0], "rejected": keys[1:]}
-    conditions = {column: _prompt_key(row.prompt, column) for column in job.family.prompt_columns[1:]}
+    prompt = _prompt_key(job, row, shape)
+    conditions = {column: _column_key(prompt, column) for column in job.family.prompt_columns}
     conditions |= {column: _image_key(column, row.image or row.videos[0], shape) for column in job.image_columns}
     conditions |= {} if rate is None else {FRAME_RATE: _rate_key(rate)}
     return {
         "prompt": row.prompt,
-        "prompt_embeds": _prompt_key(row.prompt),
+        "prompt_embeds": conditions.pop("prompt_embeds"),
         **videos,
         "rejected_scores": row.scores,
         "weight": row.weight,
@@ -423,8 +448,15 @@ def _video_key(digest: str) -> str:
     return f"videos/{digest}"
 
 
-def _prompt_key(prompt: str, column: str = "prompt_embeds") -> str:
-    return f"{'prompts' if column == 'prompt_embeds' else column}/{fingerprint(prompt)}"
+def _prompt_key(job: _Job, row: Row, shape: tuple[int, int, int]) -> str:
+    """Hash of what a row's prompt is encoded from: words, and the first frame where the text encoder sees that."""
+    if job.family.prompt_image_processor is None:
+        return fingerprint(row.prompt)
+    return fingerprint(row.prompt, row.image or row.videos[0], list(shape[1:]))
+
+
+def _column_key(prompt: str, column: str) -> str:
+    return f"{'prompts' if column == 'prompt_embeds' else column}/{prompt}"
 
 
 @contextmanager

@@ -119,7 +119,13 @@ def _source(
         )
     if strategy == "instanceprompt" and not backend.get("instance_prompt"):
         raise ValueError(f"{path}: `caption_strategy` of {backend['id']!r} needs an `instance_prompt`.")
-    changed = [name for name in _CAPTION_OPTIONS if backend.get(name)]
+    prompt = backend.get("instance_prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(
+            f"{path}: `instance_prompt` of {backend['id']!r} is {prompt!r:.80}; expected one text. SimpleTuner draws "
+            "from a list anew in every step: choose one in a copy of the file."
+        )
+    changed = [name for name in _CAPTION_OPTIONS if _is_on(backend.get(name))]
     if changed:
         raise ValueError(f"{path}: {backend['id']!r} has {changed}, which change captions. Take them out.")
     folder = _folder(backend, path)
@@ -128,6 +134,10 @@ def _source(
         raise ValueError(f"{path}: {backend['id']!r} has no video in {folder}.")
     others = [(root := _folder(other, path), videos_in(files_below(root))) for other in rejected]
     return backend, folder, videos, [{stem_below(video, root): video for video in found} for root, found in others]
+
+
+def _is_on(option: Any) -> bool:
+    return bool(option.get("enable", False) if isinstance(option, Mapping) else option)
 
 
 def _folder(backend: Backend, path: Path) -> Path:

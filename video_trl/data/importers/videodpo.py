@@ -5,9 +5,10 @@ The layout (https://github.com/CIntellifusion/VideoDPO, OmniScore):
 
     metadata.json    a list of videos: {"basic": {"clip_path": ...}, "misc": {"frame_caption": [...]}}
     pair.json        a list of pairs: {"video1": place of the better one in the first list, "video2": of the worse one,
-                     "frame_caption": ...}
+                     "frame_caption": ..., and in some datasets "score": how common the pair is}
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,13 +19,16 @@ from .imported import Imported, existing_folder, with_readable_videos
 
 
 _VIDEOS, _PAIRS = "metadata.json", "pair.json"
+_TYPICAL_SCORE = 0.72  # by which the official code divides scores
 
 
 def read_videodpo(folder: str | os.PathLike[str]) -> Imported:
     """
     Pairs of a better and a worse video, for `VideoDPOTrainer`.
 
-    The first video of a pair is the better one; `label` is not looked at, as in VideoDPO's own code. Videos are looked
+    The first video of a pair is the better one; `label` is not looked at, as in VideoDPO's own code. Where pairs have
+    a `score`, the column `weight` is what that code multiplies losses by with `dupbeta: 1`: 0.72 / score, a pair
+    without one having 1; `VideoDPOConfig(pair_weights=True)` reads it. Videos are looked
     for in the folder: at the path that the list says or, where the data have been moved, at its last two parts
     (`winvideos/000001.mp4`).
 
@@ -32,7 +36,7 @@ def read_videodpo(folder: str | os.PathLike[str]) -> Imported:
         folder (`str` or `Path`): Folder with `metadata.json`, `pair.json` and the videos.
 
     Returns:
-        [`Imported`]: Rows with `prompt`, `chosen`, `rejected` and `provenance`.
+        [`Imported`]: Rows with `prompt`, `chosen`, `rejected`, `provenance` and, with scores, `weight`.
 
     Raises:
         ValueError: If the folder or one of the two files is missing or is another file, or no pair is left.
@@ -40,12 +44,14 @@ def read_videodpo(folder: str | os.PathLike[str]) -> Imported:
     root = existing_folder(folder, "the folder of a dataset of VideoDPO")
     videos, pairs = (_list_in(root / name) for name in (_VIDEOS, _PAIRS))
     imported = Imported()
+    scored = any(isinstance(pair, Mapping) and "score" in pair for pair in pairs)
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for number, pair in enumerate(pairs):
             place = f"{_PAIRS}, pair {number}"
             try:
-                yield place, _row(root, videos, pair)
+                row = _row(root, videos, pair)
+                yield place, row | ({"weight": _weight(pair)} if scored else {})
             except ValueError as error:
                 imported.skip(place, str(error))
 
@@ -83,6 +89,13 @@ def _row(root: Path, videos: list[Any], pair: Any) -> dict[str, Any]:
         "rejected": _path(root, rejected),
         "provenance": "VideoDPO",
     }
+
+
+def _weight(pair: Mapping[str, Any]) -> float:
+    score = pair.get("score", 1)
+    if not isinstance(score, (int, float)) or isinstance(score, bool) or not 0 < score < math.inf:
+        raise ValueError(f"expected a positive, finite number in 'score', got {score!r:.60}")
+    return _TYPICAL_SCORE / score
 
 
 def _video(videos: list[Any], pair: Mapping[str, Any], name: str) -> Any:

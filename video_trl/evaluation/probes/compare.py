@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
+from ...hub.attach import find_adapter, load_adapter
 from ...hub.published import Alpha
 from ...load import DTYPE_OPTION, SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
-from ..runs.adapters import find_adapter, load_adapter
 from .physion import (
     CELLS,
     DiffusionFeatures,

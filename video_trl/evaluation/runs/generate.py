@@ -1,5 +1,6 @@
 """Generate the videos of an evaluation run from prompts and seeds, with any diffusers video pipeline."""
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from tqdm.auto import tqdm
 
 from ...data.video_io import write_video
 from ...files import announce, fingerprint, remove_leftovers
+from ...hub.attach import find_adapter, load_adapter
 from ...hub.published import Alpha
 from ...judges import VideoJudge
 from ...load import SANDBOX, generation_defaults, load_pipeline, pipeline_source
-from .adapters import find_adapter, load_adapter
+from ...models import rules_of, supported_pipelines
+from ...models.mixed_precision import inputs_cast_for_vae
 from .prompts import EvaluationPrompt
 from .run import VIDEO_FOLDER, Case, EvaluationRun, cases_of, claimed, create_run, shard
 from .score import open_scores, require_scores, write_scores
@@ -95,7 +98,8 @@ def load_generator(
             it.
         adapter_scale (`float`, *optional*, defaults to `1.0`): Factor of what the adapter adds to each output.
         revision (`str`, *optional*): Branch, tag or commit of the model's repository.
-        fps (`float`, *optional*): Frames per second that the model generates at. Not needed for the sandbox.
+        fps (`float`, *optional*): Frames per second that the model generates at. Needed only for pipelines of none of
+            the families in `video_trl.models`. Pipelines that take a `frame_rate` are told.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call, over the sandbox's own for the sandbox.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"` for all but the VAE, which is float32.
             By default bfloat16 on an accelerator and float32 on the CPU.
@@ -105,21 +109,21 @@ def load_generator(
         [`VideoGenerator`]
 
     Raises:
-        ValueError: If the model or adapter is not there, the adapter does not fit or its alpha is not known, or `fps`
-            is missing.
+        ValueError: If the model or adapter is not there, the adapter does not fit or its alpha is not known, or the
+            frame rate is not known.
     """
     place = torch.device(device) if device else _default_device()
     adapter_file = find_adapter(adapter, adapter_alpha, adapter_scale)  # before gigabytes are loaded
     default_fps, default_call = generation_defaults(model)
-    fps = fps or default_fps
-    if fps is None:
-        raise ValueError(f"`fps` is needed for {model!r}: the rate it generates at (Wan 16, CogVideoX 8).")
     if model == SANDBOX:
         if revision or dtype not in (None, "float32"):
             raise ValueError("The sandbox has one revision and one dtype (float32): leave `revision` and `dtype` out.")
         pipeline, folder = load_pipeline(model), Path(pipeline_source(model))
     else:
         folder = _pipeline_folder(model, revision)
+        kind = DiffusionPipeline.load_config(folder)["_class_name"]
+        if fps is None and kind not in supported_pipelines():
+            raise ValueError(f"`fps` is needed for {model!r}, a {kind}: the rate it generates at.")
         weights_dtype = _torch_dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
         pipeline = load_pipeline(
             str(folder), dtype={"vae": torch.float32, "default": weights_dtype}, local_files_only=True
@@ -127,17 +131,36 @@ def load_generator(
     pipeline.set_progress_bar_config(disable=True)
     if adapter_file is not None:
         load_adapter(pipeline, adapter_file, model, alpha=adapter_alpha, scale=adapter_scale)
+    fps, wanted_call = wanted_by_family(pipeline, fps or default_fps)
     return VideoGenerator(
         pipeline=pipeline.to(place),
         model=model,
         fps=fps,
-        call_kwargs={**default_call, **(call_kwargs or {})},
+        call_kwargs={**wanted_call, **default_call, **(call_kwargs or {})},
         revision=folder.name if folder.parent.name == "snapshots" else fingerprint(folder),
         adapter=adapter,
         adapter_hash=None if adapter_file is None else fingerprint(adapter_file),
         adapter_alpha=adapter_alpha,
         adapter_scale=adapter_scale,
     )
+
+
+def wanted_by_family(pipeline: DiffusionPipeline, fps: float | None) -> tuple[float, dict[str, Any]]:
+    """
+    Frames per second of a pipeline's videos, its family's if not given, and what its call must be told beside a size.
+
+    Raises:
+        ValueError: If the rate is not given, and the pipeline is of no family in `video_trl.models`.
+    """
+    rules = rules_of(pipeline)
+    fps = fps or (None if rules is None else rules.fps)
+    if fps is None:
+        raise ValueError(f"`fps` is needed for a {type(pipeline).__name__}: the rate it generates at.")
+    takes = inspect.signature(pipeline.__call__).parameters
+    call: dict[str, Any] = {"frame_rate": fps} if "frame_rate" in takes else {}
+    if rules is not None and rules.guidance_scale is not None:
+        call["guidance_scale"] = rules.guidance_scale
+    return fps, call
 
 
 def generate_run(
@@ -166,7 +189,8 @@ def generate_run(
         generator ([`VideoGenerator`]): The model.
         prompts (list of [`EvaluationPrompt`] or `str`), seeds (list of `int`): One video of each prompt for each seed.
         name (`str`), training_seed (`int`), benchmark (`str`): As in [`EvaluationRun`].
-        batch_size (`int`, *optional*, defaults to `1`): Videos generated together; those with an image go singly.
+        batch_size (`int`, *optional*, defaults to `1`): Videos generated together; those with an image, and of
+            pipelines that fail for several, go singly.
         judge ([`~video_trl.judges.VideoJudge`], *optional*): Scores the frames of each video as the pipeline makes
             them. Without one, [`score_run`] scores the files, whose compression moves exact scores a little.
         rank (`int`, *optional*), num_ranks (`int`, *optional*): Part of this process, by default as launched.
@@ -180,6 +204,8 @@ def generate_run(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    rules = rules_of(generator.pipeline)
+    batch_size = 1 if rules is not None and rules.one_video_a_call else batch_size
     run = create_run(
         run_dir,
         name=name,
@@ -229,7 +255,8 @@ def _generate(generator: VideoGenerator, cases: Sequence[Case]) -> np.ndarray:
     if cases[0].prompt.image is not None:
         with Image.open(cases[0].prompt.image) as image:
             kwargs["image"] = image.convert("RGB")
-    frames = np.asarray(generator.pipeline(prompt=texts, generator=noise, output_type="np", **kwargs).frames)
+    with inputs_cast_for_vae(generator.pipeline):
+        frames = np.asarray(generator.pipeline(prompt=texts, generator=noise, output_type="np", **kwargs).frames)
     for case, video in zip(cases, frames, strict=True):
         if not np.isfinite(video).all():
             raise ValueError(

@@ -24,14 +24,16 @@ METHOD = "method"
 _DEEPSPEED_NAME = "latest"  # names the folder of DeepSpeed's states
 
 # The optimizer's own numbers, which a checkpoint holds together with its states.
-_KEPT = ("learning_rate", "head_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_KEPT = (
+    "learning_rate", "head_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
+)  # fmt: skip
 # States of one kind that another kind can go on with.
 _SAME_STATES = ({"adamw_torch", "adamw_torch_fused"},)
 _SCHEDULES_WITH_STATES = ("reduce_lr_on_plateau", "greedy")
 # Of `TrainingArguments`, what the rest of a run depends on. `check_description` compares seeds, rows and batches.
 _INHERITED = (
-    "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim_args",
-    "max_grad_norm", "bf16", "fp16",
+    "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm",
+    "bf16", "fp16",
 )  # fmt: skip
 # Of the package's own options, those that change no number of a resumed run, or are compared with the model.
 _WITHOUT_EFFECT = {

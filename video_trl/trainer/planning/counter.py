@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -28,7 +28,7 @@ from ..step.denoising import Denoising
 from ..step.passes import SequentialErrors, StepMode, forward_errors
 
 
-_DEPTHS = (3, 4)  # numbers of blocks that are counted
+_FEW_BLOCKS = 3  # of each kind are counted, and one more; the peak of fewer may be at another moment
 _IN_ONE_BLOCK = re.compile(r"^\w+\.\d+\.")  # what the name of a layer of a single block begins with
 _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
 
@@ -105,8 +105,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Asked by torch before each operation, and answered here: two dispatches of three would be for this.
+        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device
         output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
         # torch's own FlopCounterMode keeps tensors of every module alive, which would be counted as memory.
@@ -231,16 +234,16 @@ def _frozen_dtype(bf16: bool) -> torch.dtype:
 
 def _count_all_blocks(config: Mapping[str, Any], settings: tuple[Any, ...]) -> StepCost:
     """The cost of a step; of a deep transformer, from counts of few blocks of each kind."""
-    few = {option: min(depth, _DEPTHS[0]) for option, depth in _depths(config).items()}
-    if all(depth <= _DEPTHS[1] for depth in _depths(config).values()):
+    few = {option: min(depth, _FEW_BLOCKS) for option, depth in _depths(config).items()}
+    more = {option: depth - few[option] for option, depth in _depths(config).items() if depth > few[option]}
+    if sum(more.values()) <= len(more) * (sum(few.values()) + 1):  # no more blocks than the counts below have
         return _count(json.dumps({**config}), *settings)
     low = astuple(_count(json.dumps({**config, **few}), *settings))
     total = list(low)
-    for option, depth in _depths(config).items():
-        if depth > few[option]:
-            high = astuple(_count(json.dumps({**config, **few, option: few[option] + 1}), *settings))
-            # Blocks are alike: what one more of them costs, so do the rest.
-            total = [sum_ + (depth - few[option]) * (b - a) for sum_, a, b in zip(total, low, high, strict=True)]
+    for option, number in more.items():
+        high = astuple(_count(json.dumps({**config, **few, option: few[option] + 1}), *settings))
+        # Blocks are alike: what one more of them costs, so do the rest.
+        total = [sum_ + number * (b - a) for sum_, a, b in zip(total, low, high, strict=True)]
     return StepCost(*total)
 
 

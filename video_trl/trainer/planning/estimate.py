@@ -282,7 +282,13 @@ def _communication(workload: Workload, placement: Placement, step: StepCost) -> 
     if placement.engine in _SHARDS_WEIGHTS and number > 1:
         of_reference = (videos if one_by_one else 1) if workload.reference != "none" else 0
         of_policy = 3 * videos - 1 if one_by_one else 2  # forward, forward again but for the last, backward
-        sent["weights"] = others * step.weights * (of_reference + of_policy)
+        passes = of_reference + of_policy
+        weights = step.weights / (2 if workload.reference == "copy" else 1)  # of either goes round in its own passes
+        sent["weights"] = others * weights * passes
+        if placement.engine == "fsdp2" and workload.lora_rank is not None and workload.reference != "copy":
+            # What is in no block stays whole until a backward pass ends: gathered once for each of these.
+            in_blocks = step.block_weights + 4 * step.trained
+            sent["weights"] -= others * (weights - in_blocks) * (passes - (videos if one_by_one else 1))
     if degree > 1:
         config = workload.config
         width, depth = config["num_attention_heads"] * config["attention_head_dim"], int(config["num_layers"])

@@ -16,12 +16,10 @@ from transformers import TrainerCallback
 
 from ...data import EncodedDataset
 from ...data.columns import as_tensor
-from ...models import ModelFamily
+from ...models import ModelFamily, rules_of
 from ...models.base import FRAME_RATE
+from ...models.mixed_precision import inputs_cast_for_vae
 from ..setup.rows import IndexedDataset
-
-
-DEFAULT_FPS = 16.0  # what Wan generates at
 
 
 class Sampler:
@@ -41,7 +39,8 @@ class Sampler:
     Attributes:
         call_kwargs (`dict`): Arguments of the pipeline's call that make videos of the size, and with the prompt
             padding, of the rows: of the commonest size where there are several.
-        fps (`float`): Frames per second: as configured or recorded when the rows were encoded; where neither is, 16.
+        fps (`float`): Frames per second: as configured or recorded when the rows were encoded; where neither is, what
+            the model generates at.
         prompts (`list[str]`): What the sample videos in `<output_dir>/samples` are made of, in order.
     """
 
@@ -62,7 +61,8 @@ class Sampler:
         self.tensorboard = tensorboard
         self.prompts: list[str] = []
         recorded = rows.rows.fps if isinstance(rows.rows, EncodedDataset) else None
-        self.fps = fps or recorded or DEFAULT_FPS
+        rules = None if pipeline is None else rules_of(pipeline)
+        self.fps = fps or recorded or (16.0 if rules is None else rules.fps)  # of no use to a bare transformer
         self.call_kwargs: dict[str, Any] = {"max_sequence_length": max_sequence_length}
         if pipeline is not None and pipeline.components.get("vae") is not None:
             (_, frames, height, width), _ = Counter(rows.shapes).most_common(1)[0]
@@ -119,7 +119,7 @@ def generation(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Di
     devices = [] if device.type == "cpu" else [device]
     forked = torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type)
     # A few videos are no reason to compile the blocks for their sizes too.
-    with forked, torch.compiler.set_stance("force_eager"):
+    with forked, torch.compiler.set_stance("force_eager"), inputs_cast_for_vae(pipeline):
         try:
             for module in modules:
                 module.eval().to(device)

@@ -211,6 +211,11 @@ class AlignmentOptions:
             (self.projector != "mlp", ("projector_width",), "`projector` is not 'mlp'"),
             (self.projector == "none", ("head_learning_rate",), "`projector='none'` has no weights"),
             (not self.precompute_teacher, ("teacher_batch_size",), "`precompute_teacher` is off"),
+            (
+                self.coefficient == 0,
+                ("coefficient_warmup_steps", "coefficient_decay", "coefficient_cutoff"),
+                "`coefficient` is 0",
+            ),
         )
         return {name: why for holds, names, why in causes if holds for name in names}
 

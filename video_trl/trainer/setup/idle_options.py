@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from ..base_config import VideoConfig
 
@@ -14,22 +15,48 @@ _OF_ENCODING = (
     "on_bad_video", "latents_dtype",
 )  # fmt: skip
 _OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
-_OF_OPTIMIZER = ("learning_rate", "optim", "optim_class", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_OPTIMIZER = (
+    "learning_rate", "optim", "optim_class", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+_OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 
-def idle_in_run(*, encoded: bool, has_adapter: bool, has_optimizer: bool) -> dict[str, str]:
+@dataclass(frozen=True)
+class Passed:
+    """
+    What stands beside a configuration.
+
+    Attributes:
+        continues (`bool`): Whether the transformer has an adapter already.
+        peft_config, ref_model, optimizer, schedule: As passed to a trainer, `None` where they are not.
+    """
+
+    continues: bool = False
+    peft_config: Any = None
+    ref_model: Any = None
+    optimizer: Any = None
+    schedule: Any = None
+
+
+def idle_in_run(passed: Passed, *, encoded: bool) -> dict[str, str]:
     """
     Options of every configuration that what is passed beside it leaves without effect, and why.
 
     Args:
+        passed (`Passed`): What is passed.
         encoded (`bool`): Whether all rows are encoded already.
-        has_adapter (`bool`): Whether the adapter is the user's: by `peft_config`, or on the transformer.
-        has_optimizer (`bool`): Whether the optimizer is the user's.
     """
     causes = (
         (encoded, _OF_ENCODING, "the rows are encoded already, and stay as they are"),
-        (has_adapter, _OF_ADAPTER, "the adapter is that of `peft_config`, or the one that the transformer has"),
-        (has_optimizer, _OF_OPTIMIZER, "the optimizer is that of `optimizers`"),
+        (
+            passed.continues or passed.peft_config is not None,
+            _OF_ADAPTER,
+            "the adapter is that of `peft_config`, or the one that the transformer has",
+        ),
+        (passed.optimizer is not None, _OF_OPTIMIZER, "the optimizer is that of `optimizers`"),
+        (passed.schedule is not None, _OF_SCHEDULE, "the schedule is that of `optimizers`"),
+        (not passed.continues, ("reference_is_base",), "no adapter is continued, so that the base is the reference"),
+        (passed.ref_model is not None, ("reference_is_base",), "the reference is `ref_model`"),
     )
     return {name: why for holds, names, why in causes if holds for name in names}
 

@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...hub import check_lora_config
+from ...hub.lora import acting_alpha
 from ...models import ModelFamily, lora_targets
 from ..base_config import VideoConfig
 
@@ -23,6 +24,7 @@ from ..base_config import VideoConfig
 logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER = "ref"
+_ADAPTED = (nn.Linear, nn.Conv2d, nn.Conv3d)  # kinds of layers whose adapters tests/hub/test_round_trips.py proves
 
 
 def adapter_configs(transformer: ModelMixin) -> dict[str, PeftConfig]:
@@ -180,6 +182,11 @@ def _check_state(transformer: nn.Module, adapter: str) -> None:
             lambda name, layer: adapter in layer.scaling and not _has_own_scale(layer, adapter, name, config),
             f"Set its scale back: `pipeline.set_adapters([{adapter!r}], [1.0])`; its alpha is that of `peft_config`.",
         ),
+        (
+            "is on layers that are neither linear nor convolutions",
+            lambda name, layer: not isinstance(layer.get_base_layer(), _ADAPTED),
+            "Make another, on layers such as 'attn1.to_q': others are not known to come back from its file.",
+        ),
     )
     for what, applies, way_out in states:
         affected = [name for name, layer in layers.items() if applies(name, layer)]
@@ -193,8 +200,7 @@ def _check_state(transformer: nn.Module, adapter: str) -> None:
 def _has_own_scale(layer: LoraLayer, adapter: str, name: str, config: PeftConfig) -> bool:
     """Whether a layer acts with the scale that its configuration says, which is what its file will say."""
     rank = layer.r[adapter]
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    return math.isclose(layer.scaling[adapter], alpha / (math.sqrt(rank) if config.use_rslora else rank), rel_tol=1e-6)
+    return math.isclose(layer.scaling[adapter], acting_alpha(config, name, rank) / rank, rel_tol=1e-6)
 
 
 def _check_projections(transformer: nn.Module) -> None:
@@ -208,28 +214,52 @@ def _check_projections(transformer: nn.Module) -> None:
 
 
 def _check_target_modules(transformer: nn.Module, config: PeftConfig) -> None:
-    targets = config.target_modules
+    targets, modules = config.target_modules, dict(transformer.named_modules())
+    names = [name for name in modules if name]
     if targets == "all-linear":
+        _check_patterns(config, names, [name for name in names if isinstance(modules[name], nn.Linear)])
         return
-    names = [name for name, _ in transformer.named_modules() if name]
     if isinstance(targets, str):
         missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
         missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in names)]
     if missing or not targets:
-        linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+        linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
         known = sorted({re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name in linear})
         raise ValueError(
             f"`target_modules` of `peft_config` must name modules of {type(transformer).__name__}, got "
             f"{missing or targets}, which match none. Its linear layers are named {known[:20]}."
         )
-    if not any(check_target_module_exists(config, name) for name in names):
+    targeted = [name for name in names if check_target_module_exists(config, name)]
+    others = [name for name in targeted if not isinstance(modules[name], _ADAPTED)]
+    if others:
+        raise ValueError(
+            f"`target_modules` of `peft_config` match {others[0]!r}, which is a {type(modules[others[0]]).__name__}: "
+            "adapters of linear layers and convolutions are known to come back. Name those, such as 'attn1.to_q'."
+        )
+    if not targeted:
         raise ValueError(
             f"`peft_config` leaves no layer of {type(transformer).__name__} to train, with "
             f"exclude_modules={config.exclude_modules}, layers_to_transform={config.layers_to_transform} and "
             f"layers_pattern={config.layers_pattern}. Blocks are counted from 0, and `layers_pattern` is the name "
             f"that stands before their number, such as {_numbered(names)!r}."
         )
+    _check_patterns(config, names, targeted)
+
+
+def _check_patterns(config: PeftConfig, names: Sequence[str], targeted: Sequence[str]) -> None:
+    """Refuse ranks and alphas of layers that are not there, and tell of those of layers that are not trained."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        pattern = config.__dict__[option]
+        idle = set(pattern) - {get_pattern_key(pattern.keys(), name) for name in targeted}
+        unknown = sorted(idle - {get_pattern_key(pattern.keys(), name) for name in names})
+        if unknown:
+            raise ValueError(
+                f"`{option}` of `peft_config` names {unknown}, and no module is called so, or ends so, or an entry "
+                "before it says its number. Name layers, such as 'attn1.to_q' or 'blocks.0.attn1.to_q'."
+            )
+        if idle:
+            logger.warning("`%s` of `peft_config` names %s, which is not among its targets.", option, sorted(idle))
 
 
 def _numbered(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 
+from ...hub.attach import find_adapter, load_adapter
 from ...load import DTYPE_OPTION, SANDBOX, load_pipeline
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
-from .lora import adapter_configs
 from .quantization import quantization_config
 from .single_file import load_transformer_file
 
@@ -55,9 +56,12 @@ def load_model(
             supported, or if `model` is of another type.
     """
     if isinstance(model, str | os.PathLike):
-        model = _load_pipeline(os.fspath(model), args)
-        if args.init_adapter is not None:
-            _load_adapter(model, args)
+        file = None if args.init_adapter is None else _find_adapter(args.init_adapter)
+        name, model = os.fspath(model), _load_pipeline(os.fspath(model), args)
+        if file is not None:
+            expert = choose_expert(pipeline_index(model), args.expert, name)
+            _check_file_name("init_adapter", args.init_adapter, pipeline_index(model), expert)
+            load_adapter(model, file, name, expert=None if expert is None else expert.name, unrounded=True)
     elif args.init_adapter is not None:
         raise ValueError(
             f"`init_adapter={args.init_adapter!r}` is loaded when the model is named by a string, but it was passed "
@@ -99,32 +103,27 @@ def load_model(
     )
 
 
-def _load_adapter(pipeline: DiffusionPipeline, args: VideoConfig) -> None:
-    """
-    Load the adapter that training starts from, into the transformer that is trained.
-
-    Raises:
-        ValueError: If there is none, or it has no layer of this transformer.
-    """
-    expert = choose_expert(pipeline_index(pipeline), args.expert, type(pipeline).__name__)
-    second = expert is not None and expert.component == "transformer_2"
-    path = str(args.init_adapter)
-    file = Path(path)
-    where = {"weight_name": file.name} if file.is_file() else {}
+def _find_adapter(path: str) -> Path:
+    """The file of the adapter that training starts from, read as a whole before a model is loaded."""
     try:
-        pipeline.load_lora_weights(
-            str(file.parent) if where else path, **where, **({"load_into_transformer_2": True} if second else {})
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        file = find_adapter(path)
+    except ValueError as error:
         raise ValueError(
-            f"`init_adapter={path!r}` cannot be loaded ({' '.join(str(error).split())}). Pass a folder with "
-            "pytorch_lora_weights.safetensors, such a file, or a repository id."
+            f"`init_adapter={path!r}` cannot be loaded: {error} Bring a file of another tool here first: `video-trl "
+            "export FILE FOLDER --to diffusers`, with `--adapter_alpha` where it does not say its alpha."
         ) from error
-    transformer, _ = _choose_transformer(pipeline, args)
-    if not adapter_configs(transformer):  # diffusers only warns
+    assert file is not None
+    return file
+
+
+def _check_file_name(option: str, file: str | None, index: Mapping[str, Any], expert: Expert | None) -> None:
+    """Raise a `ValueError` if a file is called after another transformer of the pipeline than the trained one."""
+    letters = re.sub("[^a-z]", "", Path(file or "").name.lower())
+    called = [each for each in experts_of(index) if each.name.replace("_", "") in letters]
+    if expert is not None and len(called) == 1 and called[0] != expert:
         raise ValueError(
-            f"`init_adapter={path!r}` has no weights for the {type(transformer).__name__} that is trained. Pass an "
-            "adapter of this model."
+            f"`{option}={file!r}` is called after the transformer {called[0].name!r}, and the run trains "
+            f"{expert.name!r}: their weights have the same names and shapes. Set `expert`, or give the other file."
         )
 
 
@@ -260,6 +259,7 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, frozen, component)
     parts: dict[str, Any] = dict.fromkeys(left_out)
+    _check_file_name("transformer_file", args.transformer_file, index, expert)
     if args.transformer_file is not None:
         parts[component] = load_transformer_file(
             args.transformer_file, index[component][1], name, component, dtypes[component], kwargs

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -38,6 +39,11 @@ def check_run_options(args: VideoConfig, *, evaluates: bool, has_optimizer: bool
             raise ValueError(f"`{name}` must be at least 0 and less than 2**32, got {args.__dict__[name]}.")
     if args.dataloader_num_workers < 0:
         raise ValueError(f"`dataloader_num_workers` must not be negative, got {args.dataloader_num_workers}.")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise ValueError(
+            f"`max_steps` must be positive, or -1 where `num_train_epochs` says when a run ends, got {args.max_steps}."
+        )
+    _check_workers(args)
     _check_writable(Path(args.output_dir))
     _check_schedule(args, None if has_optimizer else _make_optimizer(args))
     for tracker in args.report_to:
@@ -71,6 +77,22 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"`output_dir`: {folder} cannot be written ({error}). Pass another folder.") from error
+
+
+def _check_workers(args: VideoConfig) -> None:
+    """Make a loader, of nothing, with the options of `make_loader`; its workers start later."""
+    options = {
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+    }
+    try:
+        DataLoader(TensorDataset(torch.zeros(1)), num_workers=args.dataloader_num_workers, **options)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"The loader cannot be made with dataloader_num_workers={args.dataloader_num_workers} and "
+            f"{', '.join(f'dataloader_{name}={value!r}' for name, value in options.items())}: {error}"
+        ) from error
 
 
 def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:

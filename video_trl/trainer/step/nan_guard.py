@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -85,21 +85,21 @@ class FiniteLossGuard(TrainerCallback):
         """Hand the flag to the optimizer; where it cannot use it, raise what [`check`] raises."""
         if not self._losses:  # ended by `check_losses`
             return
-        bad = self._end_step(state, kwargs["model"] if self._accelerator.scaler is None else None)
         optimizer = kwargs["optimizer"]
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        bad = self._end_step(state, optimizer if self._accelerator.scaler is None else None)
         if self._accelerator.scaler is None and _skips_on_device(optimizer):
             self._stopped = bad if self._stopped is None else torch.maximum(self._stopped, bad)
             optimizer.found_inf = self._stopped  # an attribute, no part of its state dict
         else:
             self.check(args, state)
 
-    def _end_step(self, state: TrainerState, model: nn.Module | None) -> Tensor:
-        """The flag of the step: whether a process has seen a bad loss, or a bad gradient of the model."""
+    def _end_step(self, state: TrainerState, optimizer: torch.optim.Optimizer | None) -> Tensor:
+        """The flag of the step: whether a process has seen a bad loss, or a bad gradient of a trained weight."""
         losses = torch.stack(self._losses).float()
         finite = losses.isfinite().all()
-        if model is not None:
-            finite = finite & _gradients_are_finite(model, losses.device)
+        if optimizer is not None:
+            finite = finite & _gradients_are_finite(optimizer, losses.device)
         bad = self._accelerator.reduce((~finite).float(), reduction="sum").clamp(max=1)
         self._steps.append(_Step(state.global_step + 1, losses, self._indices, bad))
         self._losses, self._indices = [], []
@@ -146,8 +146,10 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return supported and not sharded
 
 
-def _gradients_are_finite(model: nn.Module, device: torch.device) -> Tensor:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def _gradients_are_finite(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    # Of the optimizer, which holds all that are trained: looking through the model takes longer than the norms.
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     if not gradients:
         return torch.ones((), dtype=torch.bool, device=device)
     gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -463,12 +464,18 @@ class AdapterReference:
     def __init__(self, transformer: ModelMixin, reference_adapter: str | None = None) -> None:
         self._transformer = transformer
         self._reference_adapter = reference_adapter
+        self._layers: list[BaseTunerLayer] = []
+        self._adapters: dict[str, PeftConfig] = {}  # that the transformer had when the layers were looked for
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
         # PEFT's own switches flip `requires_grad` too, which FSDP2 and the optimizer must not see, not even for a
         # moment: so only the flags that a layer's forward reads are set, and set back.
-        layers = [module for module in self._transformer.modules() if isinstance(module, BaseTunerLayer)]
+        adapters = dict(self._transformer.peft_config)
+        if adapters != self._adapters:  # only where one comes or goes, a look through all modules finds others
+            self._adapters = adapters
+            self._layers = [module for module in self._transformer.modules() if isinstance(module, BaseTunerLayer)]
+        layers = self._layers
         before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         try:
             for layer in layers:
