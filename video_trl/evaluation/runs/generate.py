@@ -231,9 +231,8 @@ def generate_run(
             for _, case in cases
             if not run.video(case).is_file() or (scores is not None and not (scores / f"{case.key}.json").is_file())
         ]
-        with tqdm(
-            total=len(cases), initial=len(cases) - len(todo), desc=f"Generating {name}", unit="video"
-        ) as progress:
+        done = len(cases) - len(todo)
+        with tqdm(total=len(cases), initial=done, desc=f"Generating {name}", unit="video") as progress:
             for batch in _batches(todo, batch_size):
                 videos = _generate(generator, batch)
                 for case, video in zip(batch, videos, strict=True):
