@@ -25,17 +25,17 @@ for _name, _off in {
     os.environ.setdefault(_name, _off)
 
 
-def _unlike(start: str | tuple[str, ...], record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(start)
+def _unlike(starts: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(starts)
 
 
 # What libraries say when they are imported with a torch of another build, which nobody can do anything about: kernels
 # of torchao for GPUs that are not there, and what follows. Where they are asked for, loading fails with a reason.
 for _name, _said in {
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
-    "torchao.kernel.intmm": "Warning: Detected no triton",
-    "torch.utils._pytree": "%s is an Enum subclass",
-    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
+    "torchao.kernel.intmm": ("Warning: Detected no triton",),
+    "torch.utils._pytree": ("%s is an Enum subclass",),
+    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao`",),
 }.items():
     logging.getLogger(_name).addFilter(partial(_unlike, _said))
 

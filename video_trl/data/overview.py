@@ -183,7 +183,7 @@ def write_contact_sheet(dataset: MapDataset, path: str | os.PathLike[str], *, ro
             for video in ([] if row.get(column) is None else as_videos(row[column]))
         ]
         shown.append({"index": index, "prompt": row.get("prompt") or "", "videos": videos})
-    template = resources.files("video_trl").joinpath("templates", "contact_sheet.html").read_text(encoding="utf-8")
+    template = resources.files("video_trl").joinpath("templates/contact_sheet.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template)
     write_atomically(Path(path), page.render(rows=shown, total=len(dataset)).encode())
 

@@ -428,7 +428,7 @@ class _Connection(H11Protocol):
 def _application(desk: Desk, pages: Mapping[str, tuple[str, str]]) -> Starlette:
     def page(request: Request) -> Response:
         name, kind = pages[request.url.path]
-        return Response(resources.files("video_trl").joinpath("templates", name).read_bytes(), media_type=kind)
+        return Response(resources.files("video_trl").joinpath(f"templates/{name}").read_bytes(), media_type=kind)
 
     def study(request: Request) -> Response:
         return _json(desk.describe())
