@@ -48,6 +48,13 @@ def as_truth(value: Any) -> Any:
     return {"true": True, "yes": True, "false": False, "no": False}.get(_as_word(value), value)
 
 
+def with_texts(value: Any, *names: str) -> Any:
+    """An answer with an empty text for each of these that it does not give as one; what is no object as it is."""
+    if not isinstance(value, dict):
+        return value
+    return value | {name: value[name] if isinstance(value.get(name), str) else "" for name in names}
+
+
 # What a schema can take before it looks: what models write in place of a number, a lower-case word, a truth value.
 AsNumber, AsWord, AsTruth = BeforeValidator(_as_number), BeforeValidator(_as_word), BeforeValidator(as_truth)
 

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 from tqdm.auto import tqdm
 
-from .answers import AsWord
+from .answers import AsWord, with_texts
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
@@ -47,9 +47,7 @@ class Comparison(BaseModel):
     @classmethod
     def _choice_alone(cls, value: Any) -> Any:
         """An answer that gives its choice without a reason is one."""
-        if not isinstance(value, dict):
-            return value
-        return value | {"reason": value["reason"] if isinstance(value.get("reason"), str) else ""}
+        return with_texts(value, "reason")
 
 
 SYSTEM = (

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from .answers import AsNumber
+from .answers import AsNumber, with_texts
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, frame_rate, quoted, sample_frames, size_within
@@ -29,10 +29,7 @@ class Verdict(BaseModel):
     @classmethod
     def _ratings_alone(cls, value: Any) -> Any:
         """An answer that gives ratings without reasons is one."""
-        if not isinstance(value, dict):
-            return value
-        reasons = ("description_of_video", "sa_reason", "pc_reason")
-        return value | {name: value[name] if isinstance(value.get(name), str) else "" for name in reasons}
+        return with_texts(value, "description_of_video", "sa_reason", "pc_reason")
 
 
 SYSTEM = (
