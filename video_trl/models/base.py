@@ -323,6 +323,14 @@ def encode_mode(vae: ModelMixin, pixels: Tensor) -> Tensor:
     return vae.encode(pixels.to(module_device(vae), vae.dtype)).latent_dist.mode().float()
 
 
+def encode_first_frames(
+    family: ModelFamily, pipeline: DiffusionPipeline, images: list[PIL.Image.Image]
+) -> dict[str, Tensor]:
+    """`first_frame_latents` `(B, C, 1, H, W)` of images, encoded as videos of one frame of the family are."""
+    pixels = pipeline.video_processor.preprocess(images)[:, :, None]
+    return {"first_frame_latents": family.encode_video(pipeline.vae, pixels)}
+
+
 def check_video_size(shape: Sequence[int], *, frame_chunk: int, side: int) -> None:
     """Raise a `ValueError` unless `(T, H, W)` are `k * frame_chunk + 1` frames and sides divisible by `side`."""
     frames, height, width = shape

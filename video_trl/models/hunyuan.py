@@ -22,6 +22,7 @@ from .base import (
     check_frames_behind_the_first,
     check_patches,
     check_pixels,
+    encode_first_frames,
     encode_mode,
     module_device,
     pad_with_zeros,
@@ -318,8 +319,7 @@ class HunyuanVideoImageToVideoFamily(HunyuanVideoFamily):
             images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
             num_frames (`int`): Not needed: an image's latents do not depend on what follows.
         """
-        pixels = pipeline.video_processor.preprocess(images)[:, :, None]
-        return {"first_frame_latents": self.encode_video(pipeline.vae, pixels)}
+        return encode_first_frames(self, pipeline, images)
 
     def condition_shapes(
         self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None

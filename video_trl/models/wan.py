@@ -27,6 +27,7 @@ from .base import (
     check_patches,
     check_pixels,
     check_video_size,
+    encode_first_frames,
     encode_mode,
     module_device,
     pad_with_zeros,
@@ -378,8 +379,7 @@ class WanFirstFrameFamily(WanFamily):
             images (`list[PIL.Image.Image]`): First frames, all of the size of the videos.
             num_frames (`int`): Not needed: an image's latents do not depend on what follows.
         """
-        pixels = pipeline.video_processor.preprocess(images)[:, :, None]
-        return {"first_frame_latents": self.encode_video(pipeline.vae, pixels)}
+        return encode_first_frames(self, pipeline, images)
 
     def condition_shapes(
         self, transformer: nn.Module, latents_shape: Sequence[int], prompt_tokens: int | None
