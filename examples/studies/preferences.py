@@ -11,8 +11,9 @@ What makes preference training work, on the sandbox: four studies that share rec
 - `losers`: which losers with which safeguard of the winner, against fine-tuning in equal time on the same winners.
 - `phygdpo`: Tables 2b to 2d of PhyGDPO (https://huggingface.co/papers/2512.24551), and how its loss is estimated.
 
-The recipe is that of the sandbox experiment. What an arm and training seed leaves is not made again, so that a study
-can be cut and goes on, and arms that studies share, or that `make bench-sandbox` has left in the folder, are taken:
+The recipe is that of the sandbox experiment with a quarter of its steps and half of its sentences, so that some 120
+trainings take hours instead of a day. What an arm and training seed leaves is not made again: a study can be cut and
+goes on, and studies share their arms:
 
     accelerate launch examples/studies/preferences.py                                # all: make study-preferences
     accelerate launch examples/studies/preferences.py --studies reg_dpo --seeds 0    # a part of it
@@ -55,7 +56,10 @@ if TYPE_CHECKING:
     from video_trl.evaluation.runs.tables import RunTable
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sandbox-gdpo.yaml"
-DEFAULTS = ("--config", str(CONFIG), "--output_dir", "outputs/bench", "--seeds", "0", "1", "2")
+DEFAULTS = (
+    "--config", str(CONFIG), "--output_dir", "outputs/preferences", "--seeds", "0", "1", "2",
+    "--max_steps", "100", "--eval_prompts", "42", "--logging_steps", "5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
