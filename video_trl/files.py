@@ -303,6 +303,10 @@ def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> 
         try:
             if not (unfinished / LOCK_NAME).exists():
                 continue
+            if target.exists() and not replace:  # while it waits, filelock may make a folder anew that was finished
+                if os.listdir(unfinished) == [LOCK_NAME]:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished
             publish_folder(unfinished, target, replace=replace)

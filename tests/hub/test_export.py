@@ -25,7 +25,10 @@ WAN_FAMILIES = ("wan-t2v", "wan-i2v")
         {"lora_alpha": 32},
         {"r": 8, "lora_alpha": 1},
         {"use_rslora": True, "lora_alpha": 8},
-        {"rank_pattern": {"blocks.0.attn1.to_q": 8}, "alpha_pattern": {"blocks.1.attn1.to_k": 16}},
+        pytest.param(
+            {"rank_pattern": {"blocks.0.attn1.to_q": 8}, "alpha_pattern": {"blocks.1.attn1.to_k": 16}},
+            marks=pytest.mark.skipif(bool(IN_FOLDER), reason="older diffusers mixes up the alphas of layers"),
+        ),
     ],
     ids=["attention", "everywhere", "alpha 32", "alpha 1/8", "rank-stabilised", "patterns"],
 )

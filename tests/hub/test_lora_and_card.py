@@ -22,6 +22,7 @@ from video_trl import hub
 from video_trl.data import probe_video
 from video_trl.hub import model_card
 from video_trl.hub.card import WITHOUT_LORA_LOADER
+from video_trl.hub.lora import adapter_metadata
 from video_trl.models import supported_pipelines
 
 
@@ -92,6 +93,12 @@ def test_alpha_and_rank_are_in_the_file_and_little_else(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert all(key.startswith("transformer.blocks.") for key in file.keys())
         assert len(file.metadata()["lora_adapter_metadata"].splitlines()) < 20
+    # The last is what diffusers before 0.40 does not take for granted.
+    plain = adapter_metadata(LoraConfig(r=4, lora_alpha=4, target_modules=["attn1.to_q"]))
+    assert plain == {
+        **METADATA,
+        "transformer.rank_pattern": {},
+    }
 
 
 def test_loaded_state_puts_the_same_adapter_back(tmp_path):

@@ -133,6 +133,8 @@ def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
             f"--dataset_name: expected one video of each sample in {paths[0]}, got the columns {loaded.column_names}."
         )
     loaded = loaded.rename_column(videos[0], "video")
+    if not isinstance(loaded.features["video"], datasets.Video):  # plain bytes, before datasets 5
+        loaded = loaded.cast_column("video", datasets.Video(decode=False))
     if "txt" in loaded.column_names:
         return loaded.rename_column("txt", "prompt")
     if "json" in loaded.column_names:

@@ -389,6 +389,8 @@ class ChatClient:
             self._raise_for_status(error.response, fields)
         except openai.APIConnectionError as error:  # timeouts too
             cause = error.__cause__
+            if isinstance(cause, _TryAgain):  # of the transport below, which older clients take for a connection's
+                raise cause from None
             if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
                 reason = f"cannot connect ({cause or type(cause).__name__})"
                 raise _TryAgain(reason, unreachable=True) from None

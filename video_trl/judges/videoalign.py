@@ -257,11 +257,11 @@ def _network(base: Path, state: dict[str, Tensor], where: Path) -> nn.Module:
     load_exactly(network, state, where)
     # Tables that are computed, and in no file.
     network.language_model.rotary_emb = modules.Qwen2VLRotaryEmbedding(config=config.text_config)
-    vision = config.vision_config
-    if "Qwen2VLVisionRotaryEmbedding" in vars(modules):
-        network.visual.rotary_pos_emb = vars(modules)["Qwen2VLVisionRotaryEmbedding"](vision)
+    known, vision = vars(modules), config.vision_config
+    if "Qwen2VLVisionRotaryEmbedding" in known:
+        network.visual.rotary_pos_emb = known["Qwen2VLVisionRotaryEmbedding"](vision)
     else:  # transformers before 5.18
-        network.visual.rotary_pos_emb = modules.VisionRotaryEmbedding(vision.embed_dim // vision.num_heads // 2)
+        network.visual.rotary_pos_emb = known["VisionRotaryEmbedding"](vision.embed_dim // vision.num_heads // 2)
     return network.eval().requires_grad_(False)
 
 
