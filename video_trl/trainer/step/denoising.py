@@ -208,7 +208,9 @@ class DenoisingStep:
     def bell_weights(self, timesteps: Tensor) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.bell_weights`]."""
         shift = self.shift if self.sampling == "shifted" else 1.0
-        return bell_weights(timesteps / self.family.noise_process.num_train_timesteps, shift=shift)
+        scale = self.family.noise_process.num_train_timesteps
+        low, high = self.timestep_range or (0, scale)
+        return bell_weights(timesteps / scale, shift=shift, level_range=(low / scale, high / scale))
 
     def loss_weights(self, timesteps: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.loss_weights`]."""
