@@ -57,6 +57,7 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"remove_unused_columns": True}, "`remove_unused_columns=True` is not supported: the collators"),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
+        ({"dataloader_in_order": False}, "`dataloader_in_order=False` is not supported"),
         ({"bf16_full_eval": True, "bf16": True}, "`bf16_full_eval=True` is not supported"),
         ({"torch_compile": True}, "`torch_compile=True` is not supported"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
