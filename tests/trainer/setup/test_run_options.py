@@ -141,6 +141,7 @@ def told(caplog, make):
         ({"reference_is_base": True}, "`reference_is_base=True`: no adapter is continued"),
         ({"loss_type": "sum", "scale_by_group": False}, "`scale_by_group=False`: `loss_type` is not 'sampled'"),
         ({"lose_gap_weight": 0.0, "lose_gap_clip": 1.0}, "`lose_gap_clip=1.0`: `lose_gap_weight` is 0"),
+        ({"timestep_weighting": "bell", "gap": "log_ratio"}, "`timestep_weighting='bell'`: both errors of a ratio"),
         (
             {"label_names": ["x"], "batch_eval_metrics": True},
             "`label_names=['x']`: nothing in a video trainer reads it",
