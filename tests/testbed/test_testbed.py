@@ -169,9 +169,30 @@ def test_a_game_is_played_stopped_and_played_again_with_the_same_bits(tmp_path, 
     assert "differs: gdpo, few, seed 0: weights" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seconds", "time"), [(2.8, 3.0), (2.7, 2.5), (0.6, 1.0)])
+def test_the_time_of_an_update_is_that_of_median_ones_to_the_half(seconds, time, tmp_path, monkeypatch):
+    """An update of fine-tuning takes a second; one of five takes long, because of what else the machine does."""
+    bed, asked = testbed.Testbed(tmp_path, SMALL, [0], ["clean"]), []
+
+    def of_updates(entry):
+        asked.append(entry.name)
+        usual = 1.0 if entry.name == "SFT" else seconds
+        return [9.0, *[usual] * 4]
+
+    monkeypatch.setattr(bed, "_seconds_of_updates", of_updates)
+    monkeypatch.setattr(bed, "trainer", lambda *args, **changes: None)
+    monkeypatch.setattr("video_trl.testbed.game.peak_of_tensors", lambda trainer: 7)
+    assert bed.cost(entry()) == bed.cost(entry()) == {"time": time, "memory": 7}
+    assert asked == ["gdpo", "SFT"] * 2  # in turn, and once
+
+
 @pytest.mark.slow
-def test_the_cost_of_an_update_is_measured_beside_fine_tuning(tmp_path):
+def test_the_cost_of_an_update_is_measured_beside_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr("video_trl.testbed.game._TIMED_STEPS", 2)
+    monkeypatch.setattr("video_trl.testbed.game._UNTIMED_STEPS", 1)
     bed = testbed.Testbed(tmp_path, SMALL, [0], ["clean"])
     cost = bed.cost(entry())
-    assert cost["time"] >= 1.5 and cost["time"] % 0.5 == 0  # two videos and a reference
+    assert cost["time"] >= 1 and cost["time"] % 0.5 == 0
     assert cost["memory"] > bed.cost(SFT)["memory"] > 0
+    seconds = bed._seconds_of_updates(entry())
+    assert len(seconds) == 2 and min(seconds) > 0
