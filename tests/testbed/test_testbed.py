@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -113,6 +114,22 @@ def test_the_page_ranks_and_compares():
     assert line(worse, "all regimes")[2] == "-0.200 [-0.200, -0.200]: worse"
 
 
+def test_a_part_of_the_game_is_called_one():
+    """And one regime is not compared twice, which would double its p."""
+    found = made() | {"regimes": ["few"]}
+    of_regime = {name: [unit for unit in each if unit["regime"] == "few"] for name, each in found["units"].items()}
+    text = testbed.page(found | {"units": of_regime})
+    assert "**A part of the game,** which has the regimes clean, few, wild, found, own" in text
+    assert "Verdicts need 2 sign tests" in text and "all regimes" not in text
+    assert "A part" not in testbed.page(made()) and "A part" in testbed.page(made() | {"seeds": [0]})
+
+
+def test_fine_tuning_by_itself_is_compared_with_nothing():
+    alone = made(SFT.name, 0.1) | {"equal_time": SFT.name, "units": {SFT.name: units(0.1)}}
+    text = testbed.page(alone)
+    assert line(text, "clean") == ["clean", "0.506"] and "Verdicts" not in text
+
+
 def test_other_rules_are_not_compared():
     other = made("weak") | {"game": testbed.results.asdict(SMALL)}
     with pytest.raises(ValueError, match="Results of 'weak' have another game: not compared"):
@@ -139,6 +156,17 @@ def test_wrong_usage_is_told(capsys):
     assert main(["testbed", "gdpoo"]) == 2
     errors = capsys.readouterr().err
     assert "--rerun takes the method from the file" in errors and "name a method, as in" in errors and "gdpo" in errors
+
+
+def test_a_trainer_of_this_folder_is_found_from_its_results_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "method_of_this_folder.py").write_text("class Mine: ...")
+    results = made() | {"entry": {"name": "mine", "path": "method_of_this_folder:Mine", "options": {}, "updates": 1.0}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    assert main(["testbed", "--rerun", "results.json", "--output_dir", "again"]) == 1
+    assert main(["rounds", "--method", "method_of_this_folder:Mine", "--output_dir", "rounds"]) == 1
+    assert capsys.readouterr().err.count("expected a class that extends `VideoTrainer`") == 2
 
 
 @pytest.mark.slow
