@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MARKS = ("<!-- results of examples/studies/preferences_report.py -->", "<!-- end of results -->")
 LAST_ENTRIES = 5  # of a log that stand for the end of a run: a quarter of it
+OF_RATIOS = "; of log-ratio arms the gap is the logarithm of the ratio of the two errors"
 MODES = "modes.json"
 
 
@@ -171,7 +172,8 @@ class Report:
         note = (
             f"Means over seeds. Videos: seen in training. Gap: between the base model and lawful clips of the same "
             f"sentences after the autoencoder (pc {self.real_pc:.3f}). Intervals: 95 %, paired bootstrap over "
-            f"{len(set(self._base.prompts))} sentences ({len(self._base.prompts)} videos a seed), win_gap over rows."
+            f"{len(set(self._base.prompts))} sentences ({len(self._base.prompts)} videos a seed), win_gap over rows"
+            f"{OF_RATIOS if any(ARMS[arm].options.get('gap') == 'log_ratio' for arm in there) else ''}."
         )
         missing = [arm for arm in self.study.arms if arm not in there]
         further = len([arm for arm in self.study.further if arm not in there])
@@ -273,7 +275,10 @@ class Report:
                 cells.append(f"{mean([unit.at_end(name) for unit in logged]):.3g}" if logged else "")
             seen = {unit.rows for unit in units}
             rows.append([arm, ", ".join(map(str, sorted(seen))), self._win_gap(units), *cells])
-        note = f"On training rows: mean of the last {LAST_ENTRIES} log entries and of the seeds. Rows: those compared."
+        note = (
+            f"On training rows: mean of the last {LAST_ENTRIES} log entries and of the seeds. Rows: those compared. "
+            f"Held out: rows in the plain rendering, of all kinds of winners{OF_RATIOS}."
+        )
         return f"### What the errors did\n\n{markdown_table(rows)}\n\n{note}"
 
     # ---- Reg-DPO ----
