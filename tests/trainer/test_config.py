@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from tests.support.trainer.runs import config
@@ -57,7 +57,6 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"remove_unused_columns": True}, "`remove_unused_columns=True` is not supported: the collators"),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
-        ({"dataloader_in_order": False}, "`dataloader_in_order=False` is not supported"),
         ({"bf16_full_eval": True, "bf16": True}, "`bf16_full_eval=True` is not supported"),
         ({"torch_compile": True}, "`torch_compile=True` is not supported"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
@@ -68,6 +67,12 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
 def test_bad_values_are_refused_with_the_way_out(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.skipif("dataloader_in_order" not in TrainingArguments.__annotations__, reason="an older transformers")
+def test_batches_out_of_their_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dataloader_in_order=False` is not supported: the micro-batches"):
+        config(tmp_path, dataloader_in_order=False)
 
 
 def test_the_older_name_of_activation_checkpointing_means_the_same(tmp_path):

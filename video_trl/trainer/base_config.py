@@ -386,7 +386,7 @@ class VideoConfig(TrainingArguments):
         if self.optim_class is not None:
             check_class_path(self.optim_class)
         for name, (accepted, reason) in _UNSUPPORTED.items():
-            value = self.__dict__[name]
+            value = self.__dict__.get(name, accepted)  # older versions of transformers have not all of them
             if value != accepted:
                 raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it at {accepted!r}.")
         for name, accepted in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):

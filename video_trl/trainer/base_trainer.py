@@ -59,7 +59,7 @@ from .parallel.mesh import (
 from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .publishing.evaluator import Evaluator, EvaluatorCalls
-from .publishing.progress import ProgressReport
+from .publishing.printed_log import LogLine, with_progress
 from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
 from .publishing.sampling import Sampler, SamplingCallback
 from .publishing.uploader import Uploader
@@ -158,6 +158,7 @@ class VideoTrainer(Trainer):
     uses_reference: ClassVar[bool]
     aligns_with_teacher: ClassVar[bool] = False  # a relation loss on hidden states takes memory of its own
     workload_options: ClassVar[tuple[str, ...]] = ()  # read by `videos_per_row`, `has_reference`
+    printed_metrics: ClassVar[tuple[str, ...]] = ()  # the few that a line has room for, beside the loss
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
 
@@ -360,12 +361,11 @@ class VideoTrainer(Trainer):
     def _add_callbacks(self) -> None:
         """Add the callbacks that belong to every run, and hand the sampler to those that generate."""
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
-        self.add_callback(self._guard)
-        self.add_callback(GradientProof())
         self.callback_handler.callbacks.insert(0, self.average)  # before what saves, evaluates or shows it
-        self.add_callback(self._card)
-        self.add_callback(self._signals)
-        self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
+        for callback in (self._guard, GradientProof(), self._card, self._signals):
+            self.add_callback(callback)
+        line = LogLine(self.metrics, self.printed_metrics)
+        self.callback_handler.callbacks = with_progress(self.callback_handler.callbacks, line, self.accelerator)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SamplingCallback):
                 callback.use(self.sampler)

@@ -49,6 +49,7 @@ class PreferenceTrainer(VideoTrainer):
 
     args: PreferenceConfig
     uses_reference = True
+    printed_metrics = ("win_gap", "rewards/accuracies")
 
     @cached_property
     def step_mode(self) -> StepMode:

@@ -131,7 +131,7 @@ def generation(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Di
             random.setstate(python_state)
             np.random.set_state(numpy_state)
             if device.type != "cpu":
-                torch.accelerator.empty_cache()  # the VAE and text encoder have left; their memory is for training
+                torch.get_device_module(device).empty_cache()  # VAE and text encoder have left; this is for training
 
 
 def first_frame(pipeline: DiffusionPipeline, family: ModelFamily, row: Mapping[str, Any]) -> PIL.Image.Image:

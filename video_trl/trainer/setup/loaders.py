@@ -113,10 +113,19 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, 
         collate_fn=_Collate(collator, num_processes),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
-        persistent_workers=training and args.dataloader_persistent_workers,  # every evaluation makes a new loader
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        # Every evaluation makes a new loader.
+        **(worker_options(args) | ({} if training else {"persistent_workers": False})),
     )
+
+
+def worker_options(args: VideoConfig) -> dict[str, Any]:
+    """
+    Options of a `DataLoader` that say how its workers work: those that the installed transformers has. The oldest one
+    has no `dataloader_multiprocessing_context`.
+    """
+    names = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+    given = vars(args)
+    return {name: given[f"dataloader_{name}"] for name in names if f"dataloader_{name}" in given}
 
 
 def describe_order(rows: IndexedDataset, args: VideoConfig) -> dict[str, Any]:
