@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...data.buckets import BucketBatchSampler, MicroBatch
 from ..base_config import VideoConfig
+from ..step.timestep_draws import RowsOfStep
 from .rows import IndexedDataset
 
 
@@ -33,10 +34,12 @@ class BatchWeight:
     Attributes:
         counted (`bool`): Whether its rows count; see `MicroBatch`.
         divisor (`float`): What to divide the mean over its rows by.
+        rows ([`RowsOfStep`]): Which rows of the step it has.
     """
 
     counted: bool
     divisor: float
+    rows: RowsOfStep
 
 
 class _MicroBatches(Dataset[Any]):
@@ -65,7 +68,8 @@ class _Collate:
         rows, batch = fetched
         collated = self.collator(rows)
         on_host = {name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}
-        weight = BatchWeight(batch.counted, batch.divisor(self.num_processes))
+        of_step = RowsOfStep(batch.first, batch.step_rows)
+        weight = BatchWeight(batch.counted, batch.divisor(self.num_processes), of_step)
         return {**collated, **on_host, BATCH_WEIGHT: weight}
 
 
