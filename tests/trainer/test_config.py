@@ -37,6 +37,8 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"gamma_mode": "both"}, "`gamma_mode` must be one of 'paper', 'official', got 'both'"),
         ({"loss_type": "plackett_luce", "physics_rewarding": True}, "does not have. Use `loss_type='sampled'`"),
         ({"timestep_sampling": "cosine"}, "`timestep_sampling` must be one of"),
+        ({"timestep_draw": "sobol"}, "`timestep_draw` must be one of 'independent', 'stratified', 'antithetic', got"),
+        ({"timestep_draw": "stratified", "precompute_ref_errors": 2}, "Leave one of them out"),
         ({"timestep_shift": 0.0}, "`timestep_shift` must be positive and finite, got 0.0"),
         ({"timestep_range": (995, 750)}, r"must be two timesteps, low < high, .* got \(995, 750\)"),
         ({"timestep_range": [500.0]}, "`timestep_range` must be two timesteps"),

@@ -20,6 +20,7 @@ from .setup.attention_and_compile import check_attention_backend
 from .setup.optimizers import check_class_path
 from .setup.quantization import Quantization, check_optimizer, check_quantised_engine, check_quantization
 from .setup.single_file import check_transformer_file
+from .step.timestep_draws import TimestepDraw
 
 
 ContextParallelMethod = Literal["ulysses", "ring"]
@@ -312,6 +313,15 @@ class VideoConfig(TrainingArguments):
         },
     )
 
+    timestep_draw: TimestepDraw = field(
+        default="independent",
+        metadata={
+            "help": "How the rows of a training step draw from that distribution, which is the same in all cases. "
+            "'independent': each for itself. 'stratified': each from another part of it, and of small steps eight "
+            "rows in a row, so that the gradient varies less. 'antithetic': two mirror each other."
+        },
+    )
+
     # Parameters that control the data
     num_frames: int | None = field(
         default=None, metadata={"help": "Frames per video after decoding. Unset: as many as the file has."}
@@ -581,6 +591,7 @@ class VideoConfig(TrainingArguments):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. 0 switches the average off.")
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        check_choice(self, "timestep_draw", get_args(TimestepDraw))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
         check_choice(self, "latents_dtype", ("float32", "bfloat16"))

@@ -28,6 +28,7 @@ from ..data.columns import MapDataset, is_encoded
 from ..files import write_atomically
 from ..hub import Measurement
 from ..models import lora_targets
+from ..models.base import weights_dtype
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
@@ -319,6 +320,7 @@ class VideoTrainer(Trainer):
             logit_mean=args.timestep_logit_mean,
             logit_std=args.timestep_logit_std,
             timestep_range=self.timestep_range,
+            timestep_draw=args.timestep_draw,
         )
         self.checkpointer = Checkpointer(
             transformer,
@@ -501,7 +503,8 @@ class VideoTrainer(Trainer):
         reference: ReferencePass = "none" if self.reference is None else "copy" if copied else "adapter"
         degree = self.args.processes_per_row // self.args.context_parallel_size
         workload = Workload.of(self.model, largest, self.videos_in_step() // degree, self.args, reference)
-        return replace(workload, prompt_tokens=self.max_sequence_length)
+        frozen = weights_dtype(self.model)  # of an object it need not be the one that the trainer would load
+        return replace(workload, prompt_tokens=self.max_sequence_length, frozen_dtype=frozen)
 
     def placement(self) -> Placement:
         """Where and how it is trained, as the planner describes it."""
@@ -538,7 +541,8 @@ class VideoTrainer(Trainer):
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.step.batch_of(weight.rows):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
         with self.compute_loss_context_manager():

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...data.buckets import BucketBatchSampler, MicroBatch
 from ..base_config import VideoConfig
+from ..step.timestep_draws import RowsOfStep
 from .rows import IndexedDataset
 
 
@@ -35,10 +36,12 @@ class BatchWeight:
     Attributes:
         counted (`bool`): Whether its rows count; see `MicroBatch`.
         divisor (`float`): What to divide the mean over its rows by.
+        rows ([`RowsOfStep`]): Which rows of the step it has.
     """
 
     counted: bool
     divisor: float
+    rows: RowsOfStep
 
 
 class _MicroBatches(Dataset[Any]):
@@ -65,7 +68,8 @@ class _Collate:
 
     def __call__(self, fetched: tuple[list[dict[str, Any]], MicroBatch]) -> dict[str, Any]:
         rows, batch = fetched
-        weight = BatchWeight(batch.counted, batch.divisor(self.num_processes))
+        of_step = RowsOfStep(batch.first, batch.step_rows)
+        weight = BatchWeight(batch.counted, batch.divisor(self.num_processes), of_step)
         return {**_collated(self.collator, rows), BATCH_WEIGHT: weight}
 
 
