@@ -1,5 +1,6 @@
 """Load a dataset that is named on the command line: a table, a folder, tars or a Hub repository."""
 
+import glob
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,8 @@ def load_rows(name: str, split: str, columns: Mapping[str, str] | Sequence[str] 
             - a folder with `chosen/` and `rejected/` under equal names,
             - a `.tar` file in WebDataset layout, or a folder of such,
             - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`,
-            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables.
+            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables;
+              `"user/name:configuration"` of one that has several.
         split (`str`): Its split; a table, a folder of videos and tars are one.
         columns (`dict` or list of `"ours=theirs"`, *optional*): Their name of a column -> ours: `"chosen=winner"`.
             Without a column `prompt`, the only one of `caption` and `text` is taken for it.
@@ -73,7 +75,7 @@ def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
             "recognised."
         )
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded, path = load_configuration(name, split)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(
             "--dataset_name: expected a table (.jsonl, .csv, .parquet), a folder, tars, or a dataset on the Hub, got "
@@ -82,6 +84,27 @@ def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
             "is private."
         ) from error
     return loaded, path.absolute() if path.is_dir() else None
+
+
+def load_configuration(name: str, split: str) -> "tuple[datasets.Dataset, Path]":
+    """
+    A repository on the Hub or a folder that `datasets` reads, as `"name"` or `"name:configuration"`; and its path, if
+    it is a folder.
+
+    Raises:
+        ValueError: If it has several configurations and none is named, no such one, or no such split.
+        OSError: If there is none of that name (`FileNotFoundError`), or no connection to the Hub (`ConnectionError`).
+    """
+    import datasets
+
+    place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
+    try:
+        return datasets.load_dataset(place, configuration or None, split=split), Path(place)
+    except ValueError as error:
+        if configuration or "config" not in str(error).lower():
+            raise
+        words = " ".join(str(error).partition("Example of usage")[0].split())
+        raise ValueError(f"{name} has several configurations ({words}). Name one as {name}:CONFIGURATION.") from error
 
 
 def _load_file(path: Path) -> "datasets.Dataset":
@@ -97,9 +120,16 @@ def _load_file(path: Path) -> "datasets.Dataset":
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     try:
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
+        return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train", **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__}).") from error
+    except (StopIteration, ValueError) as error:  # of a table without rows
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none ({error or 'it is empty'}).") from error
+
+
+def _exactly(path: Path) -> str:
+    """For `datasets`, which takes the name of a file for a pattern: `rows[1].csv` would read `rows1.csv`."""
+    return glob.escape(str(path))
 
 
 def _folder_rows(root: Path) -> "datasets.Dataset | None":
@@ -126,7 +156,7 @@ def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
     """`key.mp4` with `key.txt` or `key.json` in tars, as columns `video` and `prompt`."""
     import datasets
 
-    loaded = datasets.load_dataset("webdataset", data_files=[str(path) for path in paths], split="train")
+    loaded = datasets.load_dataset("webdataset", data_files=[_exactly(path) for path in paths], split="train")
     videos = [name for name in loaded.column_names if f".{name}" in VIDEO_SUFFIXES]
     if len(videos) != 1:
         raise ValueError(
