@@ -205,6 +205,10 @@ def _broken(kind, videos, root):
     elif kind == "cut":
         (root / "table.jsonl").write_text('{"prompt": "a"}\n{"prom')
         return root / "table.jsonl", []
+    elif kind in ("empty", "header"):
+        path = root / f"table.{'jsonl' if kind == 'empty' else 'csv'}"
+        path.write_text("" if kind == "empty" else "prompt,video\n")
+        return path, []
     elif kind == "suffix":
         (root / "table.xls").write_text("")
         return root / "table.xls", []
@@ -224,6 +228,8 @@ def _broken(kind, videos, root):
         ("missing", "Row 0: expected a file in column 'video', got .*/no.mp4, .*Relative paths start at the table"),
         ("column", r"--column video=movie: .* has the columns \['prompt', 'film'\]"),
         ("cut", "cannot be read as jsonl"),
+        ("empty", "table.jsonl: expected rows, got none"),
+        ("header", "table.csv: expected rows, got none"),
         ("suffix", "a file that ends in .xls; expected a table"),
         ("builder", "'videofolder' is a way of reading a folder"),
         ("nowhere", "expected a table .*, a folder, tars, or a dataset on the Hub, got .*nowhere"),
@@ -234,6 +240,24 @@ def test_what_cannot_be_loaded_says_why_and_the_way_out(kind, words, videos, tmp
     name, columns = _broken(kind, videos, tmp_path / "data")
     with pytest.raises(ValueError, match=words):
         load_rows(str(name), "train", columns)
+
+
+def test_the_name_of_a_table_is_no_pattern(tmp_path):
+    folder = tmp_path / "run [v2]"
+    folder.mkdir()
+    for name in ("rows1", "rows[1]"):
+        _write("jsonl", [{"prompt": name}], folder / name)
+    assert list(load_rows(str(folder / "rows[1].jsonl"), "train", [])["prompt"]) == ["rows[1]"]
+
+
+def test_a_folder_of_several_configurations_is_read_by_their_names(tmp_path):
+    head = "\n".join(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in ("short", "long"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}\n---\n")
+    for name in ("short", "long"):
+        _write("jsonl", [{"prompt": name}], tmp_path / name)
+    assert list(load_rows(f"{tmp_path}:long", "train", [])["prompt"]) == ["long"]
+    with pytest.raises(ValueError, match=f"{tmp_path} has several configurations .*Name one as {tmp_path}:CONFIG"):
+        load_rows(str(tmp_path), "train", [])
 
 
 def test_a_mapping_that_is_none_is_refused():

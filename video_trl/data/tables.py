@@ -1,6 +1,7 @@
 """Load a dataset that is named on the command line: a table, a folder, tars or a Hub repository."""
 
 import contextlib
+import glob
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +38,8 @@ def load_rows(name: str, split: str, columns: Mapping[str, str] | Sequence[str] 
             - a folder with `chosen/` and `rejected/` under equal names,
             - a `.tar` file in WebDataset layout, or a folder of such,
             - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`,
-            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables.
+            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables;
+              `"user/name:configuration"` of one that has several.
         split (`str`): Its split; a table, a folder of videos and tars are one.
         columns (`dict` or list of `"ours=theirs"`, *optional*): Their name of a column -> ours: `"chosen=winner"`.
             Without a column `prompt`, the only one of `caption` and `text` is taken for it.
@@ -80,7 +82,7 @@ def _load(name: str, split: str, texts: Collection[str]) -> "tuple[datasets.Data
         if table.suffix.lower() in _SEPARATORS:  # `datasets` shifts the cells of rows that have too many
             read_csv(table, _SEPARATORS[table.suffix.lower()])
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded, path = load_configuration(name, split)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(
             "--dataset_name: expected a table (.jsonl, .csv, .parquet), a folder, tars, or a dataset on the Hub, got "
@@ -89,6 +91,27 @@ def _load(name: str, split: str, texts: Collection[str]) -> "tuple[datasets.Data
             "is private."
         ) from error
     return loaded, path.absolute() if path.is_dir() else None
+
+
+def load_configuration(name: str, split: str) -> "tuple[datasets.Dataset, Path]":
+    """
+    A repository on the Hub or a folder that `datasets` reads, as `"name"` or `"name:configuration"`; and its path, if
+    it is a folder.
+
+    Raises:
+        ValueError: If it has several configurations and none is named, no such one, or no such split.
+        OSError: If there is none of that name (`FileNotFoundError`), or no connection to the Hub (`ConnectionError`).
+    """
+    import datasets
+
+    place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
+    try:
+        return datasets.load_dataset(place, configuration or None, split=split), Path(place)
+    except ValueError as error:
+        if configuration or "config" not in str(error).lower():
+            raise
+        words = " ".join(str(error).partition("Example of usage")[0].split())
+        raise ValueError(f"{name} has several configurations ({words}). Name one as {name}:CONFIGURATION.") from error
 
 
 def _load_file(path: Path, texts: Collection[str]) -> "datasets.Dataset":
@@ -102,23 +125,31 @@ def _load_file(path: Path, texts: Collection[str]) -> "datasets.Dataset":
             f"--dataset_name: {path} is a file that ends in {suffix or 'nothing'}; expected a table "
             f"({', '.join(_BUILDERS)}), a .tar in WebDataset layout, or a folder."
         )
+    if suffix in _SEPARATORS:
+        return _from_csv(path, texts)
     try:
-        if suffix in _SEPARATORS:
-            return _from_csv(read_csv(path, _SEPARATORS[suffix]), texts)
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train")
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(
-            f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__ or error})."
-        ) from error
+        return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__}).") from error
+    except (StopIteration, ValueError) as error:  # of a table without rows
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none ({error or 'it is empty'}).") from error
 
 
-def _from_csv(rows: Sequence[Mapping[str, str]], texts: Collection[str]) -> "datasets.Dataset":
+def _from_csv(path: Path, texts: Collection[str]) -> "datasets.Dataset":
     """
     Columns named in `texts` as they stand: the prompts "007", "NA" and "true" are words. Others as whole numbers or
     numbers where all cells are. Empty cells are None.
     """
     import datasets
     import pyarrow as pa
+
+    suffix = path.suffix.lower()
+    try:
+        rows = read_csv(path, _SEPARATORS[suffix])
+    except ValueError as error:
+        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error}).") from error
+    if not rows:
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none.")
 
     def column(name: str) -> pa.Array:
         cells = pa.array([row[name] or None for row in rows], pa.string())
@@ -127,7 +158,12 @@ def _from_csv(rows: Sequence[Mapping[str, str]], texts: Collection[str]) -> "dat
                 return cells.cast(kind)
         return cells
 
-    return datasets.Dataset(pa.table({name: column(name) for name in (rows[0] if rows else ())}))
+    return datasets.Dataset(pa.table({name: column(name) for name in rows[0]}))
+
+
+def _exactly(path: Path) -> str:
+    """For `datasets`, which takes the name of a file for a pattern: `rows[1].csv` would read `rows1.csv`."""
+    return glob.escape(str(path))
 
 
 def _folder_rows(root: Path) -> "datasets.Dataset | None":
@@ -154,7 +190,7 @@ def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
     """`key.mp4` with `key.txt` or `key.json` in tars, as columns `video` and `prompt`."""
     import datasets
 
-    loaded = datasets.load_dataset("webdataset", data_files=[str(path) for path in paths], split="train")
+    loaded = datasets.load_dataset("webdataset", data_files=[_exactly(path) for path in paths], split="train")
     videos = [name for name in loaded.column_names if f".{name}" in VIDEO_SUFFIXES]
     if len(videos) != 1:
         raise ValueError(

@@ -116,7 +116,7 @@ def find_cases(folder: str | os.PathLike[str], fps: float) -> list[PhysicsIQCase
     The real outcomes, of that frame rate where they are there, else of 30 frames a second.
 
     Raises:
-        ValueError: If there are none, or a first take has no second one.
+        ValueError: If there are none, one has another kind of name, or a first take has no second one.
     """
     split = Path(folder) / "split-videos"
     homes = [split / name / f"{rate:g}FPS" for rate in (fps, 30) for name in ("testing", "testing-videos")]
@@ -125,8 +125,12 @@ def find_cases(folder: str | os.PathLike[str], fps: float) -> list[PhysicsIQCase
         raise ValueError(f"{folder}: expected the real videos in {homes[-2]}. Fetch Physics-IQ's split-videos.")
     takes: dict[tuple[str, str, str], tuple[str, Path]] = {}
     for path in sorted(home.glob("*.mp4")):
-        number, _, _, view, take, scenario = path.stem.split("_")
-        takes[view, scenario, take] = number, path
+        parts = path.stem.split("_")
+        if len(parts) != 6:
+            raise ValueError(
+                f"{path}: expected a name such as 0001_testing-videos_30FPS_VIEW_take-1_SCENARIO.mp4. Move it away."
+            )
+        takes[parts[3], parts[5], parts[4]] = parts[0], path
     cases = []
     for (view, scenario, take), (number, path) in takes.items():
         if take != "take-1":
