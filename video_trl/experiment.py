@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -339,13 +338,15 @@ def _train(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dat
     """
     from transformers import PrinterCallback
 
+    from .evaluation.runs.run import make_room
     from .sandbox.data.regimes import HELD_OUT
 
     folder = Path(args.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}"
     stored = folder / _RESULT
     if stored.is_file():
         return _Adapter(**read_json(stored))
-    shutil.rmtree(Path(args.output_dir) / "runs" / folder.name, ignore_errors=True)  # videos of an earlier training
+    if args.process_index == 0:
+        make_room(Path(args.output_dir) / "runs" / folder.name)  # of videos of an earlier training
     held_out = 0 if arm == FOUND else max(1, round(HELD_OUT * len(rows)))
     trained = rows.select(range(max(1, len(rows) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}

@@ -98,7 +98,7 @@ def test_the_command_writes_what_training_reads(phygdpo, tmp_path, capsys):
     assert brightness(rows[0]["rejected"][2]) == 120
     assert main(["data", "check", str(out)]) == 0
     assert "train gdpo: yes" in capsys.readouterr().out
-    assert main(["data", "import", "phygdpo", str(phygdpo), "--output_dir", str(out)]) == 1
+    assert main(["data", "phygdpo", str(phygdpo), "--output_dir", str(out)]) == 1
     assert "exists already" in capsys.readouterr().err
 
 

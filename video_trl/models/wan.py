@@ -221,11 +221,18 @@ class WanFamily(FamilyDefaults):
         """
         Raise a `ValueError` unless the transformer takes latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`.
 
-        The channel count must be that of the transformer's output, and frames and sides divisible by its patch.
+        The channel count must be that of the transformer's output, frames and sides divisible by its patch, and no
+        longer than its table of positions.
         """
         config = unwrap(transformer).config
         check_channels(shape, config.out_channels or config.in_channels)
         check_patches(shape, config.patch_size)
+        longest = max(size // step for size, step in zip(shape[-3:], config.patch_size, strict=True))
+        if longest > config.rope_max_seq_len:
+            raise ValueError(
+                f"The transformer knows {config.rope_max_seq_len} positions along a side, got {longest} for latents "
+                f"of shape {tuple(shape)}. Change `num_frames`, `height` or `width` of the videos."
+            )
 
     def check_video(self, vae: AutoencoderKLWan, shape: Sequence[int]) -> None:
         """

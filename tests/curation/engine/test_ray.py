@@ -154,6 +154,13 @@ def test_a_cluster_without_room_is_refused(cluster, tmp_path):
         run_stage_on_ray(TABLE, stage(Double(tmp_path / "log")), tmp_path, RayCluster(cpus=64))
 
 
+def test_what_a_cluster_does_not_name_it_has_none_of():
+    RayCluster(cpus=0.5, gpus=1.0).check_room({"CPU": 0.5, "GPU": 1.0})
+    for room in ({"memory": 1.0}, {"CPU": 4.0}, {"GPU": 1.0}):
+        with pytest.raises(ValueError, match="A worker takes 0.5 CPUs and 0.5 GPUs, the cluster has"):
+            RayCluster(cpus=0.5, gpus=0.5).check_room(room)
+
+
 def test_the_whole_pipeline_runs_on_the_cluster(cluster, tmp_path):
     pool = small_pool(tmp_path, ("rolling", "static", "incline", "rolling"))
     here = run_phyaug(config(tmp_path / "here", seeds=[0], budget=2), [pool])

@@ -25,7 +25,9 @@ def world(tmp_path_factory):
         write_video(root / "kling" / f"clip{seed}.mp4", moving_video(10 + seed, height=128, width=96), 16.0)
     write_video(root / "other" / "a.mp4", moving_video(20), 16.0)
     write_video(root / "other" / "b.mp4", moving_video(21)[:5], 16.0)
-    (root / "other" / "table.csv").write_text("source,video\nclips/clip0.mp4,a.mp4\nclip1,b.mp4\n")
+    write_video(root / "other" / "c.mp4", moving_video(22)[:, ::2, ::2], 16.0)
+    table = "source,video\nclips/clip0.mp4,a.mp4\nclip1,b.mp4\nclip2,c.mp4\n"
+    (root / "other" / "table.csv").write_text(table)
     return root
 
 
@@ -54,15 +56,17 @@ def test_videos_of_every_generator_become_pairs_in_the_format_of_the_clip(done):
         assert probe_video(row["chosen"]) == probe_video(row["rejected"])
         assert row["seeds"] == [] and row["rejected_generation"]["model"] == row["generator"]
         assert json.loads(row["rejected_generation"]["settings"])["made"].endswith(".mp4")
-    (short,) = [row for row in result.generations.to_pylist() if row["dropped_by"] is not None]
-    assert (short["dropped_by"], short["model"]) == ("too_short", "other") and "pairs have 13" in short["detail"]
+    dropped = {row["dropped_by"]: row for row in result.generations.to_pylist() if row["dropped_by"] is not None}
+    assert sorted(dropped) == ["too_short", "too_small"] and {row["model"] for row in dropped.values()} == {"other"}
+    assert "pairs have 13" in dropped["too_short"]["detail"]
+    assert "it would differ by its blur" in dropped["too_small"]["detail"]
 
 
 def test_groups_want_a_video_of_every_generator(world, tmp_path):
     result = run_gt_pair(config(world, tmp_path, row_type="group"))
     assert len(result.pairs) == 1 and len(result.pairs[0]["rejected"]) == 2
     details = [row["detail"] for row in result.manifest.to_pylist() if row["dropped_by"] == "generation"]
-    assert sorted(details)[:2] == ["1 of 2 videos", "1 of 2 videos"] and details[-1] and len(details) == 3
+    assert sorted(detail.partition(":")[0] for detail in details) == ["1 of 2 videos", "too_short", "too_small"]
 
 
 def test_clips_are_held_out_with_what_an_evaluation_needs(world, tmp_path):

@@ -9,6 +9,7 @@ committed twice has one name. What the driver finds in the store when it starts 
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,18 @@ class RayCluster:
                     f"No Ray cluster at {self.address!r} ({error}). Start one with `ray start --head`, and give its "
                     "address; RAY_AUTH_MODE and the token must be the same on all nodes."
                 ) from error
-        room = ray.cluster_resources()
-        # The reader of the table needs a little as well, and Ray waits forever for what will never be there.
+        self.check_room(ray.cluster_resources())
+
+    def check_room(self, room: Mapping[str, float]) -> None:
+        """
+        Ray would wait forever for what will never be there.
+
+        Args:
+            room (`dict`): CPUs and GPUs of the cluster, by Ray's names; those that it has none of are left out.
+
+        Raises:
+            ValueError: There is no room for a single worker.
+        """
         if room.get("CPU", 0) < self.cpus or room.get("GPU", 0) < self.gpus:
             raise ValueError(
                 f"A worker takes {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {room.get('CPU', 0):g} "

@@ -12,14 +12,15 @@ import pyarrow.parquet
 
 from ...data.buckets import AspectBucket
 from ...data.folders import VIDEO_SUFFIXES
-from ...data.video_io import VideoDecodeError, video_hash
+from ...data.video_io import VideoDecodeError, probe_video, video_hash
 from ...files import read_csv
 from ..clips.normalise import normalise_video
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
 
 
-ELSEWHERE_VERSION = 1
+ELSEWHERE_VERSION = 2
+_MAX_ENLARGED = 1.1  # more is seen as blur, by which chosen and rejected would be told apart
 # Ending of a table -> what reads it.
 _TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".csv": read_csv,  # where "007" stays a name
@@ -118,6 +119,13 @@ def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, 
             file = Path("generated") / VideoModel(generator).slug / f"{job}.mp4"
             row: dict[str, Any] = dict.fromkeys(added)
             try:
+                info = probe_video(made)
+                if max(size.height / info.height, size.width / info.width) > _MAX_ENLARGED:
+                    raise VideoDecodeError(
+                        f"{made} is {info.width}x{info.height}, pairs are {size.width}x{size.height}: enlarged, it "
+                        "would differ by its blur. Make it larger, or lower `short_edge`.",
+                        kind="too_small",
+                    )
                 frames = normalise_video(
                     made, root / file, height=size.height, width=size.width, fps=fps, num_frames=num_frames
                 )
