@@ -42,7 +42,7 @@ from video_trl import (
     VideoSFTTrainer,
 )
 from video_trl.trainer.preference_config import PreferenceConfig
-from video_trl.trainer.publishing.progress import ProgressReport
+from video_trl.trainer.publishing.progress import ClosingLine, ProgressReport
 
 
 BACKEND = "watched"
@@ -283,7 +283,8 @@ def main(directory: Path, *names: str) -> None:
             trainer = make()
             trainer.add_callback(watched)
             # This device has no memory to ask about.
-            trainer.remove_callback(ProgressReport)
+            for kind in (ProgressReport, ClosingLine):
+                trainer.remove_callback(kind)
             if isinstance(trainer.args, PreferenceConfig):
                 trainer.__dict__["step_mode"] = trainer.args.step_mode
             waits.clear()

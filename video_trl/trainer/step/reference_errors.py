@@ -211,7 +211,7 @@ def cache_path(directory: Path, rows: IndexedDataset, settings: Mapping[str, Any
 def _fingerprint(rows: IndexedDataset) -> str:
     if isinstance(rows.rows, EncodedDataset):
         return rows.rows.fingerprint
-    hashes = []
+    hashes: list[str] = []
     for number in range(len(rows.rows)):
         hashes.extend(fingerprint(name, _content(value)) for name, value in sorted(rows.rows[number].items()))
     return fingerprint(hashes)
