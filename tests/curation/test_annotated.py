@@ -118,7 +118,7 @@ def test_pairs_to_mark_are_written_into_the_folder_of_a_run(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_votes_are_read_from_both_kinds_of_file(tmp_path, suffix):
     votes, path = votes_of(PAIRS), tmp_path / f"votes{suffix}"
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8-sig" if suffix == ".csv" else "utf-8", newline="") as file:
         if suffix == ".csv":
             writer = csv.DictWriter(file, votes[0].keys())
             writer.writeheader()

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 import video_trl.curation.rounds as rounds_module
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.runs import assert_equal_weights, config, first_batch, trainer
 from video_trl.cli import main
@@ -181,7 +182,7 @@ def test_a_continued_adapter_is_compared_with_the_base_or_with_itself(is_base, t
     base = trainer(config(tmp_path / "fresh", max_steps=1))
     pipeline = tiny_wan_pipeline()
     first.save_model()
-    pipeline.load_lora_weights(str(tmp_path / "first"))
+    pipeline.load_lora_weights(str(tmp_path / "first"), **IN_FOLDER)
     made = trainer(config(tmp_path / "second", max_steps=1, reference_is_base=is_base), model=pipeline)
     errors = {}
     for name, each in (("base", base), ("second", made)):

@@ -2,18 +2,18 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from ...data.buckets import AspectBucket
 from ...data.folders import VIDEO_SUFFIXES
 from ...data.video_io import VideoDecodeError, video_hash
+from ...files import read_csv
 from ..clips.normalise import normalise_video
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
@@ -21,7 +21,11 @@ from ..generate import GENERATED, JOB, VideoModel
 
 ELSEWHERE_VERSION = 1
 # Ending of a table -> what reads it.
-_TABLES = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
+_TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".csv": read_csv,  # where "007" stays a name
+    ".jsonl": lambda path: pyarrow.json.read_json(path).to_pylist(),
+    ".parquet": lambda path: pyarrow.parquet.read_table(path).to_pylist(),
+}
 
 
 def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
@@ -45,7 +49,7 @@ def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
         named = [(path.stem, path) for path in files]
     elif place.suffix in _TABLES and place.is_file():
         named = []
-        for number, row in enumerate(_TABLES[place.suffix](place).to_pylist()):
+        for number, row in enumerate(_TABLES[place.suffix](place)):
             if not row.get("source") or not row.get("video"):
                 raise ValueError(f"{place}, row {number}: expected 'source' and 'video', got {row}.")
             named.append((Path(str(row["source"])).stem, place.parent / str(row["video"])))
