@@ -9,8 +9,8 @@ Examples:
 
 A method is trained on five regimes of the sandbox with three seeds each, and compared with fine-tuning on the same
 clips of as many updates and of as much processor time (docs/benchmarks/testbed.md has the rules). About ten minutes of
-a processor a method, and as much once for the data and for fine-tuning. The page is printed, and left with the numbers
-in --output_dir.
+a processor a method, and once twenty for the data and for both kinds of fine-tuning. The page is printed, and left
+with the numbers in --output_dir.
 """
 
 import logging

@@ -166,18 +166,20 @@ def test_videos_that_are_not_compared_are_none_that_were_let_through(safeguard, 
     for given, below in ((rows, 0.5), (pairs, None)):
         made = make(
             tmp_path / f"{below}", "GroupDPO", "sequential", rows=given, model=double(tiny_wan_pipeline()),
-            loss_type="sum", safeguard=safeguard, rejected_score_below=below,
+            loss_type="sum", safeguard=safeguard, safeguard_mu=0.9, rejected_score_below=below,
         )  # fmt: skip
         disturb_adapter(made)
-        recorded: dict[str, torch.Tensor] = {}
-        made.record = recorded.update
+        recorded: list[dict[str, torch.Tensor]] = []
+        made.record = recorded.append
         made.passes = made.make_passes()  # they record
         made.compute_loss(made.model, first_batch(made, 0, 1)).backward()
         made.passes.backward()
         gradients = [weight.grad.clone() for weight in made.model.parameters() if weight.requires_grad]
-        found.append(([recorded[f"safeguard/{name}"].mean() for name in ("scale", "held_back")], gradients))
+        scales = [metrics for metrics in recorded if "safeguard/scale" in metrics]
+        names = ("safeguard/scale", "safeguard/held_back")
+        found.append(([torch.cat([each[name].flatten() for each in scales]).mean() for name in names], gradients))
     (scale, held), gradients = found[0]
-    assert 0 < scale < 1 and held > 0.5
+    assert 0 < scale < 1 and held == 1
     torch.testing.assert_close([scale, held], found[1][0])
     torch.testing.assert_close(gradients, found[1][1])
 
