@@ -94,20 +94,21 @@ def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> l
         root (`str` or `Path`): The run's folder, which the files are relative to.
 
     Returns:
-        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs.
+        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs. The id of a
+            pair names its two files: it stays the same when more videos are generated.
     """
     of_clip: dict[str, list[dict[str, Any]]] = {}
     for job in kept_rows(generations).to_pylist():
         of_clip.setdefault(job["content"], []).append(job)
     return [
         {
-            "pair_id": f"{content}-{first}-{second}",
-            "prompt": jobs[first]["prompt"],
-            "video_a": os.fspath(Path(root) / jobs[first]["rejected"]),
-            "video_b": os.fspath(Path(root) / jobs[second]["rejected"]),
+            "pair_id": "-".join([content, *sorted(Path(job["rejected"]).stem for job in (first, second))]),
+            "prompt": first["prompt"],
+            "video_a": os.fspath(Path(root) / first["rejected"]),
+            "video_b": os.fspath(Path(root) / second["rejected"]),
         }
         for content, jobs in of_clip.items()
-        for first, second in itertools.combinations(range(len(jobs)), 2)
+        for first, second in itertools.combinations(jobs, 2)
     ]
 
 
@@ -197,13 +198,20 @@ def _no_rows() -> dict[str, list[Any]]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            yield from enumerate(csv.DictReader(file), start=2)
-        elif path.suffix == ".jsonl":
-            yield from read_json_lines(path)
-        else:
-            raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
+    if path.suffix == ".jsonl":
+        yield from read_json_lines(path)
+        return
+    if path.suffix != ".csv":
+        raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for record in reader:
+                if None in record:
+                    raise csv.Error(f"line {reader.line_num} has more cells than there are columns")
+                yield reader.line_num, record
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a CSV file in UTF-8 ({error}).") from error
 
 
 def _blank(record: Any, name: str) -> bool:
