@@ -12,6 +12,7 @@ from datasets import load_dataset
 from safetensors import safe_open
 
 from tests.hub.test_lora_and_card import generate, with_adapter
+from tests.support.adapters import IN_FOLDER
 from tests.support.evaluation.runs import make_run
 from tests.support.hub_server import USER, serving, use
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
@@ -99,7 +100,7 @@ def test_export_takes_folders_and_repositories_and_goes_back(server, capsys):
         assert all(torch.equal(here.get_tensor(key), there.get_tensor(key)) for key in here.keys())
     assert main(["export", "here.safetensors", "back", "--to", "diffusers"]) == 0
     pipeline = tiny_wan_pipeline()
-    pipeline.load_lora_weights("back")
+    pipeline.load_lora_weights("back", **IN_FOLDER)
     assert torch.equal(generate(pipeline), generate(with_adapter(lora_alpha=8))) and file.is_file()
     assert main(["export", "out"]) == 2
     assert main(["export", "out", "here.bin"]) == 1

@@ -119,7 +119,7 @@ def test_pairs_to_mark_are_written_into_the_folder_of_a_run(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_votes_are_read_from_both_kinds_of_file(tmp_path, suffix):
     votes, path = votes_of(PAIRS), tmp_path / f"votes{suffix}"
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8-sig" if suffix == ".csv" else "utf-8", newline="") as file:
         if suffix == ".csv":
             writer = csv.DictWriter(file, votes[0].keys())
             writer.writeheader()
@@ -202,12 +202,12 @@ def test_a_table_from_a_spreadsheet_is_read_and_one_that_hides_rows_is_not(tmp_p
     assert read_votes(path) == votes
     # A quote that is never closed swallows all rows after it.
     path.write_text(_csv(votes).replace(votes[2]["prompt"], f'"{votes[2]["prompt"]}', 1))
-    with pytest.raises(ValueError, match="expected a CSV file in UTF-8"):
+    with pytest.raises(ValueError, match="cannot be read as a CSV file in UTF-8"):
         read_votes(path)
     path.write_text(_csv(votes).replace(votes[2]["prompt"], "a, b", 1))
-    with pytest.raises(ValueError, match="line 2 has more cells"):
+    with pytest.raises(ValueError, match="row 1 has another number of cells"):
         read_votes(path)
-    with pytest.raises(ValueError, match="gone.csv: expected a CSV file"):
+    with pytest.raises(ValueError, match="gone.csv cannot be read as a CSV file"):
         read_votes(tmp_path / "gone.csv")
 
 

@@ -69,6 +69,38 @@ def test_tables_with_columns_of_other_names_and_paths_that_start_at_the_table(ki
     assert [(_brightness(row["chosen"]), _brightness(row["rejected"])) for row in rows] == [(40, 120), (200, 40)]
 
 
+def test_words_of_a_csv_stay_words_and_its_numbers_are_numbers(videos, tmp_path):
+    prompts = ["007", "NA", "true", '"Oh!"\nA ball, rolling', "1e5"]
+    rows = [
+        {"prompt": prompt, "video": str(videos / "40.mp4"), "seed": seed, "share": f"0.{seed}", "image": ""}
+        for seed, prompt in enumerate(prompts)
+    ]
+    path = _write("csv", rows, tmp_path / "clips")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    loaded = load_rows(str(path), "train")
+    assert loaded["prompt"][:] == prompts and loaded["seed"][:] == [0, 1, 2, 3, 4] and loaded["share"][1] == 0.1
+    assert loaded["image"][:] == [None] * 5
+    renamed = load_rows(str(_write("csv", [{"a": "007", "b": "007"}], tmp_path / "two")), "train", ["prompt=a"])
+    assert renamed[0] == {"prompt": "007", "b": 7}
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ("prompt,video\na ball, rolling,{0}\n", "row 1 has another number of cells than the header"),
+        ("prompt,video\na ball\n", "row 1 has another number of cells"),
+        ("prompt;video\na ball;{0}\n", "expected columns separated by ',', got ';'"),
+        ("prompt\tvideo\na ball\t{0}\n", r"separated by ',', got '\\t'"),
+        ("prompt,video,prompt\na ball,{0},a block\n", "got two called 'prompt'"),
+    ],
+)
+def test_no_cell_of_a_csv_is_shifted_or_lost(videos, tmp_path, table, fault):
+    (tmp_path / "clips.csv").write_text(table.format(videos / "40.mp4"))
+    for name in (tmp_path / "clips.csv", tmp_path):  # the file, and a folder of tables
+        with pytest.raises(ValueError, match=fault):
+            load_rows(str(name), "train")
+
+
 def test_a_saved_dataset_a_folder_of_tables_and_splits(videos, tmp_path):
     rows = _pairs(videos, tmp_path / "a")
     _write("jsonl", rows, tmp_path / "a" / "train")

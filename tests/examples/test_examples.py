@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from trl import TrlParser
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.paths import EXAMPLES
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
@@ -203,7 +204,7 @@ def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(scr
     pipeline = tiny_wan_pipeline()
     call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
     before = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
-    pipeline.load_lora_weights(tmp_path / "out")
+    pipeline.load_lora_weights(tmp_path / "out", **IN_FOLDER)
     after = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
     assert np.isfinite(after).all() and not np.array_equal(before, after)
 

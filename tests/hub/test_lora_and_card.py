@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_transformer, tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import probe_video
@@ -73,7 +74,7 @@ def test_saved_adapter_reloads_in_a_fresh_pipeline_to_bit_equal_video(tmp_path, 
     assert path.name == hub.LORA_FILE_NAME and [entry.name for entry in path.parent.iterdir()] == [path.name]
     fresh = tiny_wan_pipeline()
     base = generate(fresh)
-    fresh.load_lora_weights(str(path.parent))
+    fresh.load_lora_weights(str(path.parent), **IN_FOLDER)
     expected = generate(trained)
     assert torch.equal(generate(fresh), expected)
     assert not torch.equal(expected, base)  # the adapter does something, or the test would prove nothing

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .methods import method_named
+from .methods import look_for_modules_here, method_named
 from .options import mapping
 from .parser import UsageError, parse, say
 
@@ -94,6 +94,7 @@ def _rerun(args: EntryArguments) -> int:
     from ..methods import Method
     from ..testbed import Entry, Game, Testbed, differences, play
 
+    look_for_modules_here()
     first = read_json(Path(str(args.rerun)))
     given = first["entry"]
     entry = Entry(given["name"], Method(given["name"], given["path"]), given["options"])

@@ -5,12 +5,11 @@ Each vote is one rater's marks, 1 to 5, for one video of a pair in five dimensio
 with the higher mean; it is a useful pair when the means differ much and the better video is good.
 """
 
-import csv
 import itertools
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import read_json_lines, write_atomically
+from ..files import read_csv, read_json_lines, write_atomically
 from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
@@ -197,21 +196,12 @@ def _no_rows() -> dict[str, list[Any]]:
     return {name: [] for name in _PAIR}
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _records(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    if path.suffix == ".csv":
+        return enumerate(read_csv(path), start=2)
     if path.suffix == ".jsonl":
-        yield from read_json_lines(path)
-        return
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                if None in record:
-                    raise csv.Error(f"line {reader.line_num} has more cells than there are columns")
-                yield reader.line_num, record
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected a CSV file in UTF-8 ({error}).") from error
+        return read_json_lines(path)
+    raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
 
 
 def _blank(record: Any, name: str) -> bool:

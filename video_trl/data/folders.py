@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import is_whole
+
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +182,10 @@ def _metadata_captions(root: Path) -> dict[str, str]:
                     records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))
                 except csv.Error as error:
                     raise ValueError(f"{root / name}: expected a table of captions, got no CSV ({error}).") from error
+            for number, record in enumerate(records if name.endswith(".csv") else (), start=1):
+                if not is_whole(record):  # as where a comma without quotes cuts the caption
+                    logger.warning("%s: row %d has another number of cells and is not used.", root / name, number)
+                    record.clear()
             named = (record for record in records if isinstance(record, Mapping) and record.get("file_name"))
             captions |= {str(record["file_name"]): _caption_of(record) for record in named}
     return {name: caption for name, caption in captions.items() if caption}

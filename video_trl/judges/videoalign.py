@@ -246,7 +246,7 @@ def _renamed(name: str) -> str:
 
 def _network(base: Path, state: dict[str, Tensor], where: Path) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLModel
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as modules
 
     config = Qwen2VLConfig.from_pretrained(base)
     embedding = state.get("language_model.embed_tokens.weight")
@@ -256,8 +256,12 @@ def _network(base: Path, state: dict[str, Tensor], where: Path) -> nn.Module:
         network = Qwen2VLModel(config)
     load_exactly(network, state, where)
     # Tables that are computed, and in no file.
-    network.language_model.rotary_emb = Qwen2VLRotaryEmbedding(config=config.text_config)
-    network.visual.rotary_pos_emb = Qwen2VLVisionRotaryEmbedding(config.vision_config)
+    network.language_model.rotary_emb = modules.Qwen2VLRotaryEmbedding(config=config.text_config)
+    vision = config.vision_config
+    if "Qwen2VLVisionRotaryEmbedding" in vars(modules):
+        network.visual.rotary_pos_emb = vars(modules)["Qwen2VLVisionRotaryEmbedding"](vision)
+    else:  # transformers before 5.18
+        network.visual.rotary_pos_emb = modules.VisionRotaryEmbedding(vision.embed_dim // vision.num_heads // 2)
     return network.eval().requires_grad_(False)
 
 

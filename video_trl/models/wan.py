@@ -408,7 +408,8 @@ def wan_family(transformer: nn.Module, scheduler: SchedulerMixin | None, index: 
     if not extra and config.image_dim is None:
         first_frame = index.get("_class_name") == "WanImageToVideoPipeline" and index.get("expand_timesteps")
         return WanFirstFrameFamily() if first_frame else WanFamily()
-    if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
+    # Beside them, the channels of a first frame, and of a mask one for each pixel frame of a latent frame.
+    if extra != (config.out_channels or 0) + VAE_FRAME_CHUNK or config.pos_embed_seq_len is not None:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "
             f"`image_dim={config.image_dim}` and `pos_embed_seq_len={config.pos_embed_seq_len}`: it is neither Wan's "

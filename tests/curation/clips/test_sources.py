@@ -49,7 +49,9 @@ def test_a_file_that_changes_is_another_listing(folder, tmp_path):
 def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
     (folder / "a.txt").write_text("  a ball falls \n", encoding="utf-8")
     (folder / "b.json").write_text(json.dumps({"caption": "a ball rolls"}))
-    (folder / "metadata.csv").write_text("file_name,prompt\ndeep/er/a.MP4,einen Ball\n", encoding="utf-8")
+    (folder / "metadata.csv").write_text(
+        "file_name,prompt\ndeep/er/a.MP4,einen Ball\nPrüfung 视频 🎈.mkv,ein Ball, der rollt\n", "utf-8"
+    )
     (folder / "Prüfung 视频 🎈.json").write_text("{broken")
     prompts = {row["source_id"].rsplit("clips/")[-1]: row["prompt"] for row in rows_of(folder, tmp_path=tmp_path)}
     assert prompts == {
@@ -58,7 +60,7 @@ def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
         "deep/er/a.MP4": "einen Ball",
         "Prüfung 视频 🎈.mkv": None,
     }
-    assert "a caption is no JSON" in caplog.text
+    assert "a caption is no JSON" in caplog.text and "row 2 has another number of cells" in caplog.text
 
 
 def test_captions_are_found_in_capitals_and_a_bad_line_costs_its_own(folder, tmp_path, caplog):

@@ -60,8 +60,9 @@ def cluster():
     # Ray's workers run at a low priority of their own; on a busy machine they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = nodes.add_node(num_cpus=1)
+    here = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}  # else Ray asks the network which address it has
+    nodes = Cluster(initialize_head=True, head_node_args={**here, "include_dashboard": False})
+    second = nodes.add_node(**here)
     ray.init(address=nodes.address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield nodes, second
     ray.shutdown()

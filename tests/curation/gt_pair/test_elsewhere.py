@@ -124,6 +124,8 @@ def test_what_cannot_be_used_is_refused_by_name(world, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             find_videos(tmp_path / source)
+    (tmp_path / "numbers.csv").write_text("source,video\n007,a.mp4\n7,b.mp4\n")
+    assert list(find_videos(tmp_path / "numbers.csv")) == ["007", "7"]
     write_video(tmp_path / "strange" / "x.mp4", moving_video(3), 16.0)
     with pytest.raises(ValueError, match="none of its 1 videos \\(x, ...\\) is named as a clip"):
         run_gt_pair(config(world, tmp_path / "run", made_elsewhere={"strange": str(tmp_path / "strange")}))

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import StopAfter, assert_equal_weights, config, trained_weights, trainer
 from video_trl import VideoDPOConfig, VideoDPOTrainer
@@ -33,7 +34,7 @@ def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
     with pytest.raises(ValueError, match=r"lacks optimizer.pt and scheduler.pt, without which .* would start anew"):
         resumed(checkpoint, tmp_path / "new")
     pipeline = tiny_wan_pipeline()  # the way out
-    pipeline.load_lora_weights(str(checkpoint))
+    pipeline.load_lora_weights(str(checkpoint), **IN_FOLDER)
     trainer(config(tmp_path / "way-out", max_steps=1), model=pipeline).train()
 
 

@@ -1,6 +1,5 @@
 """Rejected videos that were made elsewhere, by a service or another program: brought to the format of the pairs."""
 
-import csv
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from ...data.buckets import AspectBucket
 from ...data.folders import VIDEO_SUFFIXES
 from ...data.video_io import VideoDecodeError, video_hash
-from ...files import read_json_lines
+from ...files import read_csv, read_json_lines
 from ..clips.normalise import normalise_video
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
@@ -64,12 +63,11 @@ def _rows(table: Path) -> list[Any]:
     """Rows of a table; all cells of a CSV are texts, since "0007" is a name and no number."""
     try:
         if table.suffix == ".csv":
-            with open(table, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file, strict=True))
+            return read_csv(table)
         if table.suffix == ".jsonl":
             return [row for _, row in read_json_lines(table)]
         return pq.read_table(table).to_pylist()
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{table}: cannot be read as a table ({error}).") from error
 
 

@@ -7,7 +7,6 @@ no judge. Videos and sentences are the user's copy (CC-BY-4.0; https://github.co
 code Apache-2.0); nothing of them is shipped. This is the original score, as `code/` of that repository has it.
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ...data.video_io import iterate_video, probe_video
+from ...files import read_csv
 from ..report.page import Table
 from ..runs.prompts import EvaluationPrompt, check_prompts
 from ..runs.run import load_run
@@ -92,9 +92,8 @@ def load_physics_iq(
     tables = [root / "descriptions.csv", root / "descriptions" / "descriptions_original.csv"]
     table = Path(descriptions) if descriptions is not None else next((p for p in tables if p.is_file()), tables[0])
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = read_csv(table)
+    except ValueError as error:
         raise ValueError(f"{table}: expected Physics-IQ's table of descriptions ({error}).") from error
     prompts = []
     for row in rows:

@@ -17,10 +17,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, field_validator
 from tqdm.auto import tqdm
 
-from ...files import write_atomically
+from ...files import read_csv, write_atomically
 from ...judges.chat import ChatClient, ChatError, ChatQuestion
 from ...judges.frames import quoted
-from .prompts import EvaluationPrompt, read_csv_rows
+from .prompts import EvaluationPrompt
 
 
 MAX_WORDS = 150  # what the writer is told; VideoREPA's number
@@ -106,7 +106,7 @@ def read_longer_prompts(path: str | os.PathLike[str]) -> dict[str, str]:
         ValueError: If the file is missing, lacks a column, or a longer sentence is blank.
     """
     longer: dict[str, str] = {}
-    for row in read_csv_rows(path):
+    for row in read_csv(path):
         short, long = (next((name for name in names if name in row), None) for names in (_SHORT, _LONG))
         if short is None or long is None:
             raise ValueError(

@@ -1,6 +1,5 @@
 """Read the prompts of an evaluation: text for the model, text for the judge, and groups for the table."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import fingerprint, read_json, read_json_lines
+from ...files import fingerprint, read_csv, read_json, read_json_lines
 
 
 ALL = "all"  # the group of all prompts
@@ -105,27 +104,6 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """
-    Rows of a CSV file by its header.
-
-    Raises:
-        ValueError: If the file is missing, is not UTF-8, or a row has more or fewer cells than the header.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a CSV file in UTF-8 ({error}).") from error
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise ValueError(
-                f"{path}: row {number + 1} has another number of cells than the header. A cell with a comma, a quote "
-                'or a newline must stand in double quotes, and a quote inside it is written twice ("").'
-            )
-    return rows
-
-
 def _read_lines(path: Path) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other line separators
@@ -146,7 +124,7 @@ def _read_json_lines(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv_rows(path)]
+    return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv(path)]
 
 
 def _prompt(row: Any) -> EvaluationPrompt:

@@ -18,8 +18,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from ...data.video_io import VideoDecodeError, probe_video
-from ...files import read_json_lines
-from ..runs.prompts import read_csv_rows
+from ...files import read_csv, read_json_lines
 from .held_file import HeldFile, read_lines
 from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
@@ -66,7 +65,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected pairs in a .csv or .jsonl file.")
-    rows: list[Any] = read_csv_rows(path) if path.suffix == ".csv" else [row for _, row in read_json_lines(path)]
+    rows: list[Any] = read_csv(path) if path.suffix == ".csv" else [row for _, row in read_json_lines(path)]
     pairs: dict[str, Pair] = {}
     for number, row in enumerate(rows):
         missing = [name for name in _PAIR if not isinstance(row, dict) or row.get(name) in (None, "")]

@@ -54,6 +54,11 @@ def _optimizer_class(path: str) -> type[torch.optim.Optimizer]:
             f"`optim_class={path!r}`: there is no module {error.name!r}. Install its package: pip install "
             f"{module.partition('.')[0]}."
         ) from error
+    if kind is None:
+        version = vars(importlib.import_module(module.partition(".")[0])).get("__version__", "that is installed")
+        raise ValueError(
+            f"`optim_class={path!r}`: {module} has no {name!r} in the version {version}. Check the name, or update it."
+        )
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(f"`optim_class={path!r}` must be a class of optimizers, got {kind!r}.")
     if "schedulefree" in path.lower():

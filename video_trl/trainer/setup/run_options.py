@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..base_config import VideoConfig
+from .loaders import worker_options
 from .optimizers import optimizer_and_options
 
 
@@ -81,11 +82,7 @@ def _check_writable(folder: Path) -> None:
 
 def _check_workers(args: VideoConfig) -> None:
     """Make a loader, of nothing, with the options of `make_loader`; its workers start later."""
-    options = {
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-    }
+    options = worker_options(args)
     try:
         DataLoader(TensorDataset(torch.zeros(1)), num_workers=args.dataloader_num_workers, **options)
     except (ValueError, AssertionError) as error:

@@ -213,9 +213,17 @@ def _fingerprint(rows: IndexedDataset) -> str:
         return rows.rows.fingerprint
     hashes = []
     for number in range(len(rows.rows)):
-        for name, value in sorted(rows.rows[number].items()):
-            hashes.append(fingerprint(name, value if value is None or isinstance(value, str) else as_tensor(value)))
+        hashes.extend(fingerprint(name, _content(value)) for name, value in sorted(rows.rows[number].items()))
     return fingerprint(hashes)
+
+
+def _content(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # scores by name, lists of texts
+        return value
 
 
 def save_errors(path: Path, errors: Sequence[Tensor]) -> None:
