@@ -164,7 +164,8 @@ def run_sandbox_experiment(
         processes but the first.
 
     Raises:
-        ValueError: If `args` asks for what only one run can do: to resume, or to upload; or as `experiment.check`.
+        ValueError: If `args` asks for what only one run can do: to resume, or to upload; if the folder holds arms of
+            another recipe; or as `experiment.check`.
     """
     from .evaluation.report.comparison import compare_tables
     from .evaluation.report.page import summary_table
@@ -172,6 +173,7 @@ def run_sandbox_experiment(
     _refuse_what_needs_one_run(args)
     experiment.check()
     folder = Path(args.output_dir)
+    _claim(folder, data, experiment, args)
     arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
     units = [(arm, seed) for arm in arms for seed in experiment.seeds]
     phases = _Phases(_phases(units, experiment, args), shown=args.process_index == 0)
@@ -193,6 +195,27 @@ def run_sandbox_experiment(
         f"\n{results.sentence()}\n\n{results.arms_table()}\n\n{summary_table(comparisons)}\n\n"
         f"Videos, curves and scores: {report}\nAdapters: {', '.join(str(adapter.folder) for adapter in adapters)}"
     )
+
+
+def _claim(folder: Path, data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> None:
+    """
+    Raises:
+        ValueError: If the folder holds arms of another recipe, whose results would be shown as those of this one.
+    """
+    if args.process_index != 0:
+        return
+    values = {name: vars(args)[name] for name in _SETTINGS} | {"found_clips": experiment.found_clips}
+    recipe = json.loads(json.dumps(values | {"num_rejected": data.num_rejected}))
+    path = folder / "recipe.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps(recipe, indent=1))
+    found = read_json(path)
+    if found != recipe:
+        changed = {name: (found.get(name), value) for name, value in recipe.items() if found.get(name) != value}
+        raise ValueError(
+            f"{folder} holds arms of another recipe, whose results would be taken for these (there, asked for): "
+            f"{changed}. Pass another `output_dir`."
+        )
 
 
 def _phases(
@@ -594,7 +617,7 @@ class _Results:
                     f"{sa:.3f}",
                     *(f"{100 * share:.0f} %" for share in shares.values()),
                     f"{self.spread[index].mean():.1f}" if len(self.spread[index]) else "",
-                    _interval(adapter.win_gaps, "+.4f") if adapter and adapter.win_gaps else "",
+                    _interval(adapter.win_gaps, "+.4f") if adapter and len(adapter.win_gaps) > 1 else "",
                     "" if adapter is None else f"{adapter.cpu_seconds:.0f} s",
                 ]
             )

@@ -141,7 +141,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
 

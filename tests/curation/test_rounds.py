@@ -40,6 +40,10 @@ class Scored:
         ({"metric": "fvd"}, "`metric` must be one of 'pc', 'sa', 'joint'"),
         ({"num_rejected": 0}, "of at least 1"),
         ({"eval_seeds": []}, "an evaluation seed"),
+        ({"eval_seeds": [1, 1]}, "different `eval_seeds`"),
+        ({"seed": -1}, "a `seed` of at least 0"),
+        ({"tau": float("nan")}, "`tau` of at least 0"),
+        ({"batch_size": 0}, "`batch_size` of at least 1"),
         ({"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, "needs `dataset_name` and `eval_prompts`"),
     ],
 )
@@ -57,6 +61,8 @@ def test_bad_options_are_refused(changes, message):
         ({"training": {"betta": 3}}, "`training`: .*betta"),
         ({"generation": '{"steps": 3}'}, "`generation` has no steps; it takes call_kwargs, device"),
         ({"judge": "nobody"}, "No judge 'nobody'"),
+        ({"num_eval_prompts": 1}, "needs two held-out prompts, got 1"),
+        ({"eval_prompts": "gone.txt"}, "gone.txt cannot be read"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_made(changes, message, tmp_path):

@@ -93,20 +93,21 @@ def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> l
         root (`str` or `Path`): The run's folder, which the files are relative to.
 
     Returns:
-        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs.
+        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs. The id of a
+            pair names its two files: it stays the same when more videos are generated.
     """
     of_clip: dict[str, list[dict[str, Any]]] = {}
     for job in kept_rows(generations).to_pylist():
         of_clip.setdefault(job["content"], []).append(job)
     return [
         {
-            "pair_id": f"{content}-{first}-{second}",
-            "prompt": jobs[first]["prompt"],
-            "video_a": os.fspath(Path(root) / jobs[first]["rejected"]),
-            "video_b": os.fspath(Path(root) / jobs[second]["rejected"]),
+            "pair_id": "-".join([content, *sorted(Path(job["rejected"]).stem for job in (first, second))]),
+            "prompt": first["prompt"],
+            "video_a": os.fspath(Path(root) / first["rejected"]),
+            "video_b": os.fspath(Path(root) / second["rejected"]),
         }
         for content, jobs in of_clip.items()
-        for first, second in itertools.combinations(range(len(jobs)), 2)
+        for first, second in itertools.combinations(jobs, 2)
     ]
 
 

@@ -9,6 +9,7 @@ is there is not made again.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,14 @@ class RoundsConfig:
             raise ValueError(
                 "Expected `num_rejected`, `max_rounds` and `budget` of at least 1 and an evaluation seed, got "
                 f"{self.num_rejected}, {self.max_rounds}, {self.budget} and {self.eval_seeds}."
+            )
+        if not 0 <= self.tau < math.inf or self.batch_size < 1:
+            raise ValueError(
+                f"Expected `tau` of at least 0 and `batch_size` of at least 1, got {self.tau} and {self.batch_size}."
+            )
+        if len(set(self.eval_seeds)) < len(self.eval_seeds) or min(*self.eval_seeds, self.seed) < 0:
+            raise ValueError(
+                f"Expected different `eval_seeds` and a `seed` of at least 0, got {self.eval_seeds} and {self.seed}."
             )
         if self.model != SANDBOX and (self.dataset_name is None or self.eval_prompts is None):
             raise ValueError(
@@ -265,6 +274,11 @@ class _Rounds:
         if unknown := set(self.config.options("generation")) - {*_GENERATION}:
             raise ValueError(f"`generation` has no {', '.join(sorted(unknown))}; it takes {', '.join(_GENERATION)}.")
         check_judge(self.config.judge, **self.config.options("judge_options"))
+        from ..evaluation.evaluate import evaluation_prompts
+
+        held_out = evaluation_prompts(self.config.eval_prompts, self.config.num_eval_prompts)
+        if len(held_out) < 2:
+            raise ValueError(f"The interval of a gain needs two held-out prompts, got {len(held_out)}.")
         columns = set(column_names(self.rows))
         if "prompt" not in columns or not {"chosen", "video"} & columns:
             raise ValueError(f"Expected rows with 'prompt' and 'chosen' (or 'video'), got {sorted(columns)}.")

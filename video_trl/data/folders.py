@@ -24,8 +24,14 @@ _MAX_CAPTION_BYTES = 1 << 20  # a file that is larger is none, and may be larger
 
 
 def files_below(root: Path) -> list[Path]:
-    """Files of a folder and its subfolders in the order of their names; hidden ones are left out."""
+    """
+    Files of a folder and its subfolders in the order of their names; hidden ones are left out, and with a warning what
+    lies behind links to folders.
+    """
     paths = sorted(root.rglob("*"))
+    for path in paths:
+        if path.is_symlink() and path.is_dir():
+            logger.warning("%s is a link to a folder, and is not searched. Name that folder, or move it here.", path)
     return [
         path
         for path in paths

@@ -35,6 +35,8 @@ def test_folders_are_searched_through_in_order_and_names_may_repeat(folder, tmp_
     ]  # fmt: skip
     assert len({row["listing"] for row in rows}) == 4 and all(row["prompt"] is None for row in rows)
     assert "1 of .pdf" in caplog.text  # what is not taken is said
+    (folder / "linked").symlink_to(folder / "deep")
+    assert rows_of(folder, tmp_path=tmp_path) == rows and "linked is a link to a folder" in caplog.text
 
 
 def test_a_file_that_changes_is_another_listing(folder, tmp_path):
@@ -256,6 +258,11 @@ def test_sources_that_are_none_are_refused_with_the_way_out(folder, tmp_path):
         rows_of(folder, folder, tmp_path=tmp_path)
     with pytest.raises(ValueError, match=r"expected a column 'video' with videos, got \['x'\]"):
         rows_of(datasets.Dataset.from_dict({"x": [1]}), tmp_path=tmp_path)
+    for captions in ([["a", "b"]], [3], [{"text": "a"}]):  # each would have become the text of a list, a number, ...
+        dataset = datasets.Dataset.from_dict({"video": ["x.mp4"], "prompt": captions})
+        with pytest.raises(ValueError, match="expected a text in each row of the column 'prompt'"):
+            rows_of(dataset, tmp_path=tmp_path)
+    assert rows_of(datasets.Dataset.from_dict({"video": ["x.mp4"], "prompt": [None]}), tmp_path=tmp_path)
 
 
 def test_clips_are_decoded_to_their_end_in_files_and_in_tars(tmp_path):

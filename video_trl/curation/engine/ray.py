@@ -25,9 +25,9 @@ from .manifest import (
     collect,
     commit_batch,
     commit_crashed,
-    digest,
     join_results,
     kept_rows,
+    part_name,
 )
 
 
@@ -111,7 +111,7 @@ class Worker:
 
     def compute(self, batch: Batch) -> int:
         keys = batch[self.stage.key]
-        if not (self.store / f"part-{digest(chr(0).join(keys))}.parquet").is_file():  # else: died after the commit
+        if not (self.store / part_name(keys)).is_file():  # else: died after the commit
             commit_batch(self.store, self.stage, keys, self.stage.function(batch))
         return len(keys)
 
@@ -136,6 +136,7 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     parts = Parts(store, stage)
+    parts.forget_dropped()
     done = set(parts.keys())
     missing = [row for row, key in enumerate(keys) if key not in done]
     if missing:

@@ -79,7 +79,10 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
     - `.txt`: a prompt on each line; blank lines are left out.
     - `.csv`: a column `prompt` (or `caption`); quoted cells may hold commas, quotes and newlines. Optional columns:
       `generation_prompt`, `category`, `groups` (separated by semicolons), `image`.
-    - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line.
+    - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line; `groups` may be
+      a list.
+
+    Blanks around a prompt are no part of it.
 
     Args:
         path (path): The file, in UTF-8.
@@ -103,7 +106,7 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
 
 def _read_lines(path: Path) -> list[Any]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a text file in UTF-8 ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
@@ -126,7 +129,7 @@ def _read_csv(path: Path) -> list[Any]:
 
 def _prompt(row: Any) -> EvaluationPrompt:
     if isinstance(row, str):
-        return EvaluationPrompt(row)
+        return EvaluationPrompt(row.strip())
     text = next((row[name] for name in _TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if not isinstance(text, str):
         entry = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -134,10 +137,16 @@ def _prompt(row: Any) -> EvaluationPrompt:
             f"Expected a text, or an entry 'prompt' (or 'caption') with a text, beside {', '.join(_OPTIONAL_COLUMNS)}"
             f"; got {entry}."
         )
+    groups = row.get("groups") or ()
+    groups = groups.split(";") if isinstance(groups, str) else groups
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, str) for group in groups):
+        raise ValueError(
+            f"Expected the groups of {text!r} as a list of texts, or one with semicolons; got {groups!r}."
+        )
     return EvaluationPrompt(
-        text=text,
-        generation_text=row.get("generation_prompt") or None,
+        text=text.strip(),
+        generation_text=str(row.get("generation_prompt") or "").strip() or None,
         category=row.get("category") or "",
-        groups=tuple(group.strip() for group in row.get("groups") or () if group.strip()),
+        groups=tuple(group.strip() for group in groups if group.strip()),
         image=row.get("image") or None,
     )
