@@ -28,8 +28,9 @@ OPTIONS = {
     "lora_bias": [True],
     "lora_dropout": [0.5],
     "init_lora_weights": [False, "gaussian"],
-    "rank_pattern": [lambda blocks: {f"{blocks}.0.attn1.to_q": 8, "attn1.to_k": 2}],
-    "alpha_pattern": [lambda blocks: {f"{blocks}.1.attn1.to_k": 16, "attn1.to_v": 1}],
+    # The first entry that names a layer holds: what names one stands before what names all.
+    "rank_pattern": [lambda blocks: {f"{blocks}.0.attn1.to_q": 8, "attn1.to_q": 2}],
+    "alpha_pattern": [lambda blocks: {f"{blocks}.1.attn1.to_k": 16, "attn1.to_k": 2, "attn1.to_v": 1}],
     "layers_to_transform": [[0], 1],
     "layers_pattern": [lambda blocks: [blocks]],
     "exclude_modules": [["attn1.to_k"], r".*\.1\..*"],

@@ -168,7 +168,8 @@ def write_lora(
     if base_model is not None:
         settings[f"{PREFIX}base_model_name_or_path"] = base_model
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-    header = {"format": "pt", METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    # Patterns stay in their order: of two that name a layer, the first one holds.
+    header = {"format": "pt", METADATA_KEY: json.dumps(dict(sorted(settings.items())), indent=2)}
     header |= {} if expert is None else {EXPERT_KEY: expert}
     return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
 

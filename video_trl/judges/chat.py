@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
+from ..files import fingerprint
 from .answers import AnswerError, read_answer
 
 
@@ -225,6 +226,12 @@ class ChatClient:
         # Parameters that the server has refused, or that somebody has set under their other name.
         self._unsupported = {"max_tokens"} if "max_completion_tokens" in self.extra_body else set()
         self._context = httpx2.create_ssl_context()  # tens of milliseconds
+
+    @property
+    def sampling(self) -> str:
+        """How answers are drawn, for the identity of what asks: the temperature, and a hash of further fields."""
+        further = f",body={fingerprint(self.extra_body)[:16]}" if self.extra_body else ""
+        return f"temperature={self.temperature:g}{further}"
 
     def __repr__(self) -> str:
         return f"ChatClient({self.base_url!r}, {self.model!r})"

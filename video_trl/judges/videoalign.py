@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,12 @@ class VideoAlignJudge:
 
 def question_for(prompt: str) -> str:
     """The question of training, to the letter, with the caption in its place."""
-    text = resources.files("video_trl").joinpath("templates/videoalign_question.txt").read_text(encoding="utf-8")
-    return text.replace("{text_prompt}", prompt)
+    return _question().replace("{text_prompt}", prompt)
+
+
+@cache
+def _question() -> str:
+    return resources.files("video_trl").joinpath("templates/videoalign_question.txt").read_text(encoding="utf-8")
 
 
 def _settings(folder: Path) -> dict[str, Any]:

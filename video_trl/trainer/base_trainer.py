@@ -28,6 +28,7 @@ from ..data.columns import MapDataset, is_encoded
 from ..files import write_atomically
 from ..hub import Measurement
 from ..models import lora_targets
+from ..models.base import weights_dtype
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
@@ -319,6 +320,7 @@ class VideoTrainer(Trainer):
             logit_mean=args.timestep_logit_mean,
             logit_std=args.timestep_logit_std,
             timestep_range=self.timestep_range,
+            timestep_draw=args.timestep_draw,
         )
         self.checkpointer = Checkpointer(
             transformer,
@@ -499,18 +501,18 @@ class VideoTrainer(Trainer):
         largest = max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod)
         copied = isinstance(self.reference, ModuleReference)
         reference: ReferencePass = "none" if self.reference is None else "copy" if copied else "adapter"
-        degree = self.args.processes_per_row // self.args.context_parallel_size
-        workload = Workload.of(self.model, largest, self.videos_in_step() // degree, self.args, reference)
-        return replace(workload, prompt_tokens=self.max_sequence_length)
+        videos = self.videos_in_step() * self.args.context_parallel_size // self.args.processes_per_row  # of a process
+        workload = Workload.of(self.model, largest, videos, self.args, reference)
+        frozen = weights_dtype(self.model)  # of an object it need not be the one that the trainer would load
+        return replace(workload, prompt_tokens=self.max_sequence_length, frozen_dtype=frozen)
 
     def placement(self) -> Placement:
         """Where and how it is trained, as the planner describes it."""
-        policy = self.args.checkpointing_policy if self.args.gradient_checkpointing else None
         return Placement(
             num_gpus=self.args.world_size,
             engine="zero3-offload" if offloads_weights(self.accelerator) else self.engine,
             context_parallel=self.args.context_parallel_size,
-            checkpointing_policy=policy,
+            checkpointing_policy=self.args.checkpointing_policy if self.args.gradient_checkpointing else None,
             offload_weights=self.args.offload_weights,
         )
 
@@ -538,7 +540,8 @@ class VideoTrainer(Trainer):
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.step.batch_of(weight.rows):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
         with self.compute_loss_context_manager():
@@ -619,9 +622,7 @@ class VideoTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check(self.args, self.state)
         # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
-        if "loss" in logs:
-            logs = {**logs, **self.metrics.train.pop(self.accelerator)}
-        super().log(logs, start_time)
+        super().log(logs | self.metrics.train.pop(self.accelerator) if "loss" in logs else logs, start_time)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)
@@ -753,9 +754,8 @@ class VideoTrainer(Trainer):
             evaluation (list of [`~video_trl.hub.Measurement`], *optional*): Results; by default the last evaluation's.
         """
         if self.is_world_process_zero():
-            details = {"model_name": model_name, "dataset_name": dataset_name}
-            directory = Path(self.args.output_dir)
-            self._card.write(directory, self.state, license=license, evaluation=evaluation, **details)
+            names = {"model_name": model_name, "dataset_name": dataset_name}
+            self._card.write(Path(self.args.output_dir), self.state, license=license, evaluation=evaluation, **names)
 
     def push_to_hub(
         self,

@@ -74,6 +74,22 @@ def test_arguments_of_the_optimizer_are_among_them(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"metric_for_best_model": "loss"}, {"metric_for_best_model": "pc"}),
+        ({"greater_is_better": False}, {"greater_is_better": True}),
+    ],
+)
+def test_the_best_value_so_far_is_compared_with_none_of_another_metric(tmp_path, before, now):
+    (tmp_path / ARGUMENTS_NAME).write_text(config(tmp_path, **before).to_json_string())
+    (tmp_path / DESCRIPTION_NAME).write_text("{}")
+    with pytest.raises(ValueError, match=f"cannot be resumed with another `{next(iter(now))}`"):
+        check_settings(tmp_path, config(tmp_path, **now), "GroupDPO")
+    check_settings(tmp_path, config(tmp_path, **before), "GroupDPO")
+    check_settings(tmp_path, config(tmp_path), "GroupDPO")  # which looks for no best weights
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"beta": 100.0}, "beta: 500.0 / 100.0"),

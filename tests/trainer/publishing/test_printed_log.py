@@ -14,9 +14,7 @@ from video_trl.trainer.step.metrics import Metrics
 
 
 EVERY = {"eval_strategy": "steps", "eval_steps": 1}
-LINE = re.compile(
-    r"step (\d)/2  loss [\d.e-]+  lr [\d.e-]+  win_gap [\d.e-]+  rewards/accuracies [\d.e-]+  0\.\d min left"
-)
+LINE = re.compile(r"step (\d)/2  loss [\d.e-]+  lr [\d.e-]+  win_gap [\d.e-]+  accuracy [\d.e-]+  0\.\d min left")
 
 
 def judged(pipeline, *, output_dir, step):
@@ -32,9 +30,7 @@ def test_a_line_has_the_loss_the_rate_the_state_of_the_method_and_the_time_left(
     steps, evaluations = lines[::2], lines[1::2]
     assert [LINE.fullmatch(line)[1] for line in steps] == ["1", "2"]
     for line in evaluations:
-        assert re.search(
-            r"  eval_loss \S+  eval_pc 0.5  eval_sa 0.25  eval_win_gap \S+  eval_rewards/accuracies \S+$", line
-        )
+        assert re.search(r"  eval_loss \S+  eval_pc 0.5  eval_sa 0.25  eval_win_gap \S+  eval_accuracy \S+$", line)
 
     history = made.state.log_history
     assert len(history) == 5  # the last is the summary of transformers, which the closing line replaces

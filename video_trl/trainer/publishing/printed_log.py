@@ -1,10 +1,12 @@
 """Print the logs of a run so that each fits a line; trackers, files and `log_history` keep all of them."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..base_config import VideoConfig
@@ -13,7 +15,7 @@ from .progress import ClosingLine, ProgressReport
 
 
 WIDTH = 100  # columns
-_SHORT = {"learning_rate": "lr"}
+_SHORT = {"learning_rate": "lr", "rewards/accuracies": "accuracy"}
 # Of interest in curves. The last of these begins the summary of transformers, which the closing line replaces.
 _NOT_PRINTED = re.compile(
     r"epoch|step|grad_norm|total_flos|peak_memory_gib|proportion_outside_steps|minutes_left|num_input_tokens_seen"
@@ -51,7 +53,7 @@ class LogLine:
             return None
         left = [f"{_minutes(logs['minutes_left'])} left"] if "minutes_left" in logs else []
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        texts = [f"{_SHORT.get(key, key)} {_short(logs[key])}" for key in shown]
+        texts = [f"{_printed_name(key, known[key])} {_short(logs[key])}" for key in shown]
         while len("  ".join([*parts, *texts, *left])) > WIDTH:
             texts = [*(texts[:-2] if texts[-1] == "..." else texts[:-1]), "..."]
         return "  ".join([*parts, *texts, *left])
@@ -60,6 +62,10 @@ class LogLine:
 def _recorded_name(key: str, recorded: set[str]) -> str | None:
     """The metric that a key of a log stands for, if the trainer recorded it: the key, or what follows its prefix."""
     return max((name for name in recorded if key == name or key.endswith(f"_{name}")), key=len, default=None)
+
+
+def _printed_name(key: str, recorded: str | None) -> str:
+    return key if recorded is None else key.removesuffix(recorded) + _SHORT.get(recorded, recorded)
 
 
 def _short(value: Any) -> str:
@@ -104,7 +110,7 @@ class _Printer(PrinterCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and (line := self._line(logs or {}, state)):
-            print(line, flush=True)  # noqa: T201
+            tqdm.write(line, file=sys.stdout)
 
 
 def with_progress(

@@ -1,6 +1,7 @@
 """Optimizers by the name of their class, of any package that is installed."""
 
 import ast
+import copy
 import importlib
 import re
 from typing import Any
@@ -40,6 +41,18 @@ def optimizer_and_options(args: Any, model: nn.Module | None = None) -> tuple[An
     if args.optim_class is None:
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
     return _optimizer_class(args.optim_class), {"lr": args.learning_rate, **_options(args.optim_args or "")}
+
+
+def unread_options(args: Any) -> list[str]:
+    """Names in `optim_args` that transformers' optimizer of `optim` does not look at: no other value changes it."""
+
+    def made(text: str) -> Any:
+        tried = copy.copy(args)
+        tried.optim_args = text
+        return Trainer.get_optimizer_cls_and_kwargs(tried)
+
+    names = [pair.partition("=")[0].strip() for pair in (args.optim_args or "").split(",") if pair.strip()]
+    return [name for name in names if args.optim_class is None and made(f"{name}=0") == made(f"{name}=1")]
 
 
 def _optimizer_class(path: str) -> type[torch.optim.Optimizer]:

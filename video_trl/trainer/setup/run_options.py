@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from ..base_config import VideoConfig
 from .loaders import worker_options
-from .optimizers import optimizer_and_options
+from .optimizers import optimizer_and_options, unread_options
 
 
 _STEPS = 100  # of a schedule that is made to see whether it can be
@@ -96,7 +96,10 @@ def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:
     weight = nn.Parameter(torch.zeros(1, 1))  # a matrix: Muon takes nothing else
     try:
         kind, options = optimizer_and_options(args)
-        return kind([weight], **options)
+        optimizer: torch.optim.Optimizer = kind([weight], **options)
+        if "optim_args" not in args.options_without_effect() and (unread := unread_options(args)):
+            raise ValueError(f"it has no option {unread[0]!r}")
+        return optimizer
     except Exception as error:  # of any library
         raise ValueError(
             f"The optimizer {_optimizer_name(args)} cannot be made, with learning_rate={args.learning_rate}, "
