@@ -146,7 +146,7 @@ class DenoisingStep:
         shift (`float`): Shift of the noise levels; 1 leaves them.
         logit_mean (`float`): Mean of the logit-normal distribution.
         logit_std (`float`): Its standard deviation.
-        timestep_range (`(float, float)`, *optional*): Part of the scale, of [0, 1], that timesteps are restricted to.
+        timestep_range (`(float, float)`, *optional*): Lowest and highest timestep, on the model's scale.
         timestep_draw (`str`): Whether the rows of a training step draw each for itself; see [`draw_together`].
 
     Attributes:
