@@ -213,7 +213,7 @@ def _vbench(files: Sequence[str], args: EvalArguments) -> str:
         numbers = {key: sorted({len(videos) for videos in found.videos.values()}) for key, found in read.items()}
         if len({number for of_method in numbers.values() for number in of_method}) > 1:
             raise ValueError(f"Methods are compared on as many videos in every dimension, got {numbers}.")
-        values = {key: found.values for key, found in read.items()}
+        values = {key: dict(found.values) for key, found in read.items()}
     return text_table(vbench_table(values, baseline=next(iter(sources))))
 
 
