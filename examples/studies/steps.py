@@ -7,14 +7,18 @@ Time, arithmetic and memory of a preference step: every step mode and checkpoint
 arrange the same step; then the overhead of the trainer, the speed of cached latents, and one process next to two.
 
     python examples/studies/steps.py --output_dir outputs/steps            # all of it, on one core
-    python examples/studies/steps.py --output_dir outputs/steps --only steps --model tiny
+    python examples/studies/steps.py --output_dir outputs/steps --only steps --model tiny --videos 2
 
-Writes results.json and results.md. Every ratio is between numbers of the same run, measured in turns; times are
-medians. Memory is the peak of live tensors in a step, without weights; operations are counted by torch's formulas.
+Writes results.json and results.md, where other models' and parts' results stay. Every ratio is between numbers of the
+same run, measured in turns; times of steps are medians of CPU time, which other programs on the machine disturb less
+than they do the clock. Rows named "policy first" stand for other trainers, and the row "(auto)" is what
+`step_mode="auto"` takes. Memory is the peak of live tensors in a step, without weights; operations are counted by
+torch's formulas.
 """
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -38,6 +42,7 @@ from video_trl.data.encoding.store import EncodedDataset, EncodedWriter
 from video_trl.losses import dpo_loss, group_dpo_loss, implicit_reward
 from video_trl.models import ModelFamily, family_for
 from video_trl.trainer.planning.counter import LiveBytes
+from video_trl.trainer.planning.estimate import Placement, Workload, fitting_step_mode
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
 from video_trl.trainer.step.denoising import Denoising
 from video_trl.trainer.step.passes import SequentialErrors, forward_errors
@@ -49,6 +54,8 @@ MODELS = {  # name -> (heads of 32, blocks, latents of a video)
     "2k tokens": (4, 4, (16, 8, 32, 32)),
 }
 POLICIES = (None, "attention", "full")
+VIDEOS = {2: "pair", 4: "group of 1 + 3"}
+PEERS = ("singles, policy first", "concat, policy first")
 
 
 def transformer_of(name: str) -> tuple[WanTransformer3DModel, ModelFamily, tuple[int, int, int, int]]:
@@ -88,6 +95,13 @@ class Step:
         self.transformer.disable_gradient_checkpointing()
         if policy is not None:
             enable_recompute(self.transformer, policy)
+
+    def chosen_mode(self) -> str:
+        """What `step_mode="auto"` takes on a CPU."""
+        shape = tuple(self.denoising.target.shape[1:])
+        config = {**self.transformer.config, "_class_name": "WanTransformer3DModel"}
+        work = Workload(config, shape, len(self.denoising.timesteps), "adapter")
+        return fitting_step_mode(work, Placement(), None, math.prod(self.family.token_grid(self.transformer, shape)))
 
     def loss(self, policy: Tensor, reference: Tensor) -> Tensor:
         rewards = implicit_reward(policy, reference, BETA)
@@ -167,17 +181,19 @@ def steps(name: str, videos: int, repeats: int) -> list[dict[str, Any]]:
             ("sequential, cached reference", policy, partial(step.sequential, cached)),
         ]
     rows = []
+    chosen = step.chosen_mode()
     for way, policy, run in ways:
         step.checkpoint(policy)
         flops, peak = counted(step, run)
-        rows.append({"model": name, "videos": videos, "way": way, "recomputed": policy, "flops": flops, "peak": peak})
+        row = {"model": name, "videos": videos, "way": way, "recomputed": policy, "flops": flops, "peak": peak}
+        rows.append({**row, "auto": way == chosen})
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats):
         for measured, (_, policy, run) in zip(seconds, ways, strict=True):
             step.checkpoint(policy)
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            measured.append(time.perf_counter() - start)
+            measured.append(time.process_time() - start)
             step.transformer.zero_grad(set_to_none=True)
     return [{**row, "seconds": statistics.median(times)} for row, times in zip(rows, seconds, strict=True)]
 
@@ -317,16 +333,20 @@ def scaling(name: str, steps_to_time: int, repeats: int) -> dict[str, float]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The results as markdown; ratios are to `singles, policy first` of the same checkpointing."""
+    """The results as markdown; ratios are to the best of the rows "policy first" with the same checkpointing."""
     lines: list[str] = []
     for name, rows in results.get("steps", {}).items():
-        lines += [f"### {name}", "", "| step | recomputed | GFLOP | time, s | peak, MiB | FLOP ratio | peak ratio |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        base = {row["recomputed"]: row for row in rows if row["way"] == "singles, policy first"}
+        lines += [
+            f"### {name}",
+            "",
+            "| step | recomputed | GFLOP | CPU s | peak, MiB | FLOP ratio | time ratio | peak ratio |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for row in rows:
-            other = base[row["recomputed"]]
-            cells = [row["way"], row["recomputed"] or "nothing", f"{row['flops'] / 1e9:.1f}", f"{row['seconds']:.3f}"]
-            ratios = [row[key] / other[key] for key in ("flops", "peak")]
+            peers = [each for each in rows if each["way"] in PEERS and each["recomputed"] == row["recomputed"]]
+            way = row["way"] + (" (auto)" if row["auto"] else "")
+            cells = [way, row["recomputed"] or "nothing", f"{row['flops'] / 1e9:.1f}", f"{row['seconds']:.3f}"]
+            ratios = [row[key] / min(peer[key] for peer in peers) for key in ("flops", "seconds", "peak")]
             cells += [f"{row['peak'] / 2**20:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -341,6 +361,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/steps"))
     parser.add_argument("--model", choices=MODELS, help="only this one")
     parser.add_argument("--only", choices=("steps", "overhead", "loading", "scaling"), nargs="+")
+    parser.add_argument("--videos", type=int, choices=VIDEOS, help="of steps, only a pair or only a group")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scaling_worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -348,22 +369,23 @@ def main() -> None:
         train_for_scaling(args.model, args.scaling_worker)
         return
     parts = args.only or ("steps", "overhead", "loading", "scaling")
-    results: dict[str, Any] = {"command": " ".join(sys.argv), "threads": torch.get_num_threads()}
+    path = args.output_dir / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    results |= {"command": " ".join(sys.argv), "threads": torch.get_num_threads()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for part in parts:
         if part == "steps":
-            results["steps"] = {
-                f"{name}, {what}": steps(name, videos, args.repeats)
-                for name in ([args.model] if args.model else MODELS)
-                for what, videos in (("pair", 2), ("group of 1 + 3", 4))
-            }
+            for name in [args.model] if args.model else MODELS:
+                for videos in [args.videos] if args.videos else VIDEOS:
+                    found = results.setdefault("steps", {})
+                    found[f"{name}, {VIDEOS[videos]}"] = steps(name, videos, args.repeats)
         elif part == "overhead":
             results["overhead"] = overhead(args.model or "2k tokens", 8)
         elif part == "loading":
             results["loading"] = loading((16, 21, 60, 104), 32, args.repeats)
         else:
             results["scaling"] = scaling(args.model or "2k tokens", 6, args.repeats)
-        (args.output_dir / "results.json").write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1))
         (args.output_dir / "results.md").write_text(tables(results))
     sys.stdout.write(tables(results))
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from tests.support.trainer.runs import config
@@ -37,6 +37,8 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
         ({"gamma_mode": "both"}, "`gamma_mode` must be one of 'paper', 'official', got 'both'"),
         ({"loss_type": "plackett_luce", "physics_rewarding": True}, "does not have. Use `loss_type='sampled'`"),
         ({"timestep_sampling": "cosine"}, "`timestep_sampling` must be one of"),
+        ({"timestep_draw": "sobol"}, "`timestep_draw` must be one of 'independent', 'stratified', 'antithetic', got"),
+        ({"timestep_draw": "stratified", "precompute_ref_errors": 2}, "Leave one of them out"),
         ({"timestep_shift": 0.0}, "`timestep_shift` must be positive and finite, got 0.0"),
         ({"timestep_range": (995, 750)}, r"must be two timesteps, low < high, .* got \(995, 750\)"),
         ({"timestep_range": [500.0]}, "`timestep_range` must be two timesteps"),
@@ -67,6 +69,12 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
 def test_bad_values_are_refused_with_the_way_out(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.skipif("dataloader_in_order" not in TrainingArguments.__annotations__, reason="an older transformers")
+def test_batches_out_of_their_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dataloader_in_order=False` is not supported: the micro-batches"):
+        config(tmp_path, dataloader_in_order=False)
 
 
 def test_the_older_name_of_activation_checkpointing_means_the_same(tmp_path):

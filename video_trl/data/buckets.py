@@ -108,12 +108,14 @@ class MicroBatch:
     Attributes:
         rows (`tuple[int, ...]`): Their numbers in the dataset; never empty.
         step_rows (`int`): Rows of the whole step, of all processes and accumulated micro-batches together.
+        first (`int`): Place of the first of them among the rows of the step.
         counted (`bool`): Whether these rows count. They do not where a step has fewer rows than micro-batches: then a
             row stands in twice, because every process must take part in every step.
     """
 
     rows: tuple[int, ...]
     step_rows: int
+    first: int
     counted: bool
 
     def divisor(self, num_processes: int) -> float:
@@ -177,8 +179,11 @@ class BucketBatchSampler(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows in self.steps():
             parts = _split(rows, self.accumulation * self.num_processes)
-            for part in parts[self.rank :: self.num_processes]:
-                yield MicroBatch(tuple(part or rows[:1]), len(rows), counted=bool(part))
+            firsts = list(itertools.accumulate(map(len, parts), initial=0))
+            for number in range(self.rank, len(parts), self.num_processes):
+                part = parts[number]
+                first = firsts[number] if part else 0
+                yield MicroBatch(tuple(part or rows[:1]), len(rows), first, counted=bool(part))
 
     def steps(self) -> list[list[int]]:
         """The rows of every step of the epoch, those of all processes together."""

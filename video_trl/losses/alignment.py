@@ -203,12 +203,15 @@ def _absolute_parts(
     by `x` of their weighted sum goes into `gradient`.
 
     The matrix of differences is symmetric, and so is G, the derivative of the loss by each of its entries: a weight
-    times a sign, or 0 within the margin. Hence d loss / d x = 2 G x, formed here for one block of rows of G at a time.
+    times a sign, or 0 within the margin. Hence d loss / d x = 2 G x, formed here for one block of rows of G at a time,
+    each from the diagonal on: what is left of it has been seen from the other side.
     """
     size, tokens = len(x), len(x) // num_frames
     num_spatial, num_temporal = _counts(size, tokens)
     slopes = (2 * form.weights[0] / num_spatial, 2 * form.weights[1] / num_temporal)
     spatial, temporal = x.new_zeros(()), x.new_zeros(())
+    if gradient is not None:
+        gradient.zero_()
     for start in range(0, size, form.row_chunk):
         same, others = _row_block(x, y, start, tokens, form, slopes, gradient)
         spatial += same
@@ -219,23 +222,30 @@ def _absolute_parts(
 def _row_block(
     x: Tensor, y: Tensor, start: int, tokens: int, form: _Form, slopes: tuple[float, float], gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the pairs within a frame and across frames, of the rows from `start`; their part of `gradient`."""
+    """
+    Sums over the pairs within a frame and across frames, of rows from `start` with themselves, and twice with all
+    behind them; what these pairs add to `gradient`.
+    """
     end = min(start + form.row_chunk, len(x))
+    own = end - start
     shrink = F.hardshrink if form.hard else F.softshrink
-    # (rows, M): differences of cosines, the margin taken off. One buffer for both products.
-    block = shrink((x[start:end] @ x.T).addmm_(y[start:end], y.T, alpha=-1), form.margin)
+    # (rows, M - start): differences of cosines, the margin taken off. One buffer for both products.
+    block = shrink((x[start:end] @ x[start:].T).addmm_(y[start:end], y[start:].T, alpha=-1), form.margin)
     spatial, temporal = x.new_zeros(()), x.new_zeros(())
-    for first in range(start // tokens * tokens, end, tokens):  # each frame that has rows in this block
-        rows = block[max(first - start, 0) : first + tokens - start]
-        same, others = rows[:, first : first + tokens], (rows[:, :first], rows[:, first + tokens :])
-        spatial += torch.linalg.vector_norm(same, 1)
-        temporal += sum(torch.linalg.vector_norm(other, 1) for other in others)
+    for frame in range(start // tokens * tokens, end, tokens):  # each that has rows in this block
+        first, last = max(frame - start, 0), frame + tokens - start
+        rows, edge = block[first:last], max(last, own)
+        same = (rows[:, first : min(last, own)], 1), (rows[:, own:edge], 2)
+        others = (rows[:, :first], 1), (rows[:, last:own], 1), (rows[:, edge:], 2)
+        spatial += sum(times * torch.linalg.vector_norm(part, 1) for part, times in same)
+        temporal += sum(times * torch.linalg.vector_norm(part, 1) for part, times in others)
         if gradient is not None:
-            same.sign_().mul_(slopes[0])
-            for other in others:
-                other.sign_().mul_(slopes[1])
+            for slope, parts in zip(slopes, (same, others), strict=True):
+                for part, _ in parts:
+                    part.sign_().mul_(slope)
     if gradient is not None:
-        torch.mm(block, x, out=gradient[start:end])
+        gradient[start:end].addmm_(block, x[start:])
+        gradient[end:].addmm_(block[:, own:].T, x[start:end])
     return spatial, temporal
 
 

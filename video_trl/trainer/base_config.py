@@ -20,6 +20,7 @@ from .setup.attention_and_compile import check_attention_backend
 from .setup.optimizers import check_class_path
 from .setup.quantization import Quantization, check_optimizer, check_quantised_engine, check_quantization
 from .setup.single_file import check_transformer_file
+from .step.timestep_draws import TimestepDraw
 
 
 ContextParallelMethod = Literal["ulysses", "ring"]
@@ -35,6 +36,7 @@ _UNSUPPORTED = {
     "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
     "train_sampling_strategy": ("random", "the rows of a step are of one shape, in an order drawn from `data_seed`"),
     "dataloader_drop_last": (False, "every row counts exactly once in an epoch"),
+    "dataloader_in_order": (True, "the micro-batches of a step belong together, on all processes"),
     "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 always let a run save a checkpoint, on every engine"),
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
@@ -311,6 +313,15 @@ class VideoConfig(TrainingArguments):
         },
     )
 
+    timestep_draw: TimestepDraw = field(
+        default="independent",
+        metadata={
+            "help": "How the rows of a training step draw from that distribution, which is the same in all cases. "
+            "'independent': each for itself. 'stratified': each from another part of it, and of small steps eight "
+            "rows in a row, so that the gradient varies less. 'antithetic': two mirror each other."
+        },
+    )
+
     # Parameters that control the data
     num_frames: int | None = field(
         default=None, metadata={"help": "Frames per video after decoding. Unset: as many as the file has."}
@@ -334,7 +345,10 @@ class VideoConfig(TrainingArguments):
     )
     max_sequence_length: int | None = field(
         default=None,
-        metadata={"help": "Prompt length in tokens. Unset: the tokenizer's maximum, but no more than 512."},
+        metadata={
+            "help": "Prompt length in tokens. Unset: that of the pipeline's call (512 for Wan), but no more than the "
+            "tokenizer's maximum."
+        },
     )
     encode_batch_size: int = field(
         default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
@@ -382,7 +396,7 @@ class VideoConfig(TrainingArguments):
         if self.optim_class is not None:
             check_class_path(self.optim_class)
         for name, (accepted, reason) in _UNSUPPORTED.items():
-            value = self.__dict__[name]
+            value = self.__dict__.get(name, accepted)  # older versions of transformers have not all of them
             if value != accepted:
                 raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it at {accepted!r}.")
         for name, accepted in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):
@@ -577,6 +591,7 @@ class VideoConfig(TrainingArguments):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. 0 switches the average off.")
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
+        check_choice(self, "timestep_draw", get_args(TimestepDraw))
         self._check_timestep_range()
         check_choice(self, "on_bad_video", ("raise", "skip"))
         check_choice(self, "latents_dtype", ("float32", "bfloat16"))

@@ -216,6 +216,11 @@ class PreferenceConfig(VideoConfig):
                 f"`precompute_ref_errors` must be at least 1, got {self.precompute_ref_errors}. Leave it unset for "
                 "new noise in every step."
             )
+        if self.precompute_ref_errors is not None and self.timestep_draw != "independent":
+            raise ValueError(
+                f"`timestep_draw={self.timestep_draw!r}` draws timesteps anew in every step, and with "
+                "`precompute_ref_errors` each row has a few that are known before. Leave one of them out."
+            )
 
     def _check_safeguards(self) -> None:
         check_choice(self, "safeguard", get_args(Safeguard))

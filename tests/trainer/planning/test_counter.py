@@ -1,9 +1,12 @@
 """What the planner says against what training takes, on real tensors of the same sizes."""
 
 import json
+import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import torch
 
 import video_trl
 from tests.support.tiny import (
@@ -15,9 +18,13 @@ from tests.support.tiny import (
     tiny_wan_i2v_pipeline,
     tiny_wan_pipeline,
 )
+from video_trl import diffusion
 from video_trl.trainer.planning.counter import LiveBytes, count_step
+from video_trl.trainer.planning.estimate import Placement, Workload, estimate
+from video_trl.trainer.setup import activation_checkpointing
 
 
+OFFLOAD = {"activation_checkpointing": True, "checkpointing_policy": "offload"}
 # name, family, trainer, rejected videos, changes of the configuration
 MEASURED = [
     ("wan sft", "wan", "SFT", 0, {}),
@@ -33,11 +40,17 @@ MEASURED = [
     ("wan group sequential", "wan", "GroupDPO", 3, {"step_mode": "sequential", "loss_type": "plackett_luce"}),
     ("wan sft attention", "wan", "SFT", 0, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
     ("wan pair attention", "wan", "DPO", 1, {"activation_checkpointing": True, "checkpointing_policy": "attention"}),
+    ("wan pair offload", "wan", "DPO", 1, {**OFFLOAD, "step_mode": "concat"}),
+    ("wan group offload sequential", "wan", "GroupDPO", 3, {**OFFLOAD, "step_mode": "sequential"}),
+    ("wan pair offload bf16", "wan", "DPO", 1, {**OFFLOAD, "bf16": True, "step_mode": "singles"}),
+    ("wan pair weights on host", "wan", "DPO", 1, {"activation_checkpointing": True, "offload_weights": True}),
+    ("wan pair all on host", "wan", "DPO", 1, {**OFFLOAD, "offload_weights": True, "step_mode": "sequential"}),
     ("cogvideox sft", "cogvideox", "SFT", 0, {}),
     ("cogvideox pair", "cogvideox", "DPO", 1, {"step_mode": "concat"}),
     ("cogvideox pair sequential", "cogvideox", "RegDPO", 1, {"step_mode": "sequential"}),
     ("cogvideox group checkpointed", "cogvideox", "GroupDPO", 3, {"activation_checkpointing": True}),
 ]
+SLOW = ("wan pair offload", "wan pair offload bf16", "wan pair all on host")
 SHAPES = {"wan": (4, 4, 16, 16), "cogvideox": (4, 3, 16, 16)}
 
 
@@ -46,8 +59,34 @@ def configuration(transformer: Any, **changes: Any) -> dict[str, Any]:
     return json.loads(transformer.to_json_string()) | changes
 
 
-def measured_peak(directory, family: str, name: str, num_rejected: int, changes: dict[str, Any]) -> tuple[int, Any]:
-    """Bytes that are alive at the peak of the first step of training."""
+class Host:
+    """The host's memory, apart from the device's although both are one here: what a graph saves there is bytes."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def saved(self, pin_memory: bool = False) -> AbstractContextManager[None]:
+        return torch.autograd.graph.saved_tensors_hooks(self._put, self._get)
+
+    def _put(self, tensor: torch.Tensor) -> Any:
+        held = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().copy()
+        self.live += held.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(held, self._drop, held.nbytes)
+        return held, tensor.dtype, tensor.shape
+
+    def _get(self, saved: Any) -> torch.Tensor:
+        held, dtype, shape = saved
+        return torch.from_numpy(held).clone().view(dtype).view(shape)
+
+    def _drop(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+def measured_peak(
+    directory, family: str, name: str, num_rejected: int, changes: dict[str, Any], monkeypatch
+) -> tuple[int, int, Any]:
+    """Bytes that are alive on the device and in the host's memory at the peaks of the first step of training."""
     pipeline = tiny_wan_pipeline() if family == "wan" else tiny_cogvideox_pipeline()
     settings = {
         "output_dir": str(directory),
@@ -65,6 +104,10 @@ def measured_peak(directory, family: str, name: str, num_rejected: int, changes:
     known = {"family": "wan-t2v" if family == "wan" else "cogvideox-t2v", "latents_shape": SHAPES[family]}
     rows = tiny_encoded_group(1, m=num_rejected, **known) if num_rejected else tiny_encoded_video(1, **known)
     args = getattr(video_trl, f"Video{name}Config")(**settings)
+    host = Host()
+    monkeypatch.setattr(activation_checkpointing, "save_on_cpu", host.saved)
+    for table in (diffusion._schedule, diffusion._schedule_on):
+        table.cache_clear()  # as in a process of its own
     made = getattr(video_trl, f"Video{name}Trainer")(pipeline, args, rows)
     counter = LiveBytes()
     modules = [made.model, *([made.reference.transformer] if not args.use_peft and num_rejected else [])]
@@ -73,28 +116,33 @@ def measured_peak(directory, family: str, name: str, num_rejected: int, changes:
             counter.add(weight)
     with counter:
         made.train()
-    return counter.peak, pipeline.transformer
+    return counter.peak, host.peak, pipeline.transformer
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "num_rejected", "changes"), [case[1:] for case in MEASURED], ids=[case[0] for case in MEASURED]
+    ("family", "name", "num_rejected", "changes"),
+    [pytest.param(*case[1:], id=case[0], marks=[pytest.mark.slow] * (case[0] in SLOW)) for case in MEASURED],
 )
-def test_the_plan_is_within_three_percent_of_what_training_takes(tmp_path, family, name, num_rejected, changes):
-    peak, transformer = measured_peak(tmp_path, family, name, num_rejected, changes)
+def test_the_plan_is_never_below_what_training_takes(tmp_path, monkeypatch, family, name, num_rejected, changes):
+    """And at most three percent above it. What is moved to the host is counted apart, and to the byte."""
+    measured, on_host, transformer = measured_peak(tmp_path, family, name, num_rejected, changes, monkeypatch)
     full = not changes.get("use_peft", True)
-    plan = count_step(
+    workload = Workload(
         configuration(transformer),
         SHAPES[family],
         num_videos=1 + num_rejected,
         reference="none" if not num_rejected else "copy" if full else "adapter",
-        step_mode=changes.get("step_mode", "concat"),
-        checkpointing=changes.get("activation_checkpointing", False),
-        checkpointing_policy=changes.get("checkpointing_policy", "full"),
         lora_rank=None if full else 4,
         bf16=changes.get("bf16", False),
+        frozen_dtype=torch.float32,  # the pipeline is an object, and was made so
         prompt_tokens=16,
     )
-    assert plan.peak - plan.optimizer == pytest.approx(peak, rel=0.03)
+    policy = changes.get("checkpointing_policy", "full") if changes.get("activation_checkpointing") else None
+    on_cpu = changes.get("offload_weights", False)
+    mode = changes.get("step_mode", "concat")
+    plan = estimate(workload, Placement(step_mode=mode, checkpointing_policy=policy, offload_weights=on_cpu))
+    assert measured <= plan.peak - plan.parts["optimizer"] <= 1.03 * measured
+    assert plan.host.get("block inputs", 0) == on_host
 
 
 def test_more_blocks_cost_what_a_block_costs(monkeypatch):

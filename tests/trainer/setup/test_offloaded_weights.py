@@ -119,7 +119,9 @@ def test_an_estimate_has_the_weights_of_two_blocks(tmp_path):
     transformer = tiny_transformer(num_layers=4)
     block = sum(weight.nbytes for weight in transformer.blocks[0].parameters())
     assert whole.parts["weights"] - offloaded.parts["weights"] == 2 * block
-    assert replace(whole, placement=offloaded.placement, parts=offloaded.parts) == offloaded
+    assert offloaded.host == {"weights": 4 * block} and whole.host == {}
+    changed = {"placement": offloaded.placement, "parts": offloaded.parts, "host": offloaded.host}
+    assert replace(whole, **changed) == offloaded
     assert "offload_weights" in str(offloaded.placement)
 
 

@@ -5,12 +5,13 @@ import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers import CogVideoXDDIMScheduler, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...diffusion import VPrediction
 from ...models import TRANSFORMERS, ModelFamily, depth_options, family_for, lora_targets
 from ..setup.activation_checkpointing import check_policy, enable_recompute
 from ..setup.quantization import Quantization, quantised_bytes, quantised_layers, unpacking_bytes
@@ -31,6 +33,8 @@ from ..step.passes import SequentialErrors, StepMode, forward_errors
 _FEW_BLOCKS = 3  # of each kind are counted, and one more; the peak of fewer may be at another moment
 _IN_ONE_BLOCK = re.compile(r"^\w+\.\d+\.")  # what the name of a layer of a single block begins with
 _ADAM_BYTES = 8  # two moments in float32 of each trainable parameter
+_SCHEDULE_BYTES = 24  # of a schedule that is a table, for a timestep: two numbers in float64, and both in float32
+_NUMBERS = 16  # of a video, that are drawn, looked up and recorded: timestep, scores, weight, index, errors, metrics
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class StepCost:
             `torch.utils.flop_counter` counts them.
         block_weights (`int`): Of the weights, the frozen ones of all blocks.
         largest_block (`int`): Of these, those of the block that has most.
+        host (`int`): Activations that are in the host's memory at its peak, and not among those above.
     """
 
     weights: int
@@ -60,6 +65,7 @@ class StepCost:
     flops: int
     block_weights: int
     largest_block: int
+    host: int
 
     @property
     def peak(self) -> int:
@@ -123,6 +129,45 @@ class LiveBytes(TorchDispatchMode):
         return output
 
 
+class HostBytes:
+    """
+    Counts bytes of tensors that a graph saves in the host's memory, in place of which nothing stays on the device.
+
+    Attributes:
+        live (`int`): Bytes now.
+        peak (`int`): The most that there were at once.
+    """
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+
+    def saved(self) -> AbstractContextManager[None]:
+        """Context in which what is saved goes there; when it is needed, a tensor of its shape is made again."""
+        return torch.autograd.graph.saved_tensors_hooks(self._forget, lambda saved: saved.empty())
+
+    def _forget(self, tensor: Tensor) -> "_OnHost":
+        saved = _OnHost(tensor.shape, tensor.dtype)
+        self.live += tensor.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(saved, self._drop, tensor.nbytes)
+        return saved
+
+    def _drop(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class _OnHost:
+    """What is known on the device of a tensor that is in the host's memory."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
 class FullMasks(TorchFunctionMode):
     """
     Answers what a transformer asks of the contents of fake tensors, which have none: masks that choose tokens choose
@@ -159,6 +204,7 @@ def count_step(
     lora_rank: int | None = 48,
     lora_target_modules: str | Sequence[str] | None = None,
     bf16: bool = True,
+    frozen_dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
     prompt_tokens: int | None = None,
 ) -> StepCost:
@@ -181,7 +227,9 @@ def count_step(
         lora_rank (`int`, *optional*, defaults to `48`): Rank of the default adapter; `None` trains all weights.
         lora_target_modules (`str` or list of `str`, *optional*): Its layers, as the trainers take them;
             layers of a single block count as those of every block.
-        bf16 (`bool`, defaults to `True`): Compute in bfloat16, with frozen weights in bfloat16.
+        bf16 (`bool`, defaults to `True`): Compute in bfloat16.
+        frozen_dtype (`torch.dtype`, *optional*): Of the frozen weights under an adapter, but for those that the
+            class keeps in float32; as the trainers load them if not given: bfloat16 with `bf16`, else float32.
         quantization (`str`, *optional*): Format of frozen weights: `"nf4"`, `"int8"` or `"fp8"`.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; 512 for Wan and 226 for CogVideoX if not given.
 
@@ -203,14 +251,15 @@ def count_step(
     targets = lora_target_modules or "attention"
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     adapter = None if lora_rank is None else (lora_rank, targets)
-    settings = (shape, num_videos, reference, step_mode, policy, adapter, bf16, prompt_tokens)
+    frozen = frozen_dtype or (torch.bfloat16 if bf16 else torch.float32)
+    settings = (shape, num_videos, reference, step_mode, policy, adapter, bf16, frozen, prompt_tokens)
     cost = _count_all_blocks(config, settings)
     if quantization is None:
         return cost
     layers, saved = [], 0
     for option in _depths(config):  # a block of each kind
         others = {other: 0 for other in _depths(config) if other != option}
-        one_block, _ = _without_contents({**config, **others, option: 1}, adapter, _frozen_dtype(bf16))
+        one_block, _ = _without_contents({**config, **others, option: 1}, adapter, frozen)
         kind = list(quantised_layers(one_block))
         saved += config[option] * sum(layer.weight.nbytes - quantised_bytes(quantization, layer) for layer in kind)
         layers += kind
@@ -226,10 +275,6 @@ def _depths(config: Mapping[str, Any]) -> dict[str, int]:
     name = config.get("_class_name", "")
     options = depth_options(name) if name in TRANSFORMERS else ()
     return {option: int(config[option]) for option in options if option in config}
-
-
-def _frozen_dtype(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _count_all_blocks(config: Mapping[str, Any], settings: tuple[Any, ...]) -> StepCost:
@@ -257,13 +302,18 @@ def _count(
     policy: str | None,
     adapter: tuple[int, tuple[str, ...]] | None,
     bf16: bool,
+    frozen: torch.dtype,
     prompt_tokens: int | None,
 ) -> StepCost:
-    transformer, family = _without_contents(json.loads(config), adapter, _frozen_dtype(bf16))
+    transformer, family = _without_contents(json.loads(config), adapter, frozen)
     family.check_latents(transformer, latents_shape)
+    host = HostBytes()
     if policy is not None:
-        enable_recompute(transformer, policy, host=_on_host)
+        enable_recompute(transformer, policy, host=host.saved)
     transformer.train()
+    if bf16:  # as accelerate prepares a model: the output of each forward is made float32 outside of autocast
+        forward = torch.autocast("cpu", torch.bfloat16)(transformer.forward)
+        transformer.__dict__["forward"] = convert_outputs_to_fp32(forward)
     trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     blocks = [
         sum(weight.nbytes for weight in block.parameters() if not weight.requires_grad)
@@ -274,29 +324,45 @@ def _count(
         for weight in transformer.parameters():
             counter.add(weight)
         weights = counter.live
-        with counter, FullMasks(), ExitStack() as stack:
-            if bf16:
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-            batch = torch.randn(num_videos, *latents_shape)
-            shapes = family.condition_shapes(transformer, latents_shape, prompt_tokens)
-            dtype = transformer.dtype
-            conditions = {name: torch.randn(num_videos, *shape, dtype=dtype) for name, shape in shapes.items()}
+        copied = 0 if reference != "copy" else weights - (0 if adapter is None else 4 * trained)
+        buffers = sum(buffer.nbytes for buffer in transformer.buffers()) if copied else 0
+        with counter, FullMasks():
+            batch, conditions, _kept = _batch(transformer, family, latents_shape, num_videos, prompt_tokens)
             errors, sequential = _errors(transformer, family, batch, conditions, reference, step_mode)
             errors.square().sum().backward()
             if sequential is not None:
                 sequential.backward()
     gradients = 4 * trained
     return StepCost(
-        weights=weights * (2 if reference == "copy" else 1),
+        weights=weights + copied,
         gradients=gradients,
         optimizer=_ADAM_BYTES * trained,
-        activations=counter.peak - weights - gradients,
+        activations=counter.peak + buffers - weights - gradients,
         trained=trained,
         tokens=math.prod(family.token_grid(transformer, latents_shape)),
         flops=counter.flops,
         block_weights=sum(blocks) * (2 if reference == "copy" else 1),
         largest_block=max(blocks) * (2 if reference == "copy" else 1),
+        host=host.peak,
     )
+
+
+def _batch(
+    transformer: ModelMixin,
+    family: ModelFamily,
+    latents_shape: tuple[int, ...],
+    num_videos: int,
+    prompt_tokens: int | None,
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """Latents `(N, C, F, H, W)`, conditions of each video, and what a step keeps besides."""
+    shapes = family.condition_shapes(transformer, latents_shape, prompt_tokens)
+    of_rows = {name: torch.randn(num_videos, *shape, dtype=transformer.dtype) for name, shape in shapes.items()}
+    # Rows bring theirs once, videos have copies. How many videos make a row is not known here: at most one each.
+    conditions = {name: values.clone() for name, values in of_rows.items()}
+    kept = [*of_rows.values(), torch.empty(num_videos, _NUMBERS)]
+    if isinstance(family.noise_process, VPrediction):
+        kept.append(torch.empty(_SCHEDULE_BYTES * family.noise_process.num_train_timesteps, dtype=torch.uint8))
+    return torch.randn(num_videos, *latents_shape), conditions, kept
 
 
 def _errors(
@@ -312,7 +378,8 @@ def _errors(
 
     What only these passes needed is freed before the backward pass begins, as in `compute_loss`.
     """
-    latents, noise = batch.clone(), torch.randn_like(batch)  # the videos that are compared, and a noise for each
+    # The videos that are compared are put side by side, a single one stays where it is; and a noise for each.
+    latents, noise = batch.clone() if len(batch) > 1 else batch, torch.randn_like(batch)
     # In place of the noise process, which looks at its numbers to check them; it makes two tensors as well.
     timesteps, noisy_latents, target = torch.zeros(len(batch), dtype=torch.int64), latents + noise, noise - latents
     denoising = Denoising(noisy_latents, timesteps, conditions, target)
@@ -351,26 +418,15 @@ def _without_contents(
         if adapter is not None:
             rank, choice = adapter
             transformer.requires_grad_(False)
-            for weight in transformer.parameters():
-                weight.data = weight.data.to(frozen)
+            exact = set(transformer._keep_in_fp32_modules or ())
+            for name, weight in transformer.named_parameters():
+                weight.data = weight.data.to(torch.float32 if exact & set(name.split(".")) else frozen)
             targets = lora_targets(family, transformer, [_IN_ONE_BLOCK.sub("", name) for name in choice])
             transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
             for weight in transformer.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()
     return transformer, family
-
-
-def _on_host() -> AbstractContextManager[None]:
-    """Tensors that the graph saves inside are offloaded: only shape and dtype stay, from which they are made again."""
-
-    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-        return tensor.shape, tensor.dtype
-
-    def fetch(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(saved[0], dtype=saved[1])
-
-    return torch.autograd.graph.saved_tensors_hooks(forget, fetch)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Workload:
         lora_rank (`int`, *optional*): Rank of the adapter; `None` trains all weights.
         lora_target_modules (`str` or list of `str`, *optional*): Its layers, as the trainers take them.
         bf16 (`bool`): Compute in bfloat16.
+        frozen_dtype (`torch.dtype`, *optional*): Of the frozen weights; as the trainers load them if not given.
         quantization (`str`, *optional*): Format of frozen weights.
         prompt_tokens (`int`, *optional*): Tokens of a prompt; those of the published checkpoints if not given.
         alignment (`tuple[int, int, int]`, *optional*): For VideoREPA: frames, tokens of a frame, and width of the
@@ -61,6 +62,7 @@ class Workload:
     lora_rank: int | None = 48
     lora_target_modules: str | Sequence[str] | None = None
     bf16: bool = True
+    frozen_dtype: torch.dtype | None = None
     quantization: Quantization | None = None
     prompt_tokens: int | None = None
     alignment: tuple[int, int, int] | None = None
@@ -160,6 +162,7 @@ class Estimate:
     Attributes:
         placement ([`Placement`]): GPUs, engine and options of the step.
         parts (`dict[str, int]`): Bytes at the peak, by part.
+        host (`dict[str, int]`): Bytes that each process has in the host's memory instead, by part.
         flops (`int`): Floating-point operations.
         sent (`dict[str, int]`): Bytes sent in an optimizer step of one micro-batch, by purpose.
         trained (`int`): Number of trainable parameters, on all GPUs together.
@@ -168,6 +171,7 @@ class Estimate:
 
     placement: Placement
     parts: dict[str, int]
+    host: dict[str, int]
     flops: int
     sent: dict[str, int]
     trained: int
@@ -211,6 +215,7 @@ def _count(workload: Workload, placement: Placement) -> StepCost:
         lora_rank=workload.lora_rank,
         lora_target_modules=workload.lora_target_modules,
         bf16=workload.bf16,
+        frozen_dtype=workload.frozen_dtype,
         quantization=workload.quantization,
         prompt_tokens=workload.prompt_tokens,
     )
@@ -219,13 +224,29 @@ def _count(workload: Workload, placement: Placement) -> StepCost:
 def _divided(workload: Workload, placement: Placement, step: StepCost) -> Estimate:
     flops = step.flops // placement.context_parallel
     sent = _communication(workload, placement, step)
-    return Estimate(placement, _parts(workload, placement, step), flops, sent, step.trained, step.tokens)
+    parts, host = _parts(workload, placement, step), _host_parts(workload, placement, step)
+    return Estimate(placement, parts, host, flops, sent, step.trained, step.tokens)
+
+
+def _adapter(workload: Workload, step: StepCost) -> int:
+    return 4 * step.trained if workload.lora_rank is not None else 0
+
+
+def _host_parts(workload: Workload, placement: Placement, step: StepCost) -> dict[str, int]:
+    number, on_host = placement.num_gpus, placement.engine == "zero3-offload"
+    of_blocks = step.block_weights if placement.offload_weights else 0
+    parts = {
+        "weights": (step.weights - _adapter(workload, step)) // number if on_host else of_blocks,
+        "optimizer": step.optimizer // number if on_host else 0,
+        "block inputs": step.host // placement.context_parallel,
+    }
+    return {name: count for name, count in parts.items() if count}
 
 
 def _parts(workload: Workload, placement: Placement, step: StepCost) -> dict[str, int]:
     number, engine = placement.num_gpus, placement.engine
     depth = int(workload.config["num_layers"])
-    adapter = 4 * step.trained if workload.lora_rank is not None else 0
+    adapter = _adapter(workload, step)
     base = step.weights - adapter
     one_block = base // depth // (2 if workload.reference == "copy" else 1)
     sharded = engine in _SHARDS_WEIGHTS and number > 1
@@ -273,22 +294,19 @@ def _relation_bytes(workload: Workload) -> int:
 def _communication(workload: Workload, placement: Placement, step: StepCost) -> dict[str, int]:
     number, videos, degree = placement.num_gpus, workload.num_videos, placement.context_parallel
     others = (number - 1) / number
-    gradients = 4 * step.trained
+    deepspeed = placement.engine.startswith("zero")
+    trained = (2 if deepspeed and workload.bf16 else 4) * step.trained  # DeepSpeed rounds what is trained as well
     sent: dict[str, float] = {}
     one_by_one = placement.step_mode == "sequential"
     if number > 1:
         # A ring all-reduce is a reduce-scatter and an all-gather; sharded gradients need the first alone.
-        sent["gradients"] = others * gradients * (1 if placement.engine in _SHARDS_WEIGHTS else 2)
+        sent["gradients"] = others * trained * (1 if placement.engine in _SHARDS_WEIGHTS else 2)
+        if deepspeed and one_by_one and placement.engine != "zero1":
+            sent["gradients"] *= videos  # which it does not keep until the last backward pass
+    if placement.engine in ("zero1", "zero2") and number > 1:
+        sent["weights"] = others * trained  # each process updates its part, and the others get it
     if placement.engine in _SHARDS_WEIGHTS and number > 1:
-        of_reference = (videos if one_by_one else 1) if workload.reference != "none" else 0
-        of_policy = 3 * videos - 1 if one_by_one else 2  # forward, forward again but for the last, backward
-        passes = of_reference + of_policy
-        weights = step.weights / (2 if workload.reference == "copy" else 1)  # of either goes round in its own passes
-        sent["weights"] = others * weights * passes
-        if placement.engine == "fsdp2" and workload.lora_rank is not None and workload.reference != "copy":
-            # What is in no block stays whole until a backward pass ends: gathered once for each of these.
-            in_blocks = step.block_weights + 4 * step.trained
-            sent["weights"] -= others * (weights - in_blocks) * (passes - (videos if one_by_one else 1))
+        sent["weights"] = others * _gathered_weights(workload, placement, step, trained)
     if degree > 1:
         config = workload.config
         width, depth = config["num_attention_heads"] * config["attention_head_dim"], int(config["num_layers"])
@@ -298,6 +316,25 @@ def _communication(workload: Workload, placement: Placement, step: StepCost) -> 
         of_block = 4 * step.tokens / degree * width * (2 if workload.bf16 else 4)
         sent["tokens and heads"] = passes * depth * of_block * (degree - 1) / degree
     return {name: int(count) for name, count in sent.items()}
+
+
+def _gathered_weights(workload: Workload, placement: Placement, step: StepCost, trained: int) -> int:
+    """Bytes of weights that are gathered in a micro-batch; `trained` are those of the trained ones."""
+    videos, one_by_one = workload.num_videos, placement.step_mode == "sequential"
+    of_reference = (videos if one_by_one else 1) if workload.reference != "none" else 0
+    backward = videos if one_by_one else 1
+    forward = 2 * videos - 1 if one_by_one else 1  # again but for the last
+    passes = of_reference + forward + backward
+    adapter = _adapter(workload, step)
+    base = (step.weights - adapter) // (2 if workload.reference == "copy" else 1)
+    if not adapter:
+        return passes * (base if placement.engine == "fsdp2" else trained)
+    if placement.engine != "fsdp2":  # layer by layer: without the adapter where it is off
+        return base * passes + trained * (passes - of_reference)
+    if workload.reference == "copy":
+        return base * passes + adapter * (passes - of_reference)
+    # What is in no block stays whole until a backward pass ends: gathered once for each of these.
+    return (step.block_weights + adapter) * passes + (base - step.block_weights) * backward
 
 
 def encoding_peak(vae: ModelMixin, family: ModelFamily, size: tuple[int, int, int]) -> int:
@@ -405,7 +442,7 @@ def fitting_step_mode(workload: Workload, placement: Placement, gpu_memory: int 
 
 def accelerator_memory(device: torch.device) -> int | None:
     """Total bytes of memory of an accelerator, `None` for the CPU. Not the free ones: every start decides alike."""
-    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
+    return None if device.type == "cpu" else torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def describe_estimate(cost: Estimate) -> str:
@@ -414,6 +451,7 @@ def describe_estimate(cost: Estimate) -> str:
     lines = [f"{cost.placement}; {cost.tokens:,} tokens a video, {cost.trained:,} trainable parameters"]
     lines += [f"  {name + ':':22}{count / gib:9.2f} GiB" for name, count in cost.parts.items()]
     lines += [f"  {'peak:':22}{cost.peak / gib:9.2f} GiB on each GPU"]
+    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB in the host's memory" for name, count in cost.host.items()]
     lines += [f"  {'FLOPs:':22}{cost.flops / 1e15:9.3f} PFLOP a micro-batch on each GPU"]
     lines += [
         f"  {'sent, ' + name + ':':22}{count / gib:9.2f} GiB a step by each GPU" for name, count in cost.sent.items()

@@ -8,14 +8,17 @@ global generator changes them. That is what makes runs comparable and resumable 
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...diffusion import LossWeighting, TimestepSampling, bell_weights, loss_weights
 from ...models import ModelFamily
+from .timestep_draws import RowsOfStep, TimestepDraw, draw_together
 
 
 EVALUATION_STEP = -1
@@ -143,7 +146,8 @@ class DenoisingStep:
         shift (`float`): Shift of the noise levels; 1 leaves them.
         logit_mean (`float`): Mean of the logit-normal distribution.
         logit_std (`float`): Its standard deviation.
-        timestep_range (`(float, float)`, *optional*): Part of the scale, of [0, 1], that timesteps are restricted to.
+        timestep_range (`(float, float)`, *optional*): Lowest and highest timestep, on the model's scale.
+        timestep_draw (`str`): Whether the rows of a training step draw each for itself; see [`draw_together`].
 
     Attributes:
         noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
@@ -162,11 +166,23 @@ class DenoisingStep:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         timestep_range: Sequence[float] | None = None,
+        timestep_draw: TimestepDraw = "independent",
     ) -> None:
+        self.timestep_draw: TimestepDraw = timestep_draw
+        self._rows: RowsOfStep | None = None
         self.family, self.seed, self.device, self.now = family, seed, device, now
         self.sampling, self.shift, self.logit_mean, self.logit_std = sampling, shift, logit_mean, logit_std
         self.timestep_range, self._condition_columns = timestep_range, family.condition_columns
         self.noise_steps: Callable[[Sequence[int]], list[int]] = lambda indices: [now()] * len(indices)
+
+    @contextmanager
+    def batch_of(self, rows: RowsOfStep) -> Iterator[None]:
+        """Inside, draws are for these rows of the step; elsewhere a batch is taken for the whole step."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
 
     def draw(
         self,
@@ -177,7 +193,8 @@ class DenoisingStep:
         num_choices: int | Sequence[int] | Tensor = 1,
     ) -> NoiseDraw:
         """
-        Random numbers of a batch, a function of (seed, step, sample index) only.
+        Random numbers of a batch, a function of (seed, step, sample index) only; but for `timestep_draw`, by which u
+        depends on the place of a row in its step.
 
         Args:
             indices (`Iterable[int]`): Positions of the B samples in their dataset; a tensor must be on the CPU.
@@ -191,7 +208,11 @@ class DenoisingStep:
         numbers = [int(index) for index in indices]
         steps = self.noise_steps(numbers)
         drawn = draw_noise(self.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices)
-        return NoiseDraw(drawn.u, *to_device(self.device, drawn.choice, drawn.noise))
+        u, now = drawn.u, self.now()
+        if now != EVALUATION_STEP:
+            rows = self._rows or RowsOfStep(0, len(numbers))
+            u = draw_together(self.timestep_draw, u, rows, now, partial(sample_generator, self.seed))
+        return NoiseDraw(u, *to_device(self.device, drawn.choice, drawn.noise))
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps `(B,)` on the model's scale and the trainer's device, from u `(B,)`, as configured."""
@@ -208,7 +229,9 @@ class DenoisingStep:
     def bell_weights(self, timesteps: Tensor) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.bell_weights`]."""
         shift = self.shift if self.sampling == "shifted" else 1.0
-        return bell_weights(timesteps / self.family.noise_process.num_train_timesteps, shift=shift)
+        scale = self.family.noise_process.num_train_timesteps
+        low, high = self.timestep_range or (0, scale)
+        return bell_weights(timesteps / scale, shift=shift, level_range=(low / scale, high / scale))
 
     def loss_weights(self, timesteps: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.loss_weights`]."""
