@@ -190,6 +190,26 @@ def test_a_range_restricts_the_distribution_and_keeps_its_shape(options, timeste
     )
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "low", "high"), [(-3, 1, 900, 1000), (0, 1, 999, 1000), (0, 0.3, 900, 1000), (3, 0.5, 0, 300)]
+)
+def test_a_range_in_a_tail_has_its_own_distribution(mean, std, low, high):
+    """By the logarithm of the tail's probability, which holds where probabilities round to 0 or 1."""
+    u = grid(1000)
+    options = {"scheme": "logit_normal", "logit_mean": mean, "logit_std": std, "timestep_range": (low, high)}
+    levels = FLOW.sample_timesteps(u, **options).double() / 1000
+    side = -1 if low > 0 else 1  # of the tail
+
+    def log_probability(level):
+        return torch.special.log_ndtr(side * (torch.logit(torch.as_tensor(level)) - mean) / std)
+
+    inner, outer = (low, high) if side < 0 else (high, low)
+    whole = torch.as_tensor(log_probability(torch.tensor(inner / 1000, dtype=torch.float64)))
+    assert outer in (0, 1000) and levels.min() >= low / 1000 - 1e-6 and levels.max() <= high / 1000 + 1e-6
+    inside = torch.exp(log_probability(levels) - whole)  # 1 at the inner end, 0 at the outer one
+    torch.testing.assert_close(inside, 1 - u.double() if side < 0 else u.double(), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("options", SCHEMES, ids=str)
 def test_the_whole_range_is_no_range(options):
     u = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

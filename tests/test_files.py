@@ -329,6 +329,8 @@ def test_json_is_read_as_it_was_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file.json", {"loss": float("nan")})
     assert read_json(tmp_path / "file.json") == content
+    (tmp_path / "of-windows.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert read_json(tmp_path / "of-windows.json") == {"a": 1}
     for broken in (b'{"a": ', b"\xff"):
         (tmp_path / "broken.json").write_bytes(broken)
         with pytest.raises(ValueError, match=r"broken\.json cannot be read as JSON"):

@@ -4,10 +4,12 @@ import ast
 import gc
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.paths import ROOT
+from video_trl import methods
 from video_trl.cli import main
 from video_trl.methods import ENTRY_POINTS, Method, known_methods, own_methods
 from video_trl.trainer import PreferenceConfig, VideoConfig, VideoTrainer
@@ -104,7 +106,7 @@ def test_a_class_is_imported_without_looks_for_garbage(is_first, tmp_path, monke
     )
     monkeypatch.syspath_prepend(tmp_path)
     if is_first:
-        monkeypatch.delitem(sys.modules, "torch")
+        monkeypatch.setattr(methods, "sys", SimpleNamespace(modules=sys.modules.keys() - {"torch"}))
     kept = [[] for _ in range(1000)]
     before = gc.get_freeze_count()
     loaded = Method("mine", f"{name}:Mine").load()

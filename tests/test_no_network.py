@@ -127,7 +127,7 @@ def test_who_swallows_the_error_fails_all_the_same(tmp_path):
         "def test_asks():\n    with contextlib.suppress(OSError):\n"
         f"        socket.create_connection(({ELSEWHERE!r}, 80), timeout=1)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and f"socket.getaddrinfo {ELSEWHERE}" in done.stdout
     assert "2 passed, 1 error" in done.stdout

@@ -44,10 +44,21 @@ def _floors(requirements):
 
 
 def test_the_oldest_versions_that_are_declared_are_those_of_the_environment_for_them():
+    """Those of the extras that `dev` installs too: pip would take the newest of what is left out."""
     extras = PROJECT["optional-dependencies"]
-    tested = ("judges", "remote", "evaluation", "curation", "vote")
-    declared = _floors([*PROJECT["dependencies"], *(text for name in tested for text in extras[name])])
-    assert _pins("constraints-min.txt") == declared
+    installed = {_normal(Requirement(text).name) for text in extras["dev"]}
+    optional = [text for name, texts in extras.items() if name not in ("dev", "docs") for text in texts]
+    tested = [text for text in optional if _normal(Requirement(text).name) in installed]
+    assert _pins("constraints-min.txt") == _floors([*PROJECT["dependencies"], *tested])
+    assert {"torchao", "gguf", "trackio", "starlette"} <= _pins("constraints-min.txt").keys()
+
+
+def test_the_oldest_versions_are_installed_by_the_target_that_is_named_so():
+    text = (ROOT / "Makefile").read_text("utf-8")
+    recipe = re.search(r"^test-min:.*\n((?:\t.*\n)+)", text, re.MULTILINE)[1]
+    installs = [line for line in recipe.splitlines() if " -m pip install " in line]
+    assert installs and all(" -c .ci/constraints-min.txt " in line for line in installs)
+    assert "PYTHON_MIN ?= python" + PROJECT["requires-python"].removeprefix(">=") in text and "$(PYTHON_MIN)" in recipe
 
 
 def test_the_test_environment_lies_within_what_is_declared():

@@ -333,25 +333,30 @@ def noise_levels(
     low, high = level_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"A range of noise levels must be (low, high) with 0 <= low < high <= 1, got {level_range}.")
-    if (low, high) != (0, 1):
-        ends = torch.tensor([low, high], dtype=torch.float64)
-        if scheme == "logit_normal":
-            ends = torch.special.ndtr((torch.logit(ends) - logit_mean) / logit_std)
-        elif scheme == "shifted":
-            ends = ends / (shift - (shift - 1) * ends)
-        first, last = ends.tolist()
-        if not first < last:
-            raise ValueError(
-                f"The scheme {scheme!r} draws no noise level in [{low}, {high}]: `logit_mean={logit_mean}`, "
-                f"`logit_std={logit_std}`. Choose another range or scheme."
-            )
+    if (low, high) == (0, 1):
+        u = u.float()
+    elif scheme == "logit_normal":
+        return _logit_normal_between(low, high, u.double(), logit_mean, logit_std)
+    else:
+        first, last = (end / (shift - (shift - 1) * end) if scheme == "shifted" else end for end in (low, high))
         u = first + (last - first) * u.double()
-    u = u.float()
-    if scheme == "uniform":
-        return u
     if scheme == "logit_normal":
         return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
-    return shift * u / (1 + (shift - 1) * u)
+    return u.float() if scheme == "uniform" else (shift * u / (1 + (shift - 1) * u)).float()
+
+
+def _logit_normal_between(low: float, high: float, u: Tensor, mean: float, std: float) -> Tensor:
+    """Levels `(B,)` of the logit-normal distribution in a range, from uniform numbers, float64."""
+    ends = (torch.logit(torch.tensor([low, high], dtype=torch.float64)) - mean) / std
+    # The probabilities of both tails are small, and only near 0 are there as many numbers as that takes.
+    side = -1 if ends[0] > 0 else 1
+    first, last = torch.special.ndtr(side * ends).tolist()
+    if first == last:
+        raise ValueError(
+            f"The scheme 'logit_normal' draws no noise level in [{low}, {high}]: `logit_mean={mean}`, "
+            f"`logit_std={std}`. Choose another range or scheme."
+        )
+    return torch.sigmoid(mean + std * side * torch.special.ndtri(first + (last - first) * u)).float()
 
 
 def _restricted_levels(
@@ -411,7 +416,7 @@ def check_loss_weighting(process: NoiseProcess, weighting: LossWeighting) -> Non
         )
 
 
-def bell_weights(levels: Tensor, *, shift: float = 1.0) -> Tensor:
+def bell_weights(levels: Tensor, *, shift: float = 1.0, level_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     r"""
     Weights of noise levels that fall to 0 at both ends, with mean 1 over the levels that are drawn.
 
@@ -424,17 +429,20 @@ def bell_weights(levels: Tensor, *, shift: float = 1.0) -> Tensor:
             Noise levels in [0, 1], any floating dtype.
         shift (`float`, *optional*, defaults to `1.0`):
             Shift of the levels that are drawn, as in [`noise_levels`], positive; the mean is over 1000 of them.
+        level_range (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            Lowest and highest level that is drawn.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Weights, not negative; float32, or float64 for float64 levels.
     """
     levels = levels.to(torch.promote_types(levels.dtype, torch.float32))
-    return (torch.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)) / _mean_of_bell(shift)
+    return (torch.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)) / _mean_of_bell(shift, level_range)
 
 
 @lru_cache(maxsize=8)
-def _mean_of_bell(shift: float) -> float:
-    levels = noise_levels(torch.arange(1, 1001, dtype=torch.float64) / 1000, scheme="shifted", shift=shift).double()
+def _mean_of_bell(shift: float, level_range: tuple[float, float]) -> float:
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    levels = noise_levels(u, scheme="shifted", shift=shift, level_range=level_range).double()
     return float((torch.exp(-2 * (levels - 0.5) ** 2) - math.exp(-0.5)).mean())
 
 

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -165,7 +164,8 @@ def run_sandbox_experiment(
         processes but the first.
 
     Raises:
-        ValueError: If `args` asks for what only one run can do: to resume, or to upload; or as `experiment.check`.
+        ValueError: If `args` asks for what only one run can do: to resume, or to upload; if the folder holds arms of
+            another recipe; or as `experiment.check`.
     """
     from .evaluation.report.comparison import compare_tables
     from .evaluation.report.page import summary_table
@@ -173,6 +173,7 @@ def run_sandbox_experiment(
     _refuse_what_needs_one_run(args)
     experiment.check()
     folder = Path(args.output_dir)
+    _claim(folder, data, experiment, args)
     arms = [*ARMS, *((PLAIN, LONGER) if experiment.controls else ())]
     units = [(arm, seed) for arm in arms for seed in experiment.seeds]
     phases = _Phases(_phases(units, experiment, args), shown=args.process_index == 0)
@@ -194,6 +195,27 @@ def run_sandbox_experiment(
         f"\n{results.sentence()}\n\n{results.arms_table()}\n\n{summary_table(comparisons)}\n\n"
         f"Videos, curves and scores: {report}\nAdapters: {', '.join(str(adapter.folder) for adapter in adapters)}"
     )
+
+
+def _claim(folder: Path, data: ScriptArguments, experiment: ExperimentArguments, args: "VideoGroupDPOConfig") -> None:
+    """
+    Raises:
+        ValueError: If the folder holds arms of another recipe, whose results would be shown as those of this one.
+    """
+    if args.process_index != 0:
+        return
+    values = {name: vars(args)[name] for name in _SETTINGS} | {"found_clips": experiment.found_clips}
+    recipe = json.loads(json.dumps(values | {"num_rejected": data.num_rejected}))
+    path = folder / "recipe.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps(recipe, indent=1))
+    found = read_json(path)
+    if found != recipe:
+        changed = {name: (found.get(name), value) for name, value in recipe.items() if found.get(name) != value}
+        raise ValueError(
+            f"{folder} holds arms of another recipe, whose results would be taken for these (there, asked for): "
+            f"{changed}. Pass another `output_dir`."
+        )
 
 
 def _phases(
@@ -339,13 +361,15 @@ def _train(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dat
     """
     from transformers import PrinterCallback
 
+    from .evaluation.runs.run import make_room
     from .sandbox.data.regimes import HELD_OUT
 
     folder = Path(args.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}"
     stored = folder / _RESULT
     if stored.is_file():
         return _Adapter(**read_json(stored))
-    shutil.rmtree(Path(args.output_dir) / "runs" / folder.name, ignore_errors=True)  # videos of an earlier training
+    if args.process_index == 0:
+        make_room(Path(args.output_dir) / "runs" / folder.name)  # of videos of an earlier training
     held_out = 0 if arm == FOUND else max(1, round(HELD_OUT * len(rows)))
     trained = rows.select(range(max(1, len(rows) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
@@ -593,7 +617,7 @@ class _Results:
                     f"{sa:.3f}",
                     *(f"{100 * share:.0f} %" for share in shares.values()),
                     f"{self.spread[index].mean():.1f}" if len(self.spread[index]) else "",
-                    _interval(adapter.win_gaps, "+.4f") if adapter and adapter.win_gaps else "",
+                    _interval(adapter.win_gaps, "+.4f") if adapter and len(adapter.win_gaps) > 1 else "",
                     "" if adapter is None else f"{adapter.cpu_seconds:.0f} s",
                 ]
             )

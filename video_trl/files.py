@@ -6,6 +6,7 @@ temporary name in the same folder, flushed to the disk, and renamed. What was da
 """
 
 import contextlib
+import csv
 import errno
 import fcntl
 import functools
@@ -140,7 +141,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
 
@@ -162,6 +163,40 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
         place = f", line {number}," if number else ""
         raise ValueError(f"{path}{place} cannot be read as JSON ({error}).") from error
     return values
+
+
+def read_csv(path: str | os.PathLike[str], delimiter: str = ",") -> list[dict[str, str]]:
+    """
+    Rows of a CSV file in UTF-8 by the names in its first line. Cells are texts, as they stand.
+
+    Raises:
+        ValueError: The file is missing, is not UTF-8 or no CSV, its columns are separated by something else, two of
+            them have one name, or a row has more or fewer cells than there are columns.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names, rows = list(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV file in UTF-8 ({error}).") from error
+    if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
+        raise ValueError(
+            f"{path}: expected columns separated by {delimiter!r}, got {other!r}. Save it with {delimiter!r}."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: expected columns with names of their own, got two called {twice[0]!r}. Keep one.")
+    for number, row in enumerate(rows, start=1):
+        if not is_whole(row):
+            raise ValueError(
+                f"{path}: row {number} has another number of cells than the header. A cell with a comma, a quote "
+                'or a newline must stand in double quotes, and a quote inside it is written twice ("").'
+            )
+    return rows
+
+
+def is_whole(row: Mapping[Any, Any]) -> bool:
+    """Whether a row of `csv.DictReader` has as many cells as there are columns; else cells are shifted."""
+    return None not in row and None not in row.values()
 
 
 @contextlib.contextmanager
@@ -302,6 +337,10 @@ def resumable_folder(path: str | os.PathLike[str], *, replace: bool = False) -> 
             continue
         try:
             if not (unfinished / LOCK_NAME).exists():
+                continue
+            if target.exists() and not replace:  # while it waits, filelock may make a folder anew that was finished
+                if os.listdir(unfinished) == [LOCK_NAME]:
+                    shutil.rmtree(unfinished, ignore_errors=True)
                 continue
             remove_leftovers(unfinished, locked=True)
             yield unfinished

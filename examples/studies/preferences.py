@@ -8,7 +8,8 @@ What makes preference training work, on the sandbox: four studies that share rec
 - `controls`: fine-tuning against preferences at equal videos and at equal time; how many winners, whose winners, which
   losers.
 - `reg_dpo`: the stability study of Reg-DPO (https://huggingface.co/papers/2511.01450, Section 4.3).
-- `losers`: which losers with which safeguard of the winner, against fine-tuning in equal time on the same winners.
+- `losers`: which losers with which safeguard of the winner, against fine-tuning in equal time on the same winners. A
+  short list of arms; the rest of the grid is there for `--arms`.
 - `phygdpo`: Tables 2b to 2d of PhyGDPO (https://huggingface.co/papers/2512.24551), and how its loss is estimated.
 
 The recipe is that of the sandbox experiment. What an arm and training seed leaves is not made again, so that a study
@@ -150,7 +151,7 @@ SAME = {
     "PhyGDPO, few own": "PhyGDPO, 16 winners",
     **{f"{objective}, own": objective for objective in ("DPO", "PhyGDPO, r = 0", "PhyGDPO")},
 }  # fmt: skip
-WILD_LONGER, FEW_LONGER = "SFT, wild, longer", "SFT, 16 winners, longer"
+WILD_LONGER, FEW_LONGER, JOINT = "SFT, wild, longer", "SFT, 16 winners, longer", "joint, wild twins"
 
 
 def rows_of(losers: str) -> str:
@@ -171,17 +172,22 @@ def add_arms() -> dict[str, tuple[str, ...]]:
         added[winners.strip()] = tuple(names)
     ARMS[WILD_LONGER] = Arm("sft", "wild", steps=LONG)
     ARMS[FEW_LONGER] = Arm("sft", "first 16", steps=LONG)
-    ARMS["joint, wild twins"] = Arm("group", "wild twins", {"repa_coeff": 0.5, "repa_options": {"align_layer": 0.6}})
+    ARMS[JOINT] = Arm("group", "wild twins", {"repa_coeff": 0.5, "repa_options": {"align_layer": 0.6}})
     return added
 
 
 @dataclass(frozen=True)
 class Study:
-    """Arms in the order of their table, and the comparisons, which were fixed before there were results."""
+    """
+    Arms in the order of their table, and the comparisons, which were fixed before there were results.
+
+    Further arms belong to the study too, but are run only where they are named; the page has them if they are there.
+    """
 
     page: str
     arms: tuple[str, ...]
     comparisons: tuple[tuple[str, str], ...]
+    further: tuple[str, ...] = ()
 
 
 def regularised() -> tuple[str, ...]:
@@ -194,6 +200,16 @@ CONTROLS = tuple(itertools.takewhile(lambda name: name != "r = 25", ARMS))
 ESTIMATES = tuple(itertools.dropwhile(lambda name: name != VIDEO_DPO, ARMS))
 BY_WINNERS = add_arms()
 EQUAL_TIME = {"": LONGER, "wild": WILD_LONGER, "few": FEW_LONGER}  # by winners
+EQUAL_UPDATES = {"": JUDGED, "wild": "SFT, wild", "few": "SFT, 16 winners"}
+# The arms that decide the question of the study: fewest winners first, where a comparison could be worth most.
+SHORT_LIST = (
+    FEW_LONGER, EQUAL_UPDATES["few"], "PhyGDPO, 16 winners", "safeguard and r, few own",
+    "safeguard and r, few partial", "hinge, few own", "log-ratio, few own",
+    WILD_LONGER, EQUAL_UPDATES["wild"], "PhyGDPO, wild", "PhyGDPO, wild against twins", "safeguard and r, wild twins",
+    "safeguard and r, wild partial", "hinge, wild twins", "log-ratio, wild twins", JOINT,
+    LONGER, JUDGED, PHYGDPO, "safeguard and r, own", "log-ratio, own",
+)  # fmt: skip
+GRID = tuple(itertools.chain(*BY_WINNERS.values()))
 STUDIES = {
     "controls": Study(
         "sandbox_controls.md",
@@ -230,11 +246,13 @@ STUDIES = {
     ),
     "losers": Study(
         "losers.md",
-        (*EQUAL_TIME.values(), *itertools.chain(*BY_WINNERS.values()), "joint, wild twins"),
+        SHORT_LIST,
         (
+            *((EQUAL_TIME[winners], EQUAL_UPDATES[winners]) for winners in EQUAL_TIME),
             *((arm, EQUAL_TIME[winners]) for winners, arms in BY_WINNERS.items() for arm in arms),
-            ("joint, wild twins", WILD_LONGER), ("joint, wild twins", "PhyGDPO, wild against twins"),
+            (JOINT, WILD_LONGER), (JOINT, "PhyGDPO, wild against twins"),
         ),
+        further=tuple(arm for arm in GRID if arm not in SHORT_LIST),
     ),
 }  # fmt: skip
 MEASURED = (JUDGED, COPIED, PLAIN)  # memory, as in PhyGDPO's Table 2d
@@ -280,8 +298,8 @@ def main(argv: list[str]) -> None:
     study, runner = parse(argv)
     runner.claim_folder()
     for name, seed in itertools.product(study.studies, runner.experiment.seeds):  # a cut study has whole seeds
-        for arm in (BASE, *STUDIES[name].arms):
-            if study.arms is None or arm in study.arms:
+        for arm in (BASE, *STUDIES[name].arms, *STUDIES[name].further):
+            if arm in (study.arms or (BASE, *STUDIES[name].arms)):
                 runner.run(arm, seed)
     for arm in MEASURED if "phygdpo" in study.studies and study.arms is None else ():
         runner.measure_memory(arm)
@@ -302,15 +320,14 @@ class StudyRows(SandboxRows):
 
     def of(self, kind: str) -> Any:
         winners, _, losers = kind.rpartition(" ")
-        if winners == "few":
-            return self.of(losers).select(range(16)) if losers == "judged" else list(self.of(losers))[:16]
         if losers not in ("partial", "repaint"):
-            return super().of(kind)
+            return list(self.of(losers))[:16] if winners == "few" else super().of(kind)
         from datasets import Dataset, load_from_disk
 
         path = self.folder / kind.replace(" ", "-") / "table"
         if not path.is_dir():
-            made = self._matched(losers, self.of(winners or "judged"), path.parent)
+            of_winners = self.of({"": "judged", "few": "first 16"}.get(winners, winners))
+            made = self._matched(losers, of_winners, path.parent)
             with atomic_folder(path) as partial:
                 Dataset.from_list(made).save_to_disk(str(partial))
         return load_from_disk(str(path))

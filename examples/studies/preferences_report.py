@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MARKS = ("<!-- results of examples/studies/preferences_report.py -->", "<!-- end of results -->")
 LAST_ENTRIES = 5  # of a log that stand for the end of a run: a quarter of it
+OF_RATIOS = "; of log-ratio arms the gap is the logarithm of the ratio of the two errors"
 MODES = "modes.json"
 
 
@@ -76,7 +77,8 @@ class Report:
     def __init__(self, runner: Runner, name: str) -> None:
         self.runner, self.name, self.study = runner, name, STUDIES[name]
         self.seeds = runner.experiment.seeds
-        self.units = {arm: self._units(arm) for arm in (BASE, *self.study.arms)}
+        self.arms = (*self.study.arms, *self.study.further)
+        self.units = {arm: self._units(arm) for arm in (BASE, *self.arms)}
 
     def write(self, page: Path) -> None:
         """
@@ -165,15 +167,18 @@ class Report:
     def scores(self) -> str:
         rows = [["arm", "seeds", "videos", "CPU s", "pc", "gap closed", "sa", "lawful, violated, neither, %",
                  "pc over base", "held-out win_gap"]]  # fmt: skip
-        there = [arm for arm in self.study.arms if self.units[arm]]
+        there = [arm for arm in self.arms if self.units[arm]]
         rows += [[arm, *self._scores(arm, list(self.units[arm].values()))] for arm in (BASE, *there)]
         note = (
             f"Means over seeds. Videos: seen in training. Gap: between the base model and lawful clips of the same "
             f"sentences after the autoencoder (pc {self.real_pc:.3f}). Intervals: 95 %, paired bootstrap over "
-            f"{len(set(self._base.prompts))} sentences ({len(self._base.prompts)} videos a seed), win_gap over rows."
+            f"{len(set(self._base.prompts))} sentences ({len(self._base.prompts)} videos a seed), win_gap over rows"
+            f"{OF_RATIOS if any(ARMS[arm].options.get('gap') == 'log_ratio' for arm in there) else ''}."
         )
         missing = [arm for arm in self.study.arms if arm not in there]
-        return f"### Scores\n\n{markdown_table(rows)}\n\n{note}{not_yet(missing)}"
+        further = len([arm for arm in self.study.further if arm not in there])
+        rest = f"\n\nFurther {further} arms are there for `--arms`, and were not run." if further else ""
+        return f"### Scores\n\n{markdown_table(rows)}\n\n{note}{not_yet(missing)}{rest}"
 
     def _scores(self, arm: str, units: list[Unit]) -> list[str]:
         from video_trl.sandbox import mode_shares
@@ -225,7 +230,11 @@ class Report:
             "Fixed before there were results. p: sign test over sentences in pc, corrected by Holm's method for the "
             f"{len(pairs)} comparisons of this table that could be made."
         )
-        missing = [f"{a} over {b}" for a, b in self.study.comparisons if (a, b) not in pairs]
+        missing = [
+            f"{a} over {b}"
+            for a, b in self.study.comparisons
+            if (a, b) not in pairs and a not in self.study.further  # of which nothing was said
+        ]
         table = f"\n\n{markdown_table(rows)}\n\n{note}" if pairs else ""
         return f"### Comparisons{table}{not_yet(missing)}"
 
@@ -233,7 +242,7 @@ class Report:
         """pc over base of every arm: interval with all seeds pooled, and each seed as a dash."""
         from matplotlib.figure import Figure
 
-        arms = [arm for arm in self.study.arms if self.units[arm]]
+        arms = [arm for arm in self.arms if self.units[arm]]
         if not arms:
             return ""
         figure = Figure(figsize=(7.5, 0.27 * len(arms) + 1), layout="constrained")
@@ -256,7 +265,7 @@ class Report:
         """What the two errors did, and how often losers were held back."""
         names = ("win_gap", "lose_gap", "rewards/accuracies", "safeguard/held_back", "safeguard/scale")
         rows = [["arm", "rows", "held-out win_gap", *(f"`{name}`" for name in names)]]
-        for arm in self.study.arms:
+        for arm in self.arms:
             units = list(self.units[arm].values())
             if not units or ARMS[arm].method == "sft":
                 continue
@@ -266,7 +275,10 @@ class Report:
                 cells.append(f"{mean([unit.at_end(name) for unit in logged]):.3g}" if logged else "")
             seen = {unit.rows for unit in units}
             rows.append([arm, ", ".join(map(str, sorted(seen))), self._win_gap(units), *cells])
-        note = f"On training rows: mean of the last {LAST_ENTRIES} log entries and of the seeds. Rows: those compared."
+        note = (
+            f"On training rows: mean of the last {LAST_ENTRIES} log entries and of the seeds. Rows: those compared. "
+            f"Held out: rows in the plain rendering, of all kinds of winners{OF_RATIOS}."
+        )
         return f"### What the errors did\n\n{markdown_table(rows)}\n\n{note}"
 
     # ---- Reg-DPO ----
@@ -276,7 +288,7 @@ class Report:
         import matplotlib
         from matplotlib.figure import Figure
 
-        arms = [arm for arm in self.study.arms if self.units[arm]]
+        arms = [arm for arm in self.arms if self.units[arm]]
         if not arms:
             return ""
         figure = Figure(figsize=(12, 3.6), layout="constrained")

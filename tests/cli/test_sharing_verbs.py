@@ -1,5 +1,10 @@
 """`push` and `export`, as from the shell, against a Hub on this machine."""
 
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -7,12 +12,14 @@ from datasets import load_dataset
 from safetensors import safe_open
 
 from tests.hub.test_lora_and_card import generate, with_adapter
+from tests.support.adapters import IN_FOLDER
 from tests.support.evaluation.runs import make_run
 from tests.support.hub_server import USER, serving, use
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.runs import config, trainer
 from video_trl import hub
 from video_trl.cli import main
+from video_trl.curation.engine.manifest import write_table
 
 
 @pytest.fixture
@@ -50,6 +57,30 @@ def test_datasets_are_pushed_as_they_are_saved(server, tmp_path):
     assert "license: cc-by-4.0" in server.dataset("pairs").files["README.md"].decode()
 
 
+def test_the_pairs_of_a_curation_are_pushed_and_none_of_its_other_tables(server, capsys):
+    """As the page has it: the folder `pairs` of a run, or the run itself."""
+    write_table(tiny_group_dataset(2, 1).with_format("arrow")[:], Path("run/pairs/train.parquet"))
+    for name in ("manifest", "generations"):
+        write_table(pa.table({"prompt": ["secret"]}), Path(f"run/{name}.parquet"))
+    for number, folder in enumerate(("run/pairs", "run")):
+        assert main(["push", folder, f"{USER}/own{number}", "--license", "mit"]) == 0
+        files = server.dataset(f"own{number}").files
+        assert [name for name in files if name.endswith(".parquet")] == ["data/train-00000-of-00001.parquet"]
+        table = pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"]))
+        assert table["prompt"].to_pylist() == tiny_group_dataset(2, 1)["prompt"][:]
+    with pytest.raises(ValueError, match="holds no dataset"):
+        hub.push_dataset("run", f"{USER}/third")
+
+
+def test_options_of_something_else_are_refused(server, capsys):
+    hub.save_lora(with_adapter().transformer, "out")
+    tiny_group_dataset(2, 1).save_to_disk("pairs")
+    for folder, option in (("out", "--license"), ("out", "--description"), ("pairs", "--message")):
+        assert main(["push", folder, f"{USER}/ours", option, "mit"]) == 2
+        assert f"{option} has no effect on a" in capsys.readouterr().err
+    assert not server.repositories
+
+
 def test_what_the_hub_refuses_is_one_line_and_exit_code_1(server, capsys):
     hub.save_lora(with_adapter().transformer, "out")
     assert main(["push", "out", "someone-else/ours"]) == 1
@@ -69,7 +100,7 @@ def test_export_takes_folders_and_repositories_and_goes_back(server, capsys):
         assert all(torch.equal(here.get_tensor(key), there.get_tensor(key)) for key in here.keys())
     assert main(["export", "here.safetensors", "back", "--to", "diffusers"]) == 0
     pipeline = tiny_wan_pipeline()
-    pipeline.load_lora_weights("back")
+    pipeline.load_lora_weights("back", **IN_FOLDER)
     assert torch.equal(generate(pipeline), generate(with_adapter(lora_alpha=8))) and file.is_file()
     assert main(["export", "out"]) == 2
     assert main(["export", "out", "here.bin"]) == 1

@@ -6,7 +6,10 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
+import trl
 from accelerate.commands.launch import launch_command_parser
+from packaging.version import Version
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -17,7 +20,11 @@ from video_trl.data.buckets import ASPECT_RATIOS
 from video_trl.methods import own_methods
 
 
-SLOW = ("torch", "transformers", "diffusers", "datasets", "accelerate", "pyarrow", "av")
+SLOW = ["torch", "diffusers", "datasets", "accelerate", "pyarrow", "av"]
+if Version(trl.__version__) >= Version("1"):  # the parser of older ones imports transformers, without torch
+    SLOW.append("transformers")
+# The default of transformers depends on torch, which a reader of its source cannot know.
+COMPUTED_DEFAULTS = ["optim"] if Version(torch.__version__) < Version("2.8") else []
 METHODS = own_methods()
 CURATION = {
     "gt_pair.pipeline:GTPairConfig": GTPairConfig,
@@ -40,7 +47,13 @@ COMPUTED = ("log_level", "log_level_replica")  # choices that transformers compu
 
 def options_of(kind):
     return [
-        (a.option_strings, a.nargs, a.default, a.help, a.dest in COMPUTED or a.choices and [*map(str, a.choices)])
+        (
+            a.option_strings,
+            a.nargs,
+            a.dest in COMPUTED_DEFAULTS or a.default,
+            a.help,
+            a.dest in COMPUTED or a.choices and [*map(str, a.choices)],
+        )
         for a in TrlParser([kind])._actions
     ]
 

@@ -107,6 +107,11 @@ def test_eval_counts_the_results_of_other_programs(here, capsys):
     table = capsys.readouterr().out
     assert "0.75000 ↑ [2]" in table and f" {2 * len(DIMENSIONS)}\n" in table
     assert main(["eval", "--benchmark", "vbench", "--results", "a.json"]) == 2
+    content = json.loads((here / "b.json").read_text())
+    content["dynamic_degree"][1].append({"video_path": "1.mp4", "video_results": 1.0})
+    (here / "b.json").write_text(json.dumps(content))
+    assert main(["eval", "--benchmark", "vbench", "--results", "base=a.json", "dpo=b.json"]) == 1
+    assert "as many videos in every dimension, got {'base': [1], 'dpo': [1, 2]}" in capsys.readouterr().err
 
 
 def test_eval_computes_two_dimensions_of_vbench_for_runs(runs, here, capsys):

@@ -1,4 +1,5 @@
 import csv
+import io
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from video_trl.curation import annotated_pairs, read_votes
-from video_trl.curation.annotated import DIMENSIONS, write_pairs_to_mark
+from video_trl.curation.annotated import DIMENSIONS, pairs_to_mark, write_pairs_to_mark
 from video_trl.data import check_columns
 
 
@@ -118,7 +119,7 @@ def test_pairs_to_mark_are_written_into_the_folder_of_a_run(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_votes_are_read_from_both_kinds_of_file(tmp_path, suffix):
     votes, path = votes_of(PAIRS), tmp_path / f"votes{suffix}"
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8-sig" if suffix == ".csv" else "utf-8", newline="") as file:
         if suffix == ".csv":
             writer = csv.DictWriter(file, votes[0].keys())
             writer.writeheader()
@@ -185,3 +186,36 @@ def test_the_training_set_is_filled_up_with_smaller_differences_to_a_number():
     default, first = (annotated_pairs(votes, min_positive=None, fill_to=3, **seed)[0] for seed in ({}, {"seed": 0}))
     assert default["provenance"] == first["provenance"]
     assert len(drawn) > 1 and all(ids[:2] == ("p0", "p1") for ids in drawn)
+
+
+def _csv(votes):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, votes[0].keys())
+    writer.writeheader()
+    writer.writerows(votes)
+    return file.getvalue()
+
+
+def test_a_table_from_a_spreadsheet_is_read_and_one_that_hides_rows_is_not(tmp_path):
+    votes, path = votes_of(PAIRS), tmp_path / "votes.csv"
+    path.write_text("\ufeff" + _csv(votes), encoding="utf-8")
+    assert read_votes(path) == votes
+    # A quote that is never closed swallows all rows after it.
+    path.write_text(_csv(votes).replace(votes[2]["prompt"], f'"{votes[2]["prompt"]}', 1))
+    with pytest.raises(ValueError, match="cannot be read as a CSV file in UTF-8"):
+        read_votes(path)
+    path.write_text(_csv(votes).replace(votes[2]["prompt"], "a, b", 1))
+    with pytest.raises(ValueError, match="row 1 has another number of cells"):
+        read_votes(path)
+    with pytest.raises(ValueError, match="gone.csv cannot be read as a CSV file"):
+        read_votes(tmp_path / "gone.csv")
+
+
+def test_the_id_of_a_pair_stays_when_more_videos_are_made():
+    def ids(*files):
+        run = {"content": ["c"] * len(files), "prompt": ["p"] * len(files), "rejected": [f"g/{f}.mp4" for f in files]}
+        pairs = pairs_to_mark(pa.table(run | {"dropped_by": pa.array([None] * len(files), pa.string())}))
+        return {pair["pair_id"]: {pair["video_a"], pair["video_b"]} for pair in pairs}
+
+    before, after = ids("a", "b"), ids("new", "b", "a")
+    assert len(after) == 3 and before.items() <= after.items()

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -140,6 +142,43 @@ def test_the_command_makes_pairs_of_a_table(tmp_path, monkeypatch, capsys):
     assert row["chosen"] == str(tmp_path / "clip.mp4") and Path(row["rejected"][0]).is_file()
     assert main([*argv[:3], "--output_dir", "matched"]) == 2
     assert "dataset_name" in capsys.readouterr().err
+
+
+def test_the_adapter_acts_as_strongly_as_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "pairs.jsonl"}))
+    asked = []
+
+    class Loaded:
+        pipeline, fps, call_kwargs, revision, adapter_hash = None, 8.0, {}, "r", "h"
+
+    def make(rows, pipeline, output_dir, how, *, weights):
+        asked.append(weights)
+        Path("made").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"prompt": ["a"]}), "made/pairs.parquet")
+        return Path("made/pairs.parquet")
+
+    monkeypatch.setattr("video_trl.evaluation.runs.generate.load_generator", lambda *a, **k: asked.append(k) or Loaded)
+    monkeypatch.setattr("video_trl.curation.matched.matched_losers", make)
+    argv = ["generate", "--from", "chosen", "--dataset_name", "pairs.jsonl", "--adapter", "x"]
+    for more in ([], ["--adapter_scale", "0.5"], ["--adapter_alpha", "64"]):
+        assert main([*argv, *more]) == 0
+    told = [(each["adapter_alpha"], each["adapter_scale"]) for each in asked[::2]]
+    assert told == [(None, 1.0), (None, 0.5), (64.0, 1.0)]
+    assert asked[1] == "r h" and len(set(asked[1::2])) == 3  # of the names of files: other losers
+
+
+def test_a_video_that_cannot_be_read_costs_its_own_row(tmp_path, caplog):
+    """Also one that is too short; the others are made, and stay."""
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    good, short = (np.zeros((frames, 32, 32, 3), dtype=np.uint8) for frames in (5, 1))
+    rows = [{"prompt": "a", "chosen": video} for video in (str(tmp_path / "bad.mp4"), good, short)]
+    how = MatchedLosers(num_frames=5, **HOW)
+    made = load_rows(str(matched_losers(rows, tiny_wan_pipeline(), tmp_path / "out", how)), "train")
+    assert len(made) == 1
+    assert "Row 0 is left out" in caplog.text and "Row 2 is left out" in caplog.text
+    with pytest.raises(ValueError, match="None of 1 chosen videos can be used"):
+        matched_losers(rows[:1], tiny_wan_pipeline(), tmp_path / "none", how)
 
 
 @pytest.mark.parametrize(

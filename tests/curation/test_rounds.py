@@ -1,13 +1,15 @@
 """Rounds: options, allocation, when they end, and three real rounds that are stopped and go on."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from safetensors.torch import load_file
 
 import video_trl.curation.rounds as rounds_module
-from tests.support.tiny import tiny_wan_pipeline
-from tests.support.trainer.runs import config, first_batch, trainer
+from tests.support.adapters import IN_FOLDER
+from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
+from tests.support.trainer.runs import assert_equal_weights, config, first_batch, trainer
 from video_trl.cli import main
 from video_trl.curation import Round, RoundsConfig, run_rounds
 from video_trl.curation.rounds import _Rounds
@@ -15,13 +17,20 @@ from video_trl.files import read_json
 
 
 class Table:
-    """What `gain` and `losers` read of an evaluation."""
+    """What `gain` reads of an evaluation."""
 
     def __init__(self, values):
         self.values = values
 
     def rows(self):
         return [{"prompt": f"p{number}", "pc": value} for number, value in enumerate(self.values)]
+
+
+class Scored:
+    """What `losers` reads of an evaluation."""
+
+    def __init__(self, rows):
+        self.rows = lambda: rows
 
 
 @pytest.mark.parametrize(
@@ -31,6 +40,10 @@ class Table:
         ({"metric": "fvd"}, "`metric` must be one of 'pc', 'sa', 'joint'"),
         ({"num_rejected": 0}, "of at least 1"),
         ({"eval_seeds": []}, "an evaluation seed"),
+        ({"eval_seeds": [1, 1]}, "different `eval_seeds`"),
+        ({"seed": -1}, "a `seed` of at least 0"),
+        ({"tau": float("nan")}, "`tau` of at least 0"),
+        ({"batch_size": 0}, "`batch_size` of at least 1"),
         ({"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, "needs `dataset_name` and `eval_prompts`"),
     ],
 )
@@ -44,9 +57,12 @@ def test_bad_options_are_refused(changes, message):
     [
         ({"method": "gdpoo"}, "`method` must be one of sft, dpo"),
         ({"training": {"seed": 3}}, "`training` leaves seed to the rounds"),
+        ({"training": {"init_adapter": "mine"}}, "`training` leaves init_adapter to the rounds"),
         ({"training": {"betta": 3}}, "`training`: .*betta"),
         ({"generation": '{"steps": 3}'}, "`generation` has no steps; it takes call_kwargs, device"),
         ({"judge": "nobody"}, "No judge 'nobody'"),
+        ({"num_eval_prompts": 1}, "needs two held-out prompts, got 1"),
+        ({"eval_prompts": "gone.txt"}, "gone.txt cannot be read"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_made(changes, message, tmp_path):
@@ -65,6 +81,53 @@ def test_a_folder_of_other_rounds_is_refused_and_more_rounds_are_not(tmp_path):
     check(max_rounds=5)
     with pytest.raises(ValueError, match="holds rounds of .*Pass another folder"):
         check(budget=3)
+
+
+def test_a_folder_that_was_moved_is_gone_on_with(tmp_path):
+    def maker_in(folder):
+        maker = _Rounds(RoundsConfig(output_dir=str(folder)))
+        maker.rows = [{"prompt": "p", "chosen": "0.mp4"}]
+        maker.check()
+        return maker
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    maker_in(old)
+    done = Round(1, str(old / "round-1" / "adapter"), "h", str(old / "start"), {}, {}, 0.5, 0.1, 0.0, 0.2)
+    (old / "round-1").mkdir()
+    (old / "round-1" / "round.json").write_text(json.dumps(asdict(done)))
+    old.rename(new)
+    found = maker_in(new).round(1, str(new / "start"))
+    assert (found.adapter, found.start) == (str(new / "round-1" / "adapter"), str(new / "start"))
+
+
+def test_clips_of_one_prompt_may_be_of_several_categories(tmp_path, monkeypatch):
+    values = {"p0": 0.2, "p1": 0.8}
+    monkeypatch.setattr(
+        "video_trl.evaluation.evaluate.evaluate_model",
+        lambda *args, **options: Scored([{"prompt": text, "sa": pc, "pc": pc} for text, pc in values.items()]),
+    )
+    maker = _Rounds(RoundsConfig())
+    clips = (("p0", "falls"), ("p0", "rolls"), ("p1", "rolls"))
+    maker.rows = [{"prompt": text, "chosen": "0.mp4", "category": category} for text, category in clips]
+    scores, videos = maker.losers(tmp_path, 1, None)
+    assert scores == pytest.approx({"falls": 0.2, "rolls": 0.5}) and len(videos["p0"]) == 1
+
+
+def test_every_round_is_trained_as_the_first_one_is(tmp_path):
+    """The model by its name, with options that need one; an adapter is handed on to the last bit."""
+    tiny_wan_pipeline().save_pretrained(tmp_path / "model")
+    training = {"use_cpu": True, "max_steps": 1, "lora_rank": 2, "fps": 8, "save_strategy": "no", "learning_rate": 0.1}
+    training |= {"model_init_kwargs": {"local_files_only": True}, "cache_dir": str(tmp_path / "cache")}
+    given = {"model": str(tmp_path / "model"), "dataset_name": "d", "eval_prompts": "p"}
+    groups, adapters = tiny_group_dataset(1, 1, num_frames=5), [None]
+    for number, rate in enumerate((0.1, 0.0), 1):
+        maker = _Rounds(RoundsConfig(training=training | {"learning_rate": rate}, **given))
+        adapters.append(str(maker.train(tmp_path / f"round-{number}", groups, adapters[-1])))
+    first, second = (load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in adapters[1:])
+    assert_equal_weights(first, second)
+    assert any(weight.abs().max() > 0.05 for name, weight in first.items() if "lora_B" in name)
+    maker = _Rounds(RoundsConfig(training={"use_cpu": True}, generation={"revision": "abc"}, **given))
+    assert maker.arguments(tmp_path, None).model_init_kwargs == {"revision": "abc"}
 
 
 def test_several_processes_are_refused(monkeypatch):
@@ -125,7 +188,7 @@ def test_a_continued_adapter_is_compared_with_the_base_or_with_itself(is_base, t
     base = trainer(config(tmp_path / "fresh", max_steps=1))
     pipeline = tiny_wan_pipeline()
     first.save_model()
-    pipeline.load_lora_weights(str(tmp_path / "first"))
+    pipeline.load_lora_weights(str(tmp_path / "first"), **IN_FOLDER)
     made = trainer(config(tmp_path / "second", max_steps=1, reference_is_base=is_base), model=pipeline)
     errors = {}
     for name, each in (("base", base), ("second", made)):

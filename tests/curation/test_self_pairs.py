@@ -1,10 +1,14 @@
 """Pairs of a model's own videos: which are chosen, what they weigh, and that a trainer takes them."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from video_trl import VideoDPOConfig, VideoDPOTrainer
 from video_trl.cli import main
+from video_trl.curation.phyaug.groups import judge_settings
 from video_trl.curation.self_pairs import (
     SelfPairsConfig,
     best_and_worst,
@@ -61,6 +65,31 @@ def test_a_run_that_was_done_makes_and_judges_nothing_again(made, monkeypatch):
     monkeypatch.setattr("video_trl.curation.self_pairs.check_judge", lambda *names, **options: None)
     again = run_self_pairs(small(folder))
     assert again.videos.equals(result.videos) and again.pairs.to_list() == result.pairs.to_list()
+
+
+def test_a_table_of_scores_that_was_changed_is_read_again(made, tmp_path, monkeypatch):
+    """The same name of a judge is not the same judge; no video is made again."""
+    folder, result = made
+    monkeypatch.setattr("video_trl.curation.generate.load_pipeline", None)
+    run, table = shutil.copytree(folder, tmp_path / "run"), tmp_path / "scores.csv"
+    rows = result.videos.to_pylist()
+    for better in (0, 1):
+        lines = [
+            f'{Path(row["rejected"]).name},"{row["prompt"]}",{score},{score}'
+            for number, row in enumerate(rows)
+            for score in [float(number % 2 == better)]
+        ]
+        table.write_text("\n".join(["video,prompt,sa,pc", *lines, ""]))
+        pairs = run_self_pairs(small(run, judge=str(table))).pairs
+        assert [row["path"] for row in pairs["chosen"]] == [str(run / row["rejected"]) for row in rows[better::2]]
+
+
+def test_options_of_a_judge_decide_its_scores_and_how_it_is_reached_does_not():
+    def settings(**options):
+        return judge_settings("http://localhost:1/v1", {"model": "a", **options})
+
+    assert settings(api_key="x", timeout=3) == settings(api_key="y") == settings()
+    assert len({str(settings(**o)) for o in ({}, {"model": "b"}, {"temperature": 1.0}, {"num_frames": 4})}) == 4
 
 
 def test_the_weight_of_a_pair_multiplies_its_loss(made, tmp_path):
@@ -134,6 +163,10 @@ def test_prompts_come_from_a_file_or_a_dataset(tmp_path):
     (tmp_path / "prompts.txt").write_text("a ball falls\n\n a ball rolls \na ball falls\n")
     assert read_prompts(str(tmp_path / "prompts.txt"), None) == ["a ball falls", "a ball rolls"]
     assert len(read_prompts("sandbox", 3)) == 3
+    (tmp_path / "odd.txt").write_text("\ufeffa ball\u2028falls\nb\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "odd.txt"), None) == ["a ball\u2028falls", "b"]
+    with pytest.raises(ValueError, match="gone.txt: expected a text file in UTF-8"):
+        read_prompts(str(tmp_path / "gone.txt"), None)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="at least one prompt"):
         read_prompts(str(tmp_path / "empty.txt"), None)

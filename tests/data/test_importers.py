@@ -42,8 +42,8 @@ def write_tables(root, lines, size="14B"):
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            for name, caption, sa, pc in rows:
-                writer.writerow([f"/data/home/x/seed_{seed}/{name}.mp4", caption, name, sa, pc, 0])
+            for name, caption, sa, pc, *more in rows:
+                writer.writerow([f"/data/home/x/seed_{seed}/{name}.mp4", caption, name, sa, pc, 0, *more])
 
 
 NAMES = ["-0MNKMpwaUY-Scene-0018", "__1tDwG_iAE-Scene-0003"]
@@ -98,7 +98,7 @@ def test_the_command_writes_what_training_reads(phygdpo, tmp_path, capsys):
     assert brightness(rows[0]["rejected"][2]) == 120
     assert main(["data", "check", str(out)]) == 0
     assert "train gdpo: yes" in capsys.readouterr().out
-    assert main(["data", "import", "phygdpo", str(phygdpo), "--output_dir", str(out)]) == 1
+    assert main(["data", "phygdpo", str(phygdpo), "--output_dir", str(out)]) == 1
     assert "exists already" in capsys.readouterr().err
 
 
@@ -110,6 +110,7 @@ BAD_LINES = {
     "no caption": ("b", "  ", 1, 1),
     "path in place of a name": ("../../b", "text", 1, 1),
     "no name": ("", "text", 1, 1),
+    "a cell too many": ("b", "text", 1, 1, "more"),
 }
 
 

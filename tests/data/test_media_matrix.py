@@ -119,6 +119,18 @@ def test_dropped_frames_leave_the_others_in_their_places(tmp_path, name):
     assert probe_video(path).fps == pytest.approx((len(shown) + 1) / 2, rel=0.02)
 
 
+def test_frames_before_time_zero_of_which_matroska_has_no_time_are_a_part_of_the_clip(tmp_path):
+    times = [Fraction(k, 30) - 1 for k in range(60)]
+    options = {"avoid_negative_ts": "disabled"}
+    path = write_media(tmp_path / "clip.mkv", numbered_frames(60), times=times, container_options=options)
+    with av.open(str(path)) as container:
+        assert any(packet.pts is None for packet in container.demux() if packet.size)
+    info = probe_video(path)
+    assert (info.num_frames, info.fps, info.duration) == (60, pytest.approx(30), pytest.approx(2.0))
+    for fps in (15, 24, 30, 60):
+        assert frame_numbers(read_video(path, fps=fps)) == on_screen(60, 30, fps), fps
+
+
 @pytest.mark.parametrize("start", [0.1, 1.0, 1.5])
 def test_an_edit_list_shows_what_it_says(tmp_path, start):
     path = write_container(tmp_path, "mp4", numbered_frames(90), Fraction(30))

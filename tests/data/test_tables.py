@@ -69,6 +69,38 @@ def test_tables_with_columns_of_other_names_and_paths_that_start_at_the_table(ki
     assert [(_brightness(row["chosen"]), _brightness(row["rejected"])) for row in rows] == [(40, 120), (200, 40)]
 
 
+def test_words_of_a_csv_stay_words_and_its_numbers_are_numbers(videos, tmp_path):
+    prompts = ["007", "NA", "true", '"Oh!"\nA ball, rolling', "1e5"]
+    rows = [
+        {"prompt": prompt, "video": str(videos / "40.mp4"), "seed": seed, "share": f"0.{seed}", "image": ""}
+        for seed, prompt in enumerate(prompts)
+    ]
+    path = _write("csv", rows, tmp_path / "clips")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    loaded = load_rows(str(path), "train")
+    assert loaded["prompt"][:] == prompts and loaded["seed"][:] == [0, 1, 2, 3, 4] and loaded["share"][1] == 0.1
+    assert loaded["image"][:] == [None] * 5
+    renamed = load_rows(str(_write("csv", [{"a": "007", "b": "007"}], tmp_path / "two")), "train", ["prompt=a"])
+    assert renamed[0] == {"prompt": "007", "b": 7}
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ("prompt,video\na ball, rolling,{0}\n", "row 1 has another number of cells than the header"),
+        ("prompt,video\na ball\n", "row 1 has another number of cells"),
+        ("prompt;video\na ball;{0}\n", "expected columns separated by ',', got ';'"),
+        ("prompt\tvideo\na ball\t{0}\n", r"separated by ',', got '\\t'"),
+        ("prompt,video,prompt\na ball,{0},a block\n", "got two called 'prompt'"),
+    ],
+)
+def test_no_cell_of_a_csv_is_shifted_or_lost(videos, tmp_path, table, fault):
+    (tmp_path / "clips.csv").write_text(table.format(videos / "40.mp4"))
+    for name in (tmp_path / "clips.csv", tmp_path):  # the file, and a folder of tables
+        with pytest.raises(ValueError, match=fault):
+            load_rows(str(name), "train")
+
+
 def test_a_saved_dataset_a_folder_of_tables_and_splits(videos, tmp_path):
     rows = _pairs(videos, tmp_path / "a")
     _write("jsonl", rows, tmp_path / "a" / "train")
@@ -173,6 +205,10 @@ def _broken(kind, videos, root):
     elif kind == "cut":
         (root / "table.jsonl").write_text('{"prompt": "a"}\n{"prom')
         return root / "table.jsonl", []
+    elif kind in ("empty", "header"):
+        path = root / f"table.{'jsonl' if kind == 'empty' else 'csv'}"
+        path.write_text("" if kind == "empty" else "prompt,video\n")
+        return path, []
     elif kind == "suffix":
         (root / "table.xls").write_text("")
         return root / "table.xls", []
@@ -192,6 +228,8 @@ def _broken(kind, videos, root):
         ("missing", "Row 0: expected a file in column 'video', got .*/no.mp4, .*Relative paths start at the table"),
         ("column", r"--column video=movie: .* has the columns \['prompt', 'film'\]"),
         ("cut", "cannot be read as jsonl"),
+        ("empty", "table.jsonl: expected rows, got none"),
+        ("header", "table.csv: expected rows, got none"),
         ("suffix", "a file that ends in .xls; expected a table"),
         ("builder", "'videofolder' is a way of reading a folder"),
         ("nowhere", "expected a table .*, a folder, tars, or a dataset on the Hub, got .*nowhere"),
@@ -202,6 +240,24 @@ def test_what_cannot_be_loaded_says_why_and_the_way_out(kind, words, videos, tmp
     name, columns = _broken(kind, videos, tmp_path / "data")
     with pytest.raises(ValueError, match=words):
         load_rows(str(name), "train", columns)
+
+
+def test_the_name_of_a_table_is_no_pattern(tmp_path):
+    folder = tmp_path / "run [v2]"
+    folder.mkdir()
+    for name in ("rows1", "rows[1]"):
+        _write("jsonl", [{"prompt": name}], folder / name)
+    assert list(load_rows(str(folder / "rows[1].jsonl"), "train", [])["prompt"]) == ["rows[1]"]
+
+
+def test_a_folder_of_several_configurations_is_read_by_their_names(tmp_path):
+    head = "\n".join(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in ("short", "long"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}\n---\n")
+    for name in ("short", "long"):
+        _write("jsonl", [{"prompt": name}], tmp_path / name)
+    assert list(load_rows(f"{tmp_path}:long", "train", [])["prompt"]) == ["long"]
+    with pytest.raises(ValueError, match=f"{tmp_path} has several configurations .*Name one as {tmp_path}:CONFIG"):
+        load_rows(str(tmp_path), "train", [])
 
 
 def test_a_mapping_that_is_none_is_refused():

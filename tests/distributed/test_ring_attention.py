@@ -27,7 +27,9 @@ from video_trl.trainer.setup.attention_and_compile import attention_backends
 
 
 PROCESSES = [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-stock = pytest.mark.skipif(diffusers.__version__.split(".")[:2] != ["0", "42"], reason="other diffusers: not mended")
+VERSION = tuple(map(int, diffusers.__version__.split(".")[:2]))
+stock = pytest.mark.skipif(VERSION not in ((0, 41), (0, 42)), reason="other diffusers: not mended")
+right = pytest.mark.skipif(VERSION < (0, 41), reason="refused with this diffusers")
 
 
 @functools.cache
@@ -37,6 +39,7 @@ def results(processes: int) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@right
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_output_and_gradients_are_those_of_one_process(processes):
     mended = results(processes)["mended"]
@@ -45,6 +48,7 @@ def test_output_and_gradients_are_those_of_one_process(processes):
         assert all(error < rounding.SINGLE for error in errors.values()), errors
 
 
+@right
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_activation_checkpointing_holds_nothing_of_the_attention(processes):
     assert results(processes)["mended"]["kept"] == 0
@@ -64,11 +68,21 @@ def test_diffusers_has_the_faults_that_are_remedied(processes):
     assert found["kept"] > 1
 
 
+@right
 def test_back_ends_that_can_are_all_that_diffusers_lets_share_tokens_and_that_give_a_log_sum_exp():
     sharing = _AttentionBackendRegistry._supports_context_parallel & set(attention_backends())
     assert set(RING_BACKENDS) == sharing - {"native", "_native_npu"}  # both refuse `return_lse`
 
 
+@pytest.mark.parametrize("version", ["0.38.0", "0.40.2"])
+def test_versions_with_wrong_gradients_are_refused(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(diffusers, "__version__", version)
+    with pytest.raises(ValueError, match=f"'ring'` needs diffusers 0.41 or newer, this is {version}"):
+        ring(tmp_path, 2)
+    ring(tmp_path, 1)  # nothing is shared
+
+
+@right
 @pytest.mark.parametrize("backend", [None, "native", "flex"])
 def test_other_back_ends_are_refused_with_those_that_can(tmp_path, backend):
     asked = {"context_parallel_method": "ring", "attention_backend": backend}
@@ -84,6 +98,7 @@ def ring(directory: Path, size: int) -> VideoGroupDPOConfig:
     return config(directory, context_parallel_size=size, **asked)
 
 
+@right
 def test_families_that_cannot_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
     args, transformer = ring(tmp_path, 2), tiny_transformer()
     check_context_parallel_method(transformer, family_for(transformer), args)
@@ -92,6 +107,7 @@ def test_families_that_cannot_are_refused_before_anything_is_encoded(tmp_path, m
         trainer(args, model=tiny_cogvideox_pipeline(), train_dataset=tiny_encoded_group(2, family="cogvideox-t2v"))
 
 
+@right
 def test_heads_need_not_divide(tmp_path):
     transformer = tiny_transformer()  # 2 heads
     adapter, shapes = family_for(transformer), [(4, 3, 8, 8)]  # 3 x 4 x 4 = 48 tokens

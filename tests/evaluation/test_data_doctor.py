@@ -160,6 +160,9 @@ def test_a_row_that_cannot_be_looked_at_is_named_and_left_out(tmp_path):
     found = diagnose([*rows, rows[3]], judge=Absent())
     assert found.rows == 4 and any("row 1 is left out" in problem for problem in found.problems)
     assert any("row 2 has no scores of the judge: the server was away" in problem for problem in found.problems)
+    odd = [{**row, "chosen": row["chosen"][:, :31, :31]} if n == 1 else row for n, row in enumerate(dataset(blur, 3))]
+    found = diagnose(odd, pipeline=tiny_wan_pipeline())  # 31 pixels are none that the VAE takes
+    assert found.rows == 2 and sum("row 1 is left out" in problem for problem in found.problems) == 1
     with pytest.raises(
         ValueError, match=r"Fewer than two rows can be looked at.*row 1 is left out.*bad\.mp4: damaged"
     ):

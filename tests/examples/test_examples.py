@@ -12,12 +12,14 @@ import yaml
 from safetensors.torch import load_file
 from trl import TrlParser
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.paths import EXAMPLES
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
 from video_trl.curation import GTPairConfig, PhyAugConfig, RoundsConfig, SelfPairsConfig
-from video_trl.experiment import ExperimentArguments
+from video_trl.experiment import ExperimentArguments, _claim
+from video_trl.load import ScriptArguments
 from video_trl.sandbox import load_sandbox
 from video_trl.trainer.checkpoints.weights import named_checkpoint
 
@@ -202,7 +204,7 @@ def test_training_from_folders_leaves_an_adapter_that_a_fresh_pipeline_loads(scr
     pipeline = tiny_wan_pipeline()
     call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
     before = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
-    pipeline.load_lora_weights(tmp_path / "out")
+    pipeline.load_lora_weights(tmp_path / "out", **IN_FOLDER)
     after = pipeline("a ball falls", generator=torch.Generator().manual_seed(0), **call).frames
     assert np.isfinite(after).all() and not np.array_equal(before, after)
 
@@ -265,6 +267,24 @@ def test_sandbox_experiment_end_to_end(tmp_path, capsys):
     assert {adapter: adapter.stat().st_mtime_ns for adapter in written} == written
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.mp4")} == videos
     assert json.loads((tmp_path / "results.json").read_text())["sentence"] == results["sentence"]
+
+
+def test_arms_of_one_recipe_are_not_shown_as_those_of_another(tmp_path):
+    """The folder is whole, nothing would be trained again, and the page would name the new settings."""
+    script = _load("train_gdpo")
+
+    def claim(**changes):
+        arguments = ["--config", str(script.SANDBOX_CONFIG), "--use_cpu", "--output_dir", str(tmp_path)]
+        arguments += [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+        parser = TrlParser((ScriptArguments, ExperimentArguments, VideoGroupDPOConfig))
+        data, experiment, args = parser.parse_args_and_config(args=arguments)
+        _claim(tmp_path, data, experiment, args)
+
+    claim()
+    claim(seeds=3, eval_prompts=12, arms_at_once=1, controls=True)  # more of the same
+    for change in ({"learning_rate": 0.5}, {"max_steps": 7}, {"found_clips": 9}, {"num_rejected": 1}):
+        with pytest.raises(ValueError, match=f"arms of another recipe.*{next(iter(change))}.*another `output_dir`"):
+            claim(**change)
 
 
 @pytest.mark.parametrize("option", ["eval_prompts", "arms_at_once"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -279,4 +280,39 @@ def test_an_export_that_is_not_whole_is_not_sent(server, pairs, tmp_path, damage
     damage(folder)
     with pytest.raises(ValueError, match="no whole export"):
         hub.push_dataset(folder, REPOSITORY)
+    assert not server.repositories
+
+
+# ---- tables of other programs, splits, and what would have no effect -----------------------------------------------
+
+
+def test_tables_with_large_columns_are_embedded_like_others(pairs, tmp_path):
+    """As polars writes them: paths of this machine must not be what is published."""
+    large, several = pa.large_string(), pa.large_list(pa.large_string())
+    columns = {name: pa.array(pairs[name], large) for name in ("prompt", "chosen")}
+    columns["rejected"] = pa.array([[path] for path in pairs["rejected"]], several)
+    pq.write_table(pa.table(columns), tmp_path / "large.parquet")
+    rows = Dataset.from_parquet(str(tmp_path / "large.parquet"), cache_dir=str(tmp_path / "cache"))
+    folder = hub.export_dataset(rows, tmp_path / "out", name="a/b")
+    there = pq.read_table(folder / "data").to_pylist()
+    assert [row["rejected"][0]["bytes"][4:8] for row in there] == [b"ftyp"] * 3
+    assert str(tmp_path) not in str([{**row, "chosen": row["chosen"]["path"]} for row in there])
+    assert "VideoGroupDPO" in (folder / "README.md").read_text()
+
+
+def test_another_split_of_a_repository_is_not_deleted(server, pairs):
+    hub.push_dataset(pairs, REPOSITORY)
+    hub.push_dataset(pairs.select([0]), REPOSITORY)  # a later version of the same split is
+    before = dict(server.dataset("groups").files)
+    with pytest.raises(
+        ValueError, match=r"holds the splits \['train'\], which this upload of \['test'\] would delete"
+    ):
+        hub.push_dataset(pairs, REPOSITORY, split="test")
+    assert server.dataset("groups").files == before
+
+
+def test_an_export_has_its_card_already(server, pairs, tmp_path):
+    folder = hub.export_dataset(pairs, tmp_path / "out", name="a/b")
+    with pytest.raises(ValueError, match=r"has its card: \['license'\] would change nothing"):
+        hub.push_dataset(folder, REPOSITORY, license="mit", description="")
     assert not server.repositories

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from tests.support import rounding
-from tests.support.adapters import ATTENTION, adapter, output
+from tests.support.adapters import ATTENTION, IN_FOLDER, adapter, output
 from tests.support.tiny import tiny_pipeline, tiny_transformer
 from video_trl import hub
 from video_trl.hub.wan_names import diffusers_name, original_name
@@ -25,7 +25,10 @@ WAN_FAMILIES = ("wan-t2v", "wan-i2v")
         {"lora_alpha": 32},
         {"r": 8, "lora_alpha": 1},
         {"use_rslora": True, "lora_alpha": 8},
-        {"rank_pattern": {"blocks.0.attn1.to_q": 8}, "alpha_pattern": {"blocks.1.attn1.to_k": 16}},
+        pytest.param(
+            {"rank_pattern": {"blocks.0.attn1.to_q": 8}, "alpha_pattern": {"blocks.1.attn1.to_k": 16}},
+            marks=pytest.mark.skipif(bool(IN_FOLDER), reason="older diffusers mixes up the alphas of layers"),
+        ),
     ],
     ids=["attention", "everywhere", "alpha 32", "alpha 1/8", "rank-stabilised", "patterns"],
 )
@@ -103,7 +106,7 @@ def test_a_file_of_another_tool_becomes_an_adapter(tmp_path, matrices, alpha):
     ours, theirs = tiny_pipeline("wan-t2v"), tiny_pipeline("wan-t2v")
     given = "rank" if alpha is None else None
     ours.load_lora_weights(
-        str(hub.import_lora(tmp_path / "foreign.safetensors", tmp_path / "back", alpha=given).parent)
+        str(hub.import_lora(tmp_path / "foreign.safetensors", tmp_path / "back", alpha=given).parent), **IN_FOLDER
     )
     theirs.load_lora_weights(str(tmp_path), weight_name="foreign.safetensors")
     assert torch.equal(output(ours), output(theirs))

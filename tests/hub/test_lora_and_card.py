@@ -16,11 +16,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_transformer, tiny_wan_pipeline
 from video_trl import hub
 from video_trl.data import probe_video
 from video_trl.hub import model_card
 from video_trl.hub.card import WITHOUT_LORA_LOADER
+from video_trl.hub.lora import adapter_metadata
 from video_trl.models import supported_pipelines
 
 
@@ -73,7 +75,7 @@ def test_saved_adapter_reloads_in_a_fresh_pipeline_to_bit_equal_video(tmp_path, 
     assert path.name == hub.LORA_FILE_NAME and [entry.name for entry in path.parent.iterdir()] == [path.name]
     fresh = tiny_wan_pipeline()
     base = generate(fresh)
-    fresh.load_lora_weights(str(path.parent))
+    fresh.load_lora_weights(str(path.parent), **IN_FOLDER)
     expected = generate(trained)
     assert torch.equal(generate(fresh), expected)
     assert not torch.equal(expected, base)  # the adapter does something, or the test would prove nothing
@@ -91,6 +93,12 @@ def test_alpha_and_rank_are_in_the_file_and_little_else(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert all(key.startswith("transformer.blocks.") for key in file.keys())
         assert len(file.metadata()["lora_adapter_metadata"].splitlines()) < 20
+    # The last is what diffusers before 0.40 does not take for granted.
+    plain = adapter_metadata(LoraConfig(r=4, lora_alpha=4, target_modules=["attn1.to_q"]))
+    assert plain == {
+        **METADATA,
+        "transformer.rank_pattern": {},
+    }
 
 
 def test_loaded_state_puts_the_same_adapter_back(tmp_path):

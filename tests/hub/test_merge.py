@@ -7,6 +7,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tests.hub.test_lora_and_card import generate, with_adapter
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_cogvideox_pipeline, tiny_pipeline, tiny_wan_pipeline
 from tests.support.trainer.runs import assert_equal_weights
 from video_trl.cli import main
@@ -29,7 +30,7 @@ def test_a_merged_model_is_the_model_with_its_adapter(base, tmp_path, capsys):
     assert str(target) in capsys.readouterr().out
     merged, adapted = DiffusionPipeline.from_pretrained(target), DiffusionPipeline.from_pretrained(base / "model")
     plain = generate(adapted)
-    adapted.load_lora_weights(base / "adapter")
+    adapted.load_lora_weights(base / "adapter", **IN_FOLDER)
     assert not any("lora" in name for name, _ in merged.transformer.named_parameters())
     torch.testing.assert_close(generate(merged), generate(adapted), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(generate(merged), plain, rtol=1e-3, atol=1e-3)
@@ -66,7 +67,7 @@ def test_an_adapter_is_merged_into_the_expert_that_it_is_for(base, tmp_path):
     merge_into(pipeline, low, "tiny")
     assert_equal_weights(pipeline.transformer.state_dict(), untouched.transformer.state_dict())
     expected = tiny_pipeline("wan-a14b-t2v")
-    expected.load_lora_weights(low.parent, load_into_transformer_2=True)
+    expected.load_lora_weights(low.parent, load_into_transformer_2=True, **IN_FOLDER)
     expected.fuse_lora(components=["transformer_2"])
     expected.transformer_2.unload_lora()
     assert_equal_weights(pipeline.transformer_2.state_dict(), expected.transformer_2.state_dict())

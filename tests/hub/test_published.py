@@ -268,6 +268,17 @@ def test_what_peft_has_saved_says_its_alpha_beside_it(tmp_path, rslora):
         hub.read_adapter(theirs)
 
 
+@pytest.mark.parametrize("changed", [{"r": 16}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"q": 2}}])
+def test_a_configuration_of_another_adapter_beside_a_file_of_peft_is_noticed(tmp_path, changed):
+    trained, file = adapter("wan-t2v", tmp_path / "ours", lora_alpha=2, target_modules=ATTENTION)
+    theirs = publish(file, tmp_path / "adapter_model.safetensors", "PEFT")
+    trained.transformer.peft_config["default"].save_pretrained(tmp_path)
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | changed))
+    with pytest.raises(ValueError, match=r"adapter_config.json: expected plain matrices of rank \d+ of 'blocks"):
+        hub.read_adapter(theirs)
+
+
 def test_what_a_transformer_saves_itself_is_read(tmp_path):
     """`transformer.save_lora_adapter`: the metadata of diffusers, without the prefix for pipelines."""
     trained, _ = adapter("wan-t2v", tmp_path / "ours", lora_alpha=2)

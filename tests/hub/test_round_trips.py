@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import FAMILIES, MAX_SEQUENCE_LENGTH, tiny_encoded_video, tiny_latents_shape, tiny_pipeline
 from video_trl import VideoSFTConfig, VideoSFTTrainer, hub
 from video_trl.hub.lora import _NEUTRAL, _PROVEN
@@ -27,8 +28,9 @@ OPTIONS = {
     "lora_bias": [True],
     "lora_dropout": [0.5],
     "init_lora_weights": [False, "gaussian"],
-    "rank_pattern": [lambda blocks: {f"{blocks}.0.attn1.to_q": 8, "attn1.to_k": 2}],
-    "alpha_pattern": [lambda blocks: {f"{blocks}.1.attn1.to_k": 16, "attn1.to_v": 1}],
+    # The first entry that names a layer holds: what names one stands before what names all.
+    "rank_pattern": [lambda blocks: {f"{blocks}.0.attn1.to_q": 8, "attn1.to_q": 2}],
+    "alpha_pattern": [lambda blocks: {f"{blocks}.1.attn1.to_k": 16, "attn1.to_k": 2, "attn1.to_v": 1}],
     "layers_to_transform": [[0], 1],
     "layers_pattern": [lambda blocks: [blocks]],
     "exclude_modules": [["attn1.to_k"], r".*\.1\..*"],
@@ -134,7 +136,7 @@ def check_round_trip(folder, family, options):
     assert not torch.equal(expected, base)  # the adapter does something, or the rest would prove nothing
 
     fresh = tiny_pipeline(family)
-    fresh.load_lora_weights(str(folder))
+    fresh.load_lora_weights(str(folder), **IN_FOLDER)
     assert torch.equal(output(fresh, family), expected)
 
     continued = trainer(folder / "continued", family, fresh)
@@ -152,7 +154,7 @@ def check_round_trip(folder, family, options):
         back, _ = hub.load_lora_state(hub.import_lora(exported, folder / "imported"))
         assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
         stock = tiny_pipeline(family)
-        stock.load_lora_weights(str(folder / "imported"))
+        stock.load_lora_weights(str(folder / "imported"), **IN_FOLDER)
         assert torch.equal(output(stock, family), expected)
         other = tiny_pipeline(family)
         other.load_lora_weights(str(exported.parent), weight_name=exported.name)
@@ -188,7 +190,7 @@ def test_in_bfloat16_a_stock_pipeline_differs_by_the_rounding_of_the_adapter_alo
     for weight in weights.values():
         weight.data = weight.data.bfloat16()
     fresh = half(tiny_pipeline("wan-t2v"))
-    fresh.load_lora_weights(str(tmp_path))
+    fresh.load_lora_weights(str(tmp_path), **IN_FOLDER)
     assert torch.equal(output_in_half(fresh), output_in_half(trained.pipeline))
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.judges.server import Step, serving
 from video_trl.cli import main
 from video_trl.data.video_io import write_video
-from video_trl.judges import ChatClient, PairwiseJudge
+from video_trl.judges import ChatClient, PairwiseJudge, PhyGroundJudge
 from video_trl.judges.chat import ChatUnavailableError
 from video_trl.judges.pairwise import Comparison
 
@@ -134,6 +134,10 @@ def test_what_is_no_table_of_pairs(tmp_path, capsys):
         (["score", str(tmp_path), "--pairwise", "true"], 2, "--pairwise is for a table"),
     ):
         assert main(argv) == code and message in capsys.readouterr().err
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "good.mp4"}\n')
+    argv = ["score", str(tmp_path / "half.jsonl"), *shared[2:], "--judge", "http://localhost:1/v1"]
+    assert main([*argv, "--output", str(tmp_path / "v.csv")]) == 1
+    assert "row 1: expected texts in the columns prompt, chosen and rejected" in capsys.readouterr().err
     (tmp_path / "bad.mp4").unlink()
     assert main([*shared, "--judge", "http://localhost:1/v1", "--output", str(tmp_path / "v.csv")]) == 1
     assert "3 videos are not there" in capsys.readouterr().err
@@ -142,3 +146,15 @@ def test_what_is_no_table_of_pairs(tmp_path, capsys):
 def test_a_server_that_cannot_be_used(tmp_path):
     with serving(Step(status=401, body=b"no")) as server, pytest.raises(ChatUnavailableError):
         _judge(server).compare([_clip(200)], [_clip(40)], ["x"])
+
+
+def test_further_fields_of_a_request_are_part_of_who_judges():
+    """They may turn the thoughts of a model off; without any the identity is what it was."""
+    makers = (
+        lambda **options: PairwiseJudge(ChatClient("http://localhost:1/v1", "m", **options)),
+        lambda **options: PhyGroundJudge("http://localhost:1/v1", "m", **options),
+    )
+    for make in makers:
+        plain = make().identity
+        assert plain.endswith("temperature=0") and make(extra_body={}).identity == plain
+        assert len({plain, *(make(extra_body={"top_p": value}).identity for value in (0.5, 0.9))}) == 3

@@ -85,6 +85,12 @@ def test_without_laws_order_and_persistence_count():
     assert (score["sa"], score["pc"]) == (0.0, 0.625)
 
 
+def test_a_rating_may_be_written_as_a_text_or_a_fraction():
+    with serving(Step({"SA": "5"}), Step({"PTV": 2.0}), Step({"persistence": "4/5"})) as server:
+        (score,) = _judge(server, laws=[], max_repairs=0).score([VIDEO], ["x"])
+    assert score["raw"] == {"SA": 5, "PTV": 2, "persistence": 4}
+
+
 def test_an_answer_that_is_missing_is_an_error_of_the_video():
     with serving(Step({"SA": 6}), Step({"SA": 6}), _rated({})) as server:
         (score,) = _judge(server, laws=[]).score([VIDEO], ["x"])

@@ -17,7 +17,17 @@ from video_trl.judges.remote import Verdict
 
 
 VIDEO = tiny_video(0, num_frames=9, height=64, width=96)
-BAD_SCORES = [{"sa": 0}, {"sa": 6}, {"pc": 4.5}, {"pc": -1}, {"pc": None}, {"sa": "high"}, {"sa": "8/10"}, {"pc": "9"}]
+BAD_SCORES = [
+    {"sa": 0},
+    {"sa": 6},
+    {"pc": 4.5},
+    {"pc": -1},
+    {"pc": None},
+    {"sa": "high"},
+    {"sa": "8/10"},
+    {"pc": "9"},
+    {"pc": True},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +63,7 @@ def test_ratings_fill_the_range(rating):
     assert (score["sa"], score["pc"]) == ((rating - 1) / 4, (5 - rating) / 4)
 
 
-@pytest.mark.parametrize("four", ["4", 4.0, " 4/5", "4 out of 5"])
+@pytest.mark.parametrize("four", ["4", 4.0, " 4/5", "4 out of 5", "٤"])
 def test_a_rating_counts_however_it_is_written_and_without_reasons(four):
     given = Verdict.model_validate_json(json.dumps({"sa": four, "pc": 2, "sa_reason": None, "more": 1}))
     assert (given.sa, given.pc, given.sa_reason, given.description_of_video) == (4, 2, "", "")

@@ -84,7 +84,7 @@ def test_videos_without_a_score_are_told_apart(example, demo, tmp_path, monkeypa
     [
         ("video,prompt\na.mp4,x\n", "scores.txt", 8, "ends in .csv, .jsonl, .parquet"),
         ("video,prompt\na.mp4,x\n", "scores.csv", 0, "must be positive"),
-        ("file,text\na.mp4,x\n", "scores.csv", 8, "columns video and prompt"),
+        ("file,text\na.mp4,x\n", "scores.csv", 8, "row 1: expected texts in the columns video and prompt"),
         ("video,prompt\na.mp4,x\n", "scores.csv", 8, r"1 of 1 videos are not there: .*a\.mp4"),
     ],
 )
@@ -92,6 +92,15 @@ def test_what_is_refused_before_anything_is_judged(tmp_path, content, output, ba
     (tmp_path / "prompts.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         score_table(tmp_path / "prompts.csv", tmp_path / output, load_judge("sandbox"), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"video": "a.mp4"}', '{"video": null, "prompt": "x"}', '{"video": 3, "prompt": "x"}']
+)
+def test_a_row_that_lacks_something_is_named(tmp_path, row):
+    (tmp_path / "t.jsonl").write_text(f'{{"video": "a.mp4", "prompt": "x"}}\n{row}\n')
+    with pytest.raises(ValueError, match="row 2: expected texts in the columns video and prompt"):
+        score_table(tmp_path / "t.jsonl", tmp_path / "scores.csv", load_judge("sandbox"))
 
 
 class Counting:

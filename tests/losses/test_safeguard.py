@@ -156,3 +156,4 @@ def test_with_log_ratios_the_weight_of_reg_dpo_is_the_ratio_of_the_error_itself(
     (twice,) = torch.autograd.grad(both.sum(), errors[0])
     torch.testing.assert_close(twice, 2 * pull)
     torch.testing.assert_close(metrics["sft_weight"], pull)
+    torch.testing.assert_close(metrics["chosen_weight"], twice)

@@ -72,6 +72,7 @@ def test_the_family_knows_its_pipeline(name, pipeline, family):
     assert bool(family.image_columns) == name.endswith("i2v")
     tiny = TINY_FAMILIES[name]
     family.check_video(pipeline.vae, (tiny.frames, tiny.side, tiny.side))
+    assert family.frames_per_latent == family.compression(pipeline.vae)[0]
     rules = family.generation_rules(pipeline_index(pipeline), pipeline.transformer.config)
     assert tiny.side % rules.side_multiple == 0
 

@@ -382,6 +382,7 @@ def test_tap_is_removed_after_an_error_and_rejects_a_block_that_is_not_there():
         ((4, 2, 3, 4), r"divisible by the patch \(1, 2, 2\)"),
         ((1, 4, 2, 4, 5), r"divisible by the patch \(1, 2, 2\)"),
         ((4, 0, 4, 4), "divisible by the patch"),
+        ((4, 2, 4, 66), r"knows 32 positions along a side, got 33 for latents of shape \(4, 2, 4, 66\)"),
         ((4, 4, 4), r"shape \(C, F, H, W\) or \(B, C, F, H, W\), got \(4, 4, 4\)"),
     ],
 )

@@ -58,6 +58,7 @@ def test_adapter_is_found_by_the_inputs_of_the_transformer(pipeline, family):
     "config",
     [
         {"in_channels": 8},  # the form of video-to-video and control models
+        {"in_channels": 16, "image_dim": 16, "added_kv_proj_dim": 24},  # control beside a first frame
         {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24, "pos_embed_seq_len": 10},  # first and last frame
         {"image_dim": 16, "added_kv_proj_dim": 24},
     ],

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -12,6 +13,10 @@ from video_trl import hub
 
 
 ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+# For `load_lora_weights` of a folder: without a network diffusers before 0.42 does not look what is in it.
+IN_FOLDER = (
+    {"weight_name": hub.LORA_FILE_NAME} if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42) else {}
+)
 
 
 def adapter(family: str, folder: Path, **config: Any) -> tuple[DiffusionPipeline, Path]:

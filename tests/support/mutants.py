@@ -75,6 +75,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "video_trl/curation/phyaug/report.py": ("tests/curation/phyaug/test_pipeline.py",),
     "video_trl/curation/phyaug/sampling.py": ("tests/curation/phyaug/test_sampling.py",),
 }
+ALL_SLOW = {"video_trl/curation/engine/ray.py"}  # the others are tried with their fast tests alone
 # Start of a path -> one change of so many is in the sample: about twenty of the losses, fifteen of the processes, and
 # thirty of curation.
 ONE_OF = {"video_trl/losses/": 15, "video_trl/diffusion.py": 10, "video_trl/curation/": 40}
@@ -259,7 +260,8 @@ def main() -> int:
     changes_of_it = sample_of(options.path) if options.sample else mutants_of(options.path)
     every = [mutant for mutant in changes_of_it if mutant.reason is None]
     hunt = Hunt(every[options.part :: options.parts])
-    arguments = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-m", "not slow"]
+    marked = "slow or not slow" if options.path in ALL_SLOW else "not slow"
+    arguments = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-m", marked]
     code = pytest.main([*arguments, *SUBJECTS[options.path]], plugins=[hunt])
     assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), code
     tried, left = len(hunt.mutants), len(hunt.survivors)

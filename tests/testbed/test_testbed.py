@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -113,6 +114,22 @@ def test_the_page_ranks_and_compares():
     assert line(worse, "all regimes")[2] == "-0.200 [-0.200, -0.200]: worse"
 
 
+def test_a_part_of_the_game_is_called_one():
+    """And one regime is not compared twice, which would double its p."""
+    found = made() | {"regimes": ["few"]}
+    of_regime = {name: [unit for unit in each if unit["regime"] == "few"] for name, each in found["units"].items()}
+    text = testbed.page(found | {"units": of_regime})
+    assert "**A part of the game,** which has the regimes clean, few, wild, found, own" in text
+    assert "Verdicts need 2 sign tests" in text and "all regimes" not in text
+    assert "A part" not in testbed.page(made()) and "A part" in testbed.page(made() | {"seeds": [0]})
+
+
+def test_fine_tuning_by_itself_is_compared_with_nothing():
+    alone = made(SFT.name, 0.1) | {"equal_time": SFT.name, "units": {SFT.name: units(0.1)}}
+    text = testbed.page(alone)
+    assert line(text, "clean") == ["clean", "0.506"] and "Verdicts" not in text
+
+
 def test_other_rules_are_not_compared():
     other = made("weak") | {"game": testbed.results.asdict(SMALL)}
     with pytest.raises(ValueError, match="Results of 'weak' have another game: not compared"):
@@ -139,6 +156,17 @@ def test_wrong_usage_is_told(capsys):
     assert main(["testbed", "gdpoo"]) == 2
     errors = capsys.readouterr().err
     assert "--rerun takes the method from the file" in errors and "name a method, as in" in errors and "gdpo" in errors
+
+
+def test_a_trainer_of_this_folder_is_found_from_its_results_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "method_of_this_folder.py").write_text("class Mine: ...")
+    results = made() | {"entry": {"name": "mine", "path": "method_of_this_folder:Mine", "options": {}, "updates": 1.0}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    assert main(["testbed", "--rerun", "results.json", "--output_dir", "again"]) == 1
+    assert main(["rounds", "--method", "method_of_this_folder:Mine", "--output_dir", "rounds"]) == 1
+    assert capsys.readouterr().err.count("expected a class that extends `VideoTrainer`") == 2
 
 
 @pytest.mark.slow
@@ -169,9 +197,30 @@ def test_a_game_is_played_stopped_and_played_again_with_the_same_bits(tmp_path, 
     assert "differs: gdpo, few, seed 0: weights" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seconds", "time"), [(2.8, 3.0), (2.7, 2.5), (0.6, 1.0)])
+def test_the_time_of_an_update_is_that_of_median_ones_to_the_half(seconds, time, tmp_path, monkeypatch):
+    """An update of fine-tuning takes a second; one of five takes long, because of what else the machine does."""
+    bed, asked = testbed.Testbed(tmp_path, SMALL, [0], ["clean"]), []
+
+    def of_updates(entry):
+        asked.append(entry.name)
+        usual = 1.0 if entry.name == "SFT" else seconds
+        return [9.0, *[usual] * 4]
+
+    monkeypatch.setattr(bed, "_seconds_of_updates", of_updates)
+    monkeypatch.setattr(bed, "trainer", lambda *args, **changes: None)
+    monkeypatch.setattr("video_trl.testbed.game.peak_of_tensors", lambda trainer: 7)
+    assert bed.cost(entry()) == bed.cost(entry()) == {"time": time, "memory": 7}
+    assert asked == ["gdpo", "SFT"] * 2  # in turn, and once
+
+
 @pytest.mark.slow
-def test_the_cost_of_an_update_is_measured_beside_fine_tuning(tmp_path):
+def test_the_cost_of_an_update_is_measured_beside_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr("video_trl.testbed.game._TIMED_STEPS", 2)
+    monkeypatch.setattr("video_trl.testbed.game._UNTIMED_STEPS", 1)
     bed = testbed.Testbed(tmp_path, SMALL, [0], ["clean"])
     cost = bed.cost(entry())
-    assert cost["time"] >= 1.5 and cost["time"] % 0.5 == 0  # two videos and a reference
+    assert cost["time"] >= 1 and cost["time"] % 0.5 == 0
     assert cost["memory"] > bed.cost(SFT)["memory"] > 0
+    seconds = bed._seconds_of_updates(entry())
+    assert len(seconds) == 2 and min(seconds) > 0

@@ -113,6 +113,24 @@ def test_a_loss_that_rises_again_does_not_hide_a_collapse():
     assert find_collapse([{**entry, "loss": 2.0} for entry in entries if "win_gap" in entry], BETA) is None
 
 
+@pytest.mark.parametrize("smoothing", [0.05, 0.2, 0.4])
+def test_smoothed_labels_hide_no_collapse_and_make_none(smoothing):
+    """The loss ends at the entropy of the labels, with a ratio of 0; it starts with a smaller ratio."""
+
+    def entries(target):
+        made = []
+        for entry in (each for each in history(win=0.1, lose=0.15) if "loss" in each):
+            right = 1 / (1 + math.exp(-target * (1 - math.exp(-entry["step"] / 50))))  # sigmoid of the margin
+            loss = -(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right)
+            made.append({**entry, "loss": loss, "dgr": 250 * (1 - right - smoothing)})
+        return made
+
+    learned = math.log((1 - smoothing) / smoothing)
+    found = find_collapse(entries(learned), BETA, label_smoothing=smoothing)
+    assert found is not None and found.initial_dgr == pytest.approx(250 * (0.5 - smoothing))
+    assert find_collapse(entries(0.2 * learned), BETA, label_smoothing=smoothing) is None
+
+
 def test_a_second_event_needs_a_further_rise():
     entries = history(win=0.1, lose=0.15)
     assert find_collapse(entries, BETA, since=300) is not None

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from tests.support.trainer.runs import config
@@ -69,6 +69,12 @@ CONFIGS = (VideoGroupDPOConfig, VideoSFTConfig)
 def test_bad_values_are_refused_with_the_way_out(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.skipif("dataloader_in_order" not in TrainingArguments.__annotations__, reason="an older transformers")
+def test_batches_out_of_their_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dataloader_in_order=False` is not supported: the micro-batches"):
+        config(tmp_path, dataloader_in_order=False)
 
 
 def test_the_older_name_of_activation_checkpointing_means_the_same(tmp_path):

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import PROMPTS, tiny_group_dataset, tiny_pipeline, tiny_wan_a14b_pipeline
 from tests.support.trainer.runs import assert_equal_weights
 from tests.trainer.test_families import make
@@ -51,7 +52,7 @@ def test_one_expert_is_loaded_trained_and_put_where_it_belongs(expert, saved, tm
     whole.set_progress_bar_config(disable=True)
     before = video_of(whole)
     load = {"load_into_transformer_2": True} if component == "transformer_2" else {}
-    whole.load_lora_weights(tmp_path, adapter_name="default", **load)
+    whole.load_lora_weights(tmp_path, adapter_name="default", **load, **IN_FOLDER)
     assert_equal_weights(dict(whole.components[component].named_parameters()), dict(made.model.named_parameters()))
     assert load_lora_state(tmp_path)[1].lora_alpha == 8 and expert_of(tmp_path) == expert
     assert not torch.equal(video_of(whole), before)

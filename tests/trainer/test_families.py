@@ -15,6 +15,7 @@ from torch import Tensor
 import video_trl
 from tests.support import cells as proven
 from tests.support import rounding
+from tests.support.adapters import IN_FOLDER
 from tests.support.cells import TRAINERS
 from tests.support.paths import DOCS
 from tests.support.tiny import (
@@ -112,7 +113,7 @@ def load_adapter(pipeline: Any, directory: Path) -> None:
     if type(pipeline).__name__ in WITHOUT_LORA_LOADER:
         pipeline.transformer.load_lora_adapter(directory, weight_name=LORA_FILE_NAME)
     else:
-        pipeline.load_lora_weights(directory)
+        pipeline.load_lora_weights(directory, **IN_FOLDER)
 
 
 def first_log(made: Any) -> dict[str, float]:

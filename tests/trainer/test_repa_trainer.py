@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from tests.support import rounding
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import (
     tiny_encoded_video,
     tiny_group_dataset,
@@ -163,7 +164,7 @@ def test_resuming_is_bit_exact_and_the_adapter_holds_no_head(tmp_path):
     adapter = safetensors.torch.load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
     assert adapter and not [name for name in adapter if "trained_head" in name]
     fresh = tiny_wan_pipeline()
-    fresh.load_lora_weights(tmp_path / "straight")
+    fresh.load_lora_weights(tmp_path / "straight", **IN_FOLDER)
     other = repa_trainer(tmp_path / "other", projector="linear")
     with pytest.raises(ValueError, match="trained_head"):
         other.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))

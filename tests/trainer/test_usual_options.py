@@ -91,6 +91,7 @@ def test_an_optimizer_by_its_class_trains_and_resumes_exactly(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 
+@pytest.mark.skipif("Muon" not in vars(torch.optim), reason="not in torch before 2.9")
 def test_muon_takes_the_matrices_of_an_adapter(tmp_path):
     made = trainer(config(tmp_path, max_steps=1, optim_class="torch.optim:Muon"))
     made.train()
@@ -102,7 +103,7 @@ def test_muon_takes_the_matrices_of_an_adapter(tmp_path):
     [
         ("Prodigy", None, "must be a class with its module"),
         ("prodigyopt_of_nobody.Prodigy", None, "pip install prodigyopt_of_nobody"),
-        ("torch.optim.Nothing", None, "must be a class of optimizers"),
+        ("torch.optim.Nothing", None, r"torch\.optim has no 'Nothing' in the version 2\..*update it"),
         ("torch.nn.Linear", None, "must be a class of optimizers"),
         ("torch.optim.NAdam", "d_coef", "must be 'name=value,name=value'"),
         ("torch.optim.NAdam", "betas=open('x')", "must be 'name=value,name=value'"),

@@ -88,8 +88,12 @@ def annotated(argv: Sequence[str]) -> int:
     from ..curation.engine.output import output_folder
 
     dimensions = args.dimensions or DIMENSIONS
+    votes = read_votes(required("votes", args.votes, "marks.jsonl"), dimensions)
+    for vote in votes:  # relative paths start at the table; a name without a file stays one
+        beside = Path(args.votes).absolute().parent / vote["video"]
+        vote["video"] = str(beside) if beside.is_file() else vote["video"]
     pairs, table = annotated_pairs(
-        read_votes(required("votes", args.votes, "marks.jsonl"), dimensions),
+        votes,
         dimensions=dimensions,
         min_raters=args.min_raters,
         min_difference=args.min_difference,

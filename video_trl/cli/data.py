@@ -18,8 +18,9 @@ Data is named as for `video-trl train --dataset_name`: a table (.jsonl, .csv, .p
 with captions, a folder with chosen/ and rejected/, tars, a saved dataset, or a repository on the Hub. Exit code 1 if
 no trainer takes it, a video cannot be read, or the doctor finds a problem: that something beside their content, blur,
 brightness, length or the traces of a generator, tells chosen from rejected videos, or that the judge does not. An
-import writes a folder that --dataset_name takes; a row that cannot be used is left out and listed in its skipped.txt.
-Pools (openvid, vidgen) become a tar for each zip, clip by clip; a stopped import goes on where it was.
+import (`data phygdpo` is `data import phygdpo`) writes a folder that --dataset_name takes; a row that cannot be used
+is left out and listed in its skipped.txt. Pools (openvid, vidgen) become a tar for each zip, clip by clip; a stopped
+import goes on where it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         say(f"usage: video-trl data ACTION [options]\n\nactions: {', '.join(_ACTIONS)}\n{__doc__}")
         return 0
-    action, *rest = argv
+    action, *rest = argv if argv[0] not in _KINDS else ("import", *argv)
     if action not in _ACTIONS:
         raise UsageError(f"no action {action!r}{nearest(action, _ACTIONS)}; expected one of {', '.join(_ACTIONS)}.")
     actions = {"check": _check, "import": _import, "doctor": _doctor}

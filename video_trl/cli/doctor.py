@@ -105,7 +105,7 @@ def versions() -> Iterator[Finding]:
 def device() -> Iterator[Finding]:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None and (Path(_NVIDIA_DRIVER).exists() or shutil.which("nvidia-smi")):
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
         advice = "install the torch build for the driver's CUDA (see `nvidia-smi`), and look at CUDA_VISIBLE_DEVICES"
@@ -132,7 +132,9 @@ def attention() -> Iterator[Finding]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    from ..data.encoding.processes import default_device
+
+    place = default_device()
     query = torch.zeros(1, 4, 32, 64, device=place, dtype=torch.float32 if place.type == "cpu" else torch.bfloat16)
     working = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):

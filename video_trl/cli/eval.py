@@ -206,11 +206,14 @@ def _vbench(files: Sequence[str], args: EvalArguments) -> str:
     folders = [Path(path).is_dir() for path in sources.values()]
     if any(folders) and not all(folders):
         raise UsageError("--results of VBench are all files or all runs: the two hold different dimensions.")
-    values = (
-        _consistency(sources, args)
-        if all(folders)
-        else {key: load_vbench(path).values for key, path in sources.items()}
-    )
+    if all(folders):
+        values = _consistency(sources, args)
+    else:
+        read = {key: load_vbench(path) for key, path in sources.items()}
+        numbers = {key: sorted({len(videos) for videos in found.videos.values()}) for key, found in read.items()}
+        if len({number for of_method in numbers.values() for number in of_method}) > 1:
+            raise ValueError(f"Methods are compared on as many videos in every dimension, got {numbers}.")
+        values = {key: dict(found.values) for key, found in read.items()}
     return text_table(vbench_table(values, baseline=next(iter(sources))))
 
 

@@ -74,6 +74,8 @@ def run(argv: Sequence[str]) -> int:
 def _from_chosen(args: RunArguments, source: SourceArguments) -> int:
     required("dataset_name", source.dataset_name, "my/pairs")
     assert source.dataset_name is not None
+    import pyarrow.parquet as pq
+
     from ..curation.matched import MatchedLosers, matched_losers
     from ..data.tables import load_rows
     from ..evaluation.runs.generate import load_generator
@@ -81,7 +83,7 @@ def _from_chosen(args: RunArguments, source: SourceArguments) -> int:
     rows = load_rows(source.dataset_name, source.dataset_split, source.column)
     generator = load_generator(
         args.model_name_or_path,
-        adapter=args.adapter,
+        **args.adapter_kwargs(),
         revision=args.revision,
         fps=args.fps,
         call_kwargs=args.call_kwargs(),
@@ -98,7 +100,10 @@ def _from_chosen(args: RunArguments, source: SourceArguments) -> int:
         fps=generator.fps,
         **call,
     )
-    weights = f"{generator.revision} {generator.adapter_hash}"
+    acts = "" if args.adapter_alpha is None and args.adapter_scale == 1 else f" {args.adapter_alpha} x "
+    acts += f"{args.adapter_scale:g}" if acts else ""
+    weights = f"{generator.revision} {generator.adapter_hash}{acts}"
     table = matched_losers(rows, generator.pipeline, args.output_dir, how, weights=weights)
-    say(f"{len(rows)} chosen videos with {len(how.seeds)} rejected ones each: {table}")
+    number = pq.read_metadata(table).num_rows
+    say(f"{number} of {len(rows)} chosen videos with {len(how.seeds)} rejected ones each: {table}")
     return 0

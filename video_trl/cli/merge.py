@@ -33,7 +33,8 @@ class MergeArguments:
     )
     scale: float = field(default=1.0, metadata={"help": "Factor of the adapter's effect."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Precision of what is written. Unset: that of the base's files."}
+        default=None,
+        metadata={"help": "Precision of what is written. Unset: float32, also of a base whose files are in bfloat16."},
     )
 
 

@@ -75,6 +75,12 @@ class DataArguments(ScriptArguments):
     )
 
 
+def look_for_modules_here() -> None:
+    """Let a `module:Class` be found in the folder where the command is started; of itself a script does not look."""
+    # Last, so that a file there cannot stand in for a library.
+    sys.path += [] if "" in sys.path else [""]
+
+
 def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[Method, list[str]]:
     """
     The method after `train`, `encode` or `estimate`, and what follows it; without one, the help.
@@ -87,9 +93,7 @@ def method_named(verb: str, argv: Sequence[str], text: str) -> tuple[Method, lis
         raise SystemExit(0)
     name, *rest = argv
     if _PATH.fullmatch(name):
-        # The script `video-trl` does not look for modules in the folder where it is started; `python -m` does. Last,
-        # so that a file there cannot stand in for a library.
-        sys.path += [] if "" in sys.path else [""]
+        look_for_modules_here()
         return Method(name, name), rest
     methods = known_methods()
     by_path = {method.path: method for method in methods if method.name == name}

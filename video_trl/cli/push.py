@@ -17,6 +17,9 @@ from pathlib import Path
 from .parser import UsageError, parse, say
 
 
+_OF_ADAPTERS, _OF_DATASETS = ("message", "evaluation", "judge"), ("license", "description")
+
+
 @dataclass
 class PushArguments:
     """What is uploaded, and how."""
@@ -52,15 +55,28 @@ def run(argv: Sequence[str]) -> int:
     if (folder / "run.json").is_file() and (folder / "groups").is_dir():
         from ..curation.phyaug.pipeline import push_groups
 
+        _refuse_idle(args, "a run of PhyAugPipe, whose card is made with it", (*_OF_ADAPTERS, *_OF_DATASETS))
         say(push_groups(folder, repo_id, private=args.private).commit_url)
-    elif (folder / "state.json").is_file() or (folder / "data").is_dir():
+        return 0
+    if (folder / "manifest.parquet").is_file() and (folder / "pairs").is_dir():  # of a curation
+        folder = folder / "pairs"
+    if (folder / "state.json").is_file() or (folder / "data").is_dir() or any(folder.glob("*.parquet")):
+        _refuse_idle(args, "a dataset", _OF_ADAPTERS)
         details = {"license": args.license, "description": args.description}
         say(push_dataset(folder, repo_id, private=args.private, **details).commit_url)
     else:
+        _refuse_idle(args, "an adapter", _OF_DATASETS)
         if args.evaluation is not None:
             add_run(folder, args.evaluation, args.judge)
         say(push(folder, repo_id, private=args.private, commit_message=args.message).commit_url)
     return 0
+
+
+def _refuse_idle(args: PushArguments, what: str, names: Sequence[str]) -> None:
+    """Raise a `UsageError` if an option was given that says nothing of what is uploaded."""
+    usual = vars(PushArguments())
+    if given := [name for name in names if vars(args)[name] != usual[name]]:
+        raise UsageError(f"--{given[0]} has no effect on {what}. Leave it out.")
 
 
 def add_run(folder: Path, run_dir: str, judge: str | None) -> None:

@@ -12,6 +12,7 @@ Rounds end when the 95 % interval of the gain covers zero. Stopped anywhere, the
 
 from collections.abc import Sequence
 
+from .methods import look_for_modules_here
 from .parser import parse, say
 from .sources import read_dataclass
 
@@ -23,5 +24,6 @@ def run(argv: Sequence[str]) -> int:
     from ..curation.rounds import RoundsConfig, run_rounds
 
     (config,) = parse("rounds", __doc__, [RoundsConfig], argv)
+    look_for_modules_here()
     say(str(run_rounds(config)))
     return 0

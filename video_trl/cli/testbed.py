@@ -9,8 +9,8 @@ Examples:
 
 A method is trained on five regimes of the sandbox with three seeds each, and compared with fine-tuning on the same
 clips of as many updates and of as much processor time (docs/benchmarks/testbed.md has the rules). About ten minutes of
-a processor a method, and as much once for the data and for fine-tuning. The page is printed, and left with the numbers
-in --output_dir.
+a processor a method, and once twenty for the data and for both kinds of fine-tuning. The page is printed, and left
+with the numbers in --output_dir.
 """
 
 import logging
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .methods import method_named
+from .methods import look_for_modules_here, method_named
 from .options import mapping
 from .parser import UsageError, parse, say
 
@@ -94,6 +94,7 @@ def _rerun(args: EntryArguments) -> int:
     from ..methods import Method
     from ..testbed import Entry, Game, Testbed, differences, play
 
+    look_for_modules_here()
     first = read_json(Path(str(args.rerun)))
     given = first["entry"]
     entry = Entry(given["name"], Method(given["name"], given["path"]), given["options"])

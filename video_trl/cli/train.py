@@ -55,16 +55,16 @@ def run(argv: Sequence[str]) -> int:
         say(describe(method.load(), data, args, processes=processes, engine=engine))
         return 0
     from ..trainer.checkpoints.weights import named_checkpoint
+    from ..trainer.publishing.progress import ClosingLine
 
     resume = named_checkpoint(args.resume_from_checkpoint)
     trainer = make_trainer(method.load(), data, args)
+    closing_line = trainer.pop_callback(ClosingLine)  # there is more to tell when the weights are saved
     trainer.train(resume_from_checkpoint=resume)
     trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.save_model()  # and uploads, on request; a Hub that is away is a warning
     if trainer.is_world_process_zero():
-        from ..trainer.publishing.progress import where_everything_is
-
-        say(f"{trainer.state.global_step} steps. {where_everything_is(Path(args.output_dir), trainer.state)}")
+        say(closing_line(trainer.args, trainer.state))
     return 0
 
 

@@ -5,12 +5,11 @@ Each vote is one rater's marks, 1 to 5, for one video of a pair in five dimensio
 with the higher mean; it is a useful pair when the means differ much and the better video is good.
 """
 
-import csv
 import itertools
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import read_json_lines, write_atomically
+from ..files import read_csv, read_json_lines, write_atomically
 from .engine.manifest import Rule, apply_rules_to_table, kept_rows, new_manifest
 
 
@@ -94,20 +93,21 @@ def pairs_to_mark(generations: pa.Table, root: str | os.PathLike[str] = "") -> l
         root (`str` or `Path`): The run's folder, which the files are relative to.
 
     Returns:
-        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs.
+        `list[dict]`: `pair_id`, `prompt`, `video_a`, `video_b`. A clip with five videos has ten pairs. The id of a
+            pair names its two files: it stays the same when more videos are generated.
     """
     of_clip: dict[str, list[dict[str, Any]]] = {}
     for job in kept_rows(generations).to_pylist():
         of_clip.setdefault(job["content"], []).append(job)
     return [
         {
-            "pair_id": f"{content}-{first}-{second}",
-            "prompt": jobs[first]["prompt"],
-            "video_a": os.fspath(Path(root) / jobs[first]["rejected"]),
-            "video_b": os.fspath(Path(root) / jobs[second]["rejected"]),
+            "pair_id": "-".join([content, *sorted(Path(job["rejected"]).stem for job in (first, second))]),
+            "prompt": first["prompt"],
+            "video_a": os.fspath(Path(root) / first["rejected"]),
+            "video_b": os.fspath(Path(root) / second["rejected"]),
         }
         for content, jobs in of_clip.items()
-        for first, second in itertools.combinations(range(len(jobs)), 2)
+        for first, second in itertools.combinations(jobs, 2)
     ]
 
 
@@ -196,14 +196,12 @@ def _no_rows() -> dict[str, list[Any]]:
     return {name: [] for name in _PAIR}
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            yield from enumerate(csv.DictReader(file), start=2)
-        elif path.suffix == ".jsonl":
-            yield from read_json_lines(path)
-        else:
-            raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
+def _records(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    if path.suffix == ".csv":
+        return enumerate(read_csv(path), start=2)
+    if path.suffix == ".jsonl":
+        return read_json_lines(path)
+    raise ValueError(f"{path}: expected votes in a .csv or .jsonl file, got {path.suffix or 'no suffix'}.")
 
 
 def _blank(record: Any, name: str) -> bool:

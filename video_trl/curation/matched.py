@@ -9,6 +9,7 @@ so that only it is compared. Neither needs a judge, and each video costs less th
 
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.columns import MapDataset, column_names, undecoded
-from ..data.video_io import probe_video, read_video, video_hash, write_video
+from ..data.video_io import VideoDecodeError, probe_video, read_video, video_hash, write_video
 from ..files import atomic_file, fingerprint
 from ..models import ModelFamily, family_of
 from ..models.base import FRAME_RATE
 
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["partial", "repaint"]
 PAIRS = "pairs.parquet"
@@ -111,11 +114,12 @@ def matched_losers(
 
     Returns:
         `Path`: A table, `pairs.parquet`: `prompt`, `chosen`, `rejected` (one video a seed), with `"repaint"`
-        `loss_weights` (latent frames, rows, columns), and `provenance` (JSON).
+        `loss_weights` (latent frames, rows, columns), and `provenance` (JSON). A row whose video cannot be read, or is
+        too short, is left out with a warning.
 
     Raises:
-        ValueError: If rows have no chosen video, the pipeline has several transformers, or a video has a size or
-            length that its VAE does not take.
+        ValueError: If rows have no chosen video or none that can be read, the pipeline has several transformers, or a
+            video has a size or length that its VAE does not take.
     """
     columns = column_names(dataset)
     column = next((name for name in ("chosen", "video") if name in columns), None)
@@ -125,7 +129,12 @@ def matched_losers(
     rows, root, made = undecoded(dataset), Path(output_dir), []
     for number in tqdm(range(len(rows)), desc="Matched losers"):
         row = rows[number]
-        made.append(maker.row(row["prompt"], row[column], root, weights))
+        try:
+            made.append(maker.row(row["prompt"], row[column], root, weights))
+        except VideoDecodeError as error:
+            logger.warning("Row %d is left out: %s", number, error)
+    if not made:
+        raise ValueError(f"None of {len(rows)} chosen videos can be used; the log says why.")
     with atomic_file(root / PAIRS) as partial:
         datasets.Dataset.from_list(made).to_parquet(partial)
     return root / PAIRS

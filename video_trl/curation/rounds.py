@@ -9,6 +9,7 @@ is there is not made again.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,14 @@ class RoundsConfig:
             raise ValueError(
                 "Expected `num_rejected`, `max_rounds` and `budget` of at least 1 and an evaluation seed, got "
                 f"{self.num_rejected}, {self.max_rounds}, {self.budget} and {self.eval_seeds}."
+            )
+        if not 0 <= self.tau < math.inf or self.batch_size < 1:
+            raise ValueError(
+                f"Expected `tau` of at least 0 and `batch_size` of at least 1, got {self.tau} and {self.batch_size}."
+            )
+        if len(set(self.eval_seeds)) < len(self.eval_seeds) or min(*self.eval_seeds, self.seed) < 0:
+            raise ValueError(
+                f"Expected different `eval_seeds` and a `seed` of at least 0, got {self.eval_seeds} and {self.seed}."
             )
         if self.model != SANDBOX and (self.dataset_name is None or self.eval_prompts is None):
             raise ValueError(
@@ -265,11 +274,17 @@ class _Rounds:
         if unknown := set(self.config.options("generation")) - {*_GENERATION}:
             raise ValueError(f"`generation` has no {', '.join(sorted(unknown))}; it takes {', '.join(_GENERATION)}.")
         check_judge(self.config.judge, **self.config.options("judge_options"))
+        from ..evaluation.evaluate import evaluation_prompts
+
+        held_out = evaluation_prompts(self.config.eval_prompts, self.config.num_eval_prompts)
+        if len(held_out) < 2:
+            raise ValueError(f"The interval of a gain needs two held-out prompts, got {len(held_out)}.")
         columns = set(column_names(self.rows))
         if "prompt" not in columns or not {"chosen", "video"} & columns:
             raise ValueError(f"Expected rows with 'prompt' and 'chosen' (or 'video'), got {sorted(columns)}.")
         settings = json.loads(json.dumps(asdict(self.config)))
-        settings.pop("max_rounds")  # may be raised
+        for name in ("max_rounds", "output_dir"):  # it may be raised; the folder may be called or lie otherwise
+            settings.pop(name)
         path = self.root / _SETTINGS
         if not path.is_file():
             write_json(path, settings)
@@ -280,11 +295,14 @@ class _Rounds:
         """The configuration of a round's trainer."""
         trainer_class = self.method.load()
         options = self.config.options("training")
-        ours: dict[str, Any] = {"output_dir": str(folder), "seed": self.config.seed}
+        ours: dict[str, Any] = {"output_dir": str(folder), "seed": self.config.seed, "init_adapter": start}
         if trainer_class.uses_reference:
             ours["reference_is_base"] = start is not None and self.config.reference == "base"
-        if taken := set(options) & {"output_dir", "seed", "reference_is_base"}:
+        if taken := set(options) & {"output_dir", "seed", "init_adapter", "reference_is_base"}:
             raise ValueError(f"`training` leaves {', '.join(sorted(taken))} to the rounds.")
+        revision = self.config.options("generation").get("revision")
+        if revision is not None:  # what is trained is what makes the videos
+            options.setdefault("model_init_kwargs", {"revision": revision})
         try:
             return trainer_class.config_class(**options, **ours)
         except TypeError as error:
@@ -296,8 +314,8 @@ class _Rounds:
         """What is there of it is taken, the rest made."""
         folder = self.root / f"round-{number}"
         path = folder / _ROUND
-        if path.is_file():
-            return Round(**read_json(path))
+        if path.is_file():  # maybe the folder was elsewhere
+            return Round(**read_json(path) | {"adapter": str(folder / _ADAPTER), "start": start})
         scores, videos = self.losers(folder, number, start)
         groups, allocation = self.groups(folder, number, scores, videos)
         adapter = self.train(folder, groups, start)
@@ -339,9 +357,13 @@ class _Rounds:
         videos: dict[str, list[dict[str, Any]]] = {text: [] for text in of_prompt}
         for row in table.rows():
             videos[row["prompt"]].append(row)
-        judged = [row for rows in videos.values() for row in rows]
-        means = [(float(row["sa"]) + float(row["pc"])) / 2 for row in judged]
-        return category_scores([of_prompt[row["prompt"]] for row in judged], means), videos
+        # By clip, not by prompt: clips of one prompt may be of several categories.
+        judged = [
+            (self.categories[row], (float(video["sa"]) + float(video["pc"])) / 2)
+            for row in range(len(self.rows))
+            for video in videos[self.rows[row]["prompt"]]
+        ]
+        return category_scores(*zip(*judged, strict=True)), videos
 
     def groups(
         self,
@@ -384,19 +406,10 @@ class _Rounds:
 
     def train(self, folder: Path, groups: datasets.Dataset, start: str | None) -> Path:
         """The adapter of the round; training that was stopped goes on from its last checkpoint."""
-        from ..evaluation.runs.generate import load_generator
-
         adapter = folder / _ADAPTER
         if (adapter / "trained.json").is_file():
             return adapter
-        args = self.arguments(adapter, start)
-        # With an adapter it is the loaded pipeline that is trained on; by its name it would be the base model.
-        model = self.config.model
-        if start is not None:
-            generation = {**self.config.options("generation"), "adapter": start}
-            generation.pop("call_kwargs", None)
-            model = load_generator(self.config.model, **generation).pipeline
-        trainer = self.method.load()(model, args, groups)
+        trainer = self.method.load()(self.config.model, self.arguments(adapter, start), groups)
         trainer.train(resume_from_checkpoint="auto")
         trainer.save_model()
         if not (adapter / _WEIGHTS).is_file():

@@ -25,7 +25,7 @@ from ..load import SANDBOX, check_judge, heldout_prompts, load_judge
 from .engine.manifest import Shard, Stage, digest, kept_rows, run_stage, write_table
 from .engine.output import output_folder
 from .generate import VideoModel, check_model, job_table, run_jobs
-from .phyaug.groups import JUDGED, JUDGED_VERSION, JudgeBatch
+from .phyaug.groups import JUDGED, JudgeBatch, judge_settings
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def _run_stages(
         JudgeBatch(partial(load_judge, config.judge, **options), root),
         JUDGED,
         "job",
-        {"judge": config.judge, "options": str(sorted(options)), "version": JUDGED_VERSION},
+        judge_settings(config.judge, options),
         config.batch_size,
     )
     videos = run_stage(jobs, judging, root / "stages", shard)
@@ -196,17 +196,20 @@ def read_prompts(source: str, number: int | None) -> list[str]:
     Different prompts of a file, a dataset or the sandbox, in their order.
 
     Raises:
-        ValueError: If there is none, or the dataset has no column `prompt`.
+        ValueError: If there is none, the file cannot be read, or the dataset has no column `prompt`.
     """
     if source == SANDBOX:
         found = [text for text, _ in heldout_prompts(number or 32)]
     elif Path(source).suffix == ".txt":
-        found = Path(source).read_text(encoding="utf-8").splitlines()
+        try:
+            found = Path(source).read_text(encoding="utf-8-sig").split("\n")  # a text may hold other separators
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{source}: expected a text file in UTF-8 ({error}).") from error
     else:
         rows = load_rows(source, "train")
         if "prompt" not in rows.column_names:
             raise ValueError(f"{source}: expected a column 'prompt', got {rows.column_names}.")
-        found = rows["prompt"][:]
+        found = [text or "" for text in rows["prompt"]]
     prompts = list(dict.fromkeys(text.strip() for text in found if text.strip()))[:number]
     if not prompts:
         raise ValueError(f"{source}: expected at least one prompt, got none.")

@@ -52,6 +52,14 @@ class IndexedRows(Protocol):
 
 
 @runtime_checkable
+class NamedColumns(Protocol):
+    """Rows that say which columns they have; in some rows cells may be empty, the first one included."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+
+@runtime_checkable
 class Fingerprinted(Protocol):
     """Rows that are named by a hash of all that they depend on; none where that is not known."""
 
@@ -67,11 +75,15 @@ def fingerprint_of(dataset: MapDataset) -> str | None:
 
 
 def column_names(dataset: MapDataset) -> list[str]:
-    """Columns that a dataset shows; for anything but a `datasets.Dataset`, the keys of its first row."""
+    """Columns that a dataset shows: those that it names, the keys in a list, else those of its first row."""
     if isinstance(dataset, datasets.Dataset):
         shown = dataset.format
         return list(dataset.column_names if shown["output_all_columns"] else shown["columns"])
     _check_kind(dataset)
+    if isinstance(dataset, NamedColumns):
+        return list(dataset.column_names)
+    if isinstance(dataset, list):
+        return list(dict.fromkeys(name for row in dataset for name in row))
     return list(dataset[0]) if len(dataset) else []
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import is_whole
+
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +24,14 @@ _MAX_CAPTION_BYTES = 1 << 20  # a file that is larger is none, and may be larger
 
 
 def files_below(root: Path) -> list[Path]:
-    """Files of a folder and its subfolders in the order of their names; hidden ones are left out."""
+    """
+    Files of a folder and its subfolders in the order of their names; hidden ones are left out, and with a warning what
+    lies behind links to folders.
+    """
     paths = sorted(root.rglob("*"))
+    for path in paths:
+        if path.is_symlink() and path.is_dir():
+            logger.warning("%s is a link to a folder, and is not searched. Name that folder, or move it here.", path)
     return [
         path
         for path in paths
@@ -174,6 +182,10 @@ def _metadata_captions(root: Path) -> dict[str, str]:
                     records = list(csv.DictReader(file) if name.endswith(".csv") else _json_lines(file, root / name))
                 except csv.Error as error:
                     raise ValueError(f"{root / name}: expected a table of captions, got no CSV ({error}).") from error
+            for number, record in enumerate(records if name.endswith(".csv") else (), start=1):
+                if not is_whole(record):  # as where a comma without quotes cuts the caption
+                    logger.warning("%s: row %d has another number of cells and is not used.", root / name, number)
+                    record.clear()
             named = (record for record in records if isinstance(record, Mapping) and record.get("file_name"))
             captions |= {str(record["file_name"]): _caption_of(record) for record in named}
     return {name: caption for name, caption in captions.items() if caption}

@@ -1,11 +1,14 @@
 """Load a dataset that is named on the command line: a table, a folder, tars or a Hub repository."""
 
+import contextlib
+import glob
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import read_csv
 from .folders import CAPTION_KEYS, VIDEO_SUFFIXES, captioned_rows, files_below, pair_rows, videos_in
 
 
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 MEDIA_COLUMNS = ("video", "chosen", "rejected", "image")
 #: Suffix of a table -> builder of `datasets`.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _FOLDER_BUILDERS = ("videofolder", "imagefolder", "audiofolder", "webdataset", "json", "csv", "parquet", "arrow")
 
 
@@ -34,7 +38,8 @@ def load_rows(name: str, split: str, columns: Mapping[str, str] | Sequence[str] 
             - a folder with `chosen/` and `rejected/` under equal names,
             - a `.tar` file in WebDataset layout, or a folder of such,
             - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`,
-            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables.
+            - anything else that `datasets.load_dataset` knows: a repository on the Hub, a folder of tables;
+              `"user/name:configuration"` of one that has several.
         split (`str`): Its split; a table, a folder of videos and tars are one.
         columns (`dict` or list of `"ours=theirs"`, *optional*): Their name of a column -> ours: `"chosen=winner"`.
             Without a column `prompt`, the only one of `caption` and `text` is taken for it.
@@ -46,18 +51,19 @@ def load_rows(name: str, split: str, columns: Mapping[str, str] | Sequence[str] 
         ValueError: If it cannot be loaded, has no such split or column, or names a file that is not there.
     """
     mapping = _mapping(columns or {})  # first: the cheapest to be wrong about
-    dataset, base = _load(name, split)
+    texts = {*MEDIA_COLUMNS, *CAPTION_KEYS}
+    dataset, base = _load(name, split, texts | {theirs for ours, theirs in mapping.items() if ours in texts})
     dataset = _renamed(dataset, mapping, name)
     return dataset if base is None else _with_whole_paths(dataset, base)
 
 
-def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
+def _load(name: str, split: str, texts: Collection[str]) -> "tuple[datasets.Dataset, Path | None]":
     """The rows as they are stored, and the folder at which their paths start; None where `datasets` knows it."""
     import datasets
 
     path = Path(name)
     if path.is_file():
-        return _load_file(path), path.absolute().parent
+        return _load_file(path, texts), path.absolute().parent
     if (path / "state.json").is_file():
         return datasets.load_from_disk(name), path.absolute()
     if (path / "dataset_dict.json").is_file():
@@ -72,8 +78,11 @@ def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
             f"--dataset_name: {name!r} is a way of reading a folder, not a dataset. Give the folder: its layout is "
             "recognised."
         )
+    for table in files_below(path) if path.is_dir() else ():
+        if table.suffix.lower() in _SEPARATORS:  # `datasets` shifts the cells of rows that have too many
+            read_csv(table, _SEPARATORS[table.suffix.lower()])
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded, path = load_configuration(name, split)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(
             "--dataset_name: expected a table (.jsonl, .csv, .parquet), a folder, tars, or a dataset on the Hub, got "
@@ -84,7 +93,28 @@ def _load(name: str, split: str) -> "tuple[datasets.Dataset, Path | None]":
     return loaded, path.absolute() if path.is_dir() else None
 
 
-def _load_file(path: Path) -> "datasets.Dataset":
+def load_configuration(name: str, split: str) -> "tuple[datasets.Dataset, Path]":
+    """
+    A repository on the Hub or a folder that `datasets` reads, as `"name"` or `"name:configuration"`; and its path, if
+    it is a folder.
+
+    Raises:
+        ValueError: If it has several configurations and none is named, no such one, or no such split.
+        OSError: If there is none of that name (`FileNotFoundError`), or no connection to the Hub (`ConnectionError`).
+    """
+    import datasets
+
+    place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
+    try:
+        return datasets.load_dataset(place, configuration or None, split=split), Path(place)
+    except ValueError as error:
+        if configuration or "config" not in str(error).lower():
+            raise
+        words = " ".join(str(error).partition("Example of usage")[0].split())
+        raise ValueError(f"{name} has several configurations ({words}). Name one as {name}:CONFIGURATION.") from error
+
+
+def _load_file(path: Path, texts: Collection[str]) -> "datasets.Dataset":
     import datasets
 
     suffix = path.suffix.lower()
@@ -95,11 +125,45 @@ def _load_file(path: Path) -> "datasets.Dataset":
             f"--dataset_name: {path} is a file that ends in {suffix or 'nothing'}; expected a table "
             f"({', '.join(_BUILDERS)}), a .tar in WebDataset layout, or a folder."
         )
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    if suffix in _SEPARATORS:
+        return _from_csv(path, texts)
     try:
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
+        return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train")
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__}).") from error
+    except (StopIteration, ValueError) as error:  # of a table without rows
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none ({error or 'it is empty'}).") from error
+
+
+def _from_csv(path: Path, texts: Collection[str]) -> "datasets.Dataset":
+    """
+    Columns named in `texts` as they stand: the prompts "007", "NA" and "true" are words. Others as whole numbers or
+    numbers where all cells are. Empty cells are None.
+    """
+    import datasets
+    import pyarrow as pa
+
+    suffix = path.suffix.lower()
+    try:
+        rows = read_csv(path, _SEPARATORS[suffix])
+    except ValueError as error:
+        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error}).") from error
+    if not rows:
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none.")
+
+    def column(name: str) -> pa.Array:
+        cells = pa.array([row[name] or None for row in rows], pa.string())
+        for kind in () if name in texts else (pa.int64(), pa.float64()):
+            with contextlib.suppress(pa.ArrowInvalid):
+                return cells.cast(kind)
+        return cells
+
+    return datasets.Dataset(pa.table({name: column(name) for name in rows[0]}))
+
+
+def _exactly(path: Path) -> str:
+    """For `datasets`, which takes the name of a file for a pattern: `rows[1].csv` would read `rows1.csv`."""
+    return glob.escape(str(path))
 
 
 def _folder_rows(root: Path) -> "datasets.Dataset | None":
@@ -126,13 +190,15 @@ def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
     """`key.mp4` with `key.txt` or `key.json` in tars, as columns `video` and `prompt`."""
     import datasets
 
-    loaded = datasets.load_dataset("webdataset", data_files=[str(path) for path in paths], split="train")
+    loaded = datasets.load_dataset("webdataset", data_files=[_exactly(path) for path in paths], split="train")
     videos = [name for name in loaded.column_names if f".{name}" in VIDEO_SUFFIXES]
     if len(videos) != 1:
         raise ValueError(
             f"--dataset_name: expected one video of each sample in {paths[0]}, got the columns {loaded.column_names}."
         )
     loaded = loaded.rename_column(videos[0], "video")
+    if not isinstance(loaded.features["video"], datasets.Video):  # plain bytes, before datasets 5
+        loaded = loaded.cast_column("video", datasets.Video(decode=False))
     if "txt" in loaded.column_names:
         return loaded.rename_column("txt", "prompt")
     if "json" in loaded.column_names:

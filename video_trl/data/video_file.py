@@ -265,7 +265,8 @@ class Timeline:
         fps (`float`): Frames per second, on average.
         grid (`float`, *optional*): Frames per second of the grid that the times fit. There may be gaps in it.
         times (`array` of `float`): Seconds at which each frame appears, growing.
-        by_order (`bool`): The container (AVI) stores no times of frames: the first one shown has the first, and so on.
+        by_order (`bool`): The container stores no times of frames (AVI), or not of all: the first one shown has the
+            first, and so on.
         has_leading (`bool`): Some pictures are to be shown before the first one of the file, or with it. They may need
             others that were cut away, and are then not shown: only decoding tells.
     """
@@ -335,13 +336,14 @@ def read_timeline(container: InputContainer, stream: VideoStream, first: Sequenc
     base = float(stream.time_base or 0)
     rates = [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
     if not stamps or not base:  # a bare stream without a container
-        fps = rates[0] if rates else 25.0
-        return Timeline(count, 0.0, count / fps, fps, None, np.arange(count) / fps, True)
+        return _even(count, rates[0] if rates else 25.0)
     times: NDArray[Any] = np.array(stamps, dtype=np.int64) * base
     start, span, steps = float(times[0]), float(times[-1] - times[0]), len(times) - 1
     if span > 0:
         rates.append(steps / span)
     fitting = [rate for error in (base, max(base, _JITTER)) for rate in rates if _fits(times - start, rate, error)]
+    if len(times) < count and fitting:  # some frames have no time, as those before zero in Matroska
+        return _even(count, fitting[0])
     constant = [rate for rate in fitting if round(span * rate) == steps]  # no gap in the grid
     grid = next(iter(constant or fitting), None)
     if grid is not None:
@@ -353,6 +355,11 @@ def read_timeline(container: InputContainer, stream: VideoStream, first: Sequenc
         end = float(times[-1]) + (last_duration * base or span / max(steps, 1) or 1 / (rates[0] if rates else 25.0))
         fps = len(times) / (end - start)
     return Timeline(count, start, end, fps, grid, times, by_order, has_leading)
+
+
+def _even(count: int, fps: float) -> Timeline:
+    """Frames that follow each other at a rate, in the order in which they are decoded."""
+    return Timeline(count, 0.0, count / fps, fps, None, np.arange(count) / fps, True)
 
 
 def _unevenness(stamps: Sequence[int | None]) -> tuple[int, int]:

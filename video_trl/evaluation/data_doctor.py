@@ -17,7 +17,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..data.columns import MapDataset, as_scores, as_videos, check_columns, undecoded
-from ..data.video_file import VideoDecodeError
 from ..data.video_io import read_video
 from ..judges import VideoJudge
 from ..judges.base import score_each
@@ -112,8 +111,8 @@ def diagnose(
             makes equal is no confound.
 
     Returns:
-        [`Diagnosis`]: The measures, and the problems. A row with a video that cannot be read is one of them, and is
-            left out of the measures.
+        [`Diagnosis`]: The measures, and the problems. A row with a video that cannot be read, or that the VAE does not
+            take, is one of them, and is left out of the measures.
 
     Raises:
         ValueError: If the dataset has other columns, or fewer than two rows can be looked at.
@@ -130,12 +129,13 @@ def diagnose(
         row = rows[number]
         try:
             videos = [read_video(source, **(pixels or {})) for source in (row["chosen"], *as_videos(row["rejected"]))]
-        except VideoDecodeError as error:
+            measures = [style_of(video) | ({} if encode is None else encode(video)) for video in videos]
+        except ValueError as error:  # no readable video, or of a size that the VAE does not take
             problems.append(f"row {number} is left out: {error}")
             continue
         if any(_difference(videos[0], other) < _EQUAL for other in videos[1:]):
             equal.append(number)
-        table.add([style_of(video) | ({} if encode is None else encode(video)) for video in videos])
+        table.add(measures)
         if judge is not None:
             judged = score_each(judge, videos, [row["prompt"]] * len(videos))
             unscored = next((score for score in judged if score["sa"] is None or score["pc"] is None), None)

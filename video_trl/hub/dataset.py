@@ -2,9 +2,10 @@
 
 import glob
 import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from markupsafe import Markup
 
 from ..data.columns import undecoded
 from ..data.images import read_image
+from ..data.tables import load_rows
 from ..data.video_file import VideoDecodeError, open_bytes
 from ..data.video_io import decode_video
 from ..files import (
@@ -52,6 +54,8 @@ _MEANING = {
 }
 _SHOWN_ROWS = 3
 _LIST = "export.json"
+_MANIFEST = "manifest.parquet"  # in the folder of a curation, whose tables are several things
+_TABLE = re.compile(r"data/(.+)-\d{5}-of-\d{5}\.parquet")
 _ROWS_PER_FILE, _BYTES_PER_FILE = 256, 400_000_000
 
 
@@ -128,8 +132,8 @@ def push_dataset(
     `load_dataset(repo_id, split="train")` gives it back on any machine, and every trainer takes it as it is.
 
     Args:
-        dataset (`datasets.Dataset`, `str` or `Path`): The rows, a folder that `save_to_disk` wrote, or one that
-            [`export_dataset`] wrote.
+        dataset (`datasets.Dataset`, `str` or `Path`): The rows, a folder that `save_to_disk` wrote, one with tables
+            (`.parquet`) such as the `pairs` of a curation, or one that [`export_dataset`] wrote.
         repo_id (`str`): Repository, `"user/name"`.
         folder (`str` or `Path`, *optional*): Where to write the files, and to leave them; a temporary one by default.
         private (`bool`, *optional*): Visibility of a new repository; the account's default.
@@ -141,7 +145,8 @@ def push_dataset(
 
     Raises:
         ValueError: As [`export_dataset`], the id is none, the folder holds no dataset, or an export that is not whole
-            or was changed. Raised before anything is sent.
+            or was changed, or one and something for its card, which it has; or the repository holds another split.
+            Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
     validate_repo_id(repo_id)
@@ -151,17 +156,24 @@ def push_dataset(
         elif (Path(dataset) / _LIST).is_file() or (Path(dataset) / CARD_NAME).is_file():
             exported = Path(dataset)
             _check_export(exported)
+            if idle := sorted(name for name, value in card.items() if value):
+                raise ValueError(f"{exported} has its card: {idle} would change nothing. Export it again with them.")
         elif (Path(dataset) / "state.json").is_file():
             rows = datasets.load_from_disk(str(dataset))
             exported = export_dataset(rows, folder or temporary, name=repo_id, **card)
+        elif any(Path(dataset).glob("*.parquet")) and not (Path(dataset) / _MANIFEST).is_file():
+            rows = load_rows(str(dataset), "train")
+            exported = export_dataset(rows, folder or temporary, name=repo_id, **card)
         else:
             raise ValueError(
-                f"{dataset} holds no dataset: expected a folder that `Dataset.save_to_disk` or `export_dataset` wrote."
+                f"{dataset} holds no dataset: expected a folder that `Dataset.save_to_disk` or `export_dataset` "
+                "wrote, or one with tables (.parquet)."
             )
 
         def send() -> CommitInfo:
             api = HfApi(token=token)
             repository = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            _check_splits(_listed(exported), api.list_repo_files(repository, repo_type="dataset"), repository)
             return without_conflict(
                 lambda: api.upload_folder(
                     repo_id=repository,
@@ -176,6 +188,16 @@ def push_dataset(
         place = f"The files are in {exported}. " if str(exported) != temporary else "The dataset is as it was. "
         way_out = f"{place}Call `push_dataset` again later; what was sent is not sent twice."
         return explained(send, way_out, bytes_below(exported))
+
+
+def _check_splits(files: Iterable[str], there: Iterable[str], repository: str) -> None:
+    """Raise a `ValueError` if a repository holds another split than an export: its tables would be deleted."""
+    ours, theirs = ({match[1] for name in names if (match := _TABLE.fullmatch(name))} for names in (files, there))
+    if others := sorted(theirs - ours):
+        raise ValueError(
+            f"{repository} holds the splits {others}, which this upload of {sorted(ours)} would delete. Name another "
+            "repository, or delete their tables there first."
+        )
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -309,9 +331,9 @@ def _features(dataset: datasets.Dataset) -> datasets.Features:
     """The features of the export: undecoded videos and images where there were paths or decoders."""
     features = datasets.Features(dict(dataset.features))
     for column, feature in dataset.features.items():
-        several = isinstance(feature, datasets.List)
+        several = isinstance(feature, datasets.List | datasets.LargeList)
         inner = feature.feature if several else feature
-        is_text = isinstance(inner, datasets.Value) and inner.dtype == "string"
+        is_text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
         kind = None
         if isinstance(inner, datasets.Video) or (is_text and column in _VIDEO_COLUMNS):
             kind = _VIDEO

@@ -168,7 +168,8 @@ def write_lora(
     if base_model is not None:
         settings[f"{PREFIX}base_model_name_or_path"] = base_model
     tensors = {PREFIX + name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-    header = {"format": "pt", METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    # Patterns stay in their order: of two that name a layer, the first one holds.
+    header = {"format": "pt", METADATA_KEY: json.dumps(dict(sorted(settings.items())), indent=2)}
     header |= {} if expert is None else {EXPERT_KEY: expert}
     return write_tensors(Path(directory) / LORA_FILE_NAME, tensors, header)
 
@@ -178,7 +179,7 @@ def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
     # Only what differs from the defaults: another version of PEFT need not know every option of this one. And no
     # dropout: diffusers adds adapters in training mode, where it would make noise of every video.
     defaults = LoraConfig().to_dict()
-    always = ("r", "lora_alpha", "target_modules")
+    always = ("r", "lora_alpha", "target_modules", "rank_pattern")  # diffusers before 0.40 asks for the last one
     options = {name: value for name, value in config.to_dict().items() if name in _PROVEN}
     settings = {key: value for key, value in options.items() if key in always or value != defaults[key]}
     return {PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}

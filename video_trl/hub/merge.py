@@ -34,7 +34,8 @@ def merge_adapter(
         target (`str` or `Path`): Folder to write; must not exist.
         alpha (`float` or `"rank"`, *optional*): What the adapter was trained with, for files that do not say it.
         scale (`float`, defaults to `1.0`): Factor of the adapter's effect.
-        dtype (`torch.dtype`, *optional*): Precision of the merged pipeline; by default that of the base's files.
+        dtype (`torch.dtype`, *optional*): Precision of the merged pipeline; by default float32, but for encoders of
+            transformers, which keep that of their files.
 
     Returns:
         `Path`: The folder.

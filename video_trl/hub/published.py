@@ -210,9 +210,17 @@ def _alphas_of_peft(weights: Mapping[str, torch.Tensor], path: Path) -> dict[str
         raise ValueError(f"{beside}: the adapter would not act as it was trained. {error}") from error
     alphas = {}
     for name, rank in _ranks(weights).items():
-        theirs = original_name(name) or name  # patterns may have the names of the original code
-        in_pattern = get_pattern_key(config.alpha_pattern.keys(), theirs) in config.alpha_pattern
-        alphas[name] = acting_alpha(config, theirs if in_pattern else name, rank)
+        names = (original_name(name) or name, name)  # patterns may have the names of the original code
+        keys = [get_pattern_key(config.rank_pattern.keys(), each) for each in names]
+        said = next((config.rank_pattern[key] for key in keys if key in config.rank_pattern), config.r)
+        if config.use_dora or config.lora_bias or said != rank:
+            raise ValueError(
+                f"{beside}: expected plain matrices of rank {rank} of {name!r}, as {path.name} has, got r={said}, "
+                f"use_dora={config.use_dora}, lora_bias={config.lora_bias}. Put the configuration of this adapter "
+                "beside it."
+            )
+        in_pattern = get_pattern_key(config.alpha_pattern.keys(), names[0]) in config.alpha_pattern
+        alphas[name] = acting_alpha(config, names[0] if in_pattern else name, rank)
     return alphas
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
 from pathlib import Path
 from typing import TypeVar
 
@@ -167,7 +168,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     threading.Thread(target=run, name="hub", daemon=True).start()
     try:
         return result.result(seconds)
-    except TimeoutError as error:
+    except (TimeoutError, FutureTimeoutError) as error:
         raise error if result.done() else TimeoutError(f"no answer within {seconds:.0f} s") from None
 
 

@@ -28,7 +28,9 @@ _LONGEST_LITERAL = 50_000  # characters
 
 
 def _as_number(value: Any) -> Any:
-    """Numbers in quotes as numbers, and whole ones as integers: 4.0, "4" and "4/5" are the rating 4."""
+    """Numbers in quotes as numbers, and whole ones as integers: 4.0, "4" and "4/5" are the rating 4; true is not 1."""
+    if isinstance(value, bool):
+        return str(value)
     text = value.strip() if isinstance(value, str) else value
     if isinstance(text, str):
         rating = re.fullmatch(r"([1-5])\s*(?:/|out of)\s*5", text)

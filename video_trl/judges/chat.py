@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
+from ..files import fingerprint
 from .answers import AnswerError, read_answer
 
 
@@ -226,6 +227,12 @@ class ChatClient:
         self._unsupported = {"max_tokens"} if "max_completion_tokens" in self.extra_body else set()
         self._context = httpx2.create_ssl_context()  # tens of milliseconds
 
+    @property
+    def sampling(self) -> str:
+        """How answers are drawn, for the identity of what asks: the temperature, and a hash of further fields."""
+        further = f",body={fingerprint(self.extra_body)[:16]}" if self.extra_body else ""
+        return f"temperature={self.temperature:g}{further}"
+
     def __repr__(self) -> str:
         return f"ChatClient({self.base_url!r}, {self.model!r})"
 
@@ -389,6 +396,8 @@ class ChatClient:
             self._raise_for_status(error.response, fields)
         except openai.APIConnectionError as error:  # timeouts too
             cause = error.__cause__
+            if isinstance(cause, _TryAgain):  # of the transport below, which older clients take for a connection's
+                raise cause from None
             if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
                 reason = f"cannot connect ({cause or type(cause).__name__})"
                 raise _TryAgain(reason, unreachable=True) from None

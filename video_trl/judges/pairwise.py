@@ -134,7 +134,7 @@ class PairwiseJudge:
             f"pairwise:v{self.version}:model={self.client.model}:question={question}:{self.criterion},"
             f"segments={self.segment_seconds},"
             f"orders={1 + self.both_orders},frames={self.num_frames},pixels={self.max_pixels},fps={self.fps:g},"
-            f"temperature={self.client.temperature:g}"
+            f"{self.client.sampling}"
         )
 
     def compare(self, first: Sequence[Video], second: Sequence[Video], prompts: Sequence[str]) -> list[PairVerdict]:
@@ -243,8 +243,11 @@ def compare_table(
             f"Expected a file {', '.join(SUFFIXES)} and `batch_size` >= 1, got {output} and {batch_size}."
         )
     rows = read_table(table)
-    if not {"prompt", "chosen", "rejected"} <= set(rows[0]):
-        raise ValueError(f"{table}: expected the columns prompt, chosen and rejected, got {', '.join(rows[0])}.")
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row.get(name), str) for name in _COLUMNS[:3]):
+            raise ValueError(
+                f"{table}, row {number}: expected texts in the columns prompt, chosen and rejected, got {row}."
+            )
     if output.exists() and not set(_COLUMNS) <= set(read_table(output)[0]):
         raise ValueError(f"{output} is no table of verdicts, and is not overwritten. Pass another file, or move it.")
     pairs = [(table.parent / row["chosen"], table.parent / row["rejected"], row["prompt"]) for row in rows]

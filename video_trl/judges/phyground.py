@@ -13,11 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, create_model
 
+from .answers import AsNumber
 from .base import Video
 from .chat import ChatClient, ChatError, ChatQuestion
 from .frames import check_request, evenly_spaced, quoted, sample_frames, size_within
@@ -25,6 +26,7 @@ from .weights import text_hash
 
 
 GENERAL = ("SA", "PTV", "persistence")
+_Rating = Annotated[Literal[1, 2, 3, 4, 5], AsNumber]
 #: Law -> what obeying it means, and what to look for.
 LAWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gravity": (
@@ -155,7 +157,7 @@ class PhyGroundJudge:
         laws = text_hash(json.dumps([self.laws, self._laws_of]))
         return (
             f"phyground:v{self.version}:model={self.client.model}:questions={questions}:laws={laws}:frames="
-            f"{self.num_frames},pixels={self.max_pixels},temperature={self.client.temperature:g}"
+            f"{self.num_frames},pixels={self.max_pixels},{self.client.sampling}"
         )
 
     def laws_of(self, prompt: str) -> tuple[str, ...]:
@@ -257,7 +259,7 @@ def read_entries(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
             (path / name for name in ("prompts/phyground.json", "phyground.json") if (path / name).is_file()), path
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected PhyGround's phyground.json ({error}).") from error
     listed = content.get("prompts") if isinstance(content, dict) else content
@@ -295,7 +297,7 @@ def _mapping_in(path: Path) -> dict[str, Any]:
 
 def _answer(name: str) -> type[BaseModel]:
     config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": False})
-    made: type[BaseModel] = create_model("Rating", __config__=config, **{name: (Literal[1, 2, 3, 4, 5], ...)})  # type: ignore[call-overload]
+    made: type[BaseModel] = create_model("Rating", __config__=config, **{name: (_Rating, ...)})  # type: ignore[call-overload]
     return made
 
 

@@ -1,7 +1,5 @@
 """A judge that reads its scores from a table of videos, prompts and scores."""
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import fingerprint, read_json_lines, with_formula
+from ..files import fingerprint, read_csv, read_json_lines, with_formula
 from .base import Video
 from .frames import check_request, video_name
 
@@ -135,7 +133,7 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 rows = pyarrow.parquet.read_table(path).to_pylist()
             case _:
                 raise ValueError(f"expected a file that ends in .csv, .jsonl or .parquet, got {path.suffix!r}")
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{path}: cannot be read as a table ({error}).") from error
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path}: expected rows with named columns, got {'none' if not rows else 'other values'}.")
@@ -145,14 +143,9 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     """
     Raises:
-        ValueError: the file ends within a row, or a row has more or fewer cells than the first line has names.
+        ValueError: the file ends within a row; as in `read_csv`.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        text = file.read()
-    if text and not text.endswith(("\n", "\r")):
+    content = path.read_bytes()
+    if content and not content.endswith((b"\n", b"\r")):
         raise ValueError("its last line has no end, as of a file that was cut; if it is whole, end it with a newline")
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise ValueError(f"row {number} has more or fewer cells than there are columns")
-    return [{name: with_formula(value) for name, value in row.items()} for row in rows]
+    return [{name: with_formula(value) for name, value in row.items()} for row in read_csv(path)]

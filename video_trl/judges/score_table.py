@@ -56,8 +56,9 @@ def score_table(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
     rows = read_table(table)
-    if not {"video", "prompt"} <= set(rows[0]):
-        raise ValueError(f"{table}: expected the columns video and prompt, got {', '.join(rows[0])}.")
+    for number, row in enumerate(rows, start=1):
+        if not (isinstance(row.get("video"), str) and isinstance(row.get("prompt"), str)):
+            raise ValueError(f"{table}, row {number}: expected texts in the columns video and prompt, got {row}.")
     from ..data.video_io import video_hash  # the data package loads diffusers
 
     paths = [(table.parent if folder is None else Path(folder)) / row["video"] for row in rows]

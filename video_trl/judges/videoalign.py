@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,12 @@ class VideoAlignJudge:
 
 def question_for(prompt: str) -> str:
     """The question of training, to the letter, with the caption in its place."""
-    text = resources.files("video_trl").joinpath("templates/videoalign_question.txt").read_text(encoding="utf-8")
-    return text.replace("{text_prompt}", prompt)
+    return _question().replace("{text_prompt}", prompt)
+
+
+@cache
+def _question() -> str:
+    return resources.files("video_trl").joinpath("templates/videoalign_question.txt").read_text(encoding="utf-8")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def _renamed(name: str) -> str:
 
 def _network(base: Path, state: dict[str, Tensor], where: Path) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLModel
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as modules
 
     config = Qwen2VLConfig.from_pretrained(base)
     embedding = state.get("language_model.embed_tokens.weight")
@@ -256,8 +260,12 @@ def _network(base: Path, state: dict[str, Tensor], where: Path) -> nn.Module:
         network = Qwen2VLModel(config)
     load_exactly(network, state, where)
     # Tables that are computed, and in no file.
-    network.language_model.rotary_emb = Qwen2VLRotaryEmbedding(config=config.text_config)
-    network.visual.rotary_pos_emb = Qwen2VLVisionRotaryEmbedding(config.vision_config)
+    network.language_model.rotary_emb = modules.Qwen2VLRotaryEmbedding(config=config.text_config)
+    known, vision = vars(modules), config.vision_config
+    if "Qwen2VLVisionRotaryEmbedding" in known:
+        network.visual.rotary_pos_emb = known["Qwen2VLVisionRotaryEmbedding"](vision)
+    else:  # transformers before 5.18
+        network.visual.rotary_pos_emb = known["VisionRotaryEmbedding"](vision.embed_dim // vision.num_heads // 2)
     return network.eval().requires_grad_(False)
 
 

@@ -498,7 +498,8 @@ def reg_dpo_loss(
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: Loss of each pair, `(B,)`, which is `log(2) + r * chosen_error`
         when policy and reference agree; and per pair, detached, `(B,)`: `loss/dpo`, `loss/sft` (the chosen error,
-        without its weight), `win_gap`, `lose_gap`, `s_theta`, `dgr`, `sft_weight` (r), `chosen_weight` (DGR + r) and
+        without its weight), `win_gap`, `lose_gap`, `s_theta`, `dgr`, `sft_weight` (r), `chosen_weight` (what the
+        gradient of the chosen error is multiplied by: DGR + r, DGR over the error of a `"log_ratio"`) and
         TRL's `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`.
 
     Raises:
@@ -511,7 +512,8 @@ def reg_dpo_loss(
     chosen_rewards, rejected_rewards = -(beta / 2) * win_gap, -(beta / 2) * held
     dpo = dpo_loss(chosen_rewards, rejected_rewards)  # (B,); also checks the shapes
     ratio = dgr(win_gap - held, beta)
-    weight = sft_weights(sft_weight, ratio * gap_slope(chosen_error, gap))
+    pull = ratio * gap_slope(chosen_error, gap)  # on the chosen error
+    weight = sft_weights(sft_weight, pull)
     metrics = {
         "loss/dpo": dpo,
         "loss/sft": chosen_error,
@@ -520,7 +522,7 @@ def reg_dpo_loss(
         "s_theta": win_gap - held,
         "dgr": ratio,
         "sft_weight": weight,
-        "chosen_weight": ratio + weight,
+        "chosen_weight": pull + weight,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,

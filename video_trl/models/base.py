@@ -110,6 +110,10 @@ class ModelFamily(Protocol):
         """Number of latent frames, from the first, that `predict` replaces by conditions: left out of the loss."""
 
     @property
+    def frames_per_latent(self) -> int:
+        """Frames that make one of a latent in the published checkpoints, for where there is no VAE to ask."""
+
+    @property
     def text_encoders(self) -> dict[str, str]:
         """Components of the pipeline that encode prompts, each with the component that is its tokenizer."""
 
@@ -224,6 +228,7 @@ class FamilyDefaults:
     image_columns: tuple[str, ...] = ()
     context_parallel_methods: tuple[str, ...] = ()
     given_frames: int = 0
+    frames_per_latent: int = 4
     published_prompt_tokens: int = 512
     prompt_image_processor: str | None = None
     guidance: float | None = None

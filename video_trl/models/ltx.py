@@ -49,6 +49,7 @@ class LTXFamily(FamilyDefaults):
     name: str = "ltx"
     pipeline_classes: tuple[str, ...] = ("LTXPipeline",)
     noise_process: NoiseProcess = FlowMatching()
+    frames_per_latent: int = FRAMES_PER_LATENT
     published_prompt_tokens: int = 128
 
     @staticmethod

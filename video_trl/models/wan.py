@@ -221,11 +221,18 @@ class WanFamily(FamilyDefaults):
         """
         Raise a `ValueError` unless the transformer takes latents of shape `(C, F, H, W)` or `(B, C, F, H, W)`.
 
-        The channel count must be that of the transformer's output, and frames and sides divisible by its patch.
+        The channel count must be that of the transformer's output, frames and sides divisible by its patch, and no
+        longer than its table of positions.
         """
         config = unwrap(transformer).config
         check_channels(shape, config.out_channels or config.in_channels)
         check_patches(shape, config.patch_size)
+        longest = max(size // step for size, step in zip(shape[-3:], config.patch_size, strict=True))
+        if longest > config.rope_max_seq_len:
+            raise ValueError(
+                f"The transformer knows {config.rope_max_seq_len} positions along a side, got {longest} for latents "
+                f"of shape {tuple(shape)}. Change `num_frames`, `height` or `width` of the videos."
+            )
 
     def check_video(self, vae: AutoencoderKLWan, shape: Sequence[int]) -> None:
         """
@@ -408,7 +415,8 @@ def wan_family(transformer: nn.Module, scheduler: SchedulerMixin | None, index: 
     if not extra and config.image_dim is None:
         first_frame = index.get("_class_name") == "WanImageToVideoPipeline" and index.get("expand_timesteps")
         return WanFirstFrameFamily() if first_frame else WanFamily()
-    if extra <= (config.out_channels or 0) or config.pos_embed_seq_len is not None:
+    # Beside them, the channels of a first frame, and of a mask one for each pixel frame of a latent frame.
+    if extra != (config.out_channels or 0) + VAE_FRAME_CHUNK or config.pos_embed_seq_len is not None:
         raise ValueError(
             f"The transformer takes {config.in_channels} channels, returns {config.out_channels} and has "
             f"`image_dim={config.image_dim}` and `pos_embed_seq_len={config.pos_embed_seq_len}`: it is neither Wan's "

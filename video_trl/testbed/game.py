@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import re
-import shutil
 import statistics
 import tempfile
 import time
@@ -258,8 +257,10 @@ class Testbed:
         return read_json(path) if path.is_file() else None
 
     def _train(self, entry: Entry, regime: str, seed: int) -> None:
+        from ..evaluation.runs.run import make_room
+
         folder = self._place(entry, regime, seed)
-        shutil.rmtree(self._run_dir(folder), ignore_errors=True)  # of an earlier training
+        make_room(self._run_dir(folder))  # of an earlier training
         trainer = self.trainer(entry, regime, seed, str(folder))
         start = time.process_time()
         trainer.train()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..experiment import BASE, real_clips_pc
 from ..files import write_atomically
-from .game import GAME, REGIMES, SFT, Entry, Testbed, one_thread, sft_entry
+from .game import GAME, REGIMES, SEEDS, SFT, Entry, Testbed, one_thread, sft_entry
 
 
 if TYPE_CHECKING:
@@ -109,7 +109,11 @@ def page(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> 
             raise ValueError(
                 f"Results of {other['entry']['name']!r} have another {', '.join(different)}: not compared."
             )
-    trial = [] if found["game"] == asdict(GAME) else ["**A trial:** it shows that the method runs. It is no result."]
+    note = []
+    if found["game"] != asdict(GAME):
+        note = ["**A trial:** it shows that the method runs. It is no result."]
+    elif not {*REGIMES} <= {*found["regimes"]} or not {*SEEDS} <= {*found["seeds"]}:
+        note = [f"**A part of the game,** which has the regimes {', '.join(REGIMES)} and {len(SEEDS)} training seeds."]
     entry, cost = found["entry"], found["cost"]
     options = ", ".join(f"{name}={value!r}" for name, value in entry["options"].items())
     setting = (
@@ -118,7 +122,7 @@ def page(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> 
         f"{cost['time']:g} times the processor time of fine-tuning's, and {cost['memory'] / 2**20:.0f} MiB of tensors "
         f"beside the weights. video_trl {found['video_trl']}, torch {found['torch']}, {found['machine']}."
     )
-    parts = [f"# Testbed: {entry['name']}", *trial, setting, _ranking(found, others), _by_regime(found)]
+    parts = [f"# Testbed: {entry['name']}", *note, setting, _ranking(found, others), _by_regime(found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,7 +156,7 @@ def _by_regime(found: Mapping[str, Any]) -> str:
 
     name, controls = found["entry"]["name"], list(dict.fromkeys((SFT, found["equal_time"])))
     controls = [control for control in controls if control != name]
-    places = [*found["regimes"], OVERALL]
+    places = [*found["regimes"], *([OVERALL] if len(found["regimes"]) > 1 else [])]
     pairs = [(place, control) for place in places for control in controls]
     raw = [prompt_sign_test(*_paired(found, name, control, place)) for place, control in pairs]
     adjusted = dict(zip(pairs, holm(raw), strict=True))
@@ -168,9 +172,9 @@ def _by_regime(found: Mapping[str, Any]) -> str:
     regimes = "; ".join(f"{regime}: {REGIMES[regime][1]}" for regime in found["regimes"])
     note = (
         f"{SFT}: fine-tuning on the same clips with as many updates; the other column: in as much processor time. "
-        f"Verdicts need {len(pairs)} sign tests corrected by Holm's method, and three seeds. {regimes}."
+        f"Verdicts need {len(pairs)} sign tests corrected by Holm's method, and three seeds. "
     )
-    return f"## By regime\n\n{_markdown(rows)}\n\n{note}"
+    return f"## By regime\n\n{_markdown(rows)}\n\n{note if pairs else ''}{regimes}."
 
 
 def _paired(found: Mapping[str, Any], a: str, b: str, place: str) -> tuple[list[float], list[float], list[str]]:

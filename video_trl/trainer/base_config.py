@@ -36,6 +36,7 @@ _UNSUPPORTED = {
     "torch_compile": (False, "policy and reference must run the same kernels, or small reward gaps drown in rounding"),
     "train_sampling_strategy": ("random", "the rows of a step are of one shape, in an order drawn from `data_seed`"),
     "dataloader_drop_last": (False, "every row counts exactly once in an epoch"),
+    "dataloader_in_order": (True, "the micro-batches of a step belong together, on all processes"),
     "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 always let a run save a checkpoint, on every engine"),
     "auto_find_batch_size": (False, "a batch size that changes during training cannot be resumed exactly"),
 }
@@ -344,7 +345,10 @@ class VideoConfig(TrainingArguments):
     )
     max_sequence_length: int | None = field(
         default=None,
-        metadata={"help": "Prompt length in tokens. Unset: the tokenizer's maximum, but no more than 512."},
+        metadata={
+            "help": "Prompt length in tokens. Unset: that of the pipeline's call (512 for Wan), but no more than the "
+            "tokenizer's maximum."
+        },
     )
     encode_batch_size: int = field(
         default=8, metadata={"help": "Videos or prompts encoded at once when raw data is encoded before training."}
@@ -392,7 +396,7 @@ class VideoConfig(TrainingArguments):
         if self.optim_class is not None:
             check_class_path(self.optim_class)
         for name, (accepted, reason) in _UNSUPPORTED.items():
-            value = self.__dict__[name]
+            value = self.__dict__.get(name, accepted)  # older versions of transformers have not all of them
             if value != accepted:
                 raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it at {accepted!r}.")
         for name, accepted in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):

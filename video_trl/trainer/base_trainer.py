@@ -60,7 +60,7 @@ from .parallel.mesh import (
 from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .publishing.evaluator import Evaluator, EvaluatorCalls
-from .publishing.progress import ProgressReport
+from .publishing.printed_log import LogLine, with_progress
 from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
 from .publishing.sampling import Sampler, SamplingCallback
 from .publishing.uploader import Uploader
@@ -159,6 +159,7 @@ class VideoTrainer(Trainer):
     uses_reference: ClassVar[bool]
     aligns_with_teacher: ClassVar[bool] = False  # a relation loss on hidden states takes memory of its own
     workload_options: ClassVar[tuple[str, ...]] = ()  # read by `videos_per_row`, `has_reference`
+    printed_metrics: ClassVar[tuple[str, ...]] = ()  # the few that a line has room for, beside the loss
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean over the micro-batch; Trainer divides it
 
@@ -362,12 +363,11 @@ class VideoTrainer(Trainer):
     def _add_callbacks(self) -> None:
         """Add the callbacks that belong to every run, and hand the sampler to those that generate."""
         self._guard = FiniteLossGuard(self.accelerator, lambda row: {"prompt": self.train_dataset[row].get("prompt")})
-        self.add_callback(self._guard)
-        self.add_callback(GradientProof())
         self.callback_handler.callbacks.insert(0, self.average)  # before what saves, evaluates or shows it
-        self.add_callback(self._card)
-        self.add_callback(self._signals)
-        self.callback_handler.callbacks.insert(0, ProgressReport(self.accelerator))  # the others show what it adds
+        for callback in (self._guard, GradientProof(), self._card, self._signals):
+            self.add_callback(callback)
+        line = LogLine(self.metrics, self.printed_metrics)
+        self.callback_handler.callbacks = with_progress(self.callback_handler.callbacks, line, self.accelerator)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SamplingCallback):
                 callback.use(self.sampler)
@@ -501,19 +501,18 @@ class VideoTrainer(Trainer):
         largest = max(datasets_in(self.train_dataset, self.eval_dataset)[0].shapes, key=math.prod)
         copied = isinstance(self.reference, ModuleReference)
         reference: ReferencePass = "none" if self.reference is None else "copy" if copied else "adapter"
-        degree = self.args.processes_per_row // self.args.context_parallel_size
-        workload = Workload.of(self.model, largest, self.videos_in_step() // degree, self.args, reference)
+        videos = self.videos_in_step() * self.args.context_parallel_size // self.args.processes_per_row  # of a process
+        workload = Workload.of(self.model, largest, videos, self.args, reference)
         frozen = weights_dtype(self.model)  # of an object it need not be the one that the trainer would load
         return replace(workload, prompt_tokens=self.max_sequence_length, frozen_dtype=frozen)
 
     def placement(self) -> Placement:
         """Where and how it is trained, as the planner describes it."""
-        policy = self.args.checkpointing_policy if self.args.gradient_checkpointing else None
         return Placement(
             num_gpus=self.args.world_size,
             engine="zero3-offload" if offloads_weights(self.accelerator) else self.engine,
             context_parallel=self.args.context_parallel_size,
-            checkpointing_policy=policy,
+            checkpointing_policy=self.args.checkpointing_policy if self.args.gradient_checkpointing else None,
             offload_weights=self.args.offload_weights,
         )
 
@@ -623,9 +622,7 @@ class VideoTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check(self.args, self.state)
         # Only the logs of training steps carry "loss"; the metrics of evaluation are in `logs` already.
-        if "loss" in logs:
-            logs = {**logs, **self.metrics.train.pop(self.accelerator)}
-        super().log(logs, start_time)
+        super().log(logs | self.metrics.train.pop(self.accelerator) if "loss" in logs else logs, start_time)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)
@@ -757,9 +754,8 @@ class VideoTrainer(Trainer):
             evaluation (list of [`~video_trl.hub.Measurement`], *optional*): Results; by default the last evaluation's.
         """
         if self.is_world_process_zero():
-            details = {"model_name": model_name, "dataset_name": dataset_name}
-            directory = Path(self.args.output_dir)
-            self._card.write(directory, self.state, license=license, evaluation=evaluation, **details)
+            names = {"model_name": model_name, "dataset_name": dataset_name}
+            self._card.write(Path(self.args.output_dir), self.state, license=license, evaluation=evaluation, **names)
 
     def push_to_hub(
         self,

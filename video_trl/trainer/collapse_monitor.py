@@ -32,7 +32,8 @@ class Collapse:
 
     Attributes:
         step (`int`): Optimizer step of the log entry that completed it.
-        dgr (`float`), initial_dgr (`float`): DPO gradient ratio now and at step 0 (beta / 4).
+        dgr (`float`), initial_dgr (`float`): DPO gradient ratio now and at step 0: beta / 4, less with
+            smoothed labels.
         loss (`float`), initial_loss (`float`): DPO loss at its lowest and at first.
         win_gap (`float`), lose_gap (`float`): Gaps now; they start at 0.
         rows (`str`): Those on which both gaps rose: "training rows", or "held-out rows".
@@ -63,15 +64,17 @@ def find_collapse(
     fall: float = 0.5,
     min_rise: float = 2.0,
     since: int = 0,
+    label_smoothing: float = 0.0,
 ) -> Collapse | None:
     """
     Look for the signature of a collapse at the end of the log of a run.
 
-    The DPO loss has been below `1 - fall` of where it started, and over the last `window` entries, on average, the DPO
-    gradient ratio is, and both gaps lie above their level at step `since`: by `min_rise` in units of reward, and in
-    every entry, which noise around that level does to one window in `2 ** window`. The lowest loss counts, not the
-    last: once the gaps are wide, a few pairs in the wrong order can lift its mean above the start again, while the
-    ratio, which is bounded, stays low. A log without `dgr` (GroupDPO's) is read with the ratio at the logged margin.
+    The DPO loss, above the least that it can be, has been below `1 - fall` of where it started, and over the last
+    `window` entries, on average, the DPO gradient ratio is, and both gaps lie above their level at step `since`: by
+    `min_rise` in units of reward, and in every entry, which noise around that level does to one window in
+    `2 ** window`. The lowest loss counts, not the last: once the gaps are wide, a few pairs in the wrong order can
+    lift its mean above the start again, while the ratio, which is bounded, stays low. A log without `dgr` (GroupDPO's)
+    is read with the ratio at the logged margin.
 
     Training rows flatter a model that remembers them. Where the log has evaluations, it is enough that both gaps of
     one evaluation dataset rise in each of its last two: every evaluation sees the same noise.
@@ -85,6 +88,8 @@ def find_collapse(
             7 times less likely under the policy than under the reference.
         since (`int`, *optional*, defaults to `0`): Step from which the gaps' rise is counted; 0: from the start, where
             they are 0.
+        label_smoothing (`float`, *optional*, defaults to `0.0`): Of the configuration: the ratio then starts lower,
+            and the loss does not fall to 0.
 
     Returns:
         [`Collapse`] or None.
@@ -93,10 +98,11 @@ def find_collapse(
     recent = [entry for entry in entries if entry["step"] > since][-window:]
     if len(recent) < window:
         return None
-    initial_dgr, ratio = beta / 4, fmean(_dgr(entry, beta) for entry in recent)
+    initial_dgr, ratio = beta / 2 * (0.5 - label_smoothing), fmean(_dgr(entry, beta) for entry in recent)
     # Every loss starts at log 2 or above; the first entry may be a mean over steps in which it has fallen already.
     initial_loss, loss = max(_loss(entries[0]), math.log(2)), min(_loss(entry) for entry in entries)
-    if ratio > (1 - fall) * initial_dgr or loss > (1 - fall) * initial_loss:
+    least = sum(-part * math.log(part) for part in (label_smoothing, 1 - label_smoothing) if part)
+    if ratio > (1 - fall) * initial_dgr or loss - least > (1 - fall) * (initial_loss - least):
         return None
     for prefix in ("", *_evaluation_prefixes(log_history)):
         gaps = _risen_gaps(log_history, prefix, 2 if prefix else window, 2 * min_rise / beta, since)
@@ -227,6 +233,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
             fall=self.fall,
             min_rise=self.min_rise,
             since=self.events[-1] if self.events else 0,
+            label_smoothing=vars(config).get("label_smoothing", 0.0),  # an option of DPO
         )
         if collapse is None:
             return

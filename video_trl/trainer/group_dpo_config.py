@@ -105,9 +105,9 @@ class VideoGroupDPOConfig(PreferenceConfig):
     timestep_weighting: TimestepWeighting = field(
         default="none",
         metadata={
-            "help": "Weight of all errors of a group, by their timestep. 'bell': least at both ends, 1 in the mean; "
-            "the training weight of DiffSynth-Studio, and of the official PhyGDPO code. It acts like a `beta` of each "
-            "timestep."
+            "help": "Weight of all errors of a group, by their timestep. 'bell': least at both ends, 1 in the mean of "
+            "those that are drawn; the training weight of DiffSynth-Studio, and of the official PhyGDPO code. It acts "
+            "like a `beta` of each timestep."
         },
     )
 
@@ -181,6 +181,9 @@ class VideoGroupDPOConfig(PreferenceConfig):
         idle = {} if self.physics_rewarding else dict.fromkeys(self.physics_weight_arguments(), why)
         idle |= {} if self.repa_coeff else {"repa_options": "`repa_coeff` is 0"}
         idle |= {} if self.loss_type == "sampled" else {"scale_by_group": "`loss_type` is not 'sampled'"}
+        sft_weight = as_sft_weight(self.sft_weight)
+        if self.gap == "log_ratio" and (sft_weight == 0 or isinstance(sft_weight, tuple)):
+            idle["timestep_weighting"] = "both errors of a ratio (`gap='log_ratio'`) have the same weight"
         alignment = self.alignment_options()
         idle |= {} if alignment is None else self.idle_repa_options(alignment.idle())
         return super().options_without_effect() | idle

@@ -273,8 +273,9 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         """Losses `(B,)` of groups with what is added beside the preference, and its metrics."""
         preference, metrics = losses, dict[str, Tensor]()
         if self.sft_weight != 0:
-            weight = sft_weights(self.sft_weight, ratio * gap_slope(chosen_error, self.args.gap))  # (B,)
-            metrics |= {"loss/sft": chosen_error, "sft_weight": weight, "chosen_weight": ratio + weight}
+            pull = ratio * gap_slope(chosen_error, self.args.gap)  # (B,), on the chosen error
+            weight = sft_weights(self.sft_weight, pull)  # (B,)
+            metrics |= {"loss/sft": chosen_error, "sft_weight": weight, "chosen_weight": pull + weight}
             losses = losses + weight * chosen_error
         if self.args.win_gap_penalty > 0:
             losses = losses + self.args.win_gap_penalty * win_gap.relu()

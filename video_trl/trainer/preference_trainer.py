@@ -17,6 +17,7 @@ from .base_trainer import VideoTrainer
 from .parallel.engines import SHARDED
 from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
 from .preference_config import PreferenceConfig
+from .setup.loaders import one_batch
 from .setup.rows import IndexedDataset, encoded_cache_dir
 from .setup.scored_rows import check_rejected_scores, keep_low_scores
 from .setup.weighted_rows import check_loss_weights
@@ -48,6 +49,7 @@ class PreferenceTrainer(VideoTrainer):
 
     args: PreferenceConfig
     uses_reference = True
+    printed_metrics = ("win_gap", "rewards/accuracies")
 
     @cached_property
     def step_mode(self) -> StepMode:
@@ -171,19 +173,21 @@ class PreferenceTrainer(VideoTrainer):
     def _errors_of_reference(self, indices: list[int], number: int) -> Tensor:
         """Errors `(N,)` of the reference on the videos that the loss compares, with one of the K noises."""
         assert isinstance(self.passes, CachedPasses)
-        collated = self.data_collator([self.train_dataset[index] for index in indices])
-        inputs = self._prepare_inputs({**collated, "index": indices})
+        inputs = one_batch(self.train_dataset, indices, self.data_collator, self.args.device)
         with self.accelerator.autocast():
             return self.passes.measure(number, partial(self.compute_loss, self.model, inputs))
 
     def _cache_settings(self) -> dict[str, Any]:
         """All that the errors depend on, but for the rows."""
         scheduler = None if self.pipeline is None else dict(self.pipeline.scheduler.config)
-        names = ("transformer", "base_weights", "reference_weights")
+        names = ("transformer", "config", "base_weights", "reference_weights")
         arguments = self.args.to_dict()
         options = (*self.args.reference_error_options, *self.workload_options)
         return {
             **{name: self.checkpointer.description[name] for name in names},
+            # The scale of an adapter that goes on, and is the reference as it was; its weights are among the frozen.
+            "adapter": self.checkpointer.description["adapter"] if self.continues_adapter else None,
+            "family": repr(self.family),  # its form, and what the transformer is told beside a row
             **{name: arguments[name] for name in options},
             "timestep_shift": self.timestep_shift,
             "timestep_range": self.timestep_range,

@@ -58,6 +58,7 @@ class VideoREPATrainer(VideoTrainer):
     collator_class = TeacherVideoCollator
     uses_reference = False
     aligns_with_teacher = True
+    printed_metrics = ("loss/diffusion", "loss/alignment", "trd/raw")
 
     args: VideoREPAConfig
 

@@ -35,6 +35,8 @@ def test_folders_are_searched_through_in_order_and_names_may_repeat(folder, tmp_
     ]  # fmt: skip
     assert len({row["listing"] for row in rows}) == 4 and all(row["prompt"] is None for row in rows)
     assert "1 of .pdf" in caplog.text  # what is not taken is said
+    (folder / "linked").symlink_to(folder / "deep")
+    assert rows_of(folder, tmp_path=tmp_path) == rows and "linked is a link to a folder" in caplog.text
 
 
 def test_a_file_that_changes_is_another_listing(folder, tmp_path):
@@ -47,7 +49,9 @@ def test_a_file_that_changes_is_another_listing(folder, tmp_path):
 def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
     (folder / "a.txt").write_text("  a ball falls \n", encoding="utf-8")
     (folder / "b.json").write_text(json.dumps({"caption": "a ball rolls"}))
-    (folder / "metadata.csv").write_text("file_name,prompt\ndeep/er/a.MP4,einen Ball\n", encoding="utf-8")
+    (folder / "metadata.csv").write_text(
+        "file_name,prompt\ndeep/er/a.MP4,einen Ball\nPrüfung 视频 🎈.mkv,ein Ball, der rollt\n", "utf-8"
+    )
     (folder / "Prüfung 视频 🎈.json").write_text("{broken")
     prompts = {row["source_id"].rsplit("clips/")[-1]: row["prompt"] for row in rows_of(folder, tmp_path=tmp_path)}
     assert prompts == {
@@ -56,7 +60,7 @@ def test_captions_come_from_sidecars_and_metadata(folder, tmp_path, caplog):
         "deep/er/a.MP4": "einen Ball",
         "Prüfung 视频 🎈.mkv": None,
     }
-    assert "a caption is no JSON" in caplog.text
+    assert "a caption is no JSON" in caplog.text and "row 2 has another number of cells" in caplog.text
 
 
 def test_captions_are_found_in_capitals_and_a_bad_line_costs_its_own(folder, tmp_path, caplog):
@@ -254,6 +258,11 @@ def test_sources_that_are_none_are_refused_with_the_way_out(folder, tmp_path):
         rows_of(folder, folder, tmp_path=tmp_path)
     with pytest.raises(ValueError, match=r"expected a column 'video' with videos, got \['x'\]"):
         rows_of(datasets.Dataset.from_dict({"x": [1]}), tmp_path=tmp_path)
+    for captions in ([["a", "b"]], [3], [{"text": "a"}]):  # each would have become the text of a list, a number, ...
+        dataset = datasets.Dataset.from_dict({"video": ["x.mp4"], "prompt": captions})
+        with pytest.raises(ValueError, match="expected a text in each row of the column 'prompt'"):
+            rows_of(dataset, tmp_path=tmp_path)
+    assert rows_of(datasets.Dataset.from_dict({"video": ["x.mp4"], "prompt": [None]}), tmp_path=tmp_path)
 
 
 def test_clips_are_decoded_to_their_end_in_files_and_in_tars(tmp_path):

@@ -132,6 +132,29 @@ def test_what_is_committed_is_never_computed_again_whatever_interrupts(tmp_path)
     assert first + seen[5:] == table["source_id"].to_pylist()  # every row once, in two runs of other batch sizes
 
 
+def test_what_had_no_answer_is_asked_again_by_the_next_launch(tmp_path):
+    """And nothing else: neither what was answered beside it, nor what was dropped for good."""
+    asked, silent = [], {"clip 1", "clip 2"}
+
+    def ask(batch):
+        asked.append(batch["source_id"])
+        reasons = ["no_answer" if name in silent else "odd" if name == "clip 3" else None for name in asked[-1]]
+        return {**squares(batch), "dropped_by": reasons}
+
+    def run(shard=None):
+        stage = stage_of(ask, batch_size=2, again=("no_answer",))
+        return run_stage(table_of(x=[0.0, 1.0, 2.0, 3.0]), stage, tmp_path, shard)["dropped_by"].to_pylist()
+
+    assert run() == [None, "no_answer", "no_answer", "odd"] and len(asked) == 2
+    silent.remove("clip 2")
+    assert run() == [None, "no_answer", None, "odd"] and asked[2:] == [["clip 1", "clip 2"]]
+    assert run() == [None, "no_answer", None, "odd"] and asked[3:] == [["clip 1"]]
+    silent.clear()
+    assert run(Shard(0, 2))[1] == "no_answer" and len(asked) == 4  # of several processes each must see the same
+    assert run() == [None, None, None, "odd"] and asked[4:] == [["clip 1"]]
+    assert run() == [None, None, None, "odd"] and len(asked) == 5
+
+
 def test_new_rows_are_added_and_other_settings_start_afresh(tmp_path):
     seen = []
 

@@ -60,8 +60,9 @@ def cluster():
     # Ray's workers run at a low priority of their own; on a busy machine they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = nodes.add_node(num_cpus=1)
+    here = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}  # else Ray asks the network which address it has
+    nodes = Cluster(initialize_head=True, head_node_args={**here, "include_dashboard": False})
+    second = nodes.add_node(**here)
     ray.init(address=nodes.address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield nodes, second
     ray.shutdown()
@@ -151,6 +152,13 @@ def test_a_file_that_kills_its_workers_costs_its_own_row(cluster, tmp_path):
 def test_a_cluster_without_room_is_refused(cluster, tmp_path):
     with pytest.raises(ValueError, match="A worker takes 64 CPUs and 0 GPUs, the cluster has 2"):
         run_stage_on_ray(TABLE, stage(Double(tmp_path / "log")), tmp_path, RayCluster(cpus=64))
+
+
+def test_what_a_cluster_does_not_name_it_has_none_of():
+    RayCluster(cpus=0.5, gpus=1.0).check_room({"CPU": 0.5, "GPU": 1.0})
+    for room in ({"memory": 1.0}, {"CPU": 4.0}, {"GPU": 1.0}):
+        with pytest.raises(ValueError, match="A worker takes 0.5 CPUs and 0.5 GPUs, the cluster has"):
+            RayCluster(cpus=0.5, gpus=0.5).check_room(room)
 
 
 def test_the_whole_pipeline_runs_on_the_cluster(cluster, tmp_path):

@@ -122,7 +122,7 @@ def test_a_stage_travels_without_its_model():
 
 
 def test_lists_are_read_from_text_and_yaml(tmp_path):
-    (tmp_path / "a.txt").write_text("juggling\n\npole vault \n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\ufeffjuggling\n\npole vault \n", encoding="utf-8")
     (tmp_path / "b.yaml").write_text("- juggling\n- pole vault\n")
     (tmp_path / "c.yaml").write_text("juggling: [a person juggles, balls in the air]\npole vault: a vault\n")
     plain = {"juggling": ("juggling",), "pole vault": ("pole vault",)}

@@ -40,7 +40,7 @@ def pool(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(pool, tmp_path_factory):
     """A run from beginning to end."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("run") / "v[1]"
     return folder, run_phyaug(config(folder), [pool])
 
 

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from tests.support import rounding
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
+from video_trl.data.columns import column_names
 from video_trl.data.encoding import store
 from video_trl.data.encoding.store import EncodedWriter
+from video_trl.files import unfinished_folders
 from video_trl.models import WanFamily
 
 
@@ -353,6 +355,24 @@ def test_shards_split_and_read_back_and_survive_pickling(tmp_path):
     assert [example["latents"].mean().item() for example in loader] == [0, 1, 2, 3, 4]
 
 
+def test_behind_a_damaged_shard_of_an_unfinished_folder_all_is_written_again(tmp_path):
+    def write(*, stop: bool) -> None:
+        with EncodedWriter(tmp_path / "video-x", "video", "x", shard_bytes=16) as writer:
+            for number in range(4):
+                writer.add(f"videos/{number}", torch.full((4,), float(number)))  # a shard each
+            if stop:
+                raise InterruptedError
+            writer.finish([{"video": f"videos/{n}", "prompt_embeds": "videos/0", "prompt": "a"} for n in range(4)], [])
+
+    with pytest.raises(InterruptedError):
+        write(stop=True)
+    (folder,) = unfinished_folders(tmp_path)
+    shard = folder / "00001.safetensors"
+    flip(shard, len(shard.read_bytes()) - 1)
+    write(stop=False)
+    assert [row["latents"].mean().item() for row in EncodedDataset(tmp_path / "video-x")] == [0, 1, 2, 3]
+
+
 def test_folder_that_lost_a_piece_is_not_read(pipeline, tmp_path):
     encoded = encode(array_rows(), pipeline, tmp_path)
     shard = next(encoded.directory.glob("*.safetensors"))
@@ -527,6 +547,8 @@ def test_rows_of_an_index_come_back_as_they_were_written(tmp_path):
     encoded = EncodedDataset(tmp_path / "group-x")
     assert [row["prompt"] for row in encoded] == ["a \udce9", "b", "c"]
     assert [row.get("weight") for row in encoded] == [None, 2.0, 0.5]
+    columns = {"prompt", "prompt_embeds", "chosen_latents", "rejected_latents", "rejected_scores", "frame_rate"}
+    assert set(column_names(encoded)) == columns | {"weight"}  # of which the first row has none
     assert encoded[0]["rejected_scores"].tolist() == torch.tensor([[0.1, 0.2], [1, 0]]).tolist()
     assert "rejected_scores" not in encoded[1] and encoded[-1]["frame_rate"].item() == 8.0
     assert [row["rejected_latents"].flatten(1).mean(1).tolist() for row in encoded] == [[1, 2], [1, 0], [2, 0]]

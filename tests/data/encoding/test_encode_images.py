@@ -22,10 +22,13 @@ from tests.support.tiny import (
     tiny_wan_pipeline,
 )
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, write_video
-from video_trl.data.encoding.store import check_conditions
+from video_trl.data.columns import column_names
+from video_trl.data.encoding.store import EncodedWriter, check_conditions
 from video_trl.data.images import image_hash, read_image
-from video_trl.models import family_for
+from video_trl.models import WanFamily, family_for
+from video_trl.trainer.publishing.sampling import Sampler
 from video_trl.trainer.setup.chosen_rows import chosen_as_video
+from video_trl.trainer.setup.rows import IndexedDataset
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +229,21 @@ def test_encoded_rows_know_their_family(wan, tmp_path):
     other = tiny_cogvideox_i2v_pipeline()
     with pytest.raises(ValueError, match="was encoded for 'wan-i2v', but the transformer is 'cogvideox-i2v'"):
         check_conditions(encoded, family_for(other.transformer, other.scheduler))
+
+
+def test_chosen_videos_of_encoded_rows_know_their_family_and_rate_too(tmp_path):
+    """Latents of Wan and CogVideoX have one shape, and their prompts one width."""
+    with EncodedWriter(tmp_path / "group-x", "group", "x", encoder="wan", fps=12.0) as writer:
+        writer.add("v", torch.ones(4, 1, 4, 4))
+        writer.finish([{"prompt": "a", "prompt_embeds": "v", "chosen": "v", "rejected": ["v"]}], [])
+    chosen = chosen_as_video(EncodedDataset(tmp_path / "group-x"))
+    assert set(column_names(chosen)) == {"prompt", "prompt_embeds", "latents"}
+    other = tiny_cogvideox_i2v_pipeline()
+    with pytest.raises(ValueError, match="was encoded for 'wan', but the transformer is 'cogvideox-i2v'"):
+        check_conditions(chosen, family_for(other.transformer, other.scheduler))
+    rows = IndexedDataset(chosen, [(4, 1, 4, 4)])
+    sampler = Sampler(None, WanFamily(), rows, device=torch.device("cpu"), max_sequence_length=16)
+    assert sampler.fps == 12.0
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])

@@ -109,3 +109,8 @@ def test_what_is_missing_is_named(benchmark, tmp_path):
         physics_iq(generated_videos(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="table of descriptions"):
         load_physics_iq(tmp_path)
+    real = tmp_path / "split-videos" / "testing" / f"{FPS}FPS" / "notes.mp4"
+    real.parent.mkdir(parents=True)
+    real.touch()
+    with pytest.raises(ValueError, match=r"notes.mp4: expected a name such as 0001_"):
+        physics_iq(generated_videos(tmp_path), tmp_path)

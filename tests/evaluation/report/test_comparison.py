@@ -115,6 +115,33 @@ def test_scores_of_different_judges_and_rules_are_not_compared(folders, tmp_path
     assert compare_runs([folders[0], rule.folder], benchmark="videophy2")
 
 
+def test_one_name_is_not_one_judge(folders, tmp_path):
+    """Other weights or settings, or frames instead of files; tables with scores are one for each run."""
+
+    class Later(ColourJudge):
+        identity = "colour 2"
+
+    def scored(name, **by):
+        run = make_run(tmp_path / name, name, [(0.5, 0.5)] * 16, prompts=PROMPTS, seeds=(0, 1), scored=False)
+        score_run(run.folder, Later())
+        path = run.folder / "scores" / "colour" / "judge.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | by))
+        return run.folder
+
+    for folder in (scored("other"), scored("frames", identity="colour 1", judged="frames")):
+        with pytest.raises(ValueError, match="one name, and other weights, settings or pictures"):
+            compare_runs([folders[0], folder])
+    tables = [scored(name, name="precomputed", identity=f"precomputed:table={name}") for name in ("a", "b")]
+    assert len(compare_runs(tables)) == 3
+
+
+def test_a_group_of_some_runs_alone_has_empty_cells(folders, tmp_path):
+    prompts = [EvaluationPrompt(prompt.text, groups=("roll",)) for prompt in PROMPTS]
+    other = make_run(tmp_path / "o", "o", [(0.5, 0.5)] * 16, prompts=prompts, seeds=(0, 1)).folder
+    page = write_comparison([folders[0], other], tmp_path / "page.html", max_prompts=1).read_text()
+    assert "Joint proportion by group" in page
+
+
 LOG = [
     {
         "step": step,

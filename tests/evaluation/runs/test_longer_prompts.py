@@ -36,6 +36,10 @@ def test_sentences_are_written_once_and_kept_as_they_come(tmp_path):
         assert written == {text: f"On a table, {text} in the light." for text in texts} == read_longer_prompts(path)
         write_longer_prompts([*texts, "water boils"], client(server), path)
         assert len(server.requests) == 3
+        write_longer_prompts([" water boils\n"], client(server), path)  # blanks make no other sentence
+        assert len(server.requests) == 3
+    (prompt,) = evaluation_prompts([" water boils\n"], longer=path)
+    assert prompt.generation_text == "On a table, water boils in the light."
 
 
 def test_what_the_writer_cannot_do_is_named_and_the_rest_stays(tmp_path):

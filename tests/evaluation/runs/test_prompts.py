@@ -33,6 +33,21 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
     assert [prompt.text for prompt in load_prompts(tmp_path / "p.txt")] == ["one", "two, with a comma"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.txt", "one\ntwo"), ("p.json", '[" one ", {"prompt": "two\\n"}]'), ("p.csv", "prompt\n one \ntwo\n")],
+)
+def test_the_mark_of_windows_and_blanks_around_are_no_part_of_a_prompt(tmp_path, name, text):
+    (tmp_path / name).write_text(f"\ufeff{text}", encoding="utf-8")
+    assert [prompt.text for prompt in load_prompts(tmp_path / name)] == ["one", "two"]
+
+
+def test_groups_in_json_are_a_list_or_one_text(tmp_path):
+    entries = [{"prompt": "a", "groups": "hard; activity"}, {"prompt": "b", "groups": ["hard", "activity"]}]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    assert {prompt.groups for prompt in load_prompts(tmp_path / "p.json")} == {("hard", "activity")}
+
+
 def test_a_line_separator_inside_a_sentence_is_no_new_line(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps("a\u2028b", ensure_ascii=False) + "\n")
     assert load_prompts(tmp_path / "p.jsonl")[0].text == "a\u2028b"
@@ -58,6 +73,7 @@ def test_all_columns_are_read(tmp_path):
         ("p.txt", "", "at least one prompt"),
         ("p.json", '{"prompt": "a"}', "expected a list"),
         ("p.json", "[1]", "got int"),
+        ("p.json", '[{"prompt": "a", "groups": [1]}]', r"groups.*got \[1\]"),
         ("p.json", "[", "cannot be read as JSON"),
         ("p.jsonl", '"a"\n{', "line 2, cannot be read as JSON"),
         ("p.yaml", "- a", "ending in .txt, .csv"),

@@ -18,7 +18,9 @@ from tests.support.evaluation.runs import make_run
 from tests.support.evaluation.videorepa_tables import STATES, TABLE_1
 from video_trl.evaluation import proportion_of, sign_test, wilson_interval
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
+from video_trl.evaluation.runs.score import score_run
 from video_trl.evaluation.runs.tables import BENCHMARKS, benchmark_named, tabulate
+from video_trl.judges import PhyGroundJudge, QwenVLJudge, RemoteJudge, VideoPhy2Judge, VideoScore2Judge
 
 
 def _counts(printed, n, decimals):
@@ -134,3 +136,27 @@ def test_the_recorded_rule_counts_unless_another_is_asked_for(tmp_path):
     assert tabulate(tmp_path, benchmark="videophy").proportions["all"]["joint"].k == 1
     with pytest.raises(ValueError, match="Unknown benchmark 'videophy3'"):
         benchmark_named("videophy3")
+
+
+class Rater:
+    """A judge of this identity, and what it says of three videos."""
+
+    def __init__(self, identity, *scores):
+        self.name, self.identity, self.scores = identity[-40:], identity, scores
+
+    def score(self, videos, prompts):
+        return [{"sa": score, "pc": score} for score in self.scores]
+
+
+def test_a_rating_of_four_passes_videophy2_whatever_the_judge_makes_of_it(tmp_path):
+    """A server's 4 is 0.75, the benchmark's own 0.8: both are two of three; and what lies between is no 4 of 5."""
+    run = make_run(tmp_path, "n", [(0.5, 0.5)] * 3, benchmark="videophy2", scored=False)
+    options = {"base_url": "http://localhost:1/v1", "model": "m"}
+    quarters = [RemoteJudge(**options).identity, PhyGroundJudge(**options).identity]
+    quarters += [f"{VideoScore2Judge.name}:v1:weights=x", f"{QwenVLJudge.name}:v1:weights=x:prompts=y:rating,bfloat16"]
+    raters = [Rater(identity, 0.5, 0.75, 1.0) for identity in quarters]
+    raters += [Rater(f"{VideoPhy2Judge.name}:v1", 0.6, 0.8, 1.0), Rater("people:2024", 0.79, 0.8, 0.81)]
+    raters.append(Rater(f"{QwenVLJudge.name}:v1:weights=x:prompts=y:yes_no,bfloat16", 0.75, 0.8, 0.9))
+    for rater in raters:
+        score_run(tmp_path, rater)
+        assert tabulate(run, judge=rater.name).proportions["all"]["joint"].k == 2, rater.identity

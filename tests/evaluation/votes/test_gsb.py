@@ -79,3 +79,8 @@ def test_bad_input(verdicts, prompts, message):
 )
 def test_majority(votes, expected):
     assert majority(votes) == expected
+
+
+def test_labels_may_stand_in_an_array():
+    verdicts, labels = ["good", "bad", "good"], [0, 0, 1]
+    assert gsb(verdicts, np.array(labels)) == gsb(verdicts, labels)

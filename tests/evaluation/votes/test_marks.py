@@ -6,6 +6,7 @@ import os
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.evaluation.browser import HOSTILE, chromium, page_of
@@ -156,6 +157,10 @@ def test_files_of_pairs_and_dimensions_are_checked(pairs, tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             read_pairs(tmp_path / name)
+    (tmp_path / "numbers.jsonl").write_text(
+        json.dumps({"pair_id": 0, "prompt": "x", "video_a": "a0.mp4", "video_b": "b0.mp4"})
+    )
+    assert [pair.pair_id for pair in read_pairs(tmp_path / "numbers.jsonl")] == ["0"]
     with pytest.raises(ValueError, match="Expected dimensions among"):
         MarkingServer(pairs, tmp_path / "m.jsonl", dimensions=["beauty"], port=0)
     (tmp_path / "other.jsonl").write_text('{"annotator": "a", "pair_id": "p"}\n')
@@ -191,3 +196,23 @@ def test_the_page_names_only_ids_that_it_has():
     page, script = (folder / "marks.html").read_text(), (folder / "marks.js").read_text()
     used = set(re.findall(r'byId\("(\w+)"\)', script)) | {"welcome", "marking", "finished", "left", "right"}
     assert used <= set(re.findall(r'id="(\w+)"', page))
+
+
+def test_a_video_is_the_same_from_wherever_the_page_is_started(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_pairs(pairs.name) == read_pairs(pairs) == read_pairs(f"../{tmp_path.name}/{pairs.name}")
+
+
+def test_paths_of_votes_begin_at_their_table(pairs, tmp_path, capsys):
+    marks_of = {name: dict.fromkeys(DIMENSIONS, mark) for name, mark in (("a0.mp4", 5), ("b0.mp4", 1), ("far.mp4", 2))}
+    lines = [
+        {"pair_id": pair, "video": video, "annotator": "r", "prompt": "p"} | marks_of[video]
+        for pair, videos in (("p", ("a0.mp4", "b0.mp4")), ("q", ("a0.mp4", "far.mp4")))
+        for video in videos
+    ]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["--votes", str(tmp_path / "votes.jsonl"), "--min_raters", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(["curate", "annotated", *argv]) == 0
+    rows = pq.read_table(tmp_path / "out" / "pairs").to_pylist()
+    assert [row["chosen"]["path"] for row in rows] == [str(tmp_path / "a0.mp4")] * 2
+    assert [row["rejected"]["path"] for row in rows] == [str(tmp_path / "b0.mp4"), "far.mp4"]

@@ -51,9 +51,10 @@ def test_the_arms_of_reg_dpo_are_those_of_the_paper(study):
 
 def test_compared_arms_are_in_the_table_of_their_study_and_every_arm_is_in_one(study):
     for part in study.STUDIES.values():
-        assert {arm for pair in part.comparisons for arm in pair} <= {BASE, *part.arms}
-        assert len(set(part.comparisons)) == len(part.comparisons)
-    assert {arm for part in study.STUDIES.values() for arm in part.arms} == set(study.ARMS)
+        of_study = [*part.arms, *part.further]
+        assert {arm for pair in part.comparisons for arm in pair} <= {BASE, *of_study}
+        assert len(set(part.comparisons)) == len(part.comparisons) and len(set(of_study)) == len(of_study)
+    assert {arm for part in study.STUDIES.values() for arm in (*part.arms, *part.further)} == set(study.ARMS)
 
 
 def test_every_kind_of_loser_meets_every_objective_and_equal_time(study):
@@ -62,8 +63,10 @@ def test_every_kind_of_loser_meets_every_objective_and_equal_time(study):
     assert {winners: len(arms) for winners, arms in study.BY_WINNERS.items()} == {
         "": 5 * per_winner, "wild": 5 * per_winner, "few": 3 * per_winner,
     }  # fmt: skip
-    assert {study.PHYGDPO, PLAIN, study.DPO, "PhyGDPO, twins", "PhyGDPO, wild against twins"} <= set(part.arms)
+    assert {study.PHYGDPO, PLAIN, study.DPO, "PhyGDPO, twins", "PhyGDPO, wild against twins"} <= set(study.GRID)
+    assert set(study.GRID) < {*part.arms, *part.further}
     baseline = dict(part.comparisons[:-1])
+    assert set(baseline) >= {*part.arms} - {*study.EQUAL_UPDATES.values()}  # what is run is compared
     for arm in study.BY_WINNERS["wild"]:
         assert study.ARMS[arm].data.startswith("wild") and baseline[arm] == study.WILD_LONGER
     assert baseline["hinge, few partial"] == study.FEW_LONGER and study.ARMS[study.FEW_LONGER].steps == study.LONG
@@ -207,6 +210,11 @@ def test_what_the_errors_did_stands_under_the_losers(study, written):
     arm = "safeguard, wild twins"
     gains = {BASE: 0.0, study.WILD_LONGER: 0.2, arm: 0.3}
     text = written("losers", [(name, 0, {"gain": gain}) for name, gain in gains.items()])
+    part = study.STUDIES["losers"]
+    assert f"Whole: 1 of {3 * len(part.arms)} runs" in text  # the short list is the study
+    scores, comparisons = [line for line in text.splitlines() if line.startswith("**Not run yet:**")]
+    assert scores.count(";") == len(part.arms) - 2 and "repaint" not in scores + comparisons
+    assert f"Further {len(part.further) - 1} arms are there for `--arms`, and were not run." in text
     assert cells(text, "What the errors did", arm)[1:4] == ["0", "+0.0050 [+0.0000, +0.0100]", "0"]
     found = cells(text, "Comparisons", f"{arm} over {study.WILD_LONGER}")[2]
     assert float(found.split()[0]) == pytest.approx(0.1, abs=0.01)  # scores are colours of compressed videos

@@ -32,9 +32,9 @@ ENGINES = {"ddp": {"ddp_backend": "gloo"}, "fsdp2": FSDP2, "zero2": zero(2, sgd=
 def stop(directory: Path, arguments: dict[str, Any]) -> None:
     """A row that is not finite, seen by one of the processes: both stop, before the weights are touched."""
     rows = tiny_encoded_group(8)
-    rows[5]["chosen_latents"].fill_(float("nan"))
     args = config(directory, per_device_train_batch_size=1, max_steps=8, **arguments)
     made = trainer(args, train_dataset=rows)
+    rows[5]["chosen_latents"].fill_(float("nan"))  # after the check of all rows
     try:
         made.train()
     except NonFiniteLossError as error:

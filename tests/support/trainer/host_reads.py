@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import TrainerCallback
 
@@ -42,7 +42,7 @@ from video_trl import (
     VideoSFTTrainer,
 )
 from video_trl.trainer.preference_config import PreferenceConfig
-from video_trl.trainer.publishing.progress import ProgressReport
+from video_trl.trainer.publishing.progress import ClosingLine, ProgressReport
 
 
 BACKEND = "watched"
@@ -131,6 +131,7 @@ class WatchedDevice(TorchDispatchMode):
 
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the tensors inside; its results are on the device unless they were asked for elsewhere."""
+    check_devices(function, args, kwargs)
     if function in READS:
         wait(str(function))
     target = kwargs.get("device")
@@ -154,6 +155,17 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     result = tree_map_only(Tensor, WatchedTensor, result)
     return return_and_correct_aliasing(function, args, kwargs, result)
+
+
+def check_devices(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """As a GPU, which computes with no tensors of the host beside its own, but for single numbers and indices."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    watched = [isinstance(each, WatchedTensor) for each in tensors]
+    indexed = function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and watched[0]
+    if function in (aten.copy_.default, aten._to_copy.default) or indexed or not any(watched):
+        return
+    if any(each.ndim > 0 for each, on_device in zip(tensors, watched, strict=True) if not on_device):
+        raise RuntimeError(f"{function}: expected all tensors to be on {DEVICE}, got some of the host.")
 
 
 def kernels() -> torch.library.Library:
@@ -271,7 +283,8 @@ def main(directory: Path, *names: str) -> None:
             trainer = make()
             trainer.add_callback(watched)
             # This device has no memory to ask about.
-            trainer.remove_callback(ProgressReport)
+            for kind in (ProgressReport, ClosingLine):
+                trainer.remove_callback(kind)
             if isinstance(trainer.args, PreferenceConfig):
                 trainer.__dict__["step_mode"] = trainer.args.step_mode
             waits.clear()

@@ -18,7 +18,7 @@ from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.host_reads import DEVICE, WatchedDevice, config, kernels
 from tests.support.trainer.runs import losses
 from video_trl import VideoDPOConfig, VideoDPOTrainer
-from video_trl.trainer.publishing.progress import ProgressReport
+from video_trl.trainer.publishing.progress import ClosingLine, ProgressReport
 
 
 class Places(TrainerCallback):
@@ -47,7 +47,8 @@ def run(directory: Path, *, stays: bool) -> tuple[list[float], list[str]]:
     settings |= {"precompute_ref_errors": 1, "cache_dir": str(directory / "cache"), "learning_rate": 1e-3}
     args = config(VideoDPOConfig, directory, **settings)
     made = VideoDPOTrainer(tiny_wan_pipeline(), args, tiny_encoded_group(4), tiny_encoded_group(2, seed=9))
-    made.remove_callback(ProgressReport)  # this device has no memory to ask about
+    for kind in (ProgressReport, ClosingLine):
+        made.remove_callback(kind)  # this device has no memory to ask about
     if stays:
         made.reference.set_aside = lambda: None
     places = Places()

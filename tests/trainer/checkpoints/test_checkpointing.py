@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.support import forks
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_encoded_group, tiny_transformer, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     StopAfter,
@@ -86,7 +87,7 @@ def test_the_saved_adapter_makes_the_same_video_in_a_fresh_pipeline(tmp_path):
     made.train()
     made.save_model()
     fresh = tiny_wan_pipeline()
-    fresh.load_lora_weights(str(tmp_path))
+    fresh.load_lora_weights(str(tmp_path), **IN_FOLDER)
     video = generate(made.pipeline)
     assert torch.equal(generate(fresh), video) and not torch.equal(video, before)
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_encoded_group, tiny_wan_pipeline
 from tests.support.trainer.runs import StopAfter, assert_equal_weights, config, trained_weights, trainer
 from video_trl import VideoDPOConfig, VideoDPOTrainer
@@ -33,7 +34,7 @@ def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
     with pytest.raises(ValueError, match=r"lacks optimizer.pt and scheduler.pt, without which .* would start anew"):
         resumed(checkpoint, tmp_path / "new")
     pipeline = tiny_wan_pipeline()  # the way out
-    pipeline.load_lora_weights(str(checkpoint))
+    pipeline.load_lora_weights(str(checkpoint), **IN_FOLDER)
     trainer(config(tmp_path / "way-out", max_steps=1), model=pipeline).train()
 
 
@@ -70,6 +71,22 @@ def test_arguments_of_the_optimizer_are_among_them(tmp_path, caplog):
         check_settings(tmp_path, config(tmp_path, optim="sgd", optim_args="momentum=0.9"), "GroupDPO")
     assert "keeps these settings" in caplog.text and "optim_args: momentum=0.5 / momentum=0.9" in caplog.text
     assert "with other settings" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"metric_for_best_model": "loss"}, {"metric_for_best_model": "pc"}),
+        ({"greater_is_better": False}, {"greater_is_better": True}),
+    ],
+)
+def test_the_best_value_so_far_is_compared_with_none_of_another_metric(tmp_path, before, now):
+    (tmp_path / ARGUMENTS_NAME).write_text(config(tmp_path, **before).to_json_string())
+    (tmp_path / DESCRIPTION_NAME).write_text("{}")
+    with pytest.raises(ValueError, match=f"cannot be resumed with another `{next(iter(now))}`"):
+        check_settings(tmp_path, config(tmp_path, **now), "GroupDPO")
+    check_settings(tmp_path, config(tmp_path, **before), "GroupDPO")
+    check_settings(tmp_path, config(tmp_path), "GroupDPO")  # which looks for no best weights
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ made.train(resume_from_checkpoint="auto")
 
 def test_the_program_ends_with_the_code(tmp_path):
     process = forks.start("-c", PROGRAM, str(tmp_path))
-    while "'loss'" not in process.output:
+    while "  loss " not in process.output:
         assert not process.ended(), process.errors
         time.sleep(0.01)
     process.kill(signal.SIGTERM)

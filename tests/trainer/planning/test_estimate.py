@@ -147,7 +147,7 @@ def test_a_quantised_base_is_smaller_and_not_sharded(kind, bits):
 def test_fewer_bits_are_told_of_only_where_nothing_else_fits():
     config = configuration(tiny_wan_pipeline().transformer, num_layers=4, ffn_dim=16384)  # mostly weights
     work = workload(config=config, latents_shape=(4, 2, 4, 4), reference="adapter")
-    slowest = Placement(step_mode="sequential", checkpointing_policy="offload")
+    slowest = Placement(step_mode="sequential", checkpointing_policy="offload", offload_weights=True)
     peaks = {kind: estimate(replace(work, quantization=kind), slowest).peak for kind in (None, "int8", "nf4")}
     cards = {kind: int(peak / HEADROOM) + 1 for kind, peak in peaks.items()}
     assert cards[None] > cards["int8"] > cards["nf4"]

@@ -1,13 +1,16 @@
 """Where tokens lie in time and space, how two grids become one, and the head inside the transformer's forward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from tests.support.tiny import TEXT_DIM, tiny_transformer
+from tests.support.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
+from video_trl import VideoREPAConfig
 from video_trl.diffusion import VPrediction
-from video_trl.models import CogVideoXFamily, WanFamily
+from video_trl.models import CogVideoXFamily, WanFamily, family_of
 from video_trl.trainer.repa.alignment import (
     AlignmentHead,
     TokenGeometry,
@@ -18,6 +21,7 @@ from video_trl.trainer.repa.alignment import (
     student_geometry,
     tap_alignment,
 )
+from video_trl.trainer.repa.teacher_alignment import TeacherAlignment
 
 
 WAN = WanFamily()
@@ -210,3 +214,14 @@ def test_block_is_a_number_or_a_share_of_the_depth(layer, index):
 def test_block_that_does_not_exist_is_refused(layer):
     with pytest.raises(ValueError, match="a block from 1 to 30 or a fraction"):
         block_index(layer, 30)
+
+
+def test_without_a_vae_the_family_says_how_many_frames_a_latent_has(tmp_path):
+    """Rows that carry latents and tokens need none; LTX-Video's latent frames are of eight."""
+    pipeline = tiny_pipeline("ltx-t2v")
+    config = VideoREPAConfig(str(tmp_path), use_cpu=True)
+    for bare in (None, SimpleNamespace(components={"vae": None}), pipeline):
+        alignment = TeacherAlignment(config, config)
+        alignment._family, alignment._pipeline = family_of(pipeline), bare
+        plan = alignment._plan(pipeline.transformer, (8, 3, 2, 2), (8, 2, 2), [1.5 + 2 * k for k in range(8)])
+        assert plan.student.frame_times == (0.0, 4.5, 12.5)

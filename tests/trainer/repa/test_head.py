@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from diffusers import WanTransformer3DModel
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_wan_pipeline
 from tests.support.trainer.heads import HeadTrainer, head_trainer
 from tests.support.trainer.runs import RecordGradients, StopAfter, assert_equal_weights, losses, trained_weights
@@ -65,7 +66,7 @@ def test_saved_files_are_those_of_a_run_without_a_head(tmp_path, use_peft):
     assert not [name for name in made.model.state_dict() if "trained_head" in name]
     fresh = tiny_wan_pipeline(seed=1)
     if use_peft:
-        fresh.load_lora_weights(str(tmp_path / "saved"))
+        fresh.load_lora_weights(str(tmp_path / "saved"), **IN_FOLDER)
     else:
         loaded = WanTransformer3DModel.from_pretrained(tmp_path / "saved", subfolder="transformer")
         assert_equal_weights(loaded.state_dict(), made.model.state_dict())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import FAMILIES, tiny_encoded_group, tiny_pipeline, tiny_wan_pipeline
 from tests.support.trainer.runs import config, disturb_adapter, trainer
 from tests.trainer.test_families import TRAINERS, make, velocity
@@ -66,7 +67,7 @@ def test_an_adapter_on_all_linear_layers_reloads_and_is_exported(family, tmp_pat
     made.save_model()
     trained, fresh = velocity(made.pipeline, family), tiny_pipeline(family)
     assert not torch.equal(velocity(fresh, family), trained)
-    fresh.load_lora_weights(str(tmp_path / "run"))
+    fresh.load_lora_weights(str(tmp_path / "run"), **IN_FOLDER)
     torch.testing.assert_close(velocity(fresh, family), trained, rtol=0, atol=1e-6)
     again = make(family, "GroupDPO", tmp_path / "run", max_steps=2, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_encoded_group, tiny_transformer, tiny_wan_pipeline
 from tests.support.trainer.runs import assert_equal_weights, losses, trained_weights
 from video_trl import VideoDPOConfig, VideoDPOTrainer
@@ -66,7 +67,7 @@ def test_only_the_adapter_is_trained_on_a_smaller_base_and_fits_the_whole_one(tm
 
     made.save_model()
     pipeline = WanPipeline.from_pretrained(saved_pipeline)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, **IN_FOLDER)
     loaded = {name: w for name, w in pipeline.transformer.named_parameters() if ".lora_" in name}
     ours = [w for name, w in sorted(named.items()) if name in trained]
     assert len(loaded) == len(ours)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_encoded_video, tiny_wan_pipeline
 from tests.support.trainer.heads import head_config, head_trainer
 from tests.support.trainer.runs import config, losses, trained_weights, trainer
@@ -29,7 +30,7 @@ def adapter(tmp_path_factory):
 
 def with_adapter(adapter, name="s"):
     pipeline = tiny_wan_pipeline()
-    pipeline.load_lora_weights(adapter, adapter_name=name)
+    pipeline.load_lora_weights(adapter, adapter_name=name, **IN_FOLDER)
     return pipeline
 
 

@@ -10,7 +10,7 @@ from tests.support.rounding import assert_close_weights
 from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.runs import disturb_adapter, double, first_batch
 from tests.trainer.step.test_step_modes import make
-from video_trl import VideoDPOConfig, VideoDPOTrainer
+from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
 from video_trl.losses import velocity_error
 
 
@@ -124,6 +124,17 @@ def test_weights_of_raw_rows_are_encoded_with_them(tmp_path):
 def test_weights_that_mean_nothing_are_refused(weights, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, "DPO", "concat", rows=rows(weights), **changes)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_rows_behind_one_without_weights_are_checked_too(encoded, tmp_path):
+    raw = tiny_group_dataset(2, 2, num_frames=9) if encoded else rows(None)
+    mixed = [{name: cell for name, cell in row.items() if name != "loss_weights"} for row in raw]
+    mixed[1]["loss_weights"] = [1.0, -1.0, 0.0]
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "fps": 8}
+    args = VideoRegDPOConfig(**settings, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="Row 1: 'loss_weights' has negative numbers"):
+        VideoRegDPOTrainer(tiny_wan_pipeline(), args, mixed)
 
 
 def test_a_regulariser_does_not_go_with_negative_weights(tmp_path):

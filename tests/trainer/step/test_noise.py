@@ -6,7 +6,8 @@ import torch
 
 from tests.support.tiny import tiny_encoded_group
 from tests.support.trainer.runs import config, first_batch, trainer
-from video_trl.trainer.step.denoising import draw_noise, sample_generator
+from video_trl.models import WanFamily
+from video_trl.trainer.step.denoising import DenoisingStep, draw_noise, sample_generator
 
 
 SHAPE = (2, 3, 4, 5)
@@ -131,3 +132,13 @@ def test_a_range_that_the_model_does_not_have_is_refused_before_training(tmp_pat
         trainer(
             config(tmp_path, timestep_sampling="logit_normal", timestep_logit_mean=-90.0, timestep_range=(900, 1000))
         )
+
+
+@pytest.mark.parametrize("timestep_range", [None, (850.0, 1000.0), (0.0, 875.0)])
+@pytest.mark.parametrize("sampling", [{"sampling": "uniform"}, {"sampling": "shifted", "shift": 3.0}], ids=str)
+def test_bell_weights_have_mean_1_over_the_timesteps_that_are_drawn(sampling, timestep_range):
+    options = {"seed": 0, "device": torch.device("cpu"), "now": lambda: 0, "timestep_range": timestep_range}
+    step = DenoisingStep(WanFamily(), **options, **sampling)
+    timesteps = step.timesteps((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
+    weights = step.bell_weights(timesteps)
+    assert weights.mean().item() == pytest.approx(1, rel=2e-3) and weights.std() > 0.1

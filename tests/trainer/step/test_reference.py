@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.support.adapters import IN_FOLDER
 from tests.support.tiny import tiny_encoded_group, tiny_transformer, tiny_wan_pipeline
 from tests.support.trainer.runs import (
     assert_equal_weights,
@@ -70,7 +71,7 @@ def test_a_starting_adapter_is_continued_against_its_frozen_copy(tmp_path):
     first.train()
     first.save_model()
     pipeline = tiny_wan_pipeline()
-    pipeline.load_lora_weights(str(tmp_path / "first"))
+    pipeline.load_lora_weights(str(tmp_path / "first"), **IN_FOLDER)
     start = predict(pipeline.transformer)
 
     second = trainer(config(tmp_path / "second", loss_type="plackett_luce"), model=pipeline)
@@ -89,7 +90,7 @@ def test_a_starting_adapter_is_continued_against_its_frozen_copy(tmp_path):
     state, _ = hub.load_lora_state(tmp_path / "second")
     assert not any("ref" in name for name in state)
     fresh = tiny_wan_pipeline()
-    fresh.load_lora_weights(str(tmp_path / "second"))
+    fresh.load_lora_weights(str(tmp_path / "second"), **IN_FOLDER)
     assert torch.equal(predict(fresh.transformer), predict(second.model.eval()))
 
 

@@ -23,9 +23,11 @@ from tests.support.trainer.runs import (
     trained_weights,
 )
 from tests.trainer.step.test_step_modes import make
+from tests.trainer.test_families import make as make_of_family
 from video_trl.data import GroupCollator
 from video_trl.trainer import PreferenceConfig, PreferenceTrainer
-from video_trl.trainer.step.reference_errors import CachedReferenceErrors, cached_step, load_errors
+from video_trl.trainer.setup.rows import IndexedDataset
+from video_trl.trainer.step.reference_errors import CachedReferenceErrors, cache_path, cached_step, load_errors
 
 
 LOSSES: list[tuple[str, dict[str, Any]]] = [
@@ -172,6 +174,39 @@ def test_another_base_row_seed_or_distribution_of_noise_is_another_file(tmp_path
     different = [{"seed": 1}, {"timestep_sampling": "logit_normal"}, {"rows": rows}, {"model": other}]
     different += [{"shared_noise": False}, {"step_mode": "sequential"}, {"precompute_ref_errors": 2}]
     assert [files(**change) for change in different] == list(range(2, 2 + len(different)))
+
+
+def test_what_a_transformer_is_told_and_its_form_are_part_of_the_name(tmp_path):
+    def settings(family: str, **changes: Any) -> dict[str, Any]:
+        return make_of_family(family, "DPO", tmp_path, precompute_ref_errors=1, **changes)._cache_settings()
+
+    assert settings("hunyuan-t2v") != settings("hunyuan-t2v", embedded_guidance=1.0)
+    # One transformer, and rows that feed both.
+    t2v, i2v = settings("ltx-t2v"), settings("ltx-i2v")
+    assert {name for name in t2v if t2v[name] != i2v[name]} == {"family"}
+
+
+def test_rows_may_have_cells_that_are_no_numbers(tmp_path):
+    def name_of(**cells: Any) -> str:
+        rows = [{**row, **cells} for row in tiny_encoded_group(2)]
+        return cache_path(tmp_path, IndexedDataset(rows, [(4, 2, 4, 4)] * 2), {}).name
+
+    scores = [{"sa": 0.5, "pc": 0.25}] * 3
+    names = {name_of(), name_of(rejected_scores=scores), name_of(rejected_scores=scores[:2]), name_of(tags=["a", "b"])}
+    assert len(names) == 4 and name_of(rejected_scores=scores) in names
+
+
+def test_errors_are_measured_where_the_model_is(tmp_path):
+    """The batch is on the device of the trainer, and what the host decides by are lists, as a loader has it."""
+    made = make(tmp_path, "DPO", "concat", precompute_ref_errors=1)
+    seen: dict[str, Any] = {}
+    made.compute_loss = lambda model, inputs: seen.update(inputs)
+    made.passes.measure = lambda number, compute_loss: compute_loss()
+    made.args.__dict__["_setup_devices"] = torch.device("meta")
+    made._errors_of_reference([0, 1], 0)
+    tensors = {name: value.device.type for name, value in seen.items() if isinstance(value, torch.Tensor)}
+    assert {"chosen_latents", "rejected_latents", "prompt_embeds"} <= tensors.keys()
+    assert set(tensors.values()) == {"meta"} and seen["index"] == [0, 1]
 
 
 @pytest.mark.parametrize(

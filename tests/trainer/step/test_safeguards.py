@@ -156,6 +156,34 @@ def test_scales_are_logged_and_a_run_starts_at_log_2(safeguard, tmp_path):
     assert all(weight.isfinite().all() for weight in trained_weights(made).values())
 
 
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_videos_that_are_not_compared_are_none_that_were_let_through(safeguard, tmp_path):
+    """A group of four of which the score leaves out two has the metrics of a pair, and its gradient."""
+    rows, found = near_rows(2), []
+    for row in rows:
+        row["rejected_scores"] = torch.tensor([[1.0, 0.1], [1.0, 0.9], [1.0, 0.8]])
+    pairs = [{**row, **{key: row[key][:1] for key in ("rejected_latents", "rejected_scores")}} for row in rows]
+    for given, below in ((rows, 0.5), (pairs, None)):
+        made = make(
+            tmp_path / f"{below}", "GroupDPO", "sequential", rows=given, model=double(tiny_wan_pipeline()),
+            loss_type="sum", safeguard=safeguard, safeguard_mu=0.9, rejected_score_below=below,
+        )  # fmt: skip
+        disturb_adapter(made)
+        recorded: list[dict[str, torch.Tensor]] = []
+        made.record = recorded.append
+        made.passes = made.make_passes()  # they record
+        made.compute_loss(made.model, first_batch(made, 0, 1)).backward()
+        made.passes.backward()
+        gradients = [weight.grad.clone() for weight in made.model.parameters() if weight.requires_grad]
+        scales = [metrics for metrics in recorded if "safeguard/scale" in metrics]
+        names = ("safeguard/scale", "safeguard/held_back")
+        found.append(([torch.cat([each[name].flatten() for each in scales]).mean() for name in names], gradients))
+    (scale, held), gradients = found[0]
+    assert 0 < scale < 1 and held == 1
+    torch.testing.assert_close([scale, held], found[1][0])
+    torch.testing.assert_close(gradients, found[1][1])
+
+
 @pytest.mark.parametrize("name", ["DPO", "RegDPO", "GroupDPO"])
 def test_a_penalty_and_log_ratios_start_where_the_method_does(name, tmp_path):
     """Gaps are 0 in the first step, so that neither changes the loss there; afterwards both do."""

@@ -24,6 +24,7 @@ from ...data.folders import (
     captions_below,
     files_below,
 )
+from ...data.tables import load_configuration
 from ...data.video_file import open_bytes
 from ...data.video_io import decode_video, video_hash
 from ...files import write_atomically
@@ -43,6 +44,7 @@ SOURCE: dict[str, pa.DataType] = {
     "listing": pa.string(),
 }
 Row = dict[str, Any]
+_TEXT = ("string", "large_string", "string_view", "null")  # what a column of captions holds; null: none yet
 
 
 #: What clips are taken from; see [`list_clips`].
@@ -64,7 +66,7 @@ def list_clips(
         sources (`list`):
             Each one a folder (searched through, tars in it included), a `.tar` file in WebDataset layout, a video
             file, a `datasets.Dataset` or `IterableDataset` (read to its end), a folder written by `save_to_disk`, or
-            the id of a dataset on the Hub.
+            the id of a dataset on the Hub (`"user/name:configuration"` where it has several).
         spool (`str` or `Path`): Folder for videos whose bytes lie inside a dataset; named by content, written once.
         split (`str`, defaults to `"train"`): Split of datasets that are named.
         video_column, prompt_column (`str`): Columns of datasets. A video cell is a path or `{"path", "bytes"}`; rows
@@ -75,7 +77,7 @@ def list_clips(
             cannot be read, are dropped here, by name.
 
     Raises:
-        ValueError: A source is nothing of these, holds no clip, or is given twice.
+        ValueError: A source is nothing of these, holds no clip, is given twice, or has captions that are no texts.
     """
     rows: list[Row] = []
     for number, source in enumerate(sources):
@@ -161,7 +163,7 @@ def _list_source(
         beside = [other for other in folder.iterdir() if other.stem == path.stem]
         return iter([_file_row(path, str(path), caption_for(path, folder, captions_below(folder, beside)))])
     try:
-        loaded = datasets.load_dataset(str(source), split=split)
+        loaded, _ = load_configuration(str(source), split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"Expected a folder, a tar, a video file or a dataset, got {source}, which is none that can be loaded "
@@ -255,6 +257,12 @@ def _list_dataset(
         raise ValueError(
             f"{name}: expected a column {video_column!r} with videos, got {list(dataset.features)}. Name yours as "
             "`video_column`."
+        )
+    caption = dataset.features.get(prompt_column)
+    if caption is not None and not (isinstance(caption, datasets.Value) and caption.dtype in _TEXT):
+        raise ValueError(
+            f"{name}: expected a text in each row of the column {prompt_column!r}, got {caption}. Keep one caption of "
+            "each clip, or name another column as `prompt_column`."
         )
     columns = [column for column in (video_column, prompt_column) if column in dataset.features]
     dataset = dataset.select_columns(columns)

@@ -87,6 +87,8 @@ class Stage:
         trial (`Callable[[Batch], object]`, *optional*): For a function that decodes files from anywhere, one of which
             may kill the process, by a crash of a decoder or for its memory: what is tried, in a process of its own,
             with each row over which a process was killed. A row that kills that one too is dropped by "crashed".
+        again (`tuple[str, ...]`, *optional*): Reasons that may have passed, such as a server without an answer: rows
+            that an earlier launch dropped for one of them are computed again. By several processes they are not.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Stage:
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
     trial: Callable[[Batch], object] | None = None
+    again: tuple[str, ...] = ()
 
     @property
     def schema(self) -> pa.Schema:
@@ -242,6 +245,8 @@ def run_stage(table: pa.Table, stage: Stage, folder: str | os.PathLike[str], sha
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     parts = Parts(store, stage)
+    if shard.count == 1:  # of several, one could take what another one forgets
+        parts.forget_dropped()
     done = set(parts.keys())
     mine = [row for row in range(shard.index, len(keys), shard.count) if keys[row] not in done]
     tried = _try_suspects(todo, stage, store, mine) if stage.trial else {}
@@ -309,6 +314,20 @@ class Parts:
                 self._keys.update(table[self._stage.key].to_pylist())
         return self._keys
 
+    def forget_dropped(self) -> None:
+        """Takes out the rows that are to be computed again, see `Stage.again`; nobody else may work on the store."""
+        if not self._stage.again:
+            return
+        self.keys()
+        for name, table in list(self._tables.items()):
+            kept = table.filter(pc.invert(pc.is_in(table["dropped_by"], pa.array(self._stage.again, pa.string()))))
+            if len(kept) == len(table):
+                continue
+            if len(kept):
+                write_table(kept, self.store / part_name(kept[self._stage.key].to_pylist()))
+            (self.store / name).unlink()
+            self._tables, self._keys = {}, set()  # to be read anew
+
     def table(self) -> pa.Table:
         """All rows that [`Parts.keys`] has found."""
         parts = [table for _, table in sorted(self._tables.items())]
@@ -321,7 +340,12 @@ def commit_batch(store: Path, stage: Stage, keys: list[str], added: Batch) -> No
     columns = {name: added.get(name, [None] * length) for name in OUTCOME}
     columns |= {name: added[name] for name in stage.adds}
     table = pa.Table.from_pydict({stage.key: keys, **columns}, schema=stage.schema)
-    write_table(table, store / f"part-{digest(chr(0).join(keys))}.parquet")
+    write_table(table, store / part_name(keys))
+
+
+def part_name(keys: Sequence[str]) -> str:
+    """Of the file of a batch."""
+    return f"part-{digest(chr(0).join(keys))}.parquet"
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -9,6 +9,7 @@ committed twice has one name. What the driver finds in the store when it starts 
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from .manifest import (
     collect,
     commit_batch,
     commit_crashed,
-    digest,
     join_results,
     kept_rows,
+    part_name,
 )
 
 
@@ -79,8 +80,18 @@ class RayCluster:
                     f"No Ray cluster at {self.address!r} ({error}). Start one with `ray start --head`, and give its "
                     "address; RAY_AUTH_MODE and the token must be the same on all nodes."
                 ) from error
-        room = ray.cluster_resources()
-        # The reader of the table needs a little as well, and Ray waits forever for what will never be there.
+        self.check_room(ray.cluster_resources())
+
+    def check_room(self, room: Mapping[str, float]) -> None:
+        """
+        Ray would wait forever for what will never be there.
+
+        Args:
+            room (`dict`): CPUs and GPUs of the cluster, by Ray's names; those that it has none of are left out.
+
+        Raises:
+            ValueError: There is no room for a single worker.
+        """
         if room.get("CPU", 0) < self.cpus or room.get("GPU", 0) < self.gpus:
             raise ValueError(
                 f"A worker takes {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {room.get('CPU', 0):g} "
@@ -100,7 +111,7 @@ class Worker:
 
     def compute(self, batch: Batch) -> int:
         keys = batch[self.stage.key]
-        if not (self.store / f"part-{digest(chr(0).join(keys))}.parquet").is_file():  # else: died after the commit
+        if not (self.store / part_name(keys)).is_file():  # else: died after the commit
             commit_batch(self.store, self.stage, keys, self.stage.function(batch))
         return len(keys)
 
@@ -125,6 +136,7 @@ def run_stage_on_ray(table: pa.Table, stage: Stage, folder: str | Path, cluster:
     keys = todo[stage.key].to_pylist()
     assert len(set(keys)) == len(keys), f"`{stage.key}` must be unique among the rows of stage {stage.name}"
     parts = Parts(store, stage)
+    parts.forget_dropped()
     done = set(parts.keys())
     missing = [row for row, key in enumerate(keys) if key not in done]
     if missing:

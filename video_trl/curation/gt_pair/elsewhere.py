@@ -2,26 +2,25 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
 from ...data.buckets import AspectBucket
 from ...data.folders import VIDEO_SUFFIXES
-from ...data.video_io import VideoDecodeError, video_hash
+from ...data.video_io import VideoDecodeError, probe_video, video_hash
+from ...files import read_csv, read_json_lines
 from ..clips.normalise import normalise_video
 from ..engine.manifest import Batch, Shard, Stage, digest, new_manifest, run_stage, with_columns
 from ..generate import GENERATED, JOB, VideoModel
 
 
-ELSEWHERE_VERSION = 1
-# Ending of a table -> what reads it.
-_TABLES = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
+ELSEWHERE_VERSION = 2
+_MAX_ENLARGED = 1.1  # more is seen as blur, by which chosen and rejected would be told apart
+_TABLES = (".csv", ".jsonl", ".parquet")
 
 
 def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
@@ -37,7 +36,7 @@ def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
         `dict[str, Path]`: Name of a clip without folders and ending, or its content hash, to the file.
 
     Raises:
-        ValueError: Neither, no video in it, a column that is missing, or two videos for one clip.
+        ValueError: Neither, no video in it, a table that cannot be read or lacks a column, or two videos for one clip.
     """
     place = Path(source)
     if place.is_dir():
@@ -45,10 +44,10 @@ def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
         named = [(path.stem, path) for path in files]
     elif place.suffix in _TABLES and place.is_file():
         named = []
-        for number, row in enumerate(_TABLES[place.suffix](place).to_pylist()):
-            if not row.get("source") or not row.get("video"):
+        for number, row in enumerate(_rows(place)):
+            if not isinstance(row, Mapping) or not row.get("source") or not row.get("video"):
                 raise ValueError(f"{place}, row {number}: expected 'source' and 'video', got {row}.")
-            named.append((Path(str(row["source"])).stem, place.parent / str(row["video"])))
+            named.append((_without_ending(str(row["source"])), place.parent / str(row["video"])))
     else:
         raise ValueError(f"{place}: expected a folder with videos, or a table ({', '.join(_TABLES)}).")
     if not named:
@@ -61,24 +60,56 @@ def find_videos(source: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
-def jobs_elsewhere(clips: Batch, generator: str, videos: Mapping[str, Path]) -> pa.Table:
+def _rows(table: Path) -> list[Any]:
+    """Rows of a table; all cells of a CSV are texts, since "0007" is a name and no number."""
+    try:
+        if table.suffix == ".csv":
+            return read_csv(table)
+        if table.suffix == ".jsonl":
+            return [row for _, row in read_json_lines(table)]
+        return pq.read_table(table).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{table}: cannot be read as a table ({error}).") from error
+
+
+def _without_ending(name: str) -> str:
+    """Name of a clip or video without folders and ending; a dot in it is no ending."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
+
+
+def clip_name(clip: Mapping[str, Any]) -> str:
+    """What a clip is called, without folders and ending: of one in a tar, its name there."""
+    return _without_ending(clip["path"] if clip.get("offset") is None else clip["source_id"])
+
+
+def jobs_elsewhere(clips: Batch, generator: str, videos: Mapping[str, Path], shared: Collection[str] = ()) -> pa.Table:
     """
     A row for each clip that the generator has a video of, as [`~video_trl.curation.generate.job_table`] makes them.
 
     Args:
-        clips (`dict`): Columns `source_id`, `path`, `content`, `prompt`, `reference_image`, `bucket`.
+        clips (`dict`): Columns `source_id`, `path`, `content`, `prompt`, `reference_image`, `bucket`, and `offset`
+            where clips may lie in tars.
         generator (`str`): Its name, such as "kling-2.1".
         videos (`dict[str, Path]`): From [`find_videos`].
+        shared (`Collection[str]`, *optional*): Names that several clips have, which say nothing.
 
     Raises:
-        ValueError: If no video belongs to any clip.
+        ValueError: If no video belongs to any clip, or one to several by its name.
     """
     columns: Batch = {name: [] for name in (*JOB, "made")}
     for row in zip(*clips.values(), strict=True):
         clip = dict(zip(clips, row, strict=True))
-        made = videos.get(clip["content"]) or videos.get(Path(clip["path"]).stem)
+        name = clip_name(clip)
+        made = videos.get(clip["content"]) or videos.get(name)
         if made is None:
             continue
+        if name in shared and clip["content"] not in videos:
+            raise ValueError(
+                f"{generator}: {made} may belong to {clip['source_id']} or to another clip of that name. Name it "
+                f"{clip['content']}{made.suffix}, by the content of the clip (`content` in the manifest), or list it "
+                "so in a table."
+            )
         try:
             content = video_hash(made)
         except VideoDecodeError:
@@ -114,6 +145,13 @@ def bring_to_format(jobs: pa.Table, root: Path, *, fps: float, num_frames: int, 
             file = Path("generated") / VideoModel(generator).slug / f"{job}.mp4"
             row: dict[str, Any] = dict.fromkeys(added)
             try:
+                info = probe_video(made)
+                if max(size.height / info.height, size.width / info.width) > _MAX_ENLARGED:
+                    raise VideoDecodeError(
+                        f"{made} is {info.width}x{info.height}, pairs are {size.width}x{size.height}: enlarged, it "
+                        "would differ by its blur. Make it larger, or lower `short_edge`.",
+                        kind="too_small",
+                    )
                 frames = normalise_video(
                     made, root / file, height=size.height, width=size.width, fps=fps, num_frames=num_frames
                 )

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...data.buckets import AspectBucket, aspect_buckets, nearest_bucket
 from ...data.video_file import MAX_PIXELS, VideoLimits
@@ -45,7 +46,7 @@ from ..engine.manifest import (
 )
 from ..engine.output import output_folder, sweep
 from ..generate import VideoModel, check_model, job_table, run_jobs
-from .elsewhere import bring_to_format, find_videos, jobs_elsewhere
+from .elsewhere import bring_to_format, clip_name, find_videos, jobs_elsewhere
 from .pairs import build_pairs
 
 
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 # 150 frames at 29.97 fps are 5.005 s, and nobody means to exclude them from "5 seconds".
 DURATION_TOLERANCE = 0.05
 _OUTPUTS = ("manifest.parquet", "generations.parquet", "pairs", "held_out")
+_HELD_OUT = ("clips.parquet", "prompts.jsonl")
 # Those of `ASPECT_RATIOS`, written out: `video-trl curate --help` reads this file without importing it.
 RATIOS = ("9:16", "3:4", "1:1", "16:9")
 
@@ -367,8 +369,7 @@ def _run_stages(
     if shard.index == 0:
         write_table(table, root / "manifest.parquet")
         write_table(generations, root / "generations.parquet")
-        if config.num_held_out:
-            write_held_out(table, root)
+        write_held_out(table, root)
         write_table(pairs.with_format("arrow")[:], root / "pairs" / "train.parquet")
         sweep(root, ("stages", "sources", "videos", "generated"))
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
@@ -445,20 +446,19 @@ def normalise(table: pa.Table, config: GTPairConfig, root: Path, shard: Shard) -
 
 
 def write_captions(table: pa.Table, captioner: Captioner, root: Path, shard: Shard) -> pa.Table:
-    """Captions for clips without one, from their normalised files."""
+    """Captions for clips without one, from their normalised files. Those that clips come with are not kept here."""
 
     def caption_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        missing = [row for row, prompt in enumerate(batch["prompt"]) if prompt is None]
-        written = captioner([str(root / batch["video"][row]) for row in missing]) if missing else []
-        captions = list(batch["prompt"])
-        for row, caption in zip(missing, written, strict=True):
-            captions[row] = caption.strip() or None
-        return {"caption": captions}
+        written = captioner([str(root / video) for video in batch["video"]])
+        return {"caption": [caption.strip() or None for caption in written]}
 
     stage = Stage("caption", caption_batch, {"caption": pa.string()}, "content", {"captioner": captioner.name})
-    table = run_stage(table, stage, root / "stages", shard)
-    prompts = [a or b for a, b in zip(table["prompt"].to_pylist(), table["caption"].to_pylist(), strict=True)]
-    table = with_columns(table, {"prompt": prompts}, {"prompt": pa.string()})
+    untold = kept_rows(table.filter(pc.is_null(table["prompt"])))
+    described = run_stage(untold, stage, root / "stages", shard)
+    captions = dict(zip(described["content"].to_pylist(), described["caption"].to_pylist(), strict=True))
+    columns = {"caption": [captions.get(content) for content in table["content"].to_pylist()]}
+    prompts = [a or b for a, b in zip(table["prompt"].to_pylist(), columns["caption"], strict=True)]
+    table = with_columns(table, columns | {"prompt": prompts}, {"caption": pa.string(), "prompt": pa.string()})
     return drop_where(table, [prompt is None for prompt in prompts], "no_prompt")
 
 
@@ -477,15 +477,22 @@ def hold_out(table: pa.Table, number: int) -> pa.Table:
 
 
 def write_held_out(table: pa.Table, root: Path) -> None:
-    """The prompts of an evaluation, for `video-trl eval --prompts`: sentence, first frame and real clip of each."""
-    rows = [row for row in table.to_pylist() if row["dropped_by"] == "held_out"]
+    """
+    The prompts of an evaluation, for `video-trl eval --prompts`: sentence, first frame and real clip of each. Where no
+    clip is held out, those of an earlier run go: they are trained on now.
+    """
+    rows = table.filter(pc.equal(table["dropped_by"], "held_out")).to_pylist()
+    if not rows:
+        for name in _HELD_OUT:
+            (root / "held_out" / name).unlink(missing_ok=True)
+        return
     entries = [
         {"prompt": row["prompt"], "image": str(root / row["reference_image"]), "video": str(root / row["video"])}
         for row in rows
     ]
-    write_table(pa.Table.from_pylist(entries), root / "held_out" / "clips.parquet")
+    write_table(pa.Table.from_pylist(entries), root / "held_out" / _HELD_OUT[0])
     prompts = [json.dumps({name: entry[name] for name in ("prompt", "image")}) for entry in entries]
-    write_atomically(root / "held_out" / "prompts.jsonl", "\n".join(prompts) + "\n")
+    write_atomically(root / "held_out" / _HELD_OUT[1], "\n".join(prompts) + "\n")
 
 
 def generate(
@@ -500,11 +507,12 @@ def generate(
     dropped; with single pairs, one that has none.
     """
     available = kept_rows(table)
-    names = ["source_id", "path", "content", "prompt", "reference_image", "bucket"]
+    names = ["source_id", "path", "offset", "content", "prompt", "reference_image", "bucket"]
     clips = available.select(names).to_pydict()
+    shared = _shared_names(table.select(names)) if elsewhere else set()
     tables = []
     for generator, videos in elsewhere.items():
-        jobs = jobs_elsewhere(clips, generator, videos)
+        jobs = jobs_elsewhere(clips, generator, videos, shared)
         tables.append(bring_to_format(jobs, root, fps=config.fps, num_frames=config.num_frames, shard=shard))
     for model in config.video_models():
         jobs = job_table(clips, model, config.seeds, {"fps": config.fps, "num_frames": config.num_frames})
@@ -527,3 +535,10 @@ def generate(
             failed.setdefault(content, f"{made[content]} of {wanted} videos")
     details = [failed.get(content) for content in table["content"].to_pylist()]
     return drop_where(table, [detail is not None for detail in details], "generation", details), generations
+
+
+def _shared_names(table: pa.Table) -> set[str]:
+    """Names that clips of different content have; those of dropped clips count too."""
+    clips = table.filter(pc.is_valid(table["content"])).to_pylist()
+    names = Counter(name for name, _ in {(clip_name(clip), clip["content"]) for clip in clips})
+    return {name for name, number in names.items() if number > 1}

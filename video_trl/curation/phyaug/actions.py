@@ -72,7 +72,7 @@ def read_actions(source: str | os.PathLike[str] | Sequence[str] | Mapping[str, S
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = Path(source).read_text(encoding="utf-8-sig")
             listed = yaml.safe_load(text) if name.endswith((".yaml", ".yml")) else text.splitlines()
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(

@@ -42,6 +42,7 @@ from .annotation import (
 
 
 COT_VERSION = 3
+NO_ANSWER = ("no_answer",)  # what a server did not answer, it may answer another time
 
 #: Columns that the filter adds. `parse`, `vision_check` and `physics_scores` are JSON.
 ANNOTATED: dict[str, pa.DataType] = {
@@ -317,4 +318,4 @@ def _dropped(failure: Failure) -> dict[str, Any]:
 
 
 def _failure(error: ChatError) -> Failure:
-    return Failure("invalid_answer" if isinstance(error, InvalidAnswerError) else "no_answer", str(error))
+    return Failure("invalid_answer" if isinstance(error, InvalidAnswerError) else NO_ANSWER[0], str(error))

@@ -1,5 +1,6 @@
 """Last stages of PhyAugPipe: judge the generated videos and write rows of type "group"."""
 
+import glob
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,11 +13,12 @@ import pyarrow as pa
 import torch
 
 from ...data.columns import group_features
-from ...files import read_json
+from ...files import fingerprint, read_json
 from ...judges import VideoJudge
 from ...judges.base import score_each
 from ...losses.preference import physics_weights
 from ..engine.manifest import Batch, kept_rows
+from .config import public
 
 
 JUDGED_VERSION = 1
@@ -61,6 +63,13 @@ class JudgeBatch:
                 str(score.get("error", ""))[:1000] if bad else None for score, bad in zip(scores, missing, strict=True)
             ],
         }
+
+
+def judge_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a judge's scores, as the settings of its stage: of a table, which may be completed, its content."""
+    settings = {"judge": name, "options": public(dict(options)), "version": JUDGED_VERSION}
+    table = {"table": fingerprint(Path(name))} if Path(name).is_file() else {}
+    return json.loads(json.dumps(settings | table, default=str))
 
 
 def phyaug_features() -> datasets.Features:
@@ -153,4 +162,5 @@ def load_groups(output_dir: str | os.PathLike[str]) -> datasets.Dataset:
     if state != "finished":
         status = "no run" if state is None else f"a run that is not finished (state {state!r})"
         raise ValueError(f"{root} holds {status}. Start the pipeline with the same settings: it goes on where it was.")
-    return datasets.Dataset.from_parquet(str(root / "groups" / GROUPS_NAME), cache_dir=str(root / ".cache"))
+    table = glob.escape(str(root / "groups" / GROUPS_NAME))  # `datasets` takes a path for a pattern
+    return datasets.Dataset.from_parquet(table, cache_dir=str(root / ".cache"))

@@ -58,10 +58,10 @@ from .actions import (
     load_embedder,
     read_actions,
 )
-from .annotate import ANNOTATED, CAPTION_ANNOTATED, AnnotateBatch, check_annotator, load_annotator
+from .annotate import ANNOTATED, CAPTION_ANNOTATED, NO_ANSWER, AnnotateBatch, check_annotator, load_annotator
 from .annotation import prompt_hash
 from .config import PhyAugConfig, public
-from .groups import GROUPS_NAME, JUDGED, JUDGED_VERSION, RUN_NAME, JudgeBatch, build_groups, load_groups
+from .groups import GROUPS_NAME, JUDGED, RUN_NAME, JudgeBatch, build_groups, judge_settings, load_groups
 from .report import write_dataset_card, write_funnel
 from .sampling import allocate, category_scores, draw, representatives
 
@@ -343,6 +343,7 @@ def read_captions(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Tabl
         "clip",
         {"annotator": config.text_annotator, "options": public(options), "prompts": prompt_hash()},
         8 * config.batch_size,
+        again=NO_ANSWER,
     )
     rule = Rule("physics_poor_caption", "text_richness", config.min_text_richness)
     return apply_rules_to_table(run(table, stage, gpu=True), [rule])
@@ -361,6 +362,7 @@ def annotate(table: pa.Table, config: PhyAugConfig, run: Runner) -> pa.Table:
         | (drafts if config.text_annotator else {}),
         config.batch_size,
         trial=decode_clips,  # the first stage that decodes whole clips; its model need not be loaded for that
+        again=NO_ANSWER,
     )
     return apply_rules_to_table(
         run(table, stage, gpu=True), [Rule("physics_poor", "physics_richness", config.min_richness)]
@@ -407,7 +409,7 @@ def make_videos(clips: pa.Table, config: PhyAugConfig, seeds: Sequence[int], roo
         JudgeBatch(partial(load_judge, config.judge, **options), root),
         JUDGED,
         "job",
-        {"judge": config.judge, "options": public(options), "version": JUDGED_VERSION},
+        judge_settings(config.judge, options),
         config.batch_size,
     )
     return run(jobs, stage, gpu=True)

@@ -468,4 +468,4 @@ def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         module.to("cpu")
         if device.type != "cpu":
-            torch.accelerator.empty_cache()
+            torch.get_device_module(device).empty_cache()

@@ -34,12 +34,15 @@ class EncodedIndex:
 
     Attributes:
         columns (`list[str]`): Columns of rows that hold tensors.
+        present (`list[str]`): Columns that some row has.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._rows, self._tensors = _mapped(directory / ROWS_NAME), _mapped(directory / TENSORS_NAME)
         self.columns = [name for name in self._rows.column_names if name not in _OTHER]
+        cells = zip(self._rows.column_names, self._rows.columns, strict=True)
+        self.present = [name for name, column in cells if name != "form" and column.null_count < len(column)]
 
     def __len__(self) -> int:
         return int(self._rows.num_rows)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 def default_device() -> torch.device:
     """The accelerator, if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def first_on_each_machine(work: Callable[[], str]) -> str:

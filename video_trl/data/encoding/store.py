@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _INDEX_NAME = "index.json"
 _FORMAT = 3
 _CHECKSUMS_KEY = "checksums"  # in the header of a shard
+_LATENTS = {"video": "latents", "chosen": "chosen_latents", "rejected": "rejected_latents"}  # in the index, in rows
 _SHARD_BYTES = 256 << 20  # a shard is built in memory before it is written
 # A shard is written earlier where a kill would lose more than so much time, or so large a proportion of it.
 _SECONDS_AT_STAKE, _PROPORTION_AT_STAKE = 5.0, 0.01
@@ -114,7 +115,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     @property
     def column_names(self) -> list[str]:
-        return list(self[0])
+        """Columns that some row has."""
+        return [_LATENTS.get(name, name) for name in self.index.present]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -127,8 +129,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         else:
             example["chosen_latents"] = self._tensor(row["chosen"])
             example["rejected_latents"] = torch.stack([self._tensor(number) for number in row["rejected"]])
-        named = ("video", "chosen", "rejected")
-        others = [column for column in self.index.columns if column not in named and row[column] is not None]
+        others = [column for column in self.index.columns if column not in _LATENTS and row[column] is not None]
         example.update({column: self._tensor(row[column]) for column in others})
         if row.get("rejected_scores") is not None:
             example["rejected_scores"] = torch.tensor(row["rejected_scores"], dtype=torch.float32)
@@ -193,6 +194,20 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return f"Delete {self.directory} and encode again."
 
 
+@runtime_checkable
+class MadeOfRows(Protocol):
+    """Rows that are made of others, of all or of some."""
+
+    made_of: MapDataset
+
+
+def encoded_origin(dataset: MapDataset) -> EncodedDataset | None:
+    """The encoded dataset that rows are, or are made of; `None` if there is none."""
+    while isinstance(dataset, MadeOfRows):
+        dataset = dataset.made_of
+    return dataset if isinstance(dataset, EncodedDataset) else None
+
+
 def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
     """
     Check that encoded rows carry what a transformer is conditioned on.
@@ -204,11 +219,12 @@ def check_conditions(dataset: MapDataset, family: ModelFamily) -> None:
     Raises:
         ValueError: If a column is missing, or the rows are known to be encoded for another family of models.
     """
-    if isinstance(dataset, EncodedDataset) and dataset.encoder is not None:
+    origin = encoded_origin(dataset)
+    if origin is not None and origin.encoder is not None:
         # A family shares its VAE and text encoder; `"wan"` and `"wan-i2v"` are two forms of one.
-        if dataset.encoder.split("-")[0] != family.name.split("-")[0]:
+        if origin.encoder.split("-")[0] != family.name.split("-")[0]:
             raise ValueError(
-                f"{dataset.directory} was encoded for {dataset.encoder!r}, but the transformer is {family.name!r}: "
+                f"{origin.directory} was encoded for {origin.encoder!r}, but the transformer is {family.name!r}: "
                 "latents of one mean nothing to the other. Encode the videos with the pipeline that is trained."
             )
     columns = column_names(dataset)
@@ -331,8 +347,8 @@ class EncodedWriter:
     def _find_shards(self, folder: Path) -> None:
         """Take over what a process before this one has written; shards after a damaged one are written again."""
         (folder / _INDEX_NAME).unlink(missing_ok=True)
-        for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
-            found = _tensors_in(shard) if shard.name == f"{number:05d}.safetensors" else None
+        for shard in sorted(folder.glob("*.safetensors")):
+            found = _tensors_in(shard) if shard.name == f"{len(self._shards):05d}.safetensors" else None
             if found is None:
                 shard.unlink()
                 continue

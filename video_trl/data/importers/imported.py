@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from tqdm.auto import tqdm
 
-from ...files import atomic_folder, write_atomically
+from ...files import atomic_folder, is_whole, write_atomically
 from ..video_io import VideoDecodeError, probe_video
 
 
@@ -144,7 +144,10 @@ def csv_records(
             except csv.Error as error:
                 imported.skip(f"{path}, line {reader.line_num}", f"this is no CSV ({error})")
                 continue
-            yield f"{path}, line {reader.line_num}", record
+            if is_whole(record):
+                yield f"{path}, line {reader.line_num}", record
+            else:
+                imported.skip(f"{path}, line {reader.line_num}", "it has another number of cells than the header")
 
 
 def common_names(names: Sequence[str]) -> str:

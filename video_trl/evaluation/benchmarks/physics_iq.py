@@ -7,7 +7,6 @@ no judge. Videos and sentences are the user's copy (CC-BY-4.0; https://github.co
 code Apache-2.0); nothing of them is shipped. This is the original score, as `code/` of that repository has it.
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ...data.video_io import iterate_video, probe_video
+from ...files import read_csv
 from ..report.page import Table
 from ..runs.prompts import EvaluationPrompt, check_prompts
 from ..runs.run import load_run
@@ -92,9 +92,8 @@ def load_physics_iq(
     tables = [root / "descriptions.csv", root / "descriptions" / "descriptions_original.csv"]
     table = Path(descriptions) if descriptions is not None else next((p for p in tables if p.is_file()), tables[0])
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = read_csv(table)
+    except ValueError as error:
         raise ValueError(f"{table}: expected Physics-IQ's table of descriptions ({error}).") from error
     prompts = []
     for row in rows:
@@ -117,7 +116,7 @@ def find_cases(folder: str | os.PathLike[str], fps: float) -> list[PhysicsIQCase
     The real outcomes, of that frame rate where they are there, else of 30 frames a second.
 
     Raises:
-        ValueError: If there are none, or a first take has no second one.
+        ValueError: If there are none, one has another kind of name, or a first take has no second one.
     """
     split = Path(folder) / "split-videos"
     homes = [split / name / f"{rate:g}FPS" for rate in (fps, 30) for name in ("testing", "testing-videos")]
@@ -126,8 +125,12 @@ def find_cases(folder: str | os.PathLike[str], fps: float) -> list[PhysicsIQCase
         raise ValueError(f"{folder}: expected the real videos in {homes[-2]}. Fetch Physics-IQ's split-videos.")
     takes: dict[tuple[str, str, str], tuple[str, Path]] = {}
     for path in sorted(home.glob("*.mp4")):
-        number, _, _, view, take, scenario = path.stem.split("_")
-        takes[view, scenario, take] = number, path
+        parts = path.stem.split("_")
+        if len(parts) != 6:
+            raise ValueError(
+                f"{path}: expected a name such as 0001_testing-videos_30FPS_VIEW_take-1_SCENARIO.mp4. Move it away."
+            )
+        takes[parts[3], parts[5], parts[4]] = parts[0], path
     cases = []
     for (view, scenario, take), (number, path) in takes.items():
         if take != "take-1":

@@ -12,7 +12,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..runs.prompts import EvaluationPrompt, check_prompts, read_csv_rows
+from ...files import read_csv
+from ..runs.prompts import EvaluationPrompt, check_prompts
 
 
 REPOSITORY = "videophysics/videophy_test_public"
@@ -64,7 +65,7 @@ def table_rows(source: str | os.PathLike[str], file_name: str, columns: Sequence
                 f"No file {os.fspath(source)!r}, and {file_name} of the dataset of that id cannot be loaded "
                 f"({error}). Download it where there is a connection and pass its path."
             ) from error
-    rows = read_csv_rows(path)
+    rows = read_csv(path)
     missing = [name for name in columns if rows and name not in rows[0]]
     if missing or not rows:
         raise ValueError(f"{path}: expected rows with the columns {', '.join(columns)}; missing: {missing or 'rows'}.")

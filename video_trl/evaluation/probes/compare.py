@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
+from ...data.encoding.processes import default_device
 from ...hub.attach import find_adapter, load_adapter
 from ...hub.published import Alpha
 from ...load import DTYPE_OPTION, SANDBOX, contact_clips, default_teacher, load_pipeline, load_teacher
@@ -120,5 +121,4 @@ def _load(name: str) -> DiffusionPipeline:
     """The pipeline, on the accelerator if there is one and the model is not tiny."""
     if name == SANDBOX:
         return load_pipeline(name)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return load_pipeline(name, dtype=torch.float32).to(device)
+    return load_pipeline(name, dtype=torch.float32).to(default_device())

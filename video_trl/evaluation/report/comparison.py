@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from ...judges.precomputed import PrecomputedJudge
 from ..runs.prompts import ALL
 from ..runs.run import EvaluationRun, load_run
 from ..runs.tables import RunTable, tabulate
@@ -45,8 +46,8 @@ def compare_runs(
         `list[Comparison]`: Empty for a single method.
 
     Raises:
-        ValueError: If runs differ in prompts, seeds, judge or rule, a run is given twice, methods have different
-            training seeds, or scores are missing.
+        ValueError: If runs differ in prompts, seeds, judge (its name or identity, or whether it saw frames or files)
+            or rule, a run is given twice, methods have different training seeds, or scores are missing.
     """
     tables = [tabulate(load_run(folder), judge=judge, benchmark=benchmark, level=level) for folder in run_dirs]
     return _compare(tables, baseline, level)
@@ -275,6 +276,11 @@ def _methods(tables: Sequence[RunTable]) -> dict[str, list[RunTable]]:
                 f"{run.folder} was scored by {table.judge!r} and counted as {table.benchmark.name!r}, "
                 f"{first.run.folder} by {first.judge!r} as {first.benchmark.name!r}. Score both by one judge and rule."
             )
+        if _judged(table) != _judged(first):
+            raise ValueError(
+                f"{run.folder} was judged by {dict(table.judged)}, {first.run.folder} by {dict(first.judged)}: one "
+                "name, and other weights, settings or pictures, whose scores do not compare. Score both in one way."
+            )
         methods.setdefault(run.name, []).append(table)
     for name, runs in methods.items():
         counts = Counter(table.run.training_seed for table in runs)
@@ -284,6 +290,12 @@ def _methods(tables: Sequence[RunTable]) -> dict[str, list[RunTable]]:
                 "Give methods distinct names, and each run of a method its training seed."
             )
     return {name: sorted(runs, key=lambda table: table.run.training_seed or 0) for name, runs in methods.items()}
+
+
+def _judged(table: RunTable) -> dict[str, str]:
+    """What must be equal for scores to compare; of tables with scores each run may have one of its own."""
+    own = {"identity": ""} if table.judge == PrecomputedJudge.name else {}
+    return {**table.judged, **own}
 
 
 def _pooled(tables: Sequence[RunTable], num_seeds: int) -> dict[str, list[float]]:
@@ -327,7 +339,8 @@ def _group_tables(tables: Sequence[RunTable]) -> list[Table]:
     rows = []
     for group in groups:
         first = tables[0].proportions[group]["joint"]
-        rows.append([group, str(first.n), *(str(table.proportions[group]["joint"]) for table in tables)])
+        of_runs = [table.proportions.get(group, {}).get("joint", "") for table in tables]
+        rows.append([group, str(first.n), *map(str, of_runs)])
     header = ["group", "videos", *(_label(table.run) for table in tables)]
     return [Table("Joint proportion by group", header, rows)]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, field_validator
 from tqdm.auto import tqdm
 
-from ...files import write_atomically
+from ...files import read_csv, write_atomically
 from ...judges.chat import ChatClient, ChatError, ChatQuestion
 from ...judges.frames import quoted
-from .prompts import EvaluationPrompt, read_csv_rows
+from .prompts import EvaluationPrompt
 
 
 MAX_WORDS = 150  # what the writer is told; VideoREPA's number
@@ -77,7 +77,7 @@ def write_longer_prompts(
     """
     path = Path(path)
     known = read_longer_prompts(path) if path.exists() else {}
-    texts = [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts]
+    texts = [(prompt if isinstance(prompt, str) else prompt.text).strip() for prompt in prompts]
     missing = [text for text in dict.fromkeys(texts) if text not in known]
     failed: list[str] = []
     for start in tqdm(range(0, len(missing), _AT_ONCE), desc="Writing prompts", unit="batch", disable=None):
@@ -106,7 +106,7 @@ def read_longer_prompts(path: str | os.PathLike[str]) -> dict[str, str]:
         ValueError: If the file is missing, lacks a column, or a longer sentence is blank.
     """
     longer: dict[str, str] = {}
-    for row in read_csv_rows(path):
+    for row in read_csv(path):
         short, long = (next((name for name in names if name in row), None) for names in (_SHORT, _LONG))
         if short is None or long is None:
             raise ValueError(
@@ -127,13 +127,13 @@ def with_longer_prompts(
     Raises:
         ValueError: If one has none: a table of two settings would count neither.
     """
-    missing = [prompt.text for prompt in prompts if prompt.text not in longer]
+    missing = [prompt.text for prompt in prompts if prompt.text.strip() not in longer]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(prompts)} prompts have no longer sentence, the first being {missing[0]!r}. Write "
             "them (`--prompt_writer`), or add them to the file."
         )
-    return tuple(replace(prompt, generation_text=longer[prompt.text]) for prompt in prompts)
+    return tuple(replace(prompt, generation_text=longer[prompt.text.strip()]) for prompt in prompts)
 
 
 def _question(text: str) -> ChatQuestion[LongPrompt]:

@@ -1,6 +1,5 @@
 """Read the prompts of an evaluation: text for the model, text for the judge, and groups for the table."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import fingerprint, read_json, read_json_lines
+from ...files import fingerprint, read_csv, read_json, read_json_lines
 
 
 ALL = "all"  # the group of all prompts
@@ -80,7 +79,10 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
     - `.txt`: a prompt on each line; blank lines are left out.
     - `.csv`: a column `prompt` (or `caption`); quoted cells may hold commas, quotes and newlines. Optional columns:
       `generation_prompt`, `category`, `groups` (separated by semicolons), `image`.
-    - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line.
+    - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line; `groups` may be
+      a list.
+
+    Blanks around a prompt are no part of it.
 
     Args:
         path (path): The file, in UTF-8.
@@ -102,30 +104,9 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """
-    Rows of a CSV file by its header.
-
-    Raises:
-        ValueError: If the file is missing, is not UTF-8, or a row has more or fewer cells than the header.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a CSV file in UTF-8 ({error}).") from error
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise ValueError(
-                f"{path}: row {number + 1} has another number of cells than the header. A cell with a comma, a quote "
-                'or a newline must stand in double quotes, and a quote inside it is written twice ("").'
-            )
-    return rows
-
-
 def _read_lines(path: Path) -> list[Any]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a text file in UTF-8 ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
@@ -143,12 +124,12 @@ def _read_json_lines(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv_rows(path)]
+    return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv(path)]
 
 
 def _prompt(row: Any) -> EvaluationPrompt:
     if isinstance(row, str):
-        return EvaluationPrompt(row)
+        return EvaluationPrompt(row.strip())
     text = next((row[name] for name in _TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if not isinstance(text, str):
         entry = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -156,10 +137,16 @@ def _prompt(row: Any) -> EvaluationPrompt:
             f"Expected a text, or an entry 'prompt' (or 'caption') with a text, beside {', '.join(_OPTIONAL_COLUMNS)}"
             f"; got {entry}."
         )
+    groups = row.get("groups") or ()
+    groups = groups.split(";") if isinstance(groups, str) else groups
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, str) for group in groups):
+        raise ValueError(
+            f"Expected the groups of {text!r} as a list of texts, or one with semicolons; got {groups!r}."
+        )
     return EvaluationPrompt(
-        text=text,
-        generation_text=row.get("generation_prompt") or None,
+        text=text.strip(),
+        generation_text=str(row.get("generation_prompt") or "").strip() or None,
         category=row.get("category") or "",
-        groups=tuple(group.strip() for group in row.get("groups") or () if group.strip()),
+        groups=tuple(group.strip() for group in groups if group.strip()),
         image=row.get("image") or None,
     )

@@ -139,14 +139,15 @@ def load_scores(run: EvaluationRun, judge: str | None = None) -> list[dict[str, 
     return scores
 
 
-def judge_of(run: EvaluationRun, judge: str | None = None) -> str:
+def judge_of(run: EvaluationRun, judge: str | None = None) -> dict[str, str]:
     """
-    Name of the judge whose scores [`load_scores`] reads.
+    `name` and `identity` of the judge whose scores [`load_scores`] reads, and `judged` where it saw frames as the
+    model made them instead of compressed files.
 
     Raises:
         ValueError: As in [`load_scores`].
     """
-    return str(read_json(_score_folder(run, judge) / _JUDGE_FILE)["name"])
+    return {key: str(value) for key, value in read_json(_score_folder(run, judge) / _JUDGE_FILE).items()}
 
 
 def open_scores(run: EvaluationRun, judge: VideoJudge, *, of_frames: bool = False) -> Path:

@@ -1,8 +1,9 @@
 """Compute counts, proportions and means by group from the scores of a run: the table of a benchmark."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..report.page import Table
@@ -55,24 +56,34 @@ BENCHMARKS = {
 }
 
 
+# Judges that make (r - 1) / 4 of a rating r from 1 to 5, by their identities; VideoPhy-2's own makes r / 5.
+_IN_QUARTERS = re.compile(r"(remote|phyground|videoscore2|qwen-vl(?=:.*:rating,)):")
+
+
 @dataclass(frozen=True)
 class RunTable:
     """
     Counts of one run.
 
     Attributes:
-        run ([`EvaluationRun`]), judge (`str`), benchmark ([`Benchmark`]): What was counted, by whom, how.
+        run ([`EvaluationRun`]), benchmark ([`Benchmark`]): What was counted, and how.
+        judged (`dict[str, str]`): By whom: `name` and `identity` of the judge, see [`judge_of`].
         scores (list of `dict`): Score of each video, in the order of `run.cases`.
         proportions (`dict[group, dict[criterion, Proportion]]`): Videos that passed; group `all` has all.
         means (`dict[group, dict[str, float]]`): Mean `sa` and `pc`.
     """
 
     run: EvaluationRun
-    judge: str
+    judged: Mapping[str, str]
     benchmark: Benchmark
     scores: Sequence[Mapping[str, Any]]
     proportions: Mapping[str, Mapping[str, Proportion]]
     means: Mapping[str, Mapping[str, float]]
+
+    @property
+    def judge(self) -> str:
+        """Name of the judge."""
+        return self.judged["name"]
 
     def rows(self) -> list[dict[str, Any]]:
         """Every video as JSON values: `prompt`, `category`, `seed`, the judge's `score`s, `joint`, path of `video`."""
@@ -130,8 +141,8 @@ def tabulate(
         ValueError: If the rule is unknown, or the run or its scores are not complete.
     """
     run = run_dir if isinstance(run_dir, EvaluationRun) else load_run(run_dir)
-    rule = benchmark_named(benchmark or run.benchmark)
-    scores = load_scores(run, judge)
+    judged, scores = judge_of(run, judge), load_scores(run, judge)
+    rule = _as_given(benchmark_named(benchmark or run.benchmark), judged["identity"])
     members = groups_of(run)
     proportions: dict[str, dict[str, Proportion]] = {}
     means: dict[str, dict[str, float]] = {}
@@ -144,7 +155,7 @@ def tabulate(
         means[group] = {
             key: sum(float(scores[index][key]) for index in indices) / len(indices) for key in ("sa", "pc")
         }
-    return RunTable(run, judge_of(run, judge), rule, scores, proportions, means)
+    return RunTable(run, judged, rule, scores, proportions, means)
 
 
 def benchmark_named(name: str) -> Benchmark:
@@ -155,6 +166,13 @@ def benchmark_named(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise ValueError(f"Unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
+
+
+def _as_given(rule: Benchmark, identity: str) -> Benchmark:
+    """The rule on the scale of the judge: with (r - 1) / 4 a rating of 4 is 0.75, and below VideoPhy-2's 0.8."""
+    if rule.name == "videophy2" and _IN_QUARTERS.match(identity):
+        return replace(rule, passes=BENCHMARKS["phyground"].passes)
+    return rule
 
 
 def groups_of(run: EvaluationRun) -> dict[str, list[int]]:

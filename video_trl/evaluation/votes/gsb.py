@@ -87,7 +87,8 @@ def gsb(
     if prompts is not None and len(prompts) != len(verdicts):
         raise ValueError(f"`prompts` must label all {len(verdicts)} verdicts, got {len(prompts)} labels.")
     labels: dict[Hashable, int] = {}
-    rows = [labels.setdefault(prompt, len(labels)) for prompt in (prompts or range(len(verdicts)))]
+    each = range(len(verdicts)) if prompts is None else prompts
+    rows = [labels.setdefault(prompt, len(labels)) for prompt in each]
     counts = np.zeros((len(labels), len(VERDICTS)))
     np.add.at(counts, (rows, [VERDICTS.index(verdict) for verdict in verdicts]), 1)
 

@@ -18,8 +18,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from ...data.video_io import VideoDecodeError, probe_video
-from ...files import read_json_lines
-from ..runs.prompts import read_csv_rows
+from ...files import read_csv, read_json_lines
 from .held_file import HeldFile, read_lines
 from .server import OpaqueNames, PageServer, checked_rater, next_pair
 
@@ -66,13 +65,15 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected pairs in a .csv or .jsonl file.")
-    rows: list[Any] = read_csv_rows(path) if path.suffix == ".csv" else [row for _, row in read_json_lines(path)]
+    rows: list[Any] = read_csv(path) if path.suffix == ".csv" else [row for _, row in read_json_lines(path)]
     pairs: dict[str, Pair] = {}
     for number, row in enumerate(rows):
-        missing = [name for name in _PAIR if not (isinstance(row, dict) and row.get(name))]
+        missing = [name for name in _PAIR if not isinstance(row, dict) or row.get(name) in (None, "")]
         if missing:
             raise ValueError(f"{path}, pair {number}: expected values for {missing}, got {row}.")
-        pair = Pair(str(row["pair_id"]), str(row["prompt"]), *(str(path.parent / row[side]) for side in _SIDES))
+        # Absolute: a second start from another folder must not take the same video for another one.
+        videos = (os.path.abspath(path.parent / str(row[side])) for side in _SIDES)
+        pair = Pair(str(row["pair_id"]), str(row["prompt"]), *videos)
         gone = [video for video in (pair.video_a, pair.video_b) if not Path(video).is_file()]
         if gone or pair.pair_id in pairs:
             reason = f"there is no file {gone[0]}" if gone else f"the pair_id {pair.pair_id!r} stands there twice"

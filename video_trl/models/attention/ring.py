@@ -1,5 +1,5 @@
 """
-Correct the backward pass of ring attention in diffusers 0.42.
+Correct the backward pass of ring attention in diffusers 0.41 and 0.42.
 
 There every process has the queries of its part of the tokens, and sees the keys and values of one part after the
 other. Diffusers' forward pass is right. Its backward pass
@@ -9,8 +9,9 @@ other. Diffusers' forward pass is right. Its backward pass
 - reads the saved tensors once for every part, which activation checkpointing, without reentrance, allows only once;
 - holds the output besides, out of activation checkpointing's reach: as much memory as the blocks' inputs.
 
-Other versions are used as they are. `tests/distributed/test_ring_attention.py` shows whether they are right: it
-finds these faults in a version that has them, and fails if they are there and not remedied.
+Older versions have other faults and are refused; newer ones are used as they are.
+`tests/distributed/test_ring_attention.py` shows whether they are right: it finds these faults in a version that has
+them, and fails if they are there and not remedied.
 """
 
 from copy import copy
@@ -35,11 +36,26 @@ RING_BACKENDS = (
 )
 """Diffusers' attention back ends that give the log-sum-exp by which parts are put together, and a backward pass."""
 
-_WRONG_VERSION = ["0", "42"]
+_REMEDIED = ("0.41", "0.42")  # the same class in both
+_TOO_OLD = ("0.38", "0.39", "0.40")
 
 
 def check_ring_backend(name: str | None) -> None:
-    """Raise a `ValueError` unless ring attention can be made of an attention back end (`None`: torch's choice)."""
+    """
+    Check that there is a right ring attention of an attention back end.
+
+    Args:
+        name (`str`, *optional*): The back end; none: torch's choice.
+
+    Raises:
+        ValueError: If it does not give what ring attention needs, or the gradients are wrong in this diffusers.
+    """
+    if _version() in _TOO_OLD:
+        raise ValueError(
+            f"`context_parallel_method='ring'` needs diffusers 0.41 or newer, this is {diffusers.__version__}: its "
+            "ring attention has wrong gradients. Update it (Python 3.10 takes 0.41), or use "
+            "`context_parallel_method='ulysses'`."
+        )
     if name not in RING_BACKENDS:
         raise ValueError(
             "`context_parallel_method='ring'` puts parts of attention together by their log-sum-exp, which "
@@ -50,8 +66,12 @@ def check_ring_backend(name: str | None) -> None:
 
 def mend_ring_attention() -> None:
     """Let ring attention in this process have a right backward pass, if this version of diffusers has a wrong one."""
-    if diffusers.__version__.split(".")[:2] == _WRONG_VERSION:
+    if _version() in _REMEDIED:
         attention_dispatch.TemplatedRingAttention = RingAttention
+
+
+def _version() -> str:
+    return ".".join(diffusers.__version__.split(".")[:2])
 
 
 class _State:

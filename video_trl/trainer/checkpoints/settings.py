@@ -137,6 +137,8 @@ def _refuse(directory: Path, changed: dict[str, tuple[Any, Any]]) -> None:
         "optim": lambda pair: not any({*pair} <= kinds for kinds in _SAME_STATES),
         "optim_class": lambda pair: True,
         "lr_scheduler_type": lambda pair: any(kind in _SCHEDULES_WITH_STATES for kind in pair),
+        "metric_for_best_model": lambda pair: None not in pair,  # the best value so far is one of the other metric
+        "greater_is_better": lambda pair: None not in pair,
     }
     for name, is_refused in reasons.items():
         if name in changed and is_refused(changed[name]):

@@ -442,7 +442,7 @@ def fitting_step_mode(workload: Workload, placement: Placement, gpu_memory: int 
 
 def accelerator_memory(device: torch.device) -> int | None:
     """Total bytes of memory of an accelerator, `None` for the CPU. Not the free ones: every start decides alike."""
-    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
+    return None if device.type == "cpu" else torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def describe_estimate(cost: Estimate) -> str:

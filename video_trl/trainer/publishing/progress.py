@@ -1,4 +1,4 @@
-"""Report the speed, memory and remaining time of a run, and where its results are."""
+"""Report the speed, memory and remaining time of a run, and at its end where the results are."""
 
 import resource
 import sys
@@ -38,11 +38,16 @@ class ProgressReport(TrainerCallback):
     - `minutes_left`: to the last step, at the average pace so far, evaluations included.
 
     `trainer.state.log_history` gets none of them: it stays a function of data and seeds, and a resumed run has the
-    log of an uninterrupted one. At the end a line says how long it took and where everything is.
+    log of an uninterrupted one.
 
     Args:
         accelerator (`Accelerator`): Of the trainer.
+
+    Attributes:
+        summary (`str`): Steps, time, speed and memory of the training that has ended.
     """
+
+    summary: str
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -52,7 +57,7 @@ class ProgressReport(TrainerCallback):
 
     def on_train_begin(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats()
+            torch.get_device_module(args.device).reset_peak_memory_stats()
         self._start = self._last_log = time.perf_counter()
         self._first_step, self._steps = state.global_step, 0
         self._in_steps = self._in_all_steps = 0.0
@@ -87,15 +92,11 @@ class ProgressReport(TrainerCallback):
         self._last_log, self._in_steps, self._steps = now, 0.0, 0
 
     def on_train_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        peak = self._peak_memory(args.device)
-        if not state.is_world_process_zero:
-            return
         steps = state.global_step - self._first_step
         speed = steps * _rows_of_a_step(args) / max(self._in_all_steps, 1e-9)
-        tqdm.write(
+        self.summary = (
             f"{steps} steps in {(time.perf_counter() - self._start) / 60:.1f} minutes, {speed:.3g} rows a second, "
-            f"peak memory {peak:.3g} GiB. {where_everything_is(Path(args.output_dir), state)}",
-            file=sys.stderr,
+            f"peak memory {self._peak_memory(args.device):.3g} GiB."
         )
 
     def _peak_memory(self, device: torch.device) -> float:
@@ -104,9 +105,30 @@ class ProgressReport(TrainerCallback):
             unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         else:
-            peak = torch.accelerator.max_memory_allocated()
+            peak = torch.get_device_module(device).max_memory_allocated()
         peaks = self._accelerator.gather(torch.tensor([peak / 2**30], device=device))
         return peaks.max().item()
+
+
+class ClosingLine(TrainerCallback):
+    """
+    Says at the end of a training how long it took and where everything is.
+
+    Who saves the weights afterwards can take it off the trainer (`pop_callback`), and call it then.
+
+    Args:
+        progress ([`ProgressReport`]): Of the same trainer.
+    """
+
+    def __init__(self, progress: ProgressReport) -> None:
+        self._progress = progress
+
+    def on_train_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(self(args, state), file=sys.stderr)
+
+    def __call__(self, args: VideoConfig, state: TrainerState) -> str:
+        return f"{self._progress.summary} {where_everything_is(Path(args.output_dir), state)}"
 
 
 def where_everything_is(directory: Path, state: TrainerState) -> str:

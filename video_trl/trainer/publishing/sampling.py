@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import TrainerCallback
 
-from ...data import EncodedDataset
 from ...data.columns import as_tensor
+from ...data.encoding.store import encoded_origin
 from ...models import ModelFamily, rules_of
 from ...models.base import FRAME_RATE
 from ...models.mixed_precision import inputs_cast_for_vae
@@ -60,7 +60,8 @@ class Sampler:
         self.pipeline, self.family, self.rows, self.device = pipeline, family, rows, device
         self.tensorboard = tensorboard
         self.prompts: list[str] = []
-        recorded = rows.rows.fps if isinstance(rows.rows, EncodedDataset) else None
+        origin = encoded_origin(rows.rows)
+        recorded = None if origin is None else origin.fps
         rules = None if pipeline is None else rules_of(pipeline)
         self.fps = fps or recorded or (16.0 if rules is None else rules.fps)  # of no use to a bare transformer
         self.call_kwargs: dict[str, Any] = {"max_sequence_length": max_sequence_length}
@@ -130,7 +131,7 @@ def generation(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Di
             random.setstate(python_state)
             np.random.set_state(numpy_state)
             if device.type != "cpu":
-                torch.accelerator.empty_cache()  # the VAE and text encoder have left; their memory is for training
+                torch.get_device_module(device).empty_cache()  # VAE and text encoder have left; this is for training
 
 
 def first_frame(pipeline: DiffusionPipeline, family: ModelFamily, row: Mapping[str, Any]) -> PIL.Image.Image:

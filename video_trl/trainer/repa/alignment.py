@@ -18,8 +18,6 @@ Projector = Literal["mlp", "linear", "none"]
 SpatialPooling = Literal["area", "conv"]
 SpatialTarget = Literal["coarser", "teacher", "student"]
 
-FRAMES_PER_LATENT = 4  # of the VAEs of all supported families; used where there is no pipeline to ask
-
 
 @dataclass(frozen=True)
 class TokenGeometry:

@@ -21,7 +21,6 @@ from ...teachers import TeacherTokens, VideoTeacher
 from ..base_config import VideoConfig
 from ..setup.rows import IndexedDataset, encoded_cache_dir
 from .alignment import (
-    FRAMES_PER_LATENT,
     AlignedTokens,
     AlignmentHead,
     AlignmentPlan,
@@ -201,7 +200,7 @@ class TeacherAlignment:
         key = (tuple(latents_shape[-3:]), teacher)
         if key not in self._plans:
             vae = self._pipeline.components.get("vae") if self._pipeline else None
-            frames_per_latent = FRAMES_PER_LATENT if vae is None else self._family.compression(vae)[0]
+            frames_per_latent = self._family.frames_per_latent if vae is None else self._family.compression(vae)[0]
             student = student_geometry(self._family, transformer, latents_shape, frames_per_latent)
             plan = plan_alignment(
                 student,

@@ -76,7 +76,7 @@ class TeacherRows:
                 f"Expected the teacher's tokens of {len(rows)} videos, got those of {len(tokens)}. Encode both from "
                 "the same dataset."
             )
-        self.rows, self.tokens = rows, tokens
+        self.rows, self.tokens, self.made_of = rows, tokens, rows
         self._place = {
             "teacher_grid": torch.tensor(tokens.grid),
             "teacher_frame_times": torch.as_tensor(tokens.frame_times, dtype=torch.float32),
@@ -87,6 +87,10 @@ class TeacherRows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return {**self.rows[index], **self.tokens[index], **self._place}
+
+    @property
+    def column_names(self) -> list[str]:
+        return [*column_names(self.rows), *TEACHER_COLUMNS]
 
     @property
     def fingerprint(self) -> str | None:
@@ -106,7 +110,7 @@ class PixelRows:
 
     def __init__(self, rows: MapDataset, videos: MapDataset, pixels: Mapping[str, Any]) -> None:
         assert len(rows) == len(videos), (len(rows), len(videos))
-        self.rows, self.videos, self.pixels = rows, videos, dict(pixels)
+        self.rows, self.videos, self.pixels, self.made_of = rows, videos, dict(pixels), rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,6 +118,10 @@ class PixelRows:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         video = read_video(self.videos[index]["video"], **self.pixels)
         return {**self.rows[index], "video": torch.from_numpy(video)}
+
+    @property
+    def column_names(self) -> list[str]:
+        return [*column_names(self.rows), "video"]
 
 
 class SelectedRows:
@@ -127,6 +135,10 @@ class SelectedRows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self.rows[self.indices[index]]
+
+    @property
+    def column_names(self) -> list[str]:
+        return column_names(self.rows)
 
 
 def stack_teacher(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

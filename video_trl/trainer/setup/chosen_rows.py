@@ -17,18 +17,22 @@ class _ChosenRows:
     """Rows of a group or preference dataset that is not a `datasets.Dataset`, as video rows."""
 
     def __init__(self, rows: MapDataset) -> None:
-        self._rows = rows
+        self.made_of = rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.made_of)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._rows[index]
+        row = self.made_of[index]
         return {_CHOSEN.get(name, name): value for name, value in row.items() if not _is_rejected(name)}
 
     @property
+    def column_names(self) -> list[str]:
+        return [_CHOSEN.get(name, name) for name in column_names(self.made_of) if not _is_rejected(name)]
+
+    @property
     def fingerprint(self) -> str | None:
-        rows = fingerprint_of(self._rows)
+        rows = fingerprint_of(self.made_of)
         return None if rows is None else fingerprint("chosen", rows)
 
 

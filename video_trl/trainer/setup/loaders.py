@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from ...data.buckets import BucketBatchSampler, MicroBatch
@@ -66,11 +68,22 @@ class _Collate:
 
     def __call__(self, fetched: tuple[list[dict[str, Any]], MicroBatch]) -> dict[str, Any]:
         rows, batch = fetched
-        collated = self.collator(rows)
-        on_host = {name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}
         of_step = RowsOfStep(batch.first, batch.step_rows)
         weight = BatchWeight(batch.counted, batch.divisor(self.num_processes), of_step)
-        return {**collated, **on_host, BATCH_WEIGHT: weight}
+        return {**_collated(self.collator, rows), BATCH_WEIGHT: weight}
+
+
+def _collated(collator: Collator, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    collated = collator(rows)
+    return {**collated, **{name: collated[name].tolist() for name in _HOST_COLUMNS if name in collated}}
+
+
+def one_batch(
+    rows: IndexedDataset, indices: Sequence[int], collator: Collator, device: torch.device
+) -> dict[str, Any]:
+    """These rows as a batch on a device, as [`make_loader`]'s are, but without a weight: it belongs to no step."""
+    batch: dict[str, Any] = send_to_device(_collated(collator, [rows[index] for index in indices]), device)
+    return batch
 
 
 def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, training: bool) -> DataLoader:
@@ -104,11 +117,19 @@ def make_loader(rows: IndexedDataset, collator: Collator, args: VideoConfig, *, 
         collate_fn=_Collate(collator, num_processes),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
-        persistent_workers=training and args.dataloader_persistent_workers,  # every evaluation makes a new loader
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        in_order=args.dataloader_in_order,
+        # Every evaluation makes a new loader.
+        **(worker_options(args) | ({} if training else {"persistent_workers": False})),
     )
+
+
+def worker_options(args: VideoConfig) -> dict[str, Any]:
+    """
+    Options of a `DataLoader` that say how its workers work: those that the installed transformers has. The oldest one
+    has no `dataloader_multiprocessing_context`.
+    """
+    names = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+    given = vars(args)
+    return {name: given[f"dataloader_{name}"] for name in names if f"dataloader_{name}" in given}
 
 
 def describe_order(rows: IndexedDataset, args: VideoConfig) -> dict[str, Any]:

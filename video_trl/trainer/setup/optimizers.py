@@ -1,6 +1,7 @@
 """Optimizers by the name of their class, of any package that is installed."""
 
 import ast
+import copy
 import importlib
 import re
 from typing import Any
@@ -42,6 +43,18 @@ def optimizer_and_options(args: Any, model: nn.Module | None = None) -> tuple[An
     return _optimizer_class(args.optim_class), {"lr": args.learning_rate, **_options(args.optim_args or "")}
 
 
+def unread_options(args: Any) -> list[str]:
+    """Names in `optim_args` that transformers' optimizer of `optim` does not look at: no other value changes it."""
+
+    def made(text: str) -> Any:
+        tried = copy.copy(args)
+        tried.optim_args = text
+        return Trainer.get_optimizer_cls_and_kwargs(tried)
+
+    names = [pair.partition("=")[0].strip() for pair in (args.optim_args or "").split(",") if pair.strip()]
+    return [name for name in names if args.optim_class is None and made(f"{name}=0") == made(f"{name}=1")]
+
+
 def _optimizer_class(path: str) -> type[torch.optim.Optimizer]:
     match = _PATH.fullmatch(path)
     if match is None:
@@ -54,6 +67,11 @@ def _optimizer_class(path: str) -> type[torch.optim.Optimizer]:
             f"`optim_class={path!r}`: there is no module {error.name!r}. Install its package: pip install "
             f"{module.partition('.')[0]}."
         ) from error
+    if kind is None:
+        version = vars(importlib.import_module(module.partition(".")[0])).get("__version__", "that is installed")
+        raise ValueError(
+            f"`optim_class={path!r}`: {module} has no {name!r} in the version {version}. Check the name, or update it."
+        )
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(f"`optim_class={path!r}` must be a class of optimizers, got {kind!r}.")
     if "schedulefree" in path.lower():

@@ -12,7 +12,8 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..base_config import VideoConfig
-from .optimizers import optimizer_and_options
+from .loaders import worker_options
+from .optimizers import optimizer_and_options, unread_options
 
 
 _STEPS = 100  # of a schedule that is made to see whether it can be
@@ -81,11 +82,7 @@ def _check_writable(folder: Path) -> None:
 
 def _check_workers(args: VideoConfig) -> None:
     """Make a loader, of nothing, with the options of `make_loader`; its workers start later."""
-    options = {
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-    }
+    options = worker_options(args)
     try:
         DataLoader(TensorDataset(torch.zeros(1)), num_workers=args.dataloader_num_workers, **options)
     except (ValueError, AssertionError) as error:
@@ -99,7 +96,10 @@ def _make_optimizer(args: VideoConfig) -> torch.optim.Optimizer:
     weight = nn.Parameter(torch.zeros(1, 1))  # a matrix: Muon takes nothing else
     try:
         kind, options = optimizer_and_options(args)
-        return kind([weight], **options)
+        optimizer: torch.optim.Optimizer = kind([weight], **options)
+        if "optim_args" not in args.options_without_effect() and (unread := unread_options(args)):
+            raise ValueError(f"it has no option {unread[0]!r}")
+        return optimizer
     except Exception as error:  # of any library
         raise ValueError(
             f"The optimizer {_optimizer_name(args)} cannot be made, with learning_rate={args.learning_rate}, "

@@ -18,14 +18,14 @@ class _ScoredRows:
     """Rows in which the `num_rejected` videos that stay come first; the others stand behind them, never compared."""
 
     def __init__(self, rows: MapDataset, kept: list[tuple[int, np.ndarray]]) -> None:
-        self._rows, self._kept = rows, kept
+        self.made_of, self._kept = rows, kept
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         number, stays = self._kept[index]
-        row = self._rows[number]
+        row = self.made_of[number]
         order = np.argsort(~stays, kind="stable")
         scores = as_scores(row["rejected_scores"])
         return {

@@ -146,7 +146,7 @@ class DenoisingStep:
         shift (`float`): Shift of the noise levels; 1 leaves them.
         logit_mean (`float`): Mean of the logit-normal distribution.
         logit_std (`float`): Its standard deviation.
-        timestep_range (`(float, float)`, *optional*): Part of the scale, of [0, 1], that timesteps are restricted to.
+        timestep_range (`(float, float)`, *optional*): Lowest and highest timestep, on the model's scale.
         timestep_draw (`str`): Whether the rows of a training step draw each for itself; see [`draw_together`].
 
     Attributes:
@@ -229,7 +229,9 @@ class DenoisingStep:
     def bell_weights(self, timesteps: Tensor) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.bell_weights`]."""
         shift = self.shift if self.sampling == "shifted" else 1.0
-        return bell_weights(timesteps / self.family.noise_process.num_train_timesteps, shift=shift)
+        scale = self.family.noise_process.num_train_timesteps
+        low, high = self.timestep_range or (0, scale)
+        return bell_weights(timesteps / scale, shift=shift, level_range=(low / scale, high / scale))
 
     def loss_weights(self, timesteps: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
         """Weights `(N,)` of timesteps `(N,)` on the model's scale; see [`~video_trl.diffusion.loss_weights`]."""

@@ -11,14 +11,19 @@ from torch import Tensor
 class MetricStore:
     """
     Running means of per-sample values. Nothing leaves the device, and no process talks to another, before `pop`.
+
+    Attributes:
+        names (`set[str]`): Of all values that were ever recorded.
     """
 
     def __init__(self) -> None:
+        self.names: set[str] = set()
         self._sums: dict[str, Tensor] = {}  # name -> float32 scalar, on the device of the values
         self._counts: dict[str, int] = {}  # known to the host: copying them to the device would make it wait
 
     def record(self, metrics: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Add values of any shape and dtype to the means of these names; without `counted`, the names only."""
+        self.names.update(metrics)
         for name, values in metrics.items():
             values = values if counted else values[:0]
             total = values.detach().float().sum()

@@ -240,6 +240,14 @@ def _watch(
     safeguard.watch(errors, together if group is None else group.gather(together), group_size)
 
 
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    """As `torch.no_grad`; in torch 2.6 autocast keeps the weights that it casts there, without a graph, for later."""
+    with torch.no_grad():
+        yield
+    torch.clear_autocast_cache()
+
+
 class SequentialErrors:
     """
     Errors of N videos with one graph alive at a time.
@@ -283,7 +291,7 @@ class SequentialErrors:
         values: list[Tensor] = []
         for number, video in enumerate(self._videos):
             is_kept = number == self._kept
-            context = self._local(final=len(self._videos) == 1) if is_kept else torch.no_grad()
+            context = self._local(final=len(self._videos) == 1) if is_kept else _without_graph()
             with context:
                 groups = _group_of(number, self._group_size)
                 error, value = _one_video(family, model, video, groups, beside, residuals)

@@ -211,11 +211,19 @@ def cache_path(directory: Path, rows: IndexedDataset, settings: Mapping[str, Any
 def _fingerprint(rows: IndexedDataset) -> str:
     if isinstance(rows.rows, EncodedDataset):
         return rows.rows.fingerprint
-    hashes = []
+    hashes: list[str] = []
     for number in range(len(rows.rows)):
-        for name, value in sorted(rows.rows[number].items()):
-            hashes.append(fingerprint(name, value if value is None or isinstance(value, str) else as_tensor(value)))
+        hashes.extend(fingerprint(name, _content(value)) for name, value in sorted(rows.rows[number].items()))
     return fingerprint(hashes)
+
+
+def _content(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # scores by name, lists of texts
+        return value
 
 
 def save_errors(path: Path, errors: Sequence[Tensor]) -> None:

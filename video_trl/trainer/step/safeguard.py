@@ -44,7 +44,7 @@ class OutputSafeguard:
             coefficients = gradient.view(-1, group_size)
             weighted = coefficients[:, :1] * coefficients * products
             scales = safeguard_scales(weighted[:, :1], weighted[:, 1:], safeguard_shares(coefficients), self._mu)
-            _record_scales(self._record, scales)
+            _record_scales(self._record, scales, coefficients[:, 1:])
             return torch.cat([coefficients[:, :1], scales * coefficients[:, 1:]], dim=1).view(-1)
 
         errors.register_hook(hold)
@@ -75,19 +75,21 @@ class ParameterSafeguard:
             add_gradient (`Callable`): Adds the weighted gradient of the video with this number to the weights'.
         """
         total = self._take()
-        for group, shares in enumerate(safeguard_shares(coefficients.view(-1, group_size))):
+        groups = coefficients.view(-1, group_size)
+        for group, shares in enumerate(safeguard_shares(groups)):
             start = group * group_size
             add_gradient(start)
             chosen = self._take()
             squared = _inner(chosen, chosen)
-            total, scales = _add(total, chosen), []
+            _add(total, chosen)
+            scales = []
             for place in range(1, group_size):
                 add_gradient(start + place)
                 rejected = self._take()
                 scale = safeguard_scales(squared, _inner(chosen, rejected), shares[place - 1], self._mu)
-                total = _add(total, [None if each is None else scale * each for each in rejected])
+                _add(total, rejected, scale)
                 scales.append(scale)
-            _record_scales(self._record, torch.stack(scales))
+            _record_scales(self._record, torch.stack(scales), groups[group, 1:])
         for parameter, gradient in zip(self._parameters, total, strict=True):
             parameter.grad = gradient
 
@@ -105,9 +107,21 @@ def _inner(left: Gradients, right: Gradients) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in pairs if a is not None and b is not None]).sum()
 
 
-def _add(left: Gradients, right: Gradients) -> Gradients:
-    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+def _add(total: Gradients, gradients: Gradients, scale: Tensor | None = None) -> None:
+    """Add to `total` in place, scaled in place: each list is as large as all weights that are trained."""
+    for place, gradient in enumerate(gradients):
+        if gradient is not None:
+            part, before = gradient if scale is None else gradient.mul_(scale), total[place]
+            total[place] = part.clone() if before is None else before.add_(part)
 
 
-def _record_scales(record: Record, scales: Tensor) -> None:
-    record({"safeguard/scale": scales, "safeguard/held_back": scales < 1})
+def _record_scales(record: Record, scales: Tensor, coefficients: Tensor) -> None:
+    """
+    Metrics of the scales of groups `(..., k)`. In the place of a video that the loss does not push (its score left it
+    out, or its gap is clipped) stands the mean of its group: to leave it out, the host would wait for the device.
+    """
+    pushed = coefficients != 0
+    held = torch.stack([1 - scales, (scales < 1).to(scales.dtype)])  # (2, ..., k)
+    means = (held * pushed).sum(dim=-1, keepdim=True) / pushed.sum(dim=-1, keepdim=True).clamp_min(1)
+    amount, is_held = held.where(pushed, means)
+    record({"safeguard/scale": 1 - amount, "safeguard/held_back": is_held})
