@@ -356,7 +356,8 @@ def _logit_normal_between(low: float, high: float, u: Tensor, mean: float, std: 
             f"The scheme 'logit_normal' draws no noise level in [{low}, {high}]: `logit_mean={mean}`, "
             f"`logit_std={std}`. Choose another range or scheme."
         )
-    return torch.sigmoid(mean + std * side * torch.special.ndtri(first + (last - first) * u)).float()
+    quantiles = side * torch.special.ndtri(first + (last - first) * u)  # which rounds
+    return torch.sigmoid(mean + std * quantiles).clamp(low, high).float()
 
 
 def _restricted_levels(

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from tests.support import rounding
 from tests.support.cells import CELLS
-from tests.support.distributed.engine_runs import COUNTED, precision, run
+from tests.support.distributed.engine_runs import (
+    COUNTED,
+    COUNTED_DEEPSPEED,
+    COUNTED_DEEPSPEED_OF_FOUR,
+    COUNTED_OF_FOUR,
+    precision,
+    run,
+)
 from tests.support.distributed.launch import launch, launch_forked
 from tests.support.trainer.runs import SMOOTH_ADAM
 from video_trl.hub import LORA_FILE_NAME, load_lora_state
@@ -89,6 +96,7 @@ DEEPSPEED = [
     "concat+videos-sequential+zero2",
     "full+rows+zero2",
     "concat+rows+zero3",
+    "concat+sequential+zero3",
     "checkpointed+sequential+zero3",
     "concat+tokens-sequential+zero3",
     "full+rows+zero3",
@@ -176,7 +184,8 @@ def with_deepspeed(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("four")
-    launch("engine_runs.py", directory, *FOUR, processes=4, seconds=900)
+    names = COUNTED_OF_FOUR if find_spec("deepspeed") is None else COUNTED_OF_FOUR + COUNTED_DEEPSPEED_OF_FOUR
+    launch("engine_runs.py", directory, *FOUR, *names, processes=4, seconds=900)
     return directory
 
 
@@ -287,20 +296,46 @@ def same_files(directory: Path, straight: str, resumed: str, tolerance: float = 
         assert all((left[name] - right[name]).abs().max() <= tolerance for name in left), path
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_processes_send_what_is_estimated(quick, name):
-    told = json.loads((quick / f"{name}-1.json").read_text())
+def check_sent(directory: Path, name: str) -> None:
+    told = json.loads((directory / f"{name}-1.json").read_text())
     counted, single = told["counted"], precision(name).itemsize / 4  # of estimates, which know no float64
+    engine = name.split("+")[2]
     purposes = {
-        "gradients": "_reduce_scatter_base_" if name.endswith("fsdp2") else "allreduce_",
+        "gradients": "_reduce_scatter_base_" if engine in ("fsdp2", "zero3") else "allreduce_",
         "weights": "_allgather_base_",
         "tokens and heads": "all_to_all_single",
     }
     assert told["estimated"]
     for purpose, number in told["estimated"].items():
-        # Beside the gradients go a loss and flags; FSDP2 fills tables of first dimension 1 up to one row a process.
-        assert number <= counted.pop(purposes[purpose]) / single <= 1.02 * number, purpose
-    assert not counted or name.endswith("fsdp2") and sum(counted.values()) < 100
+        # Beside gradients go a loss and flags, some 100 bytes a step. ZeRO-3 fetches some weights ahead in vain, and
+        # keeps others until the next pass, which of a model as small as this one are many.
+        most = told["filled"] * number if engine == "fsdp2" else 1.005 * number + 100
+        kept = purpose == "weights" and engine == "zero3"
+        least, most = (0.95 * number, 1.07 * number) if kept else (number, most)
+        assert least <= counted.pop(purposes[purpose]) / single <= most, purpose
+    assert sum(counted.values()) < 150  # the loss and flags, where gradients go otherwise
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_processes_send_what_is_estimated(quick, name):
+    check_sent(quick, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_deepspeed
+@pytest.mark.parametrize("name", COUNTED_DEEPSPEED)
+def test_processes_of_deepspeed_send_what_is_estimated(with_deepspeed, name):
+    check_sent(with_deepspeed, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "name", [*COUNTED_OF_FOUR, *(pytest.param(name, marks=needs_deepspeed) for name in COUNTED_DEEPSPEED_OF_FOUR)]
+)
+def test_four_processes_send_what_is_estimated(four, name):
+    check_sent(four, name)
 
 
 def test_resuming_is_bit_exact(quick):

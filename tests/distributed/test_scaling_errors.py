@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.support.distributed.cpu_engines import reset, zero
-from tests.support.tiny import tiny_encoded_group, tiny_transformer
+from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_transformer, tiny_wan_pipeline
 from tests.support.trainer.runs import config, trainer
-from video_trl import VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
+from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoGroupDPOTrainer, VideoREPAConfig, VideoREPATrainer
 from video_trl.models import family_for
 from video_trl.trainer import LogVideosCallback
 from video_trl.trainer.parallel.engines import requested_engine
@@ -49,11 +49,20 @@ def test_heads_that_cannot_be_divided_come_with_what_can(tmp_path):
         check_context_parallelism(transformer, family, shapes, config(tmp_path, context_parallel_size=4))
 
 
-def test_videos_of_a_row_that_cannot_be_divided_are_refused(tmp_path):
-    made = trainer(config(tmp_path, loss_type="plackett_luce"), train_dataset=tiny_encoded_group(4, m=2))
-    made.args.group_parallel_size, made.mesh = 2, object()
+@pytest.mark.parametrize("rows", [tiny_encoded_group, tiny_group_dataset])
+def test_videos_of_a_row_that_cannot_be_divided_are_refused_before_they_are_encoded(tmp_path, rows):
+    args = config(tmp_path, loss_type="plackett_luce", group_parallel_size=2)
+    VideoGroupDPOTrainer.check_rows(rows(2, 1), args)
     with pytest.raises(ValueError, match=r"must divide the 3 videos .* \[1, 3\]"):
-        made.make_passes()
+        VideoGroupDPOTrainer.check_rows(rows(2, 2), args)
+
+
+def test_heads_are_counted_before_videos_are_encoded(tmp_path, monkeypatch):
+    args = VideoDPOConfig(str(tmp_path), use_cpu=True, context_parallel_size=3, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(VideoDPOConfig, "world_size", 3)
+    with pytest.raises(ValueError, match="size=3` must divide the 2 attention heads"):
+        VideoDPOTrainer(tiny_wan_pipeline(), args, tiny_group_dataset(1, 1))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_relation_distillation_sees_all_tokens_or_none(tmp_path, monkeypatch):

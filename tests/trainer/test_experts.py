@@ -179,7 +179,9 @@ def test_both_runs_share_their_encoded_data(tmp_path):
 def test_samples_need_both_experts(saved, tmp_path):
     callback = LogVideosCallback(PROMPTS[:1], call_kwargs={"num_inference_steps": 2})
     with pytest.raises(ValueError, match=r"loaded without 'low_noise'.*Load the whole pipeline"):
-        make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved), "callbacks": [callback]})
+        extra = {"model": str(saved), "callbacks": [callback], "train_dataset": tiny_group_dataset(1, 1)}
+        make("wan-a14b-t2v", "DPO", tmp_path, extra=extra, cache_dir=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()  # it is known before videos are encoded
     with pytest.raises(ValueError, match=r"`evaluator` generates.*loaded without 'low_noise'"):
         make("wan-a14b-t2v", "DPO", tmp_path, extra={"model": str(saved), "evaluator": lambda pipeline, step: {}})
     made = make("wan-a14b-t2v", "DPO", tmp_path, max_steps=1, extra={"callbacks": [callback]})

@@ -305,6 +305,9 @@ def test_what_cannot_be_aligned_is_refused_before_training(tmp_path):
     teacher = tiny_teacher(image_size=48)
     with pytest.raises(ValueError, match="2 token rows and the teacher 3"):
         repa_trainer(tmp_path, train_dataset=raw, teacher=teacher, fps=8, cache_dir=str(tmp_path / "none"))
+    unseen = {"teacher": tiny_teacher(), "fps": 8, "cache_dir": str(tmp_path / "none"), "align_layer": 3}
+    with pytest.raises(ValueError, match="`align_layer` must be a block from 1 to 2"):
+        repa_trainer(tmp_path, train_dataset=raw, **unseen)
     assert not (tmp_path / "none").exists()
 
 

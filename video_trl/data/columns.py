@@ -314,6 +314,11 @@ def _rejected_counts(dataset: MapDataset, column: str) -> list[int]:
     return [0 if cell is None else len(cell) for cell in cells(dataset, column)]
 
 
+def num_rejected(dataset: MapDataset) -> int:
+    """Rejected videos of the first row of a group or preference dataset, raw or encoded; no pixels are read."""
+    return _rejected_counts(dataset, "rejected_latents" if is_encoded(dataset, "group") else "rejected")[0]
+
+
 def _check_rejected(dataset: MapDataset) -> None:
     for row, index in _missing_rejected(dataset):
         raise ValueError(

@@ -66,12 +66,12 @@ from .publishing.sampling import Sampler, SamplingCallback
 from .publishing.uploader import Uploader
 from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_own_learning_rate
 from .setup.adapt import adapt_for_trainer
-from .setup.arguments import check_arguments, check_generation
+from .setup.arguments import check_arguments, check_generation, check_generators
 from .setup.attention_and_compile import check_acceleration, compile_blocks, set_attention_backend
 from .setup.idle_options import Passed, idle_in_run, tell_idle_options
 from .setup.loaders import BATCH_WEIGHT, describe_order, make_loader
 from .setup.lora import adapter_configs, attach_lora, check_adapters, disable_dropout, train_all_weights
-from .setup.models import check_can_generate, find_family, load_model, resolve_timestep_range
+from .setup.models import find_family, load_model, resolve_timestep_range
 from .setup.offloaded_weights import offload_weights
 from .setup.optimizers import optimizer_and_options
 from .setup.quantization import keep_weights_quantised
@@ -199,7 +199,7 @@ class VideoTrainer(Trainer):
         self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
         self.timestep_range = resolve_timestep_range(args, self.expert)
         check_timesteps(args, self.pipeline, self.family, self.timestep_range)
-        check_can_generate(self.pipeline, "`evaluator`", needed=evaluator is not None)
+        check_generators(self.pipeline, evaluator, callbacks)
         check_adapters(transformer, self.family, peft_config, args)
         check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
         check_context_parallel_method(transformer, self.family, args)

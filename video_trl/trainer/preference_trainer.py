@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.columns import MapDataset
+from ..data.columns import MapDataset, num_rejected
 from .base_trainer import VideoTrainer
 from .parallel.engines import SHARDED
 from .planning.estimate import Placement, accelerator_memory, fitting_step_mode
@@ -20,7 +20,7 @@ from .preference_config import PreferenceConfig
 from .setup.loaders import one_batch
 from .setup.rows import IndexedDataset, encoded_cache_dir
 from .setup.scored_rows import check_rejected_scores, keep_low_scores
-from .setup.weighted_rows import check_loss_weights
+from .setup.weighted_rows import check_loss_weights, check_signs
 from .step.group import GroupParallel
 from .step.passes import (
     AdapterReference,
@@ -69,15 +69,22 @@ class PreferenceTrainer(VideoTrainer):
     @classmethod
     def check_rows(cls, dataset: MapDataset, args: Any) -> None:
         super().check_rows(dataset, args)
+        check_signs(dataset, pulls_on_errors=args.pulls_on_errors)
         if args.rejected_score_below is not None:
             check_rejected_scores(dataset, args.rejected_score_below)
+        videos, size = cls.videos_per_row(args, num_rejected(dataset)), args.group_parallel_size
+        if videos % size:
+            raise ValueError(
+                f"`group_parallel_size={size}` must divide the {videos} videos that the loss of a row compares. Use "
+                f"one of {[degree for degree in range(1, videos + 1) if videos % degree == 0]}."
+            )
 
     def prepare_dataset(self, dataset: MapDataset, transformer: ModelMixin) -> IndexedDataset:
         return self.keep_compared(super().prepare_dataset(dataset, transformer))
 
     def keep_compared(self, rows: IndexedDataset) -> IndexedDataset:
         """The rows, checked, with a rejected video that is compared with, see `rejected_score_below`."""
-        check_loss_weights(rows, given_frames=self.family.given_frames, pulls_on_errors=self.args.pulls_on_errors)
+        check_loss_weights(rows, given_frames=self.family.given_frames)
         below = self.args.rejected_score_below
         return rows if below is None else keep_low_scores(rows, below)
 
@@ -89,12 +96,7 @@ class PreferenceTrainer(VideoTrainer):
         return replace(super().placement(), step_mode=self.step_mode)
 
     def make_passes(self) -> Passes:
-        """
-        All videos at once or one by one, shared by processes or not, checked in the first step, cached.
-
-        Raises:
-            ValueError: If the videos of a row cannot be divided among the processes that are to share them.
-        """
+        """All videos at once or one by one, shared by processes or not, checked in the first step, cached."""
         now, group = self.step.now, self._group()
         passes: Passes
         mu, kind = self.args.safeguard_mu, self.args.safeguard
@@ -121,16 +123,9 @@ class PreferenceTrainer(VideoTrainer):
 
     def _group(self) -> GroupParallel | None:
         """Which videos of a row are this process's, where several processes share them."""
-        size = self.args.group_parallel_size
-        if size == 1:
+        if self.args.group_parallel_size == 1:
             return None
         assert self.mesh is not None
-        videos = self.videos_in_step()
-        if videos % size:
-            raise ValueError(
-                f"`group_parallel_size={size}` must divide the {videos} videos that the loss of a row compares. Use "
-                f"one of {[degree for degree in range(1, videos + 1) if videos % degree == 0]}."
-            )
         return GroupParallel(self.mesh["group"])
 
     def _same_path_check(self) -> tuple[SamePathCheck, bool]:

@@ -7,9 +7,12 @@ The optimizer is plain gradient descent, unless a task says otherwise, so that a
 """
 
 import json
+import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +102,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Runs of which is counted what the processes send.
 COUNTED = ("concat+rows+fsdp2", "concat+sequential+fsdp2", "concat+tokens+ddp", "concat+singles+ddp")
+COUNTED_DEEPSPEED = (
+    "concat+rows+zero2",
+    "concat+rows+zero3",
+    "concat+sequential+zero3",
+    "full+rows+zero3",
+)
+COUNTED_OF_FOUR = ("concat+rows-of-4+ddp", "concat+rows-of-4+fsdp2")
+COUNTED_DEEPSPEED_OF_FOUR = ("concat+rows-of-4+zero2", "concat+rows-of-4+zero3")
 RING = {"context_parallel_method": "ring", "attention_backend": "_native_flash"}
 # How several processes divide a step of four rows.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "rows": {"per_device_train_batch_size": 2},
+    "rows-of-4": {"per_device_train_batch_size": 1},
     "singles": {"per_device_train_batch_size": 2, "step_mode": "singles"},
     "sequential": {
         "per_device_train_batch_size": 1,
@@ -166,6 +178,13 @@ _SENT = {
 }
 
 
+def filled_up(blocks: Iterable[torch.nn.Module]) -> float:
+    """FSDP2 divides rows and fills up those of small tables: weights of blocks with these rows, by the weights."""
+    number, weights = dist.get_world_size(), [weight for block in blocks for weight in block.parameters()]
+    filled = sum(-(-weight.shape[0] // number) * number * math.prod(weight.shape[1:]) for weight in weights)
+    return filled / sum(weight.numel() for weight in weights)
+
+
 def precision(name: str) -> torch.dtype:
     """Of the weights of a run: float64 where all of it can be; DeepSpeed and ring attention know float32 only."""
     task, layout, engine_name = name.split("+")[:3]
@@ -209,11 +228,20 @@ def run(
     with sent if counts else nullcontext():
         made.train(resume_from_checkpoint=resume and str(resume))
     if counts:
-        estimated = estimate(made.workload(), made.placement()).sent
+        # Estimates know no trained weights in float64: all in float32, of which the test takes twice as much.
+        work = made.workload()
+        work = replace(work, frozen_dtype=work.frozen_dtype if made.args.bf16 else torch.float32)
+        estimated = estimate(work, made.placement()).sent
         micro_batches = made.state.max_steps * made.args.gradient_accumulation_steps
         found = {kind: number / micro_batches for kind, number in sent.of.items()}
         (directory.parent / f"{directory.name}-{dist.get_rank()}.json").write_text(
-            json.dumps({"counted": found, "estimated": estimated})
+            json.dumps(
+                {
+                    "counted": found,
+                    "estimated": estimated,
+                    "filled": filled_up(made.family.blocks(made.model)) if "fsdp" in settings else 1.0,
+                }
+            )
         )
     if "fsdp" in settings:
         assert all(isinstance(block, FSDPModule) for block in made.family.blocks(made.model))
@@ -239,7 +267,8 @@ def main() -> None:
         task, layout, engine_name, *resumed = name.split("+")
         with engine(ENGINES[engine_name]):
             checkpoint = directory / "+".join(resumed) / "checkpoint-2" if resumed else None
-            how = {"counts": name in COUNTED, **ENGINES[engine_name]}
+            counted = (*COUNTED, *COUNTED_DEEPSPEED, *COUNTED_OF_FOUR, *COUNTED_DEEPSPEED_OF_FOUR)
+            how = {"counts": name in counted, **ENGINES[engine_name]}
             results = run(task, layout, directory / name, precision(name), checkpoint, **how)
             keep(directory, name, results)
 

@@ -13,6 +13,7 @@ from tests.support.tiny import (
     tiny_encoded_group,
     tiny_encoded_video,
     tiny_group_dataset,
+    tiny_latents_shape,
     tiny_pipeline,
     tiny_transformer,
     tiny_wan_pipeline,
@@ -22,7 +23,7 @@ from tests.support.trainer.runs import config, trainer
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoSFTTrainer
 from video_trl.data import check_columns, encode_dataset
 from video_trl.data.encoding.store import EncodedDataset
-from video_trl.models import WanFamily
+from video_trl.models import WanFamily, family_of
 from video_trl.trainer.setup.encoded_rows import check_encoded_rows
 from video_trl.trainer.setup.scored_rows import check_rejected_scores
 
@@ -175,3 +176,27 @@ def test_a_table_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr("video_trl.trainer.setup.encoded_rows._read_all", lambda *given: reads.append(given))
     assert trainer(args, train_dataset=rows).train_dataset.shapes == shapes
     assert not reads and len(list((tmp_path / "cache" / "checked").iterdir())) == 1
+
+
+def test_a_prompt_that_cannot_be_padded_is_named_before_the_first_step(tmp_path):
+    """CogVideoX attends to the padding that its text encoder has seen: nothing can be put behind an embedding."""
+    pipeline = tiny_pipeline("cogvideox-t2v")
+    rows = tiny_encoded_video(3, family="cogvideox-t2v", latents_shape=tiny_latents_shape("cogvideox-t2v"))
+    rows[1]["prompt_embeds"] = rows[1]["prompt_embeds"][:-1]
+    arguments = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "cache_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"Row 1: Embedding 0 must have shape .*got \(15, 16\)"):
+        check_encoded_rows(rows, "video", pipeline.transformer, family_of(pipeline), **arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_frames": 5, "height": 24, "width": 32}, {}], ids=["configured", "of the files"]
+)
+def test_videos_that_do_not_fit_the_transformer_are_refused_before_they_are_encoded(tmp_path, sizes):
+    """The VAE takes them: 24 pixels are 3 of a latent, which the transformer cannot cut into patches of 2."""
+    pipeline = tiny_wan_pipeline()
+    pipeline.vae.encode = None  # it is not asked
+    rows = tiny_group_dataset(2, 1, height=24)
+    args = VideoDPOConfig(str(tmp_path), use_cpu=True, cache_dir=str(tmp_path / "cache"), report_to="none", **sizes)
+    with pytest.raises(ValueError, match=r"Videos of 5 frames of 24x32 .*: Latent frames, height and width must be"):
+        VideoDPOTrainer(pipeline, args, rows)
+    assert not list((tmp_path / "cache").glob("*/*"))

@@ -1,5 +1,6 @@
 """The column `loss_weights`: errors of a part of the videos, and preferences of segments."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,30 @@ from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_wan_
 from tests.support.trainer.runs import disturb_adapter, double, first_batch
 from tests.trainer.step.test_step_modes import make
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoRegDPOConfig, VideoRegDPOTrainer
+from video_trl.data import EncodedDataset
+from video_trl.data.encoding.store import EncodedWriter
 from video_trl.losses import velocity_error
 
 
 def rows(weights: Any, count: int = 2) -> list[dict[str, Any]]:
     return [{**row, "loss_weights": weights} for row in tiny_encoded_group(count, latents_shape=(4, 3, 4, 4))]
+
+
+def written(folder: Path, encoded: list[dict[str, Any]]) -> EncodedDataset:
+    """The rows as `encode_dataset` leaves them in a folder."""
+    with EncodedWriter(folder, "group", "x") as writer:
+        index = []
+        for number, row in enumerate(encoded):
+            tensors = {"chosen": row["chosen_latents"], "rejected": row["rejected_latents"][0]}
+            tensors |= {"prompt_embeds": row["prompt_embeds"]}
+            if row.get("loss_weights") is not None:
+                tensors["loss_weights"] = torch.tensor(row["loss_weights"])
+            for name, tensor in tensors.items():
+                writer.add(f"{name}/{number}", tensor)
+            names = {name: f"{name}/{number}" for name in tensors}
+            index.append({"prompt": "a", "loss_weights": None} | names | {"rejected": [f"rejected/{number}"]})
+        writer.finish(index, [])
+    return EncodedDataset(folder)
 
 
 def loss_of(directory: Any, weights: Any, name: str = "DPO", mode: str = "concat", **changes: Any) -> Any:
@@ -126,15 +146,18 @@ def test_weights_that_mean_nothing_are_refused(weights, changes, message, tmp_pa
         make(tmp_path, "DPO", "concat", rows=rows(weights), **changes)
 
 
-@pytest.mark.parametrize("encoded", [False, True])
-def test_rows_behind_one_without_weights_are_checked_too(encoded, tmp_path):
-    raw = tiny_group_dataset(2, 2, num_frames=9) if encoded else rows(None)
-    mixed = [{name: cell for name, cell in row.items() if name != "loss_weights"} for row in raw]
+@pytest.mark.parametrize("form", ["raw", "encoded", "in a folder"])
+def test_rows_behind_one_without_weights_are_checked_too(form, tmp_path):
+    whole = tiny_group_dataset(2, 2, num_frames=9) if form == "raw" else rows(None)
+    mixed: Any = [{name: cell for name, cell in row.items() if name != "loss_weights"} for row in whole]
     mixed[1]["loss_weights"] = [1.0, -1.0, 0.0]
+    if form == "in a folder":
+        mixed = written(tmp_path / "group-x", mixed)
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "fps": 8}
     args = VideoRegDPOConfig(**settings, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="Row 1: 'loss_weights' has negative numbers"):
         VideoRegDPOTrainer(tiny_wan_pipeline(), args, mixed)
+    assert not (tmp_path / "cache").exists()  # nothing was encoded for it
 
 
 def test_a_regulariser_does_not_go_with_negative_weights(tmp_path):

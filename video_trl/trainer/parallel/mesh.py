@@ -42,7 +42,7 @@ def enable_context_parallelism(transformer: ModelMixin, family: ModelFamily, mes
 def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, args: VideoConfig) -> None:
     """
     Raise a `ValueError` if the tokens of the transformer's family cannot be shared by the method that is asked for, or
-    if they are shared already.
+    its heads divided, or if they are shared already.
     """
     if transformer._parallel_config is not None:
         raise ValueError(
@@ -56,6 +56,7 @@ def check_context_parallel_method(transformer: ModelMixin, family: ModelFamily, 
             f"`context_parallel_method={args.context_parallel_method!r}` is not supported for {family.name!r}. "
             + (f"Use {' or '.join(map(repr, methods))}." if methods else "Leave `context_parallel_size` at 1.")
         )
+    check_context_parallelism(transformer, family, (), args)  # tokens are divided once the sizes of videos are known
 
 
 def check_context_parallelism(

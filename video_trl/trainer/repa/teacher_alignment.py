@@ -139,10 +139,11 @@ class TeacherAlignment:
             pipeline (`DiffusionPipeline`, *optional*): The transformer's.
 
         Raises:
-            ValueError: If tokens cannot be compared with the transformer's, or a row that brings its own is unlike
-                the others.
+            ValueError: If there is no such block, tokens cannot be compared with the transformer's, or a row that
+                brings its own is unlike the others.
         """
         self._family, self._pipeline = family, pipeline
+        self._block = block_index(self.options.align_layer, len(family.blocks(transformer)))
         prepared = encode(partial(self._show_teacher, transformer))
         if has_teacher_tokens(videos):
             check_teacher_rows(videos, prepared.shapes)
@@ -234,9 +235,7 @@ class TeacherAlignment:
 
     def make_head(self, transformer: ModelMixin) -> AlignmentHead | None:
         """The head, where it has weights to train; to be called once the rows are prepared."""
-        options, blocks = self.options, self._family.blocks(transformer)
-        self._block = block_index(options.align_layer, len(blocks))
-        width = hidden_width(transformer)
+        options, width = self.options, hidden_width(transformer)
         if options.alignment_loss == "repa" and options.projector == "none" and width != self._width:
             raise ValueError(
                 f"`alignment_loss='repa'` compares token by token: with `projector='none'` the width of the "

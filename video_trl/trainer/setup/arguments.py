@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 
 from ...data import check_columns
 from ..base_config import VideoConfig
 from ..parallel.engines import SHARDED, Engine, requested_engine
 from ..publishing.sampling import SamplingCallback
+from .models import check_can_generate
 from .run_options import check_run_options
 
 
@@ -98,3 +100,12 @@ def check_generation(
             f"{', '.join(asking)} would generate videos on the main process, which with {how} cannot run the "
             "transformer alone. Evaluate the checkpoints afterwards, with one process."
         )
+
+
+def check_generators(
+    pipeline: DiffusionPipeline | None, evaluator: object | None, callbacks: Sequence[object] | None
+) -> None:
+    """Raise a `ValueError` if sample videos are asked for and there is no pipeline, or no whole one, to make them."""
+    check_can_generate(pipeline, "`evaluator`", needed=evaluator is not None)
+    for callback in callbacks or ():
+        check_can_generate(pipeline, f"`{type(callback).__name__}`", needed=isinstance(callback, SamplingCallback))

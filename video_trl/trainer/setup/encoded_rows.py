@@ -130,6 +130,9 @@ def _check_form(
                 f"expected '{name}' of shape {ours if whole else ('...', ours[-1])} for this transformer, got "
                 f"{theirs}. Encode the rows with the pipeline that is trained."
             )
+    # What padding would refuse, which for some families is every length but one.
+    prompt = {name: torch.empty(shapes[name], device="meta") for name in family.prompt_columns}
+    family.pad_prompts([prompt], max_sequence_length)
 
 
 # ---- Shapes of rows ----

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def prepare_rows(
     that of `encode_dataset`.
 
     Raises:
-        ValueError: If the dataset is raw and there is no pipeline to encode it, or the latents of a row do not fit
-            the transformer, or differ in shape within the row; and whatever `encode_dataset` raises.
+        ValueError: If the dataset is raw and there is no pipeline to encode it, or videos or the latents of a row do
+            not fit the transformer, or differ in shape within the row; and whatever `encode_dataset` raises.
     """
     if not is_encoded(dataset, row_type):
         if pipeline is None:
@@ -88,6 +89,10 @@ def prepare_rows(
                 "`model` is a bare transformer and the dataset holds videos, which nothing can encode. Pass the "
                 "pipeline as `model`, or a dataset encoded by `video_trl.data.encode_dataset`."
             )
+        fits = partial(_check_video, family=family, transformer=transformer, vae=pipeline.components.get("vae"))
+        for height, width in _sizes(args):
+            if args.num_frames is not None:
+                fits((args.num_frames, height, width))
         dataset = encode_dataset(
             dataset,
             pipeline,
@@ -104,7 +109,7 @@ def prepare_rows(
             batch_size=args.encode_batch_size,
             on_bad_video=args.on_bad_video,
             device=args.device,
-            before_encoding=before_encoding,
+            before_encoding=lambda video: _show(video, fits, before_encoding),
             latents_dtype=torch.bfloat16 if args.latents_dtype == "bfloat16" else torch.float32,
         )
     check_conditions(dataset, family)
@@ -117,6 +122,37 @@ def prepare_rows(
         cache_dir=Path(encoded_cache_dir(args)),
     )
     return IndexedDataset(dataset, shapes)
+
+
+def _sizes(args: VideoConfig) -> list[tuple[int, int]]:
+    """Heights and widths that videos are brought to; none where files keep their own."""
+    if args.height is not None and args.width is not None:
+        return [(args.height, args.width)]
+    return [(bucket.height, bucket.width) for bucket in args.buckets()]
+
+
+def _show(
+    video: np.ndarray, fits: Callable[[tuple[int, ...]], None], before_encoding: Callable[[np.ndarray], None] | None
+) -> None:
+    fits(video.shape[:3])
+    if before_encoding is not None:
+        before_encoding(video)
+
+
+def _check_video(
+    shape: tuple[int, ...], *, family: ModelFamily, transformer: ModelMixin, vae: ModelMixin | None
+) -> None:
+    """Raise a `ValueError` unless VAE and transformer take videos `(T, H, W)`: encoding them may take hours."""
+    if vae is None:  # which is refused where it is needed
+        return
+    family.check_video(vae, shape)
+    frames, height, width = shape
+    joined, side = family.compression(vae)
+    channels = transformer.config.out_channels or transformer.config.in_channels
+    try:
+        family.check_latents(transformer, (channels, (frames - 1) // joined + 1, height // side, width // side))
+    except ValueError as error:
+        raise ValueError(f"Videos of {frames} frames of {height}x{width} (height x width): {error}") from error
 
 
 def resolve_max_sequence_length(
