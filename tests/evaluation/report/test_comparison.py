@@ -121,7 +121,7 @@ def test_one_name_is_not_one_judge(folders, tmp_path):
     class Later(ColourJudge):
         identity = "colour 2"
 
-    def scored(name, **by):
+    def scored(name, /, **by):
         run = make_run(tmp_path / name, name, [(0.5, 0.5)] * 16, prompts=PROMPTS, seeds=(0, 1), scored=False)
         score_run(run.folder, Later())
         path = run.folder / "scores" / "colour" / "judge.json"

@@ -50,7 +50,12 @@ def geometry(frames: int, rows: int, columns: int, first: float, step: float) ->
     ("adapter", "transformer", "latents_shape", "grid"),
     [
         (COGVIDEOX, tiny_cogvideox, (16, 13, 60, 90), (13, 30, 45)),  # 49 x 480 x 720
-        (WAN, lambda: tiny_transformer(in_channels=16, out_channels=16), (16, 21, 60, 104), (21, 30, 52)),  # 81 frames
+        (
+            WAN,
+            lambda: tiny_transformer(in_channels=16, out_channels=16, rope_max_seq_len=52),
+            (16, 21, 60, 104),
+            (21, 30, 52),
+        ),  # 81 frames
     ],
     ids=["cogvideox", "wan"],
 )
