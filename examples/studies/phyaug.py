@@ -45,7 +45,7 @@ MARKS = ("<!-- results of examples/studies/phyaug.py -->", "<!-- end of results 
 
 @dataclass
 class StudyArguments:
-    """Size of the study; how to train is that of `examples/configs/sandbox-gdpo.yaml`."""
+    """Size of the study; how each arm is trained stands in `train`: as in the paper, without a regulariser."""
 
     output_dir: str = field(default="outputs/study-phyaug", metadata={"help": "Everything the study makes."})
     arms: list[str] = field(default_factory=lambda: [BASE, *ARMS], metadata={"help": "Arms to run."})
