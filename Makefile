@@ -69,7 +69,7 @@ bench-sandbox: $(INSTALLED)  ## the sandbox comparison over three seeds
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train_gdpo.py --config examples/configs/sandbox-gdpo.yaml \
 		--seeds 0 1 2 --controls --output_dir outputs/bench
 
-study-preferences: $(INSTALLED)  ## controls, Reg-DPO's arms, PhyGDPO's ablation: three seeds, for docs/benchmarks/ (three hours of one core)
+study-preferences: $(INSTALLED)  ## controls, Reg-DPO's arms, PhyGDPO's ablation: three seeds, for docs/benchmarks/ (two hours of one core)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LAUNCH) examples/studies/preferences.py
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/studies/preferences_report.py
 
