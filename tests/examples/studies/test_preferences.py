@@ -159,7 +159,7 @@ def test_a_page_says_what_is_there_and_what_is_missing(study, written):
     assert float(pc) == pytest.approx(0.4, abs=0.01) and float(sa) == pytest.approx(0.8, abs=0.01)
     assert (closed, ways, others) == ("", "50, 0, 50", ["", ""])
     seeds, videos, seconds, pc, closed = cells(text, "Scores", JUDGED)[1:6]
-    assert (seeds, videos, seconds) == ("3", "3,200", "60") and float(pc) == pytest.approx(0.8, abs=0.01)
+    assert (seeds, videos, seconds) == ("3", "800", "60") and float(pc) == pytest.approx(0.8, abs=0.01)
     assert 60 <= int(closed.rstrip(" %")) <= 70
     seeds, difference, p, words = cells(text, "Comparisons", f"{JUDGED} over {BASE}")[1:5]
     # A sign test of 8 sentences out of 8, times the three comparisons that can be made.
