@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json, write_atomically
+from .files import read_json, recorded, write_atomically
 from .load import SANDBOX, ScriptArguments
 
 
@@ -205,11 +205,7 @@ def _claim(folder: Path, data: ScriptArguments, experiment: ExperimentArguments,
     if args.process_index != 0:
         return
     values = {name: vars(args)[name] for name in _SETTINGS} | {"found_clips": experiment.found_clips}
-    recipe = json.loads(json.dumps(values | {"num_rejected": data.num_rejected}))
-    path = folder / "recipe.json"
-    if not path.is_file():
-        write_atomically(path, json.dumps(recipe, indent=1))
-    found = read_json(path)
+    found, recipe = recorded(folder / "recipe.json", values | {"num_rejected": data.num_rejected})
     if found != recipe:
         changed = {name: (found.get(name), value) for name, value in recipe.items() if found.get(name) != value}
         raise ValueError(

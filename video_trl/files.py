@@ -146,6 +146,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
 
 
+def recorded(path: str | os.PathLike[str], values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """
+    What a folder was made with: the contents of a JSON file, and `values` as JSON has them. Where there is no file,
+    they are written first.
+
+    Raises:
+        ValueError: The file is not JSON.
+    """
+    wanted = json.loads(json.dumps(values))
+    if not Path(path).is_file():
+        write_atomically(path, json.dumps(wanted, indent=1))
+    return read_json(path), wanted
+
+
 def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     """
     Values of a file that has one JSON value a line, with the numbers of their lines, from 1. Empty lines count.

@@ -47,7 +47,7 @@ from video_trl.experiment import (
     peak_of_tensors,
     stored_table,
 )
-from video_trl.files import atomic_folder, read_json, write_atomically
+from video_trl.files import atomic_folder, recorded, write_atomically
 from video_trl.load import SANDBOX, ScriptArguments
 from video_trl.sandbox.data.regimes import SandboxRows
 
@@ -382,14 +382,9 @@ class Runner:
             ValueError: The folder holds results of another setting.
         """
         values = {**vars(self.data), **vars(self.experiment), **vars(self.args)}
-        setting = json.loads(json.dumps({name: values[name] for name in SETTINGS}))
-        path = self.folder / "studies.json"
-        if not path.is_file():
-            write_atomically(path, json.dumps(setting))
-        if read_json(path) != setting:
-            raise ValueError(
-                f"{self.folder} was made with {read_json(path)}, expected {setting}. Pass another --output_dir."
-            )
+        found, setting = recorded(self.folder / "studies.json", {name: values[name] for name in SETTINGS})
+        if found != setting:
+            raise ValueError(f"{self.folder} was made with {found}, expected {setting}. Pass another --output_dir.")
 
     def unit(self, arm: str, seed: int) -> str:
         """Folder of an arm and seed, named as the sandbox experiment names it; the base model is not trained."""

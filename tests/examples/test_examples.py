@@ -1,9 +1,7 @@
 """The example scripts, run as a person runs them: arguments in, files out."""
 
-import importlib.util
 import inspect
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from trl import TrlParser
 
 from tests.support.adapters import IN_FOLDER
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.repa_runs import tiny_teacher
 from video_trl import VideoDPOConfig, VideoGroupDPOConfig, VideoRegDPOConfig, VideoREPAConfig, VideoSFTConfig
@@ -46,11 +45,7 @@ TRAINING_SCRIPTS = ["train_dpo", "train_gdpo", "train_reg_dpo", "train_sft"]  # 
 
 def _load(name):
     """An example as a module: scripts are no package, and their dataclasses need a module to be looked up in."""
-    spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / f"{name}.py", f"example_{name.replace('/', '_')}")
 
 
 def _parse(config, *overrides):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import datasets
 
 from ..data.columns import column_names, group_features, undecoded
-from ..files import fingerprint, read_json, write_atomically, write_json
+from ..files import fingerprint, read_json, recorded, write_atomically
 from ..load import SANDBOX, ScriptArguments, check_judge, load_judge, load_training_rows
 from .engine.manifest import write_table
 from .phyaug.sampling import allocate, category_scores, draw
@@ -282,13 +282,11 @@ class _Rounds:
         columns = set(column_names(self.rows))
         if "prompt" not in columns or not {"chosen", "video"} & columns:
             raise ValueError(f"Expected rows with 'prompt' and 'chosen' (or 'video'), got {sorted(columns)}.")
-        settings = json.loads(json.dumps(asdict(self.config)))
+        settings = asdict(self.config)
         for name in ("max_rounds", "output_dir"):  # it may be raised; the folder may be called or lie otherwise
             settings.pop(name)
-        path = self.root / _SETTINGS
-        if not path.is_file():
-            write_json(path, settings)
-        if (found := read_json(path)) != settings:
+        found, settings = recorded(self.root / _SETTINGS, settings)
+        if found != settings:
             raise ValueError(f"{self.root} holds rounds of {found}, expected {settings}. Pass another folder.")
 
     def arguments(self, folder: Path, start: str | None) -> Any:

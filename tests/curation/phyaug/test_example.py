@@ -1,12 +1,11 @@
 """`examples/curate_phyaug.py` as a person runs it."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 from video_trl.curation import load_groups
 
 
@@ -15,11 +14,7 @@ SCRIPT = EXAMPLES / "curate_phyaug.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("example_curate_phyaug", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_demonstration_says_how_well_it_did(script, tmp_path, capsys):

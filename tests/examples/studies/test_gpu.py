@@ -1,22 +1,17 @@
 """The prepared script for a GPU, at tiny sizes on a CPU."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("example_study_gpu", EXAMPLES / "studies" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "studies" / "gpu.py")
 
 
 def test_cases_have_names_of_their_own(study):

@@ -1,8 +1,6 @@
 """The study of PhyAugPipe: who trains on what, and how its results are told."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 from video_trl.curation.engine.manifest import new_manifest
 from video_trl.sandbox.world.prompts import ACTIONS
 
@@ -19,11 +18,7 @@ SCRIPT = EXAMPLES / "studies" / "phyaug.py"
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("example_study_phyaug", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def tables() -> tuple[pa.Table, pa.Table]:

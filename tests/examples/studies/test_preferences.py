@@ -1,15 +1,14 @@
 """The studies of preferences: arms, rows, a small piece of them for real, and that pages say what the numbers say."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 
 import pytest
 
 from tests.support.evaluation.runs import make_run
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 from video_trl.evaluation.evaluate import sandbox_prompts
 from video_trl.experiment import BASE, FOUND, JUDGED, PLAIN, REG_DPO
 from video_trl.files import write_atomically
@@ -23,11 +22,7 @@ MARKS = "<!-- results of examples/studies/preferences_report.py -->\nold text\n<
 
 def load(name):
     """A script as the module that its neighbour imports by its bare name."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / "studies" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "studies" / f"{name}.py", name)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,18 @@
 """The oracle teacher of the VideoREPA study: its tokens are the state of the scene, and it knows its clips only."""
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 from tests.support.paths import EXAMPLES
+from tests.support.scripts import load_script
 from video_trl.data.video_io import read_video
 from video_trl.sandbox import build_clip_dataset, simulate
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("study_repa", EXAMPLES / "studies" / "repa.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "studies" / "repa.py")
 
 
 def test_the_state_is_what_the_scene_says(study):
