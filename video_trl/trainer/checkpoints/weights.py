@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,7 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
         yield partial
         accelerator.wait_for_everyone()
         if should_save:
+            _check_archives(partial)
             files.write_checksums(partial)
             files.publish_folder(partial, final)
     except Exception:
@@ -90,6 +92,13 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
             shutil.rmtree(partial, ignore_errors=True)
         raise
     accelerator.wait_for_everyone()
+
+
+def _check_archives(folder: Path) -> None:
+    """Refuse files of `torch.save` that lost their end: torch 2.6 says nothing when the disk is full, 2.13 does."""
+    for path in sorted(folder.rglob("*.pt*")):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise OSError(f"{path} was cut off at {path.stat().st_size} bytes. Is the disk full, or a quota reached?")
 
 
 def named_checkpoint(value: str | None) -> str | bool | None:
