@@ -209,7 +209,7 @@ class DenoisingStep:
         steps = self.noise_steps(numbers)
         drawn = draw_noise(self.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices)
         u, now = drawn.u, self.now()
-        if now != EVALUATION_STEP:
+        if self.timestep_draw != "independent" and now != EVALUATION_STEP:
             rows = self._rows or RowsOfStep(0, len(numbers))
             u = draw_together(self.timestep_draw, u, rows, now, partial(sample_generator, self.seed))
         return NoiseDraw(u, *to_device(self.device, drawn.choice, drawn.noise))
