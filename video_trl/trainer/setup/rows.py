@@ -18,6 +18,7 @@ from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
 from ..base_config import VideoConfig
+from ..parallel.mesh import check_context_parallelism
 from .encoded_rows import check_encoded_rows
 
 
@@ -94,7 +95,9 @@ def prepare_rows(
 
         def look(video: np.ndarray) -> None:
             shapes.update(fits(video.shape[:3]))
-            resolve_timestep_shift(args, pipeline, family, transformer, shapes)  # refuses sizes that differ in it
+            # Both refuse sizes, and do so again when all datasets are encoded.
+            check_context_parallelism(transformer, family, shapes, args)
+            resolve_timestep_shift(args, pipeline, family, transformer, shapes)
             if before_encoding is not None:
                 before_encoding(video)
 
