@@ -658,12 +658,13 @@ class VideoTrainer(Trainer):
             check_optimizer_state(state, self.optimizer, Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, **arguments: Any) -> None:
         """As in `transformers.Trainer`, which takes a step before it sees that a resumed run has done all of them."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        arguments["train_dataloader"].batch_sampler.set_epoch(arguments["epoch"])  # transformers 5.5: not when resumed
+        super()._run_epoch(**arguments)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, which would delete the newest checkpoint where the best one alone may stay."""
