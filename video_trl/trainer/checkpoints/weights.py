@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import files
 from ...hub import load_lora_state
-from ...hub.lora import write_lora
+from ...hub.lora import adapter_weights, write_lora
 from ..parallel.engines import assign_weight, full_shape, full_weight
 from ..repa.head import HEAD
 from ..setup.lora import adapter_configs
@@ -217,9 +216,7 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
 def trained_weights(transformer: ModelMixin, adapter_name: str | None) -> dict[str, Tensor]:
     """The weights of the adapter, or all weights, under the names that they have in files, whole or sharded."""
     weights = transformer.state_dict(keep_vars=True)
-    if adapter_name is None:
-        return weights
-    return get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=adapter_name)
+    return weights if adapter_name is None else adapter_weights(transformer, adapter_name, weights)
 
 
 def gather(weights: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
