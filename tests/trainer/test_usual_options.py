@@ -228,7 +228,7 @@ def test_a_weighted_loss_is_the_weighted_mean_of_the_errors(tmp_path):
         ("--max_train_steps", "here it is 'max_steps'"),
         ("--snr_gamma", "here it is 'loss_weighting'"),
         ("--use_ema", "here it is 'ema_decay'"),
-        ("--lora_dropout", "adapters are trained without it"),
+        ("--network_dropout", "here it is 'lora_dropout'"),
         ("--learning_rat", "did you mean 'learning_rate'"),
     ],
 )

@@ -52,7 +52,7 @@ _ELSEWHERE = {
     "rank": "lora_rank", "lora_r": "lora_rank", "network_dim": "lora_rank", "lora_dim": "lora_rank",
     "network_alpha": "lora_alpha", "target_modules": "lora_target_modules", "lora_layers": "lora_target_modules",
     "network_weights": "init_adapter", "init_lora": "init_adapter", "lora_path": "init_adapter",
-    "adapter": "init_adapter",
+    "adapter": "init_adapter", "network_dropout": "lora_dropout",
     "optimizer": "optim", "optimizer_type": "optim", "optimizer_args": "optim_args",
     "adam_weight_decay": "weight_decay", "max_gradient_norm": "max_grad_norm",
     "discrete_flow_shift": "timestep_shift", "flow_shift": "timestep_shift", "flow_weighting_scheme":
@@ -71,8 +71,6 @@ _ELSEWHERE = {
 }  # fmt: skip
 # Options that are missing for a reason.
 _WITHOUT = {
-    "lora_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
-    "network_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
     "network_module": "adapters are LoRA, in the layout of diffusers",
 }
 

@@ -238,6 +238,13 @@ class VideoConfig(TrainingArguments):
             "take memory that estimates do not count."
         },
     )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability with which each input of the trained adapter, the default one or `init_adapter`, is "
+            "set to 0 in a training step. Never in the reference, in evaluations or in sample videos."
+        },
+    )
     init_adapter: str | None = field(
         default=None,
         metadata={
@@ -450,7 +457,22 @@ class VideoConfig(TrainingArguments):
             "alpha": self.lora_alpha,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
+            "dropout": self.lora_dropout,
         }
+
+    def check_dropout(self, probability: float) -> None:
+        """Raise a `ValueError` if inputs of an adapter cannot be dropped with this probability."""
+        if not 0 <= probability < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {probability}. 0 drops nothing.")
+        for holds, option, why in (
+            (self.compile_blocks, "compile_blocks", "each video has a generator of its own, which no graph holds"),
+            (self.context_parallel_size > 1, "context_parallel_size", "processes that share a video would each draw"),
+        ):
+            if holds and probability:
+                raise ValueError(
+                    f"`lora_dropout={probability}` with `{option}={self.__dict__[option]}` is not supported: {why}. "
+                    "Leave one of the two out."
+                )
 
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
@@ -508,7 +530,7 @@ class VideoConfig(TrainingArguments):
             (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
             (
                 not self.use_peft,
-                ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora"),
+                ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "lora_dropout"),
                 "`use_peft` is off",
             ),
             (
@@ -590,6 +612,7 @@ class VideoConfig(TrainingArguments):
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. 0 switches the average off.")
+        self.check_dropout(self.lora_dropout)
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         check_choice(self, "timestep_draw", get_args(TimestepDraw))
         self._check_timestep_range()
