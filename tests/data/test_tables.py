@@ -69,6 +69,14 @@ def test_tables_with_columns_of_other_names_and_paths_that_start_at_the_table(ki
     assert [(_brightness(row["chosen"]), _brightness(row["rejected"])) for row in rows] == [(40, 120), (200, 40)]
 
 
+def test_another_name_of_the_prompts_is_told_once(videos, tmp_path, caplog):
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"caption": "a", "video": str(_put(videos, 40, tmp_path / "a.mp4"))}))
+    with caplog.at_level("INFO", logger="video_trl"):
+        assert [load_rows(str(table), "train")["prompt"][:] for _ in range(2)] == [["a"], ["a"]]
+    assert caplog.text.count("the column 'caption' is read as 'prompt'") == 1
+
+
 def test_words_of_a_csv_stay_words_and_its_numbers_are_numbers(videos, tmp_path):
     prompts = ["007", "NA", "true", '"Oh!"\nA ball, rolling', "1e5"]
     rows = [

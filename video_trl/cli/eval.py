@@ -25,6 +25,7 @@ Stopped at any moment it goes on when started again with the same options. Anoth
 side by side: `video-trl report`; people: `video-trl vote`.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from ..load import SANDBOX
 from .options import JudgeArguments, RunArguments, alpha_value
 from .parser import UsageError, nearest, parse, required, say
 
+
+logger = logging.getLogger(__name__)
 
 _READ = ("phygenbench", "vbench")
 
@@ -129,6 +132,8 @@ def run(argv: Sequence[str]) -> int:
             from ..evaluation.runs.tables import text_table
 
             say(f"\n{text_table(law_table(table))}")
+        where = run_args.output_dir
+        logger.info("Videos and scores: %s. To compare with another run: video-trl report %s OTHER", where, where)
     return 0
 
 

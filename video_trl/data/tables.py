@@ -5,6 +5,7 @@ import glob
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +219,12 @@ def _mapping(columns: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in (column.partition("=") for column in columns)}
 
 
+@cache
+def _tell_prompts(name: str, column: str) -> None:
+    """Once: a command looks at its rows before it loads a model, and reads them again afterwards."""
+    logger.info("%s: the column %r is read as 'prompt'.", name, column)
+
+
 def _renamed(dataset: "datasets.Dataset", columns: Mapping[str, str], name: str) -> "datasets.Dataset":
     for ours, theirs in columns.items():
         if theirs not in dataset.column_names:
@@ -227,7 +234,7 @@ def _renamed(dataset: "datasets.Dataset", columns: Mapping[str, str], name: str)
         dataset = dataset.rename_column(theirs, ours)
     captions = [key for key in CAPTION_KEYS if key in dataset.column_names]
     if "prompt" not in captions and len(captions) == 1:
-        logger.info("%s: the column %r is read as 'prompt'.", name, captions[0])
+        _tell_prompts(name, captions[0])
         dataset = dataset.rename_column(captions[0], "prompt")
     return dataset
 

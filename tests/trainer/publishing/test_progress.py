@@ -57,7 +57,8 @@ def test_time_of_steps_is_told_from_time_around_them(tmp_path, monkeypatch, caps
         assert logs["proportion_outside_steps"] == pytest.approx(0.75)
         assert logs["minutes_left"] == pytest.approx(left)
         assert 0.1 < logs["peak_memory_gib"] < 64
-    assert "4 steps in 8.0 minutes, 0.0667 rows a second" in capsys.readouterr().err
+    assert "4 steps in 8 min, 0.0667 rows a second" in capsys.readouterr().err
+    assert [progress.duration(seconds) for seconds in (0.2, 59, 130, 7200)] == ["0 s", "59 s", "2 min", "2.0 h"]
 
 
 def test_evaluations_carry_no_speed_of_training(tmp_path):
@@ -74,7 +75,7 @@ def test_the_last_line_says_where_everything_is(tmp_path, capsys):
     made = trainer(config(tmp_path, max_steps=4, **saving, **best), eval_dataset=tiny_encoded_group(1))
     made.train()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"4 steps in [\d.]+ minutes, [\d.e+]+ rows a second, peak memory [\d.]+ GiB\. In ", line)
+    assert re.match(r"4 steps in \d+ s, [\d.e+]+ rows a second, peak memory [\d.]+ GiB\. In ", line)
     chosen = made.state.best_model_checkpoint.rpartition("/")[2]
     for part in (str(tmp_path), "checkpoint-4 (last checkpoint)", f"{chosen} (best checkpoint: ", "save_model()"):
         assert part in line

@@ -95,8 +95,8 @@ class ProgressReport(TrainerCallback):
         steps = state.global_step - self._first_step
         speed = steps * _rows_of_a_step(args) / max(self._in_all_steps, 1e-9)
         self.summary = (
-            f"{steps} steps in {(time.perf_counter() - self._start) / 60:.1f} minutes, {speed:.3g} rows a second, "
-            f"peak memory {self._peak_memory(args.device):.3g} GiB."
+            f"{steps} step{'s' * (steps != 1)} in {duration(time.perf_counter() - self._start)}, {speed:.3g} rows a "
+            f"second, peak memory {self._peak_memory(args.device):.3g} GiB."
         )
 
     def _peak_memory(self, device: torch.device) -> float:
@@ -129,6 +129,13 @@ class ClosingLine(TrainerCallback):
 
     def __call__(self, args: VideoConfig, state: TrainerState) -> str:
         return f"{self._progress.summary} {where_everything_is(Path(args.output_dir), state)}"
+
+
+def duration(seconds: float) -> str:
+    """In words, such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def where_everything_is(directory: Path, state: TrainerState) -> str:
