@@ -193,6 +193,12 @@ def check_columns(
     columns, encoded = column_names(dataset), is_encoded(dataset, row_type)
     missing = [] if encoded else [name for name in ROW_TYPES[row_type] if name not in columns]
     if missing:
+        if "rejected" in missing and "video" in columns:
+            raise ValueError(
+                f"A {row_type} dataset needs rejected videos beside each chosen one, got the columns {columns}. Lay "
+                "them out as chosen/ and rejected/ with equal names, or let `video-trl curate gt-pairs` make them "
+                "(docs/data/dataset_formats.md)."
+            )
         old = "chosen" if missing == ["video"] and "chosen" in columns else "old"  # of pairs, the better videos
         raise ValueError(
             f"A {row_type} dataset needs the columns {list(ROW_TYPES[row_type])} (or, encoded, "
