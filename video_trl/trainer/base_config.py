@@ -80,9 +80,9 @@ class VideoConfig(TrainingArguments):
     """
     Arguments that all video trainers share; everything else is inherited from [`~transformers.TrainingArguments`].
 
-    Defaults that differ from `TrainingArguments`: `logging_steps=10`, batch sizes of 1 per
-    device, `bf16` and `activation_checkpointing` on when a
-    GPU that supports them is used, `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
+    Defaults that differ from `TrainingArguments`: `logging_steps=10`, the first step logged too, batch sizes of 1 per
+    device, `bf16` and `activation_checkpointing` on when a GPU that supports them is used,
+    `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
     `logging_nan_inf_filter=False` (a non-finite loss always stops the run, whatever this says), and
     `data_seed=seed` (the order of the samples does not depend on the state of a global generator).
     """
@@ -103,6 +103,14 @@ class VideoConfig(TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many steps; a number in [0, 1) is a proportion of all steps."}
+    )
+    logging_first_step: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Log the first step too, whose loss the preference methods know in advance. Unset: with "
+            "`logging_strategy='steps'`.",
+            **_FLAG,
+        },
     )
     bf16: bool | None = field(
         default=None,
@@ -398,6 +406,8 @@ class VideoConfig(TrainingArguments):
         check_deepspeed_installed(self)
         check_restarts()
         super().__post_init__()
+        if self.logging_first_step is None:
+            self.logging_first_step = self.logging_strategy == "steps"
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
         if self.optim_class is not None:

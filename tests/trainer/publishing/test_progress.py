@@ -51,7 +51,8 @@ def test_time_of_steps_is_told_from_time_around_them(tmp_path, monkeypatch, caps
     clock = Seen(in_step=30.0, outside=90.0)
     monkeypatch.setattr(progress, "time", clock)
     trainer(config(tmp_path, max_steps=4, logging_steps=2), callbacks=[clock]).train()
-    first, second, _ = clock.logs
+    known, first, second, _ = clock.logs
+    assert known["minutes_left"] == pytest.approx(6.0)  # of the first step
     for logs, left in ((first, 4.0), (second, 0.0)):  # two rows in 30 s, a minute and a half of other things
         assert logs["samples_per_second"] == pytest.approx(2 / 30)
         assert logs["proportion_outside_steps"] == pytest.approx(0.75)
@@ -91,3 +92,15 @@ def test_the_last_line_says_where_everything_is(tmp_path, capsys):
 def test_before_anything_is_saved_the_line_names_the_next_step(tmp_path, capsys, weights):
     trainer(config(tmp_path, max_steps=1, use_peft=weights == "lora")).train()
     assert f"In {tmp_path}: the trained weights after trainer.save_model()." in capsys.readouterr().err
+
+
+def test_the_first_step_is_logged_by_itself_unless_nothing_is(tmp_path):
+    """The loss that is known in advance, and a line in runs that end before `logging_steps`."""
+    made = trainer(config(tmp_path / "a", max_steps=3, logging_steps=2))
+    made.train()
+    assert [entry["step"] for entry in made.state.log_history if "loss" in entry] == [1, 2]
+    assert made.state.log_history[0]["win_gap"] == 0.0
+    for changes in ({"logging_strategy": "no"}, {"logging_first_step": False, "logging_steps": 9}):
+        silent = trainer(config(tmp_path / "b", max_steps=2, overwrite_output_dir=True, **changes))
+        silent.train()
+        assert not [entry for entry in silent.state.log_history if "loss" in entry]

@@ -66,7 +66,7 @@ class ProgressReport(TrainerCallback):
         self._step_start = time.perf_counter()
 
     def on_step_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.device.type != "cpu" and _is_waited_for(state):
+        if args.device.type != "cpu" and _is_waited_for(args, state):
             torch.accelerator.synchronize()  # what this step and those before it have queued counts as theirs
         seconds = time.perf_counter() - self._step_start
         self._in_steps += seconds
@@ -163,8 +163,10 @@ def where_everything_is(directory: Path, state: TrainerState) -> str:
     return f"In {directory}: {', '.join(contents)}."
 
 
-def _is_waited_for(state: TrainerState) -> bool:
+def _is_waited_for(args: VideoConfig, state: TrainerState) -> bool:
     """Whether a log, an evaluation, a checkpoint or the end follows the step: the host waits for the device anyway."""
+    if args.logging_first_step and state.global_step == 1:
+        return True
     intervals = (state.logging_steps, state.eval_steps, state.save_steps, state.max_steps)
     return any(every and state.global_step % every == 0 for every in intervals)
 
