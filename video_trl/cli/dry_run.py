@@ -189,8 +189,10 @@ def _index(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     from diffusers import DiffusionPipeline
 
+    from ..load import refuse_file
     from ..models.checkpoints import known_checkpoints
 
+    refuse_file(name)
     try:
         return DiffusionPipeline.load_config(name, **kwargs)
     except OSError as error:
