@@ -42,7 +42,7 @@ _PROVEN = (
     "layers_pattern",
     "init_lora_weights",
 )
-# Options that change neither weights nor outputs of a model in evaluation; trainers switch dropout off.
+# Options that change neither weights nor outputs of a model in evaluation.
 _NEUTRAL = (
     "lora_dropout",
     "task_type",

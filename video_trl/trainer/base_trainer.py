@@ -32,13 +32,7 @@ from ..models.base import weights_dtype
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
-from .checkpoints.settings import (
-    ARGUMENTS_NAME,
-    METHOD,
-    check_optimizer_state,
-    check_resumable,
-    check_settings,
-)
+from .checkpoints.settings import ARGUMENTS_NAME, METHOD, check_optimizer_state, check_resumable, check_settings
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weight_average import WeightAverage
 from .checkpoints.weights import describe_run, named_checkpoint, trained_weights
@@ -87,6 +81,7 @@ from .setup.rows import (
 )
 from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
+from .step.dropout import has_dropout
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
@@ -321,6 +316,7 @@ class VideoTrainer(Trainer):
             logit_std=args.timestep_logit_std,
             timestep_range=self.timestep_range,
             timestep_draw=args.timestep_draw,
+            drops=has_dropout(transformer),
         )
         self.checkpointer = Checkpointer(
             transformer,

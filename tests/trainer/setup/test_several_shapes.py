@@ -115,7 +115,7 @@ def test_evaluation_takes_several_shapes_and_counts_every_row_once(tmp_path):
 def test_shapes_with_fewer_rows_than_a_step_are_reported(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="video_trl"):
         trainer(config(tmp_path), train_dataset=mixed_shapes()).get_train_dataloader()
-    assert "11 rows of 2 shape(s) make 5 full steps of 2 rows and 1 smaller ones" in caplog.text
+    assert "Rows: 11, of 2 shapes. Steps of an epoch: 5 of 2 rows, and 1 smaller. Every row counts" in caplog.text
     assert "fewer rows" not in caplog.text
     trainer(config(tmp_path, per_device_train_batch_size=6), train_dataset=mixed_shapes()).get_train_dataloader()
     assert "fewer rows than a step of 6 (rows by shape): {(4, 2, 4, 6): 5}" in caplog.text
