@@ -32,13 +32,7 @@ from ..models.base import weights_dtype
 from .base_config import VideoConfig
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_folder import RunFolder
-from .checkpoints.settings import (
-    ARGUMENTS_NAME,
-    METHOD,
-    check_optimizer_state,
-    check_resumable,
-    check_settings,
-)
+from .checkpoints.settings import ARGUMENTS_NAME, METHOD, check_optimizer_state, check_resumable, check_settings
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weight_average import WeightAverage
 from .checkpoints.weights import describe_run, named_checkpoint, trained_weights
@@ -90,6 +84,7 @@ from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
+from .step.training_mode import training_mode_kept
 
 
 logger = logging.getLogger(__name__)
@@ -434,12 +429,12 @@ class VideoTrainer(Trainer):
         return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        has_optimizer = self.optimizer is not None
-        optimizer, rate = super().create_optimizer(model), self.head_learning_rate()
-        if not has_optimizer and self.trained_head is not None and rate is not None:
+        given, optimizer, rate = self.optimizer, super().create_optimizer(model), self.head_learning_rate()
+        if given is None and self.trained_head is not None and rate is not None:
             give_own_learning_rate(optimizer, self.trained_head, rate)
         if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
             check_optimizer(self.model if model is None else model, optimizer)
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         return optimizer
 
     get_optimizer_cls_and_kwargs = staticmethod(optimizer_and_options)
@@ -540,13 +535,19 @@ class VideoTrainer(Trainer):
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        with self.step.batch_of(weight.rows):
+        with self.step.batch_of(weight.rows), training_mode_kept(model, self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
         with self.compute_loss_context_manager():
             self.passes.backward()
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        """As in `transformers.Trainer`, without a look at frozen weights, which have no gradients."""
+        if self.engine != "ddp":  # others exchange the weights
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def prediction_step(
         self,
