@@ -403,22 +403,27 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     results |= {"command": " ".join(sys.argv), "threads": torch.get_num_threads()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, name: str | None, found: dict[str, Any] | list[dict[str, Any]]) -> None:
+        if name is None:
+            results[part] = found
+        else:
+            results.setdefault(part, {})[name] = found
+        path.write_text(json.dumps(results, indent=1))
+        (args.output_dir / "results.md").write_text(tables(results))
+
     for part in parts:
         if part == "steps":
             for name in [args.model] if args.model else MODELS:
                 for videos in [args.videos] if args.videos else VIDEOS:
-                    found = results.setdefault("steps", {})
-                    found[f"{name}, {VIDEOS[videos]}"] = steps(name, videos, args.repeats)
+                    keep(part, f"{name}, {VIDEOS[videos]}", steps(name, videos, args.repeats))
         elif part == "overhead":
             for name in [args.model] if args.model else MODELS:
-                number = OVERHEAD_STEPS[name]
-                results.setdefault("overhead", {})[name] = overhead(name, number, args.repeats)
+                keep(part, name, overhead(name, OVERHEAD_STEPS[name], args.repeats))
         elif part == "loading":
-            results["loading"] = loading((16, 21, 60, 104), 32, args.repeats)
+            keep(part, None, loading((16, 21, 60, 104), 32, args.repeats))
         else:
-            results["scaling"] = scaling(args.model or "2k tokens", 6, args.repeats)
-        path.write_text(json.dumps(results, indent=1))
-        (args.output_dir / "results.md").write_text(tables(results))
+            keep(part, None, scaling(args.model or "2k tokens", 6, args.repeats))
     sys.stdout.write(tables(results))
 
 

@@ -8,13 +8,13 @@ Whether timesteps that are drawn together reach a given `pc` on the sandbox in f
     python examples/studies/steps_to_pc.py --output_dir outputs/steps_to_pc
 
 Fine-tuning on the clips that the judge passes, as in `preferences.py`: a hundred steps, measured after each twenty of
-them on 42 held-out sentences with one noise. Recipe, rows and seeds are the same for every way to draw.
+them on 42 held-out sentences with one noise. Recipe, rows and seeds are the same for both ways to draw.
 
 The rule, written down before there were results: the steps that a way takes are those at which the mean `pc` over
 seeds and sentences first reaches 0.65 (the base model is at 0.46, lawful clips at 0.995), on the straight line between
-two measurements, the base model being that at step 0, and a hundred where it is not reached. A way is faster than
-"independent" if the whole 95 % interval of the ratio of their steps is below 1. Intervals: 4,000 draws of sentences
-with replacement, the same for all ways, each sentence with all its seeds.
+two measurements, the base model being that at step 0, and a hundred where it is not reached. "stratified" is
+faster if the whole 95 % interval of the ratio of their steps is below 1. Intervals: 4,000 draws of sentences
+with replacement, the same for both, each sentence with all its seeds.
 
 What is there is not made again.
 """
@@ -27,7 +27,7 @@ from preferences import Runner, parse
 from video_trl.experiment import BASE, FIRST_NOISE_SEED, JUDGED, PROMPT_DRAW, evaluate_trained
 
 
-DRAWS = ("independent", "stratified", "antithetic")
+DRAWS = ("independent", "stratified")
 TARGET = 0.65
 EVERY = 20  # steps between two measurements
 OPTIONS = ("--output_dir", "outputs/steps_to_pc", "--num_rejected", "1", "--eval_seeds", "1")
