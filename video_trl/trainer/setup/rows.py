@@ -229,8 +229,8 @@ def shift_for_sizes(
     Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
 
     Raises:
-        ValueError: If context parallelism cannot divide videos with latents of these shapes, or the scheduler shifts by
-            the number of tokens and they differ in it.
+        ValueError: If context parallelism cannot divide videos with latents of these shapes, or they differ in the
+            number of tokens, by which the scheduler shifts.
     """
     check_context_parallelism(transformer, family, shapes, args)
     if args.timestep_shift is not None or args.timestep_sampling != "shifted":
