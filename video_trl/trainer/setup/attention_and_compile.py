@@ -125,8 +125,8 @@ def check_compile(device: torch.device) -> None:
     """Raise a `ValueError` if blocks cannot be compiled for a device, or might not compute what they do uncompiled."""
     if is_torch_version("<", _COMPILES_RIGHT):
         raise ValueError(
-            f"`compile_blocks` needs torch {_COMPILES_RIGHT} or newer, this is {torch.__version__}: compiled blocks had "
-            "wrong gradients with torch 2.6, and the versions between were not tried. Update torch, or leave it off."
+            f"`compile_blocks` needs torch {_COMPILES_RIGHT} or newer, this is {torch.__version__}: gradients of "
+            "compiled blocks were wrong with 2.6, and the versions between were not tried. Update torch, or leave it off."
         )
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError(
