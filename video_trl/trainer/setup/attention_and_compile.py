@@ -126,7 +126,7 @@ def check_compile(device: torch.device) -> None:
     if is_torch_version("<", _COMPILES_RIGHT):
         raise ValueError(
             f"`compile_blocks` needs torch {_COMPILES_RIGHT} or newer, this is {torch.__version__}: gradients of "
-            "compiled blocks were wrong with 2.6, and the versions between were not tried. Update torch, or leave it off."
+            "compiled blocks were wrong with 2.6, and versions between were not tried. Update torch, or leave it off."
         )
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError(
