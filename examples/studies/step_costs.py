@@ -3,9 +3,9 @@
 # dependencies = ["video-trl"]
 # ///
 """
-Memory and arithmetic of a training step at real sizes, counted without weights: the table of docs/trainers/memory.md.
+Memory and arithmetic of a training step at real sizes, counted without weights: the tables of docs/trainers/memory.md.
 
-    python examples/studies/step_costs.py                  # all of it, a quarter of an hour on one core
+    python examples/studies/step_costs.py                  # minutes on one core
     python examples/studies/step_costs.py --model wan-1.3b
     python examples/studies/step_costs.py --table policies --model wan-14b
     python examples/studies/step_costs.py --table quantised --model wan-14b
@@ -64,8 +64,10 @@ MODELS = {
 STEPS = {
     "SFT": (1, "none", "concat"),
     "pair, concat": (2, "adapter", "concat"),
+    "pair, singles": (2, "adapter", "singles"),
     "pair, sequential": (2, "adapter", "sequential"),
     "group of 1 + 3, concat": (4, "adapter", "concat"),
+    "group of 1 + 3, singles": (4, "adapter", "singles"),
     "group of 1 + 3, sequential": (4, "adapter", "sequential"),
 }
 # Name -> (videos, reference, step mode, rank of the adapter; all weights are trained without one)
@@ -81,7 +83,7 @@ REFERENCES = {
 
 POLICIES = (None, "attention", "full", "offload")
 # GPUs, engine, GPUs that share a video
-CLUSTERS = [(8, "ddp", 1), (8, "fsdp2", 1), (8, "fsdp2", 4), (64, "fsdp2", 8), (512, "fsdp2", 8)]
+CLUSTERS = [(8, "ddp", 1), (8, "fsdp2", 1), (8, "fsdp2", 4), (8, "fsdp2", 8), (64, "fsdp2", 8), (512, "fsdp2", 8)]
 
 
 def latents(size: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from video_trl.trainer.planning.counter import LiveBytes
 from video_trl.trainer.planning.estimate import Placement, Workload, fitting_step_mode
 from video_trl.trainer.setup.activation_checkpointing import enable_recompute
 from video_trl.trainer.step.denoising import Denoising
-from video_trl.trainer.step.passes import SequentialErrors, forward_errors
+from video_trl.trainer.step.passes import AdapterReference, SequentialErrors, forward_errors
 
 
 BETA = 500.0
@@ -55,6 +56,7 @@ MODELS = {  # name -> (heads of 32, blocks, latents of a video)
 }
 POLICIES = (None, "attention", "full")
 VIDEOS = {2: "pair", 4: "group of 1 + 3"}
+OVERHEAD_STEPS = {"tiny": 100, "2k tokens": 4}
 PEERS = ("singles, policy first", "concat, policy first")
 
 
@@ -83,6 +85,7 @@ class Step:
 
     def __init__(self, name: str, videos: int) -> None:
         self.transformer, self.family, shape = transformer_of(name)
+        self.base = AdapterReference(self.transformer)  # for all rows: PEFT's own switch takes longer
         latents, noise = torch.randn(videos, *shape), torch.randn(1, *shape)
         conditions = {"prompt_embeds": torch.randn(1, 32, 64).expand(videos, -1, -1)}
         timesteps = torch.full((videos,), 500.0)
@@ -111,12 +114,8 @@ class Step:
 
     def reference(self, *, one_by_one: bool) -> Tensor:
         videos = self.denoising.one_by_one() if one_by_one else [self.denoising]
-        self.transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                return torch.cat([self.errors(video) for video in videos])
-        finally:
-            self.transformer.enable_adapters()
+        with torch.no_grad(), self.base():
+            return torch.cat([self.errors(video) for video in videos])
 
     def finetuning(self) -> None:
         """The step of supervised fine-tuning on one video, the yardstick of memory."""
@@ -225,51 +224,88 @@ class TimeOptimizer(TrainerCallback):
 class Timed(VideoDPOTrainer):
     """Adds up the time of the model: forward passes, backward passes and the optimizer."""
 
+    clock = staticmethod(time.process_time)
     inside = 0.0
     outside = 0.0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step == 2:  # the first steps fill caches
-            self.inside, self.outside = 0.0, -time.perf_counter()
+            self.inside, self.outside = 0.0, -self.clock()
         return super().training_step(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.model.forward = self.timed(self.model.forward)
         self.accelerator.backward = self.timed(self.accelerator.backward)
         self.add_callback(TimeOptimizer(self.timed))
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        self.outside += self.clock()
+        return result
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self.clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.inside += time.perf_counter() - start
+                self.inside += self.clock() - start
 
         return run
 
 
-def overhead(name: str, steps_to_time: int) -> dict[str, float]:
-    """Proportion of the time of training that is not the model's."""
+class TimedByTheClock(Timed):
+    """As processes that wait for each other must be timed."""
+
+    clock = staticmethod(time.perf_counter)
+
+
+def trained(name: str, steps_to_time: int, trainer_class: type[Timed], number: int = 8) -> Timed:
+    """A trainer that has trained for two steps more, on so many pairs."""
     transformer, _, shape = transformer_of(name)
     transformer.delete_adapters("default")
     with tempfile.TemporaryDirectory() as folder:
-        rows = encoded_pairs(Path(folder) / "rows", shape, 8)
-        args = VideoDPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            max_steps=steps_to_time + 2,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            lora_rank=16,
-        )
-        trainer = Timed(transformer, args, rows)
+        rows = encoded_pairs(Path(folder) / "rows", shape, number)
+        options = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_sequence_length": 32}
+        args = VideoDPOConfig(folder, use_cpu=True, max_steps=steps_to_time + 2, lora_rank=16, **options)
+        trainer = trainer_class(transformer, args, rows)
         trainer.train()
-        whole = trainer.outside + time.perf_counter()
-    return {"seconds": whole / steps_to_time, "overhead": 1 - trainer.inside / whole}
+    return trainer
+
+
+def by_hand(name: str, steps_to_time: int) -> float:
+    """CPU seconds of as many steps in a loop that does nothing else: rows in memory, no metrics, no checks."""
+    step = Step(name, 2)
+    run = step.separate if step.chosen_mode() == "singles" else step.concat
+    weights = [weight for weight in step.transformer.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    clean = step.denoising.noisy_latents - 0.5 * step.denoising.target
+    for number in range(steps_to_time + 2):
+        if number == 2:
+            start = time.process_time()
+        noise = torch.randn_like(clean[:1])
+        step.denoising = replace(step.denoising, noisy_latents=0.5 * (clean + noise), target=noise - clean)
+        run()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.process_time() - start
+
+
+def overhead(name: str, steps_to_time: int, repeats: int) -> dict[str, float]:
+    """Proportion of the time of training that is not the model's, and time next to a loop by hand, in turns."""
+    whole, inside, hand = [], [], []
+    for _ in range(repeats):
+        trainer = trained(name, steps_to_time, Timed)
+        whole.append(trainer.outside / steps_to_time)
+        inside.append(trainer.inside / steps_to_time)
+        hand.append(by_hand(name, steps_to_time) / steps_to_time)
+    shares = [1 - model / both for model, both in zip(inside, whole, strict=True)]
+    return {
+        "CPU seconds a step": statistics.median(whole),
+        "outside of the model": statistics.median(shares),
+        "CPU seconds by hand": statistics.median(hand),
+        "next to it": statistics.median(both / alone for both, alone in zip(whole, hand, strict=True)),
+    }
 
 
 def loading(shape: tuple[int, ...], number: int, repeats: int) -> dict[str, float]:
@@ -298,16 +334,9 @@ def loading(shape: tuple[int, ...], number: int, repeats: int) -> dict[str, floa
 
 def train_for_scaling(name: str, steps_to_time: int) -> None:
     """A process of the scaling measurement: prints the seconds of its steps."""
-    transformer, _, shape = transformer_of(name)
-    transformer.delete_adapters("default")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = encoded_pairs(Path(folder) / "rows", shape, 16)
-        options = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "lora_rank": 16}
-        args = VideoDPOConfig(output_dir=folder, use_cpu=True, max_steps=steps_to_time + 2, **options)
-        trainer = Timed(transformer, args, rows)
-        trainer.train()
-        if trainer.is_world_process_zero():
-            sys.stdout.write(json.dumps({"seconds": (trainer.outside + time.perf_counter()) / steps_to_time}) + "\n")
+    trainer = trained(name, steps_to_time, TimedByTheClock, number=16)
+    if trainer.is_world_process_zero():
+        sys.stdout.write(json.dumps({"seconds": trainer.outside / steps_to_time}) + "\n")
 
 
 def scaling(name: str, steps_to_time: int, repeats: int) -> dict[str, float]:
@@ -350,9 +379,10 @@ def tables(results: dict[str, Any]) -> str:
             cells += [f"{row['peak'] / 2**20:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    for part in ("overhead", "loading", "scaling"):
-        if part in results:
-            lines += [f"- {part}: " + ", ".join(f"{key} {value:.4g}" for key, value in results[part].items())]
+    of_models = {f"overhead, {name}": found for name, found in results.get("overhead", {}).items()}
+    for part, found in (of_models | {name: results.get(name, {}) for name in ("loading", "scaling")}).items():
+        if found:
+            lines += [f"- {part}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -373,20 +403,27 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     results |= {"command": " ".join(sys.argv), "threads": torch.get_num_threads()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, name: str | None, found: dict[str, Any] | list[dict[str, Any]]) -> None:
+        if name is None:
+            results[part] = found
+        else:
+            results.setdefault(part, {})[name] = found
+        path.write_text(json.dumps(results, indent=1))
+        (args.output_dir / "results.md").write_text(tables(results))
+
     for part in parts:
         if part == "steps":
             for name in [args.model] if args.model else MODELS:
                 for videos in [args.videos] if args.videos else VIDEOS:
-                    found = results.setdefault("steps", {})
-                    found[f"{name}, {VIDEOS[videos]}"] = steps(name, videos, args.repeats)
+                    keep(part, f"{name}, {VIDEOS[videos]}", steps(name, videos, args.repeats))
         elif part == "overhead":
-            results["overhead"] = overhead(args.model or "2k tokens", 8)
+            for name in [args.model] if args.model else MODELS:
+                keep(part, name, overhead(name, OVERHEAD_STEPS[name], args.repeats))
         elif part == "loading":
-            results["loading"] = loading((16, 21, 60, 104), 32, args.repeats)
+            keep(part, None, loading((16, 21, 60, 104), 32, args.repeats))
         else:
-            results["scaling"] = scaling(args.model or "2k tokens", 6, args.repeats)
-        path.write_text(json.dumps(results, indent=1))
-        (args.output_dir / "results.md").write_text(tables(results))
+            keep(part, None, scaling(args.model or "2k tokens", 6, args.repeats))
     sys.stdout.write(tables(results))
 
 

@@ -142,6 +142,9 @@ def _load_file(path: Path, texts: Collection[str]) -> "datasets.Dataset":
         )
     if suffix in _SEPARATORS:
         return _from_csv(path, texts)
+    with open(path, "rb") as file:
+        if not any(line.strip() for line in file):
+            raise ValueError(f"--dataset_name: {path}: expected rows, got none (it is empty).")
     try:
         with _quiet():
             return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train")

@@ -432,6 +432,12 @@ class VideoConfig(TrainingArguments):
                 )
 
     @property
+    def device(self) -> torch.device:
+        """Of this process. transformers 5.5 loads no optimizer state onto a CPU with an index, such as gloo's."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def processes_per_row(self) -> int:
         """Processes that work on a row together."""
         return self.context_parallel_size

@@ -85,6 +85,7 @@ from .step.dropout import has_dropout
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
+from .step.training_mode import training_mode_kept
 
 
 logger = logging.getLogger(__name__)
@@ -430,12 +431,12 @@ class VideoTrainer(Trainer):
         return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        has_optimizer = self.optimizer is not None
-        optimizer, rate = super().create_optimizer(model), self.head_learning_rate()
-        if not has_optimizer and self.trained_head is not None and rate is not None:
+        given, optimizer, rate = self.optimizer, super().create_optimizer(model), self.head_learning_rate()
+        if given is None and self.trained_head is not None and rate is not None:
             give_own_learning_rate(optimizer, self.trained_head, rate)
         if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
             check_optimizer(self.model if model is None else model, optimizer)
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         return optimizer
 
     get_optimizer_cls_and_kwargs = staticmethod(optimizer_and_options)
@@ -536,13 +537,19 @@ class VideoTrainer(Trainer):
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        with self.step.batch_of(weight.rows):
+        with self.step.batch_of(weight.rows), training_mode_kept(model, self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
         with self.compute_loss_context_manager():
             self.passes.backward()
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        """As in `transformers.Trainer`, without a look at frozen weights, which have no gradients."""
+        if self.engine != "ddp":  # others exchange the weights
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def prediction_step(
         self,
@@ -654,12 +661,13 @@ class VideoTrainer(Trainer):
             check_optimizer_state(state, self.optimizer, Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, **arguments: Any) -> None:
         """As in `transformers.Trainer`, which takes a step before it sees that a resumed run has done all of them."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        arguments["train_dataloader"].batch_sampler.set_epoch(arguments["epoch"])  # transformers 5.5: not when resumed
+        super()._run_epoch(**arguments)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, which would delete the newest checkpoint where the best one alone may stay."""

@@ -7,6 +7,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.support import rounding
 from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_mp4, tiny_wan_pipeline
@@ -23,6 +25,7 @@ from tests.support.trainer.runs import (
     trainer,
 )
 from video_trl import VideoREPAConfig
+from video_trl.models.wan import WanFamily
 from video_trl.trainer.checkpoints.weights import check_description
 
 
@@ -183,6 +186,16 @@ def test_a_bucket_that_the_vae_cannot_encode_is_refused_before_a_video_is_read(t
     with pytest.raises(ValueError, match="must be divisible by 8.*got 36x32"):
         made = config(tmp_path, resolution_buckets=["32x32", "36x32"])
         trainer(made, train_dataset=tiny_group_dataset(1, 1))
+
+
+def test_sizes_that_would_have_several_shifts_are_refused_before_a_video_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(WanFamily, "encode_video", lambda *args, **options: pytest.fail("encoded a video"))
+    pipeline = tiny_wan_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    groups = [tiny_group_dataset(1, 1, height=32, width=width) for width in (32, 48)]
+    args = config(tmp_path, timestep_sampling="shifted")
+    with pytest.raises(ValueError, match=r"the videos have \[\d+, \d+\].*several shifts. Set `timestep_shift`"):
+        trainer(args, model=pipeline, train_dataset=concatenate_datasets(groups))
 
 
 def truncated_mp4(path: Path) -> Path:

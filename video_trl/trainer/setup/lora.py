@@ -9,14 +9,14 @@ from collections.abc import Collection, Sequence
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...hub import check_lora_config
-from ...hub.lora import acting_alpha
+from ...hub.lora import acting_alpha, adapter_weights
 from ...models import ModelFamily, lora_targets
 from ..base_config import VideoConfig
 from ..step.dropout import set_dropout
@@ -137,7 +137,7 @@ def copy_adapter(transformer: ModelMixin, source: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second one is meant
         transformer.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
-    state = get_peft_model_state_dict(transformer, adapter_name=source)
+    state = adapter_weights(transformer, source, transformer.state_dict())
     set_peft_model_state_dict(transformer, state, adapter_name=REFERENCE_ADAPTER)
     _cast_adapters(transformer)
     transformer.set_adapter(source)  # adding an adapter activates it

@@ -219,7 +219,7 @@ class DenoisingStep:
         u, now = drawn.u, self.now()
         is_training = now != EVALUATION_STEP
         self._drawn = tuple((self.seed, now, number) for number in numbers) if self.drops and is_training else None
-        if is_training:
+        if is_training and self.timestep_draw != "independent":
             rows = self._rows or RowsOfStep(0, len(numbers))
             u = draw_together(self.timestep_draw, u, rows, now, partial(sample_generator, self.seed))
         return NoiseDraw(u, *to_device(self.device, drawn.choice, drawn.noise))
