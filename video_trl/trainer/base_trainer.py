@@ -19,7 +19,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput, TrainOutput
 
@@ -51,7 +50,7 @@ from .planning.estimate import Placement, ReferencePass, Workload, accelerator_m
 from .publishing.evaluator import Evaluator, EvaluatorCalls
 from .publishing.printed_log import LogLine, with_progress
 from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
-from .publishing.sampling import Sampler, SamplingCallback
+from .publishing.sampling import Sampler, SamplingCallback, tensorboard_writer
 from .publishing.uploader import Uploader
 from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_own_learning_rate
 from .setup.adapt import adapt_for_trainer
@@ -333,10 +332,7 @@ class VideoTrainer(Trainer):
             max_sequence_length=self.max_sequence_length,
             fps=args.fps,
             averaged=self.average.shown,
-            tensorboard=lambda: next(
-                (each.tb_writer for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)),
-                None,
-            ),
+            tensorboard=lambda: tensorboard_writer(self.callback_handler.callbacks),
         )
         self._signals = StopOnSignal(args.world_size)
         self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
