@@ -359,6 +359,7 @@ def _train(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dat
 
     from .evaluation.runs.run import make_room
     from .sandbox.data.regimes import HELD_OUT
+    from .trainer.publishing.progress import ClosingLine
 
     folder = Path(args.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}"
     stored = folder / _RESULT
@@ -370,7 +371,8 @@ def _train(arm: str, seed: int, args: "VideoGroupDPOConfig", rows: "datasets.Dat
     trained = rows.select(range(max(1, len(rows) - held_out)))
     changes: dict[str, Any] = {"output_dir": str(folder), "overwrite_output_dir": True}
     trainer = _trainer(arm, seed, replace(args, **changes), trained)
-    trainer.remove_callback(PrinterCallback)  # the phases say how far it is
+    for printed in (PrinterCallback, ClosingLine):  # the phases say how far it is
+        trainer.remove_callback(printed)
     start = time.process_time()
     trainer.train()
     cpu_seconds = time.process_time() - start
@@ -506,6 +508,7 @@ def peak_of_tensors(trainer: Any) -> int:
     """Bytes of tensors that the training of a trainer of a few steps allocates at its peak, beside the weights."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when it starts; else it writes lines of its own
     gc.collect()  # what is freed later must not count as freed by training
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train()

@@ -51,7 +51,7 @@ def load_pipeline(name: str, **options: Any) -> "DiffusionPipeline":
             The sandbox's pipeline, float32 on the CPU, takes none.
 
     Raises:
-        ValueError: If options are given for the sandbox.
+        ValueError: If options are given for the sandbox, or the name is that of a file.
         OSError: If there is no such folder or repository.
     """
     if name == SANDBOX:
@@ -60,10 +60,21 @@ def load_pipeline(name: str, **options: Any) -> "DiffusionPipeline":
         from .sandbox.weights.pipeline import load_sandbox
 
         return load_sandbox().pipeline
+    refuse_file(name)
     from diffusers import DiffusionPipeline
 
     named = {DTYPE_OPTION if option == "dtype" else option: value for option, value in options.items()}
     return DiffusionPipeline.from_pretrained(name, **named)
+
+
+def refuse_file(name: str) -> None:
+    """Raise a `ValueError` if what should name a pipeline is a file: weights of a part of one."""
+    if Path(name).is_file():
+        raise ValueError(
+            f"{name} is a file; expected a folder, or a repository on the Hub, of a whole pipeline in diffusers "
+            "layout. Name the pipeline that it belongs to, and give the file as `transformer_file` where it holds a "
+            "transformer, as `init_adapter` or `--adapter` where it is a LoRA."
+        )
 
 
 def pipeline_source(name: str) -> str:

@@ -82,6 +82,12 @@ def test_every_verb_has_examples():
         (["eval", "--config", "list.yaml"], 2, "list.yaml: expected options as 'name: value'"),
         (["eval", "--config", "torn.yaml"], 2, "torn.yaml is not YAML"),
         (["eval", "--benchmark", "vidophy"], 2, "unknown benchmark 'vidophy' (did you mean 'videophy'?)"),
+        (["eval", "--benchmark=vbnch"], 2, "unknown benchmark 'vbnch' (did you mean 'vbench'?)"),
+        (
+            ["train", "sft", "--model_name_or_path", "w.gguf", "--dry_run"],
+            1,
+            "w.gguf is a file; expected a",
+        ),
         (["eval", "--benchmark", "vbnch"], 2, "(did you mean 'vbench'?); expected one of custom, videophy, videophy2"),
         (["eval", "--judge_options", "{"], 2, "--judge_options must be JSON"),
         (["eval", "--judge_options", "[1]"], 2, "--judge_options must be a mapping"),
@@ -123,6 +129,7 @@ def test_errors_are_one_line_with_the_right_code(argv, code, message, capsys, tm
     Path("list.yaml").write_text("- judge\n")
     Path("scores.csv").write_text("video,prompt,sa,pc\na.mp4,A ball falls.,1,1\n")
     Path("torn.yaml").write_text("judge: [\n")
+    Path("w.gguf").touch()
     assert main(argv) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"video-trl {argv[0]}: ") and message in line

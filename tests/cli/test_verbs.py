@@ -90,6 +90,13 @@ def test_score_of_a_table_can_be_used_as_a_judge(here, capsys, suffix):
     assert "b.mp4" in capsys.readouterr().err and not (here / "x.csv").exists()
 
 
+def test_benchmarks_are_known_before_they_are_imported():
+    from video_trl.cli.eval import _COUNTED
+    from video_trl.evaluation.runs.tables import BENCHMARKS
+
+    assert _COUNTED == tuple(BENCHMARKS)
+
+
 def test_eval_counts_the_results_of_other_programs(here, capsys):
     items = [
         {"main_category": "Force", "single": 2, "multi_gpt": 3, "video_gpt": 3, "multi_llava": 3, "video_intern": 2}

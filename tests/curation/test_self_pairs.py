@@ -187,6 +187,12 @@ def test_wrong_settings_are_refused(tmp_path, change, message):
         small(tmp_path, **change).video_model()
 
 
+def test_videos_that_end_too_early_are_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="sandbox makes 13 frames at 8 fps, 1.62 s; pairs of 81 frames at 16 fps"):
+        run_self_pairs(SelfPairsConfig(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_says_where_the_pairs_are(made, capsys):
     folder, _ = made
     options = '{"dtype": "float32", "batch_size": 4, "call_kwargs": {"num_inference_steps": 2, "guidance_scale": 1.0}}'

@@ -67,6 +67,13 @@ def test_missing_column_names_what_is_needed_and_what_is_there(row_type):
         check_columns(datasets.Dataset.from_list(rows), row_type)
 
 
+def test_pairs_are_told_how_they_feed_fine_tuning_and_clips_how_they_become_pairs():
+    with pytest.raises(ValueError, match=r"missing: \['video'\].*on the command line with `--column video=chosen`"):
+        check_columns([{"prompt": "a", "chosen": "a.mp4", "rejected": "b.mp4"}], "video")
+    with pytest.raises(ValueError, match=r"needs rejected videos beside each chosen one.*`video-trl curate gt-pairs`"):
+        check_columns([{"prompt": "a", "video": "a.mp4"}], "preference")
+
+
 def test_half_encoded_dataset_is_told_both_ways_out():
     rows = [{key: value for key, value in row.items() if key != "prompt_embeds"} for row in tiny_encoded_group()]
     with pytest.raises(ValueError, match=r"or, encoded, \['chosen_latents', 'rejected_latents', 'prompt_embeds'\]"):

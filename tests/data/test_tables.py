@@ -69,6 +69,14 @@ def test_tables_with_columns_of_other_names_and_paths_that_start_at_the_table(ki
     assert [(_brightness(row["chosen"]), _brightness(row["rejected"])) for row in rows] == [(40, 120), (200, 40)]
 
 
+def test_another_name_of_the_prompts_is_told_once(videos, tmp_path, caplog):
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"caption": "a", "video": str(_put(videos, 40, tmp_path / "a.mp4"))}))
+    with caplog.at_level("INFO", logger="video_trl"):
+        assert [load_rows(str(table), "train")["prompt"][:] for _ in range(2)] == [["a"], ["a"]]
+    assert caplog.text.count("the column 'caption' is read as 'prompt'") == 1
+
+
 def test_words_of_a_csv_stay_words_and_its_numbers_are_numbers(videos, tmp_path):
     prompts = ["007", "NA", "true", '"Oh!"\nA ball, rolling', "1e5"]
     rows = [
@@ -205,6 +213,19 @@ def _broken(kind, videos, root):
     elif kind == "cut":
         (root / "table.jsonl").write_text('{"prompt": "a"}\n{"prom')
         return root / "table.jsonl", []
+    elif kind == "cut tar":
+        with tarfile.open(root / "whole.tar", "w") as tar:
+            tar.add(videos / "40.mp4", "a.mp4")
+        (root / "cut.tar").write_bytes((root / "whole.tar").read_bytes()[:1000])
+        return root / "cut.tar", []
+    elif kind == "typo":
+        (root / "clips.jsonl").write_text("{}")
+        return root / "clip.jsonl", []
+    elif kind == "ours":
+        return _write("jsonl", [{"prompt": "a", "film": "no.mp4"}], root / "table"), ["chosenn=film"]
+    elif kind == "nothing":
+        (root / "folder").mkdir()
+        return root / "folder", []
     elif kind in ("empty", "header"):
         path = root / f"table.{'jsonl' if kind == 'empty' else 'csv'}"
         path.write_text("" if kind == "empty" else "prompt,video\n")
@@ -222,12 +243,16 @@ def _broken(kind, videos, root):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("no caption", "1 of 2 videos have no caption, the first is .*b.mp4. Write b.txt beside it"),
-        ("link", "1 of 1 videos have no caption"),
-        ("alone", "2 videos have no counterpart, the first is .*chosen/a.mp4"),
+        ("no caption", "videos without a caption: 1 of 2, the first is .*b.mp4. Write b.txt beside it"),
+        ("link", "videos without a caption: 1 of 1"),
+        ("alone", "videos without a counterpart: 2, the first is .*chosen/a.mp4"),
         ("missing", "Row 0: expected a file in column 'video', got .*/no.mp4, .*Relative paths start at the table"),
-        ("column", r"--column video=movie: .* has the columns \['prompt', 'film'\]"),
-        ("cut", "cannot be read as jsonl"),
+        ("column", r"--column video=movie: .* has no column 'movie'.* It has \['prompt', 'film'\]"),
+        ("cut", r"cannot be read as jsonl \(line 2 is no JSON object: '\{\"prom'\)"),
+        ("cut tar", "cut.tar cannot be read as a tar in WebDataset layout .*it is cut"),
+        ("typo", "there is no file .*clip.jsonl .from .*; did you mean '.*clips.jsonl'"),
+        ("ours", "--column chosenn=film: no trainer reads a column 'chosenn'; did you mean 'chosen'"),
+        ("nothing", "holds no videos, tables or tars. Expected videos with captions"),
         ("empty", "table.jsonl: expected rows, got none"),
         ("header", "table.csv: expected rows, got none"),
         ("suffix", "a file that ends in .xls; expected a table"),

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import safetensors.torch
+import torch
+from packaging.version import Version
 
 from tests.support import rounding
 from tests.support.distributed import joint_worker
@@ -17,7 +19,7 @@ def test_two_processes_compute_the_step_of_one(tmp_path):
     running, *ended = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("running", "threads-0", "threads-1")
     )
-    assert any("gloo" in name for name in running)
+    assert any("gloo" in name for name in running) or Version(torch.__version__) < Version("2.7")  # without names
     assert not [name for names in ended for name in names if "gloo" in name]
     log, recorder = run(tmp_path / "alone", per_device_train_batch_size=2)
     gradients = safetensors.torch.load_file(tmp_path / "gradients.safetensors")

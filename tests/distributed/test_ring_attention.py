@@ -17,11 +17,12 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from tests.support import rounding
 from tests.support.distributed.launch import launch_forked
-from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_transformer
+from tests.support.tiny import tiny_cogvideox_pipeline, tiny_encoded_group, tiny_group_dataset, tiny_transformer
 from tests.support.trainer.runs import config, trainer
 from video_trl import VideoGroupDPOConfig
 from video_trl.models import family_for
 from video_trl.models.attention.ring import RING_BACKENDS
+from video_trl.models.wan import WanFamily
 from video_trl.trainer.parallel.mesh import check_context_parallel_method, check_context_parallelism
 from video_trl.trainer.setup.attention_and_compile import attention_backends
 
@@ -115,3 +116,12 @@ def test_heads_need_not_divide(tmp_path):
         check_context_parallelism(transformer, adapter, shapes, ring(tmp_path, size))
     with pytest.raises(ValueError, match=r"must divide the 48 tokens \(3 x 4 x 4\).*12, 16, 24, 48\] do"):
         check_context_parallelism(transformer, adapter, shapes, ring(tmp_path, 5))
+
+
+@right
+def test_tokens_that_cannot_be_divided_are_refused_before_a_video_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(WanFamily, "encode_video", lambda *args, **options: pytest.fail("encoded a video"))
+    args = ring(tmp_path, 5)
+    monkeypatch.setattr(type(args), "world_size", 5)
+    with pytest.raises(ValueError, match="`context_parallel_size=5` must divide the"):
+        trainer(args, train_dataset=tiny_group_dataset(1, 1))

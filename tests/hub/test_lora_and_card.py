@@ -243,7 +243,7 @@ def test_snippet_of_the_card_runs_as_it_stands(tmp_path, monkeypatch):
 def test_push_to_an_impossible_id_promises_no_later_upload(tmp_path):
     (tmp_path / hub.LORA_FILE_NAME).touch()
     for push in (hub.push, hub.push_dataset):
-        with pytest.raises(ValueError, match="Repo id must"):
+        with pytest.raises(ValueError, match=r"Expected a repository on the Hub as 'user/name'.*got 'a/b/c'"):
             push(tmp_path, "a/b/c")
 
 

@@ -6,9 +6,11 @@ output, continued to the same loss, exported and imported to the same tensors. W
 import dataclasses
 import random
 
+import diffusers
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 
 from tests.support.adapters import IN_FOLDER
@@ -48,22 +50,27 @@ def _pattern(blocks):
     return blocks
 
 
+DIFFUSERS = Version(diffusers.__version__).release[:2]
+
+
 # Options that do nothing alone.
 NEEDS = {"layers_pattern": {"layers_to_transform": [1]}, "layers_to_transform": {"layers_pattern": _pattern}}
+# PEFT before 0.21 looks for numbered blocks inside a module only: none is left, which is refused.
+TRIED = [name for name in OPTIONS if name not in NEEDS or Version(peft.__version__) >= Version("0.21")]
 
 
 def one_by_one():
     """The usual adapter, and those that differ from it by one option."""
     yield {}
-    for name, values in OPTIONS.items():
-        yield from ({name: value} | NEEDS.get(name, {}) for value in values)
+    for name in TRIED:
+        yield from ({name: value} | NEEDS.get(name, {}) for value in OPTIONS[name])
 
 
 def together(number, seed=0):
     """Adapters with several options at once, drawn at random."""
     generator = random.Random(seed)
     for _ in range(number):
-        names = generator.sample([name for name in OPTIONS if name != "layers_pattern"], 4)
+        names = generator.sample([name for name in TRIED if name != "layers_pattern"], 4)
         options = {name: generator.choice(OPTIONS[name]) for name in names}
         if "lora_bias" in options and options.get("init_lora_weights") == "gaussian":
             del options["lora_bias"]  # PEFT has no such adapter
@@ -158,7 +165,8 @@ def check_round_trip(folder, family, options):
         assert torch.equal(output(stock, family), expected)
         other = tiny_pipeline(family)
         other.load_lora_weights(str(exported.parent), weight_name=exported.name)
-        assert torch.allclose(output(other, family), expected, atol=1e-5)  # it multiplies weights by their scale
+        if not (config.rank_pattern and DIFFUSERS < (0, 41)):  # which reads the alphas of whole modules then
+            assert torch.allclose(output(other, family), expected, atol=1e-5)  # it multiplies weights by their scale
 
 
 @pytest.mark.parametrize(("family", "options"), FAST, ids=[label(options) for _, options in FAST])

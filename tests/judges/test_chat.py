@@ -81,21 +81,22 @@ def test_the_request_is_what_every_server_understands():
 def test_passing_faults_are_tried_again(name):
     step = replace(FAULTS[name], answer=RED) if FAULTS[name].answer is GOOD else FAULTS[name]
     with serving(step, step, Step(RED)) as server:
-        start = time.monotonic()
         assert _client(server, timeout=1.0, max_repairs=2).ask(ASK) == Reply(
             Colour(**RED), json.dumps(RED), "tiny-vlm-0123", 3
         )
-        assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("name", ["drip", "drip headers", "1xx", "dripped gzip", "endless", "gzip bomb"])
 def test_no_reply_outlasts_its_deadline_or_its_size(name):
-    """A byte, or a header, now and then: a timeout that each of them starts anew never ends."""
+    """
+    A byte, or a header, now and then: a timeout that each of them starts anew never ends. However busy the machine is,
+    it is over before the server is, which goes on for a minute.
+    """
     with serving(FAULTS[name]) as server:
-        start, memory = time.monotonic(), peak_memory()
+        memory = peak_memory()
         with pytest.raises(ChatError, match="gave up after 1 try; the last: (no reply within 0.5 s|a reply of more)"):
             _client(server, timeout=0.5, max_retries=0).ask(ASK)
-        assert time.monotonic() - start < 5
+        assert name == "gzip bomb" or FAULTS[name] not in server.whole
         assert peak_memory() - memory < 200 * 2**20
 
 
@@ -106,18 +107,17 @@ def test_an_honest_packed_reply_counts():
 
 
 def test_a_slow_server_is_given_up_and_tried_again():
-    with serving(Step(RED, delay=20.0), Step(RED)) as server:
-        start = time.monotonic()
+    slow = Step(RED, delay=60.0)
+    with serving(slow, Step(RED)) as server:
         assert _client(server, timeout=0.5).ask(ASK).requests >= 2
-        assert time.monotonic() - start < 15
+        assert slow not in server.whole
 
 
 def test_a_server_that_drips_bytes_is_given_up():
     """Each byte comes in time, the reply never would."""
     with serving(Step(RED, fault="drip"), Step(RED)) as server:
-        start = time.monotonic()
         assert _client(server, timeout=0.5).ask(ASK).requests >= 2
-        assert time.monotonic() - start < 8  # of the twelve that the whole reply takes
+        assert Step(RED, fault="drip") not in server.whole
 
 
 def test_back_off_grows_and_varies():

@@ -78,7 +78,12 @@ def test_missing_weights_are_refused(tmp_path):
 
 
 def model_v2():
-    return models.videomae(image_size=224, patch_size=16, num_frames=16)
+    """Without a bias of keys, which the authors' model has none of, and that of transformers before 5.18 has."""
+    model = models.videomae(image_size=224, patch_size=16, num_frames=16)
+    for layer in model.encoder.layer:
+        if layer.attention.attention.key.bias is not None:
+            torch.nn.init.zeros_(layer.attention.attention.key.bias)
+    return model
 
 
 def authors_layout(model, prefix=""):
@@ -164,7 +169,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
 def test_the_sinusoids_in_a_checkpoint_are_no_harm():
     weights = authors_layout(model_v2()) | {"pos_embed": sinusoid_table((8, 14, 14), 24)[None]}
     config, converted = convert_videomaev2(weights, num_attention_heads=2)
-    assert converted.keys() == VideoMAEModel(config).state_dict().keys()
+    expected = VideoMAEModel(config).state_dict()
+    assert converted.keys() == {name for name in expected if not name.endswith(".attention.key.bias")}
 
 
 def test_heads_of_an_unpublished_width_must_be_named():

@@ -228,13 +228,24 @@ def test_a_weighted_loss_is_the_weighted_mean_of_the_errors(tmp_path):
         ("--max_train_steps", "here it is 'max_steps'"),
         ("--snr_gamma", "here it is 'loss_weighting'"),
         ("--use_ema", "here it is 'ema_decay'"),
-        ("--lora_dropout", "adapters are trained without it"),
+        ("--network_dropout", "here it is 'lora_dropout'"),
+        ("--blocks_to_swap", "here it is 'offload_weights'"),
+        ("--caption_column", "here it is 'column'"),
+        ("--streaming", "no option --streaming: videos are encoded once"),
+        ("--num_gpus", "--num_processes N starts a process on each"),
         ("--learning_rat", "did you mean 'learning_rate'"),
     ],
 )
 def test_names_of_other_trainers_are_answered_with_ours(given, message):
     with pytest.raises(UsageError, match=message):
         check((DataArguments, VideoSFTConfig), [given, "1"])
+
+
+@pytest.mark.parametrize("words", [["--optim", "Prodigy"], ["--optim=prodigy"]], ids=str)
+def test_optimizers_that_transformers_lacks_are_answered_with_their_class(words):
+    with pytest.raises(UsageError, match=r"this one is --optim_class prodigyopt\.Prodigy"):
+        check((DataArguments, VideoSFTConfig), words)
+    assert check((DataArguments, VideoSFTConfig), ["--optim", "adafactor"]) == ["--optim", "adafactor"]
 
 
 def test_every_answer_is_an_option():

@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("video_trl").setLevel(logging.INFO)
+    for library in ("datasets", "huggingface_hub"):  # they write their own lines, which would stand there twice
+        logging.getLogger(library).propagate = False
     # DeepSpeed, which accelerate imports where it is installed, warns on standard output, where results go.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:

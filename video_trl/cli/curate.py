@@ -46,6 +46,12 @@ def gt_pairs(argv: Sequence[str]) -> int:
     result = run_gt_pair(config)
     if Shard.from_environment().index == 0:
         _say_where(result.funnel, Path(config.output_dir), "pairs", result.summary)
+        if not len(result.pairs):
+            from ..curation.engine.manifest import first_dropped
+
+            kinds = "\n  ".join(first_dropped(result.manifest))
+            say(f"No clip is left. The first that each rule dropped:\n  {kinds}\nTheir limits are options: --help.")
+            return 1
     return 0
 
 

@@ -189,8 +189,10 @@ def _index(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     from diffusers import DiffusionPipeline
 
+    from ..load import refuse_file
     from ..models.checkpoints import known_checkpoints
 
+    refuse_file(name)
     try:
         return DiffusionPipeline.load_config(name, **kwargs)
     except OSError as error:
@@ -290,7 +292,7 @@ def _cost(
         mode = fitting_step_mode(workload, placement, accelerator_memory(args.device), tokens)
     cost = estimate(workload, replace(placement, step_mode=mode))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    parts = ", ".join(f"{part} {count / _GIB:.2f}" for part, count in cost.parts.items())
+    parts = ", ".join(f"{part} {count / _GIB:.3g}" for part, count in cost.parts.items())
     return {
         "parameters": f"{parameters + cost.trained * args.use_peft:,}, of which trained {cost.trained:,}",
         "memory of a step": f"{cost.peak / _GIB:.2f} GiB with step_mode={mode}: {parts}",

@@ -102,6 +102,8 @@ def run(argv: Sequence[str]) -> int:
         tokens = math.prod(family.token_grid(transformer, work.latents_shape))
         mode = fitting_step_mode(work, _placement(args, "concat"), gpu_memory, tokens)
     cost = estimate(work, _placement(args, mode))
+    hint = ", the built-in tiny model; --model_name_or_path names a real one" * (args.model_name_or_path == SANDBOX)
+    say(f"{method.name} of {args.model_name_or_path}{hint}; videos of {' x '.join(map(str, size))}")
     say(describe_estimate(cost))
     fits = cost.peak <= HEADROOM * gpu_memory
     say(f"{'Fits' if fits else 'Does not fit'} {args.gpu_gib:g} GiB, a tenth of it left free for the allocator.")
@@ -117,7 +119,7 @@ def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[in
     from .dry_run import empty_encoders
 
     family, _, vae = models
-    parts = [f"{encoding_peak(vae, family, size) / 2**30:.2f} GiB to encode a video"]
+    parts = [f"{encoding_peak(vae, family, size) / 2**30:.3g} GiB to encode a video"]
     # All encoders of prompts are there at once, then the VAE, then those of first frames, which are float32.
     for what, names, width in (
         ("text encoders", family.text_encoders, 2 if args.bf16 else 4),
@@ -125,7 +127,7 @@ def before(args: EstimateArguments, models: tuple[Any, Any, Any], size: tuple[in
     ):
         encoders = empty_encoders(args.model_name_or_path, args.revision, names)
         weights = width * sum(weight.numel() for encoder in encoders.values() for weight in encoder.parameters())
-        parts += [f"{weights / 2**30:.2f} GiB of {what} ({', '.join(names)})"] if names else []
+        parts += [f"{weights / 2**30:.3g} GiB of {what} ({', '.join(names)})"] if names else []
     return ", ".join(parts)
 
 

@@ -25,6 +25,8 @@ Stopped at any moment it goes on when started again with the same options. Anoth
 side by side: `video-trl report`; people: `video-trl vote`.
 """
 
+import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +38,10 @@ from .options import JudgeArguments, RunArguments, alpha_value
 from .parser import UsageError, nearest, parse, required, say
 
 
+logger = logging.getLogger(__name__)
+
 _READ = ("phygenbench", "vbench")
+_COUNTED = ("custom", "videophy", "videophy2", "phyground")  # `BENCHMARKS`, whose import takes seconds
 
 
 @dataclass
@@ -79,6 +84,7 @@ class EvalArguments:
 
 
 def run(argv: Sequence[str]) -> int:
+    _check_benchmark(argv)
     args, run_args, judge_args = parse("eval", __doc__, [EvalArguments, RunArguments, JudgeArguments], argv)
     if args.benchmark in _READ:
         files = required("results", args.results, "result.json" if args.benchmark == "phygenbench" else "base=a.json")
@@ -90,12 +96,7 @@ def run(argv: Sequence[str]) -> int:
     if args.benchmark == "physics-iq":
         say(_physics_iq(args, run_args))
         return 0
-    from ..evaluation.runs.tables import BENCHMARKS
-
-    if args.benchmark not in BENCHMARKS:
-        known = [*BENCHMARKS, *_READ, "physion", "physics-iq"]
-        near = nearest(args.benchmark, known)
-        raise UsageError(f"unknown benchmark {args.benchmark!r}{near}; expected one of {', '.join(known)}.")
+    _check_benchmark(["--benchmark", args.benchmark])  # it may stand in a file
     if args.results:
         raise UsageError(f"--results are read for {', '.join(_READ)} and physics-iq, not for {args.benchmark!r}.")
     from ..evaluation.evaluate import evaluate_model
@@ -129,7 +130,18 @@ def run(argv: Sequence[str]) -> int:
             from ..evaluation.runs.tables import text_table
 
             say(f"\n{text_table(law_table(table))}")
+        where = run_args.output_dir
+        logger.info("Videos and scores: %s. To compare with another run: video-trl report %s OTHER", where, where)
     return 0
+
+
+def _check_benchmark(argv: Sequence[str]) -> None:
+    """Refuse a misspelt benchmark before anything slow is imported."""
+    known = [*_COUNTED, *_READ, "physion", "physics-iq"]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--benchmark=") else [word])]
+    for option, name in itertools.pairwise(words):
+        if option == "--benchmark" and name not in known:
+            raise UsageError(f"unknown benchmark {name!r}{nearest(name, known)}; expected one of {', '.join(known)}.")
 
 
 def _phygenbench(files: Sequence[str]) -> str:

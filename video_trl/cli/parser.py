@@ -52,7 +52,7 @@ _ELSEWHERE = {
     "rank": "lora_rank", "lora_r": "lora_rank", "network_dim": "lora_rank", "lora_dim": "lora_rank",
     "network_alpha": "lora_alpha", "target_modules": "lora_target_modules", "lora_layers": "lora_target_modules",
     "network_weights": "init_adapter", "init_lora": "init_adapter", "lora_path": "init_adapter",
-    "adapter": "init_adapter",
+    "adapter": "init_adapter", "network_dropout": "lora_dropout",
     "optimizer": "optim", "optimizer_type": "optim", "optimizer_args": "optim_args",
     "adam_weight_decay": "weight_decay", "max_gradient_norm": "max_grad_norm",
     "discrete_flow_shift": "timestep_shift", "flow_shift": "timestep_shift", "flow_weighting_scheme":
@@ -68,13 +68,39 @@ _ELSEWHERE = {
     "load_in_4bit": "quantization", "fp8_base": "quantization", "output_name": "output_dir",
     "max_prompt_length": "max_sequence_length", "tokenizer_max_length": "max_sequence_length",
     "dpo_beta": "beta", "beta_dpo": "beta", "beta_dpo_loss": "beta",
+    "mixed_precision": "bf16", "torch_dtype": "bf16", "dtype": "bf16", "precision": "bf16",
+    "blocks_to_swap": "offload_weights", "block_swap": "offload_weights", "cpu_offload": "offload_weights",
+    "group_offload": "offload_weights", "enable_group_offload": "offload_weights",
+    "dit": "transformer_file", "unet": "transformer_file", "gguf": "transformer_file", "transformer_path":
+    "transformer_file", "lora_weights": "init_adapter", "training_type": "use_peft",
+    "load_in_8bit": "quantization", "layerwise_upcasting_modules": "quantization", "use_8bit_adam": "optim",
+    "cp_degree": "context_parallel_size", "xformers": "attention_backend", "sdpa": "attention_backend",
+    "compile": "compile_blocks", "revision": "model_init_kwargs", "variant": "model_init_kwargs",
+    "num_workers": "dataloader_num_workers", "max_data_loader_n_workers": "dataloader_num_workers",
+    "gradient_accumulation": "gradient_accumulation_steps", "grad_accum": "gradient_accumulation_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps", "clip_grad": "max_grad_norm", "warmup": "warmup_steps",
+    "ema": "ema_decay", "batch": "per_device_train_batch_size", "flow_schedule_shift": "timestep_shift",
+    "video_length": "num_frames", "max_num_frames": "num_frames", "frames": "num_frames",
+    "resolution": "resolution_buckets", "enable_bucket": "resolution_buckets", "height_buckets": "resolution_buckets",
+    "caption_column": "column", "video_column": "column", "image_column": "column",
+    "save_every_n_epochs": "save_strategy",
 }  # fmt: skip
 # Options that are missing for a reason.
 _WITHOUT = {
-    "lora_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
-    "network_dropout": "dropout would make the policy differ from its reference, so adapters are trained without it",
+    "streaming": "videos are encoded once, before training; --dataset_name takes tars and repositories",
+    **dict.fromkeys(
+        ("cache_latents", "enable_precomputation"), "videos and prompts are always encoded once, into --cache_dir"
+    ),
+    **dict.fromkeys(
+        ("num_gpus", "n_gpus", "gpus", "devices", "dp_degree"), "--num_processes N starts a process on each of N GPUs"
+    ),
+    **dict.fromkeys(("text_encoder_lr", "train_text_encoder"), "text encoders are not trained"),
     "network_module": "adapters are LoRA, in the layout of diffusers",
 }
+
+
+# Optimizers that are named elsewhere by a word, and by their class here.
+_OPTIMIZERS = {"prodigy": "prodigyopt.Prodigy", "came": "came_pytorch.CAME", "muon": "torch.optim.Muon"}
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
@@ -213,10 +239,13 @@ def _check_options(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
     known = {"config", "help", "help_all", *options}
     known |= {f"no_{name}" for name, field in options.items() if field.default is True}
     known |= {alias.lstrip("-") for field in options.values() for alias in field.metadata.get("aliases", ())}
-    for word in argv:
-        name = word[2:].partition("=")[0].replace("-", "_")
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word[2:].partition("=")
+        name = name.replace("-", "_")
         if word.startswith("--") and name not in known:
             raise UsageError(f"there is no option --{name}{unknown_option(name, known)}. --help lists the options.")
+        if name == "optim" and (path := _OPTIMIZERS.get((value or following).lower())):
+            raise UsageError(f"--optim names optimizers of transformers; this one is --optim_class {path}.")
 
 
 def _hide(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

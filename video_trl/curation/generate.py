@@ -104,6 +104,9 @@ def check_model(model: VideoModel, num_frames: int, fps: float, sizes: Sequence[
         ValueError: One of these.
     """
     if model.name == SANDBOX:
+        made_fps, call = generation_defaults(SANDBOX)
+        assert made_fps is not None
+        check_length(SANDBOX, model.call_kwargs.get("num_frames", call["num_frames"]), made_fps, num_frames, fps)
         return
     rules = _rules_of(model)
     if rules is not None and rules.lost_frames:
@@ -152,7 +155,7 @@ def check_length(name: str, made_frames: int, made_fps: float, num_frames: int, 
         raise ValueError(
             f"{name} makes {made_frames} frames at {made_fps:g} fps, {seconds:.2f} s; pairs of {num_frames} frames at "
             f"{fps:g} fps need {needed_seconds:.2f} s. Ask it for more frames in `call_kwargs`, set the model's "
-            "frame rate as `fps`, or curate shorter clips."
+            "frame rate as `fps`, or curate shorter clips (`num_frames`, `fps`)."
         )
 
 

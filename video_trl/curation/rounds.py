@@ -407,7 +407,10 @@ class _Rounds:
         adapter = folder / _ADAPTER
         if (adapter / "trained.json").is_file():
             return adapter
+        from ..trainer.publishing.progress import ClosingLine
+
         trainer = self.method.load()(self.config.model, self.arguments(adapter, start), groups)
+        trainer.remove_callback(ClosingLine)  # a line after each round says where everything is
         trainer.train(resume_from_checkpoint="auto")
         trainer.save_model()
         if not (adapter / _WEIGHTS).is_file():

@@ -193,10 +193,18 @@ def check_columns(
     columns, encoded = column_names(dataset), is_encoded(dataset, row_type)
     missing = [] if encoded else [name for name in ROW_TYPES[row_type] if name not in columns]
     if missing:
+        if "rejected" in missing and "video" in columns:
+            raise ValueError(
+                f"A {row_type} dataset needs rejected videos beside each chosen one, got the columns {columns}. Lay "
+                "them out as chosen/ and rejected/ with equal names, or let `video-trl curate gt-pairs` make them "
+                "(docs/data/dataset_formats.md)."
+            )
+        old = "chosen" if missing == ["video"] and "chosen" in columns else "old"  # of pairs, the better videos
         raise ValueError(
             f"A {row_type} dataset needs the columns {list(ROW_TYPES[row_type])} (or, encoded, "
             f"{list(ENCODED_COLUMNS[row_type])}), got {columns}; missing: {missing}. Rename yours with "
-            f"`dataset.rename_column(old, {missing[0]!r})`, on the command line with `--column {missing[0]}=old`."
+            f"`dataset.rename_column({old!r}, {missing[0]!r})`, on the command line with "
+            f"`--column {missing[0]}={old}`."
         )
     if not encoded:
         _check_present(dataset, "prompt")

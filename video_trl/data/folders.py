@@ -106,8 +106,8 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
     alone += [str(paths[0]) for key, paths in rejected.items() if key not in chosen]
     if alone:
         raise ValueError(
-            f"{root}: {len(alone)} videos have no counterpart, the first is {alone[0]}. Expected rejected/NAME.mp4, "
-            "or several videos in rejected/NAME/, for every chosen/NAME.mp4."
+            f"{root}: videos without a counterpart: {len(alone)}, the first is {alone[0]}. Expected "
+            "rejected/NAME.mp4, or several videos in rejected/NAME/, for every chosen/NAME.mp4."
         )
     rows, without = [], []
     for key, path in chosen.items():
@@ -123,7 +123,7 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
 def _refuse_uncaptioned(root: Path, without: list[Path], total: int) -> None:
     if without:
         raise ValueError(
-            f"{root}: {len(without)} of {total} videos have no caption, the first is {without[0]}. Write "
+            f"{root}: videos without a caption: {len(without)} of {total}, the first is {without[0]}. Write "
             f"{without[0].stem}.txt beside it, or a metadata.jsonl with 'file_name' and 'prompt' into {root}."
         )
 

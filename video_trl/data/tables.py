@@ -1,10 +1,14 @@
 """Load a dataset that is named on the command line: a table, a folder, tars or a Hub repository."""
 
 import contextlib
+import difflib
 import glob
+import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+import tarfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,9 @@ MEDIA_COLUMNS = ("video", "chosen", "rejected", "image")
 #: Suffix of a table -> builder of `datasets`.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_FILES = (*_BUILDERS, *VIDEO_SUFFIXES, ".tar")
+#: Columns that a mapping may be meant for.
+_OURS = (*MEDIA_COLUMNS, "prompt", "rejected_scores", "weight", "loss_weights", "category")
 _FOLDER_BUILDERS = ("videofolder", "imagefolder", "audiofolder", "webdataset", "json", "csv", "parquet", "arrow")
 
 
@@ -78,17 +85,25 @@ def _load(name: str, split: str, texts: Collection[str]) -> "tuple[datasets.Data
             f"--dataset_name: {name!r} is a way of reading a folder, not a dataset. Give the folder: its layout is "
             "recognised."
         )
+    if not path.exists() and path.suffix.lower() in _FILES:  # no repository ends so; asking for it takes long
+        raise ValueError(f"--dataset_name: there is no file {name} (from {Path.cwd()}){_beside(path)}.")
     for table in files_below(path) if path.is_dir() else ():
         if table.suffix.lower() in _SEPARATORS:  # `datasets` shifts the cells of rows that have too many
             read_csv(table, _SEPARATORS[table.suffix.lower()])
     try:
         loaded, path = load_configuration(name, split)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        if path.is_dir():
+            raise ValueError(
+                f"--dataset_name: the folder {name} holds no videos, tables or tars. Expected videos with captions "
+                "(clip.mp4, clip.txt), chosen/ and rejected/ with equal names, a table (.jsonl, .csv, .parquet), or "
+                ".tar files."
+            ) from error
         raise ValueError(
             "--dataset_name: expected a table (.jsonl, .csv, .parquet), a folder, tars, or a dataset on the Hub, got "
             f"{name!r}, which cannot be loaded ({error}). Check the spelling, that it exists (relative paths start at "
-            f"{Path.cwd()}), and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where the repository "
-            "is private."
+            f"{Path.cwd()}{_beside(path)}), and for the Hub the connection, HF_HUB_OFFLINE, and `hf auth login` where "
+            "the repository is private."
         ) from error
     return loaded, path.absolute() if path.is_dir() else None
 
@@ -127,12 +142,50 @@ def _load_file(path: Path, texts: Collection[str]) -> "datasets.Dataset":
         )
     if suffix in _SEPARATORS:
         return _from_csv(path, texts)
+    with open(path, "rb") as file:
+        if not any(line.strip() for line in file):
+            raise ValueError(f"--dataset_name: {path}: expected rows, got none (it is empty).")
     try:
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train")
+        with _quiet():
+            return datasets.load_dataset(_BUILDERS[suffix], data_files=_exactly(path), split="train")
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({error.__cause__}).") from error
+        why = (_bad_line(path) if suffix == ".jsonl" else None) or error.__cause__
+        raise ValueError(f"--dataset_name: {path} cannot be read as {suffix[1:]} ({why}).") from error
     except (StopIteration, ValueError) as error:  # of a table without rows
-        raise ValueError(f"--dataset_name: {path}: expected rows, got none ({error or 'it is empty'}).") from error
+        why = str(error) or "it is empty"
+        raise ValueError(f"--dataset_name: {path}: expected rows, got none ({why}).") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that `datasets` logs of a file it cannot read: what is raised says it."""
+    readers = logging.getLogger("datasets.packaged_modules")
+    before = readers.level
+    readers.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        readers.setLevel(before)
+
+
+def _bad_line(path: Path) -> str | None:
+    """What is wrong with the first line that is no JSON object, where it is one."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                is_object = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                return f"line {number} is no JSON object: {line.strip()[:60]!r}"
+    return None
+
+
+def _beside(path: Path) -> str:
+    """`"; did you mean 'x'?"`, or nothing where the folder of a path that is not there holds no name like it."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def _from_csv(path: Path, texts: Collection[str]) -> "datasets.Dataset":
@@ -190,7 +243,15 @@ def _load_tars(paths: Sequence[Path]) -> "datasets.Dataset":
     """`key.mp4` with `key.txt` or `key.json` in tars, as columns `video` and `prompt`."""
     import datasets
 
-    loaded = datasets.load_dataset("webdataset", data_files=[_exactly(path) for path in paths], split="train")
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset("webdataset", data_files=[_exactly(path) for path in paths], split="train")
+    except (tarfile.TarError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(
+            f"--dataset_name: {paths[0]}{' or another tar' * (len(paths) > 1)} cannot be read as a tar in WebDataset "
+            f"layout ({error.__cause__ or error}): it is cut, or its samples have other files than "
+            "each other. Expected key.mp4 with key.txt or key.json."
+        ) from error
     videos = [name for name in loaded.column_names if f".{name}" in VIDEO_SUFFIXES]
     if len(videos) != 1:
         raise ValueError(
@@ -215,19 +276,32 @@ def _mapping(columns: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     for column in columns:
         if not all(column.partition("=")):
             raise ValueError(f"--column: expected OURS=THEIRS, such as chosen=winner, got {column!r}.")
+        ours = column.partition("=")[0]
+        if ours not in _OURS and (near := difflib.get_close_matches(ours, _OURS, n=1)):
+            raise ValueError(f"--column {column}: no trainer reads a column {ours!r}; did you mean {near[0]!r}?")
     return {ours: theirs for ours, _, theirs in (column.partition("=") for column in columns)}
+
+
+@cache
+def _tell_prompts(name: str, column: str) -> None:
+    """Once: a command looks at its rows before it loads a model, and reads them again afterwards."""
+    logger.info("%s: the column %r is read as 'prompt'.", name, column)
 
 
 def _renamed(dataset: "datasets.Dataset", columns: Mapping[str, str], name: str) -> "datasets.Dataset":
     for ours, theirs in columns.items():
         if theirs not in dataset.column_names:
-            raise ValueError(f"--column {ours}={theirs}: {name} has the columns {dataset.column_names}.")
+            near = difflib.get_close_matches(theirs, dataset.column_names, n=1)
+            raise ValueError(
+                f"--column {ours}={theirs}: {name} has no column {theirs!r}"
+                f"{f'; did you mean {near[0]!r}?' if near else '.'} It has {dataset.column_names}."
+            )
         if ours in dataset.column_names and ours != theirs:
             dataset = dataset.remove_columns(ours)
         dataset = dataset.rename_column(theirs, ours)
     captions = [key for key in CAPTION_KEYS if key in dataset.column_names]
     if "prompt" not in captions and len(captions) == 1:
-        logger.info("%s: the column %r is read as 'prompt'.", name, captions[0])
+        _tell_prompts(name, captions[0])
         dataset = dataset.rename_column(captions[0], "prompt")
     return dataset
 
@@ -245,9 +319,10 @@ def _with_whole_paths(dataset: "datasets.Dataset", base: Path) -> "datasets.Data
         ]
         if missing:
             row, path = missing[0]
+            others = f", nor do {len(missing) - 1} others" if len(missing) > 1 else ""
             raise ValueError(
-                f"Row {row}: expected a file in column {column!r}, got {path}, which does not exist ({len(missing)} "
-                f"such paths). Relative paths start at the table, here {base}."
+                f"Row {row}: expected a file in column {column!r}, got {path}, which does not exist{others}. Relative "
+                f"paths start at the table, here {base}."
             )
         feature = dataset.features[column]
         dataset = dataset.remove_columns(column).add_column(column, cells, feature=feature)

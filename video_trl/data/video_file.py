@@ -207,7 +207,7 @@ def _best_stream(container: InputContainer, name: str) -> VideoStream:
     films = [stream for stream in container.streams.video if not int(stream.disposition) & _ATTACHED_PICTURE]
     if not films:
         kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
-        words = f"{name}: expected a video stream, got {kinds}. Drop its row."
+        words = f"{name}: expected a video stream, got {kinds}: the file is cut, or no video. Drop its row."
         raise VideoDecodeError(words, kind="no_video_stream")
     decodable = [stream for stream in films if stream.codec_context is not None]
     if not decodable:

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, DatasetCardData, HfApi
-from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from ..data.columns import undecoded
@@ -31,7 +30,7 @@ from ..files import (
     write_json,
 )
 from .card import CARD_NAME, code, render, settings_table, table
-from .upload import bytes_below, explained, without_conflict
+from .upload import bytes_below, check_repo_id, explained, without_conflict
 
 
 _VIDEO = datasets.Video(
@@ -149,7 +148,7 @@ def push_dataset(
             Raised before anything is sent.
         HubUploadError: The Hub refused, or cannot be reached.
     """
-    validate_repo_id(repo_id)
+    check_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="video-trl-export-") as temporary:
         if isinstance(dataset, datasets.Dataset):
             exported = export_dataset(dataset, folder or temporary, name=repo_id, **card)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +42,7 @@ _PROVEN = (
     "layers_pattern",
     "init_lora_weights",
 )
-# Options that change neither weights nor outputs of a model in evaluation; trainers switch dropout off.
+# Options that change neither weights nor outputs of a model in evaluation.
 _NEUTRAL = (
     "lora_dropout",
     "task_type",
@@ -137,8 +138,21 @@ def save_lora(
         raise ValueError(
             f"No adapter {adapter_name!r} to save; the model has {sorted(configs)}. Call `add_adapter` first."
         )
-    weights = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+    weights = adapter_weights(transformer, adapter_name, transformer.state_dict())
     return write_lora(directory, weights, configs[adapter_name], base_model)
+
+
+def adapter_weights(
+    transformer: ModelMixin, adapter_name: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    Those of the weights `state` of a transformer that belong to an adapter, under the names of its files.
+
+    PEFT before 0.20 takes all weights whose names contain the adapter's name anywhere.
+    """
+    own = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+    state = {name: weight for name, weight in state.items() if own.search(name)}
+    return get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter_name)
 
 
 def write_lora(

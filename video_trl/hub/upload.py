@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of its client, httpx or httpx2
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+)  # the last of its client, httpx or httpx2
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import PARTIAL_PATTERN
@@ -79,7 +82,7 @@ def push(
             f"Nothing to push: {folder} has no {LORA_FILE_NAME} and no transformer/config.json. Save the adapter with "
             "`save_lora`, or the trainer's with `trainer.save_model()`, first."
         )
-    validate_repo_id(repo_id)
+    check_repo_id(repo_id)
 
     def send() -> CommitInfo:
         api = HfApi(token=token)
@@ -87,6 +90,17 @@ def push(
         return upload(api, repository, folder, commit_message, revision=revision)
 
     return explained(send, again(folder, repo_id), bytes_below(folder))
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` if a name can be no repository on the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a repository on the Hub as 'user/name', of at most 96 letters, digits, '-', '_' and '.' each, "
+            f"got {repo_id!r}."
+        ) from error
 
 
 def upload(

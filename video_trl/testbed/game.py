@@ -229,9 +229,12 @@ class Testbed:
         """The trainer of a unit, with changes of its configuration."""
         from transformers import PrinterCallback
 
+        from ..trainer.publishing.progress import ClosingLine
+
         args = self.config(entry, seed, output_dir, **changes)
         trainer = entry.method.load()(SANDBOX, args, self.clips(regime))
-        trainer.remove_callback(PrinterCallback)
+        for printed in (PrinterCallback, ClosingLine):  # a line after each unit says how far it is
+            trainer.remove_callback(printed)
         return trainer
 
     # ---- Units ----
@@ -242,11 +245,12 @@ class Testbed:
     def run(self, entry: Entry) -> Iterator[str]:
         """Train and evaluate the units of an entry that are not whole; a line after each."""
         self.table(None)
-        for regime, seed in self.units():
+        units = list(self.units())
+        for number, (regime, seed) in enumerate(units, start=1):
             if self.unit(entry, regime, seed) is None:
                 self._train(entry, regime, seed)
             pc = self.table((entry, regime, seed)).means["all"]["pc"]
-            yield f"{entry.name}, {regime}, seed {seed}: pc {pc:.3f}"
+            yield f"[{number}/{len(units)}] {entry.name}, {regime}, seed {seed}: pc {pc:.3f}"
 
     def _place(self, entry: Entry, regime: str, seed: int) -> Path:
         return self.folder / entry.slug / f"{regime}-seed{seed}"

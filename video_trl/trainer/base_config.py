@@ -80,9 +80,9 @@ class VideoConfig(TrainingArguments):
     """
     Arguments that all video trainers share; everything else is inherited from [`~transformers.TrainingArguments`].
 
-    Defaults that differ from `TrainingArguments`: `logging_steps=10`, batch sizes of 1 per
-    device, `bf16` and `activation_checkpointing` on when a
-    GPU that supports them is used, `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
+    Defaults that differ from `TrainingArguments`: `logging_steps=10`, the first step logged too, batch sizes of 1 per
+    device, `bf16` and `activation_checkpointing` on when a GPU that supports them is used,
+    `remove_unused_columns=False`, `ddp_find_unused_parameters=False`,
     `logging_nan_inf_filter=False` (a non-finite loss always stops the run, whatever this says), and
     `data_seed=seed` (the order of the samples does not depend on the state of a global generator).
     """
@@ -103,6 +103,14 @@ class VideoConfig(TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many steps; a number in [0, 1) is a proportion of all steps."}
+    )
+    logging_first_step: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Log the first step too, whose loss the preference methods know in advance. Unset: with "
+            "`logging_strategy='steps'`.",
+            **_FLAG,
+        },
     )
     bf16: bool | None = field(
         default=None,
@@ -236,6 +244,13 @@ class VideoConfig(TrainingArguments):
         metadata={
             "help": "Also train the length of each row of the adapted weights (DoRA): a little slower, and its norms "
             "take memory that estimates do not count."
+        },
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability with which each input of the trained adapter, the default one or `init_adapter`, is "
+            "set to 0 in a training step. Never in the reference, in evaluations or in sample videos."
         },
     )
     init_adapter: str | None = field(
@@ -391,6 +406,8 @@ class VideoConfig(TrainingArguments):
         check_deepspeed_installed(self)
         check_restarts()
         super().__post_init__()
+        if self.logging_first_step is None:
+            self.logging_first_step = self.logging_strategy == "steps"
         # Checked last: `TrainingArguments` resolves aliases and strings, and prepares the device.
         check_optimizer(self.optim.value)
         if self.optim_class is not None:
@@ -413,6 +430,12 @@ class VideoConfig(TrainingArguments):
                     f"`{name}={self.__dict__[name]!r}` is not supported: blocks are checkpointed one by one, "
                     "non-reentrantly, by diffusers. Leave it unset."
                 )
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process. transformers 5.5 loads no optimizer state onto a CPU with an index, such as gloo's."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def processes_per_row(self) -> int:
@@ -450,7 +473,22 @@ class VideoConfig(TrainingArguments):
             "alpha": self.lora_alpha,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
+            "dropout": self.lora_dropout,
         }
+
+    def check_dropout(self, probability: float) -> None:
+        """Raise a `ValueError` if inputs of an adapter cannot be dropped with this probability."""
+        if not 0 <= probability < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {probability}. 0 drops nothing.")
+        for holds, option, why in (
+            (self.compile_blocks, "compile_blocks", "each video has a generator of its own, which no graph holds"),
+            (self.context_parallel_size > 1, "context_parallel_size", "processes that share a video would each draw"),
+        ):
+            if holds and probability:
+                raise ValueError(
+                    f"`lora_dropout={probability}` with `{option}={self.__dict__[option]}` is not supported: {why}. "
+                    "Leave one of the two out."
+                )
 
     def check_engine(self, engine: Engine) -> None:
         """Raise a `ValueError` if the engine cannot go along with how a step is to be computed."""
@@ -508,7 +546,7 @@ class VideoConfig(TrainingArguments):
             (self.context_parallel_size == 1, ("context_parallel_method",), "`context_parallel_size` is 1"),
             (
                 not self.use_peft,
-                ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora"),
+                ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "lora_dropout"),
                 "`use_peft` is off",
             ),
             (
@@ -590,6 +628,7 @@ class VideoConfig(TrainingArguments):
             raise ValueError(f"`resolution_max_crop` must be in [0, 1], got {self.resolution_max_crop}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. 0 switches the average off.")
+        self.check_dropout(self.lora_dropout)
         check_choice(self, "timestep_sampling", get_args(TimestepSampling))
         check_choice(self, "timestep_draw", get_args(TimestepDraw))
         self._check_timestep_range()

@@ -81,6 +81,7 @@ from .setup.rows import (
 )
 from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
+from .step.dropout import has_dropout
 from .step.metrics import Metrics
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
@@ -316,6 +317,7 @@ class VideoTrainer(Trainer):
             logit_std=args.timestep_logit_std,
             timestep_range=self.timestep_range,
             timestep_draw=args.timestep_draw,
+            drops=has_dropout(transformer),
         )
         self.checkpointer = Checkpointer(
             transformer,
@@ -659,12 +661,13 @@ class VideoTrainer(Trainer):
             check_optimizer_state(state, self.optimizer, Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, **arguments: Any) -> None:
         """As in `transformers.Trainer`, which takes a step before it sees that a resumed run has done all of them."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        arguments["train_dataloader"].batch_sampler.set_epoch(arguments["epoch"])  # transformers 5.5: not when resumed
+        super()._run_epoch(**arguments)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, which would delete the newest checkpoint where the best one alone may stay."""

@@ -1,7 +1,6 @@
 """Groupwise preference optimisation of a video transformer (PhyGDPO)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -30,13 +29,13 @@ from .group_dpo_config import VideoGroupDPOConfig, as_sft_weight
 from .planning.estimate import Workload
 from .preference_trainer import PreferenceTrainer
 from .publishing.citations import PHYGDPO
-from .repa.teacher_alignment import TeacherAlignment
+from .repa.teacher_alignment import GroupAlignment, TeacherAlignment
 from .repa.teacher_rows import TeacherGroupCollator
 from .setup.chosen_rows import chosen_as_video
 from .setup.idle_options import Passed
 from .setup.rows import IndexedDataset
-from .step.denoising import Denoising, to_device
-from .step.passes import Beside, StepMode
+from .step.denoising import to_device
+from .step.passes import StepMode
 
 
 class VideoGroupDPOTrainer(PreferenceTrainer):
@@ -91,6 +90,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
             )
         self._teacher, self._default_teacher = teacher, default_teacher(model)
         super().__init__(model, args, train_dataset, eval_dataset, **arguments)
+        self._physics = self.args.physics_weight_arguments()
 
     # ---- The alignment of the chosen video, where there is one ----
 
@@ -194,7 +194,8 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         denoising = self.step.prepare(latents, noise, timesteps, conditions, group_size=group_size, weights=weights)
 
         reference_error = self.passes.reference(denoising, inputs["index"])
-        policy_error, alignment, aligned = self._policy(model, denoising, inputs)
+        aligned = None if self.alignment is None else self.alignment.of_groups(denoising, inputs)
+        policy_error = self.passes.policy(model, denoising, None if aligned is None else aligned.beside)
 
         # What is recorded is never weighted: its scale would be another.
         recorded_gap = error_gap(policy_error, reference_error, self.args.gap).view(batch_size, group_size)
@@ -208,11 +209,11 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         alpha, gamma = torch.ones_like(rejected_rewards), torch.ones_like(rejected_rewards)
         if self.args.physics_rewarding:
             sa, pc = inputs["sa"][rows, compared], inputs["pc"][rows, compared]  # (B, k)
-            alpha, gamma = physics_weights(sa, pc, **self.args.physics_weight_arguments())
+            alpha, gamma = physics_weights(sa, pc, **self._physics)
         losses, ratio = self._group_loss(chosen_rewards, rejected_rewards, alpha, gamma, sizes)  # (B,) each
 
         chosen_error = weighted[0].view(batch_size, group_size)[:, 0]
-        losses, beside = self._regularised(losses, ratio, chosen_error, gap[:, 0], alignment)
+        losses, beside = self._regularised(losses, ratio, chosen_error, gap[:, 0], aligned)
         loss = losses.mean()
 
         counted: Any = (
@@ -222,7 +223,7 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
             {
                 **({"alpha": alpha[counted], "gamma": gamma[counted]} if self.args.physics_rewarding else {}),
                 **beside,
-                **aligned,
+                **({} if aligned is None else aligned.metrics),
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards[counted],
                 "rewards/margins": (chosen_rewards[:, None] - rejected_rewards)[counted],
@@ -234,41 +235,8 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
         outputs = {"losses": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
         return (loss, outputs) if return_outputs else loss
 
-    def _policy(
-        self, model: nn.Module, denoising: Denoising, inputs: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """
-        Errors `(N,)` of the policy; and where there is an alignment, its loss `(B,)` on the chosen videos of the same
-        forward, and its metrics.
-        """
-        if self.alignment is None:
-            return self.passes.policy(model, denoising), None, {}
-        alignment, seen = self.alignment, self.alignment.look(inputs)  # by the teacher
-        metrics: dict[int, dict[str, Tensor]] = {}  # of groups, by the first one
-
-        @contextmanager
-        def around(model: nn.Module, groups: slice) -> Iterator[Callable[[], Tensor]]:
-            part, first = replace(seen, tokens=seen.tokens[groups]), groups.start or 0
-
-            def losses() -> Tensor:
-                assert tap.tokens is not None
-                is_first_pass = first not in metrics
-                values, found = alignment.losses(tap.tokens, part, raw=is_first_pass)
-                if is_first_pass:
-                    metrics[first] = found
-                return values
-
-            with alignment.tap(model, denoising.target.shape, part, every=denoising.group_size) as tap:
-                yield losses
-
-        beside = Beside(around)
-        errors = self.passes.policy(model, denoising, beside)
-        # Without metrics only the errors of the reference are wanted, for the cache.
-        in_order, names = [metrics[first] for first in sorted(metrics)], metrics.get(0, {})
-        return errors, beside.values, {name: torch.cat([found[name] for found in in_order]) for name in names}
-
     def _regularised(
-        self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, alignment: Tensor | None
+        self, losses: Tensor, ratio: Tensor, chosen_error: Tensor, win_gap: Tensor, aligned: GroupAlignment | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses `(B,)` of groups with what is added beside the preference, and its metrics."""
         preference, metrics = losses, dict[str, Tensor]()
@@ -279,10 +247,10 @@ class VideoGroupDPOTrainer(PreferenceTrainer):
             losses = losses + weight * chosen_error
         if self.args.win_gap_penalty > 0:
             losses = losses + self.args.win_gap_penalty * win_gap.relu()
-        if self.alignment is not None and alignment is not None:
+        if self.alignment is not None and aligned is not None and aligned.losses is not None:
             coefficient = self.alignment.options.coefficient_at(self.state.global_step, self.state.max_steps)
             metrics["trd/coefficient"] = torch.full_like(losses, coefficient)
-            losses = losses + coefficient * alignment
+            losses = losses + coefficient * aligned.losses
         return losses, metrics if losses is preference else {"loss/dpo": preference, **metrics}
 
     def _group_loss(

@@ -133,7 +133,8 @@ class PreferenceTrainer(VideoTrainer):
         description = self.checkpointer.description
         same = description["base_weights"] == description["reference_weights"]
         same = same or isinstance(self.reference, AdapterReference)
-        same = same and not (self.continues_adapter and self.args.reference_is_base)
+        # Of an adapter that is 0 at first, what it drops makes no difference.
+        same = same and not (self.continues_adapter and (self.args.reference_is_base or self.step.drops))
         names = ("attention_backend", "compile_blocks", "quantization")
         options = {name: self.args.__dict__[name] for name in names if same and self.args.__dict__[name]}
         return SamePathCheck(options), same

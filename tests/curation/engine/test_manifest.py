@@ -24,6 +24,7 @@ from video_trl.curation.engine.manifest import (
     apply_rules,
     apply_rules_to_table,
     drop_repeats,
+    first_dropped,
     kept_rows,
     new_manifest,
     run_stage,
@@ -87,6 +88,7 @@ def test_the_account_adds_up_and_names_every_rule():
     assert summarize(table) == "4 clips in = 1 kept + 2 small + 1 large"
     assert summarize(table.slice(0, 1)) == "1 clip in = 0 kept + 1 small"
     assert len(kept_rows(table)) == 1
+    assert first_dropped(table) == ["small: clip 0, 0, the limit is 1", "large: clip 3, 50, the limit is 10"]
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tests.support.curation.clips import SMALL, moving_video, write_clip
 from tests.support.paths import DOCS, EXAMPLES, PYTHONPATH
 from tests.support.tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from video_trl import VideoDPOTrainer, VideoRegDPOTrainer
+from video_trl.cli import main
 from video_trl.curation import GTPairConfig, run_gt_pair
 from video_trl.data import check_columns, probe_video, read_video
 from video_trl.sandbox.data.labelled_clips import make_footage
@@ -326,6 +327,16 @@ def test_faults_of_a_run_are_found_before_anything_is_decoded(model, footage, tm
     with pytest.raises(ValueError, match="no/such-model: expected a pipeline"):
         run_gt_pair(GTPairConfig(sources=[str(footage)], output_dir=str(tmp_path / "run"), models=["no/such-model"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_keeps_no_clip_says_of_each_rule_what_it_saw(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "short.mp4", moving_video())
+    argv = ["curate", "gt-pairs", "--sources", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "run")]
+    assert main([*argv, "--num_frames", "5", "--fps", "8"]) == 1
+    printed = capsys.readouterr().out
+    assert "No clip is left." in printed and "duration: " in printed and "short.mp4, " in printed
+    assert ", the limit is 4" in printed and printed.count("1 clip in = 0 kept + 1 duration") == 1
 
 
 def test_the_page_names_every_option_with_its_default():

@@ -142,6 +142,20 @@ def test_a_group_of_some_runs_alone_has_empty_cells(folders, tmp_path):
     assert "Joint proportion by group" in page
 
 
+def test_the_page_opens_with_what_came_out_and_defines_its_scores(folders, tmp_path):
+    worse, better = (
+        make_run(tmp_path / name, name, [(1.0, pc)] * 16, prompts=PROMPTS, seeds=(0, 1)).folder
+        for name, pc in (("worse", 0.25), ("better", 0.75))
+    )
+    page = write_comparison([worse, better], tmp_path / "page.html", max_prompts=1).read_text()
+    sentence = "better passes for physics in 16 of 16 videos, worse in 0 of 16; its mean physics score is 0.7"
+    body = page.partition("<body>")[2]
+    assert body.index(sentence) < body.index("<video") < body.index("pc (physical commonsense) says how well a video")
+    assert "A video passes sa or pc with a score of at least 0.5" in body and ": higher in 1 seed (a verdict" in body
+    alone = write_comparison([worse], tmp_path / "alone.html", max_prompts=1).read_text()
+    assert "passes for physics in" not in alone
+
+
 LOG = [
     {
         "step": step,

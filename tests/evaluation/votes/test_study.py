@@ -187,6 +187,8 @@ def test_votes_of_another_study_are_refused(runs, tmp_path):
         file.write(json.dumps({**vars(stranger), "study": "f" * 32}) + "\n")
     with pytest.raises(ValueError, match="line 2 is a vote about study ffff"):
         read_votes(path)
+    with pytest.raises(ValueError, match=r"There are no votes yet: expected the file .*nothing.jsonl.*--votes FILE"):
+        read_votes(tmp_path / "nothing.jsonl")
 
 
 def test_a_changed_video_makes_another_study(tmp_path):

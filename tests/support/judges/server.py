@@ -33,8 +33,8 @@ class Step:
         body: raw body instead of a chat completion.
         headers: further headers.
         delay: seconds before the first byte.
-        fault: `"disconnect"` (close without a byte), `"cut"` (close in the middle), `"drip"` (a byte now and then),
-            `"drip headers"`, `"1xx"` (interim responses without end), `"endless"` (a body without end).
+        fault: `"disconnect"` (close without a byte), `"cut"` (close in the middle), `"drip"` (a byte now and then, for
+            a minute), `"drip headers"`, `"1xx"` (interim responses without end), `"endless"` (a body without end).
         finish: `finish_reason`.
         refusal: what the model says instead of answering.
     """
@@ -112,6 +112,7 @@ class Server(ThreadingHTTPServer):
         headers_seen: headers of each request.
         busiest: most requests that were under way at once.
         times: when each arrived.
+        whole: steps that were sent to their end, in this order.
     """
 
     daemon_threads = True
@@ -122,6 +123,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.requests, self.headers_seen, self.times = script, [], [], []
         self.paths: list[str] = []
+        self.whole: list[Step] = []
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
 
@@ -151,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.busiest = max(server.busiest, server.busy)
         try:
             self._answer(step)
+            server.whole.append(step)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client gave up
         finally:
@@ -159,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, step: Step) -> None:
         time.sleep(step.delay)
-        payload = step.payload()
+        payload = step.payload() + b" " * (1200 if step.fault == "drip" else 0)
         if step.fault == "disconnect":
             # Zero seconds of linger: the client sees a reset, as from a server that was killed.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

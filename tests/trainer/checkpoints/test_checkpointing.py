@@ -1,6 +1,7 @@
 """Saving and resuming: exact, whole or absent, and never into another model."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,6 +30,7 @@ from tests.support.trainer.runs import (
 )
 from video_trl.files import partial_path, write_checksums
 from video_trl.trainer.checkpoints.run_folder import RunFolder
+from video_trl.trainer.checkpoints.weights import checkpoint_directory
 
 
 STEPS = 6
@@ -181,6 +184,18 @@ def test_a_failing_disk_leaves_the_previous_checkpoint_intact(tmp_path, size, ca
     resumed = trainer(config(tmp_path, **SAVING))
     resumed.train(resume_from_checkpoint=True)
     assert_equal_weights(trained_weights(resumed), trained_weights(straight))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state_1.pth"])
+def test_a_file_that_lost_its_end_without_a_word_is_not_published(tmp_path, name):
+    """So does `torch.save` of torch 2.6 on a full disk, with files of less than 4 KiB and with the end of others."""
+    final = tmp_path / "checkpoint-1"
+    with pytest.raises(OSError, match=rf"{name} was cut off at 900 bytes"):
+        with checkpoint_directory(final, Accelerator(cpu=True), should_save=True) as partial:
+            partial.mkdir()
+            torch.save({"state": torch.zeros(3)}, partial / name)
+            os.truncate(partial / name, 900)
+    assert not any(tmp_path.iterdir())
 
 
 def test_leftovers_of_an_interrupted_save_are_ignored_and_then_removed(tmp_path):

@@ -51,13 +51,15 @@ def test_time_of_steps_is_told_from_time_around_them(tmp_path, monkeypatch, caps
     clock = Seen(in_step=30.0, outside=90.0)
     monkeypatch.setattr(progress, "time", clock)
     trainer(config(tmp_path, max_steps=4, logging_steps=2), callbacks=[clock]).train()
-    first, second, _ = clock.logs
+    known, first, second, _ = clock.logs
+    assert known["minutes_left"] == pytest.approx(6.0)  # of the first step
     for logs, left in ((first, 4.0), (second, 0.0)):  # two rows in 30 s, a minute and a half of other things
         assert logs["samples_per_second"] == pytest.approx(2 / 30)
         assert logs["proportion_outside_steps"] == pytest.approx(0.75)
         assert logs["minutes_left"] == pytest.approx(left)
         assert 0.1 < logs["peak_memory_gib"] < 64
-    assert "4 steps in 8.0 minutes, 0.0667 rows a second" in capsys.readouterr().err
+    assert "4 steps in 8 min, 0.0667 rows a second" in capsys.readouterr().err
+    assert [progress.duration(seconds) for seconds in (0.2, 59, 130, 7200)] == ["0 s", "59 s", "2 min", "2.0 h"]
 
 
 def test_evaluations_carry_no_speed_of_training(tmp_path):
@@ -74,7 +76,7 @@ def test_the_last_line_says_where_everything_is(tmp_path, capsys):
     made = trainer(config(tmp_path, max_steps=4, **saving, **best), eval_dataset=tiny_encoded_group(1))
     made.train()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"4 steps in [\d.]+ minutes, [\d.e+]+ rows a second, peak memory [\d.]+ GiB\. In ", line)
+    assert re.match(r"4 steps in \d+ s, [\d.e+]+ rows a second, peak memory [\d.]+ GiB\. In ", line)
     chosen = made.state.best_model_checkpoint.rpartition("/")[2]
     for part in (str(tmp_path), "checkpoint-4 (last checkpoint)", f"{chosen} (best checkpoint: ", "save_model()"):
         assert part in line
@@ -90,3 +92,15 @@ def test_the_last_line_says_where_everything_is(tmp_path, capsys):
 def test_before_anything_is_saved_the_line_names_the_next_step(tmp_path, capsys, weights):
     trainer(config(tmp_path, max_steps=1, use_peft=weights == "lora")).train()
     assert f"In {tmp_path}: the trained weights after trainer.save_model()." in capsys.readouterr().err
+
+
+def test_the_first_step_is_logged_by_itself_unless_nothing_is(tmp_path):
+    """The loss that is known in advance, and a line in runs that end before `logging_steps`."""
+    made = trainer(config(tmp_path / "a", max_steps=3, logging_steps=2))
+    made.train()
+    assert [entry["step"] for entry in made.state.log_history if "loss" in entry] == [1, 2]
+    assert made.state.log_history[0]["win_gap"] == 0.0
+    for changes in ({"logging_strategy": "no"}, {"logging_first_step": False, "logging_steps": 9}):
+        silent = trainer(config(tmp_path / "b", max_steps=2, overwrite_output_dir=True, **changes))
+        silent.train()
+        assert not [entry for entry in silent.state.log_history if "loss" in entry]

@@ -46,7 +46,8 @@ def test_trackio_has_curves_and_videos(tmp_path):
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import MEDIA_DIR
 
-    made = tracked_run(tmp_path, "trackio", project=tmp_path.name)
+    # transformers 5.5 would send the run to a Space on the Hub if not told otherwise.
+    made = tracked_run(tmp_path, "trackio", project=tmp_path.name, trackio_space_id=None)
     logs = SQLiteStorage.get_logs(tmp_path.name, "first")
     curve = [entry["train/loss"] for entry in logs if "train/loss" in entry]
     assert curve == pytest.approx(losses(made))

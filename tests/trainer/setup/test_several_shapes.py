@@ -7,6 +7,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.support import rounding
 from tests.support.tiny import tiny_encoded_group, tiny_group_dataset, tiny_mp4, tiny_wan_pipeline
@@ -23,6 +25,7 @@ from tests.support.trainer.runs import (
     trainer,
 )
 from video_trl import VideoREPAConfig
+from video_trl.models.wan import WanFamily
 from video_trl.trainer.checkpoints.weights import check_description
 
 
@@ -112,7 +115,7 @@ def test_evaluation_takes_several_shapes_and_counts_every_row_once(tmp_path):
 def test_shapes_with_fewer_rows_than_a_step_are_reported(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="video_trl"):
         trainer(config(tmp_path), train_dataset=mixed_shapes()).get_train_dataloader()
-    assert "11 rows of 2 shape(s) make 5 full steps of 2 rows and 1 smaller ones" in caplog.text
+    assert "Rows: 11, of 2 shapes. Steps of an epoch: 5 of 2 rows, and 1 smaller. Every row counts" in caplog.text
     assert "fewer rows" not in caplog.text
     trainer(config(tmp_path, per_device_train_batch_size=6), train_dataset=mixed_shapes()).get_train_dataloader()
     assert "fewer rows than a step of 6 (rows by shape): {(4, 2, 4, 6): 5}" in caplog.text
@@ -183,6 +186,16 @@ def test_a_bucket_that_the_vae_cannot_encode_is_refused_before_a_video_is_read(t
     with pytest.raises(ValueError, match="must be divisible by 8.*got 36x32"):
         made = config(tmp_path, resolution_buckets=["32x32", "36x32"])
         trainer(made, train_dataset=tiny_group_dataset(1, 1))
+
+
+def test_sizes_that_would_have_several_shifts_are_refused_before_a_video_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(WanFamily, "encode_video", lambda *args, **options: pytest.fail("encoded a video"))
+    pipeline = tiny_wan_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    groups = [tiny_group_dataset(1, 1, height=32, width=width) for width in (32, 48)]
+    args = config(tmp_path, timestep_sampling="shifted")
+    with pytest.raises(ValueError, match=r"the videos have \[\d+, \d+\].*several shifts. Set `timestep_shift`"):
+        trainer(args, model=pipeline, train_dataset=concatenate_datasets(groups))
 
 
 def truncated_mp4(path: Path) -> Path:

@@ -31,6 +31,7 @@ LOSSES: list[tuple[str, dict[str, Any]]] = [
     ("GroupDPO", {"loss_type": "sum", "sft_weight": 20.0, "rejected_score_below": 0.6}),
     ("GroupDPO", {"loss_type": "plackett_luce", "sft_weight": "dgr", "rejected_score_below": 0.6}),
     ("DPO", {}),
+    ("DPO", {"lora_dropout": 0.3, "activation_checkpointing": True}),
     ("RegDPO", {"sft_weight_mode": "dgr"}),
     ("RegDPO", {"sft_weight_mode": "fixed", "use_peft": False, "learning_rate": 1e-3}),
 ]

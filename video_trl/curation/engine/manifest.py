@@ -385,6 +385,18 @@ def count_outcomes(table: pa.Table) -> dict[str, int]:
     return dict(Counter(name for name in table["dropped_by"].to_pylist() if name is not None))
 
 
+def first_dropped(table: pa.Table) -> list[str]:
+    """For each rule that dropped rows a line with the first of them: the value that it saw, and its limit."""
+    lines: dict[str, str] = {}
+    for row in table.select(["source_id", *OUTCOME]).to_pylist():
+        name, value, limit, detail = (row[key] for key in OUTCOME)
+        if name is not None and name not in lines:
+            seen = None if value is None else f"{value:.4g}"
+            bound = None if limit is None else f"the limit is {limit:.4g}"
+            lines[name] = f"{name}: {', '.join(filter(None, (row['source_id'], seen, bound, detail)))}"
+    return list(lines.values())
+
+
 def summarize(table: pa.Table, noun: str = "clip") -> str:
     """One line that accounts for every row: how many came in, how many stay, how many each rule dropped."""
     dropped = count_outcomes(table)

@@ -374,7 +374,6 @@ def _run_stages(
         sweep(root, ("stages", "sources", "videos", "generated"))
     row_type = "group" if isinstance(pairs.features["rejected"], datasets.List) else "preference"
     summary = f"{summarize(table)}; {len(pairs)} {row_type} rows"
-    logger.info(summary)
     return GTPairResult(pairs, table, generations, funnel, summary)
 
 

@@ -204,7 +204,6 @@ def _run_stages(
     result = PhyAugResult(groups, table, rejected, categories, funnel, f"{summarize(table)}; {len(groups)} groups")
     if shard.index == 0:
         finish(result, attempts, config, root)
-    logger.info(result.summary)
     return result
 
 

@@ -18,6 +18,15 @@ from .page import Column, Comparison, Curve, Sample, Table, write_report
 
 
 METRICS = ("pc", "sa", "joint")
+_SCORES = (
+    "pc (physical commonsense) says how well a video obeys physics, sa (semantic adherence) how well it shows what "
+    "its prompt says, both from 0 to 1, by the judge {judge}. {rule}"
+)
+_CURVES = (
+    "loss falls noisily, since most of it is noise that no model predicts. win_gap is the error of the trained model "
+    "on chosen videos minus that of its reference: below 0 it has become better at them. lose_gap is the same for "
+    "rejected videos. eval_ marks rows that were not trained on."
+)
 _NOT_CURVES = ("epoch", "step", "total_flos")  # and what ends in _runtime or _per_second
 
 
@@ -88,17 +97,42 @@ def write_comparison(
     """
     tables = [tabulate(load_run(folder), judge=judge, benchmark=benchmark, level=level) for folder in run_dirs]
     votes = [] if votes_path is None else [votes_table(vote_results(votes_path, level=level))]
+    comparisons = _compare(tables, baseline, level)
     return write_page(
         out_html,
         tables,
-        _compare(tables, baseline, level),
+        comparisons,
         shown=tables,
         max_prompts=max_prompts,
         further_tables=votes,
         curves=curves,
         title=title,
         notes=notes,
+        lead=_what_came_out(tables, comparisons),
+        explanations={
+            "Scores": _SCORES.format(judge=tables[0].judge, rule=tables[0].benchmark.note),
+            "Training curves": _CURVES,
+        },
     )
+
+
+def _what_came_out(tables: Sequence[RunTable], comparisons: Sequence[Comparison]) -> str:
+    """A sentence for each method against the baseline, for somebody who knows nothing of it; empty for one method."""
+
+    def passed(name: str) -> str:
+        scores = [(table, score) for table in tables if table.run.name == name for score in table.scores]
+        return f"{sum(table.benchmark.passes['pc'](score) for table, score in scores)} of {len(scores)}"
+
+    sentences = []
+    for comparison in comparisons:
+        if comparison.metric == "pc":
+            a, b, found = comparison.a, comparison.b, comparison.difference
+            sentences.append(
+                f"{a} passes for physics in {passed(a)} videos, {b} in {passed(b)}; its mean physics score is "
+                f"{found.mean_a:.3f}, that of {b} {found.mean_b:.3f}, a difference of {found.difference:+.3f} "
+                f"[{found.low:+.3f}, {found.high:+.3f}]: {comparison.verdict}."
+            )
+    return " ".join(sentences)
 
 
 def write_page(

@@ -238,6 +238,11 @@ def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Vote]
     """
     try:
         content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"There are no votes yet: expected the file {path}, which `video-trl vote RUN RUN` writes while people "
+            "vote (--votes FILE names another)."
+        ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a file of votes ({error}).") from error
     header, votes = _parse(content, Path(path))

@@ -37,7 +37,8 @@ _INHERITED = (
 )  # fmt: skip
 # Of the package's own options, those that change no number of a resumed run, or are compared with the model.
 _WITHOUT_EFFECT = {
-    "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "logging_nan_inf_filter",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "logging_first_step",
+    "logging_nan_inf_filter",
     "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_pin_memory", "data_seed", "cache_dir",
     "encode_batch_size", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "checkpointing_policy", "model_init_kwargs", "use_peft",

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,6 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import files
 from ...hub import load_lora_state
-from ...hub.lora import write_lora
+from ...hub.lora import adapter_weights, write_lora
 from ..parallel.engines import assign_weight, full_shape, full_weight
 from ..repa.head import HEAD
 from ..setup.lora import adapter_configs
@@ -82,6 +82,7 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
         yield partial
         accelerator.wait_for_everyone()
         if should_save:
+            _check_archives(partial)
             files.write_checksums(partial)
             files.publish_folder(partial, final)
     except Exception:
@@ -90,6 +91,13 @@ def checkpoint_directory(final: Path, accelerator: Accelerator, *, should_save: 
             shutil.rmtree(partial, ignore_errors=True)
         raise
     accelerator.wait_for_everyone()
+
+
+def _check_archives(folder: Path) -> None:
+    """Refuse files of `torch.save` that lost their end: torch 2.6 says nothing when the disk is full, 2.13 does."""
+    for path in sorted(folder.rglob("*.pt*")):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise OSError(f"{path} was cut off at {path.stat().st_size} bytes. Is the disk full, or a quota reached?")
 
 
 def named_checkpoint(value: str | None) -> str | bool | None:
@@ -208,9 +216,7 @@ def check_description(directory: Path, ours: dict[str, Any]) -> None:
 def trained_weights(transformer: ModelMixin, adapter_name: str | None) -> dict[str, Tensor]:
     """The weights of the adapter, or all weights, under the names that they have in files, whole or sharded."""
     weights = transformer.state_dict(keep_vars=True)
-    if adapter_name is None:
-        return weights
-    return get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=adapter_name)
+    return weights if adapter_name is None else adapter_weights(transformer, adapter_name, weights)
 
 
 def gather(weights: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

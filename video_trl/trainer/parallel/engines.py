@@ -61,7 +61,8 @@ def requested_engine(args: TrainingArguments) -> Engine:
         return "ddp"
 
     def option(name: str) -> str:
-        value = (args.fsdp_plugin_args or {}).get(name)
+        # `fsdp_config` holds what transformers 5.5 hands to accelerate later.
+        value = (args.fsdp_plugin_args or {}).get(name, (args.fsdp_config or {}).get(name))
         return str(
             os.environ.get(f"FSDP_{name.removeprefix('fsdp_').upper()}", "") if value is None else value
         ).lower()

@@ -447,16 +447,23 @@ def accelerator_memory(device: torch.device) -> int | None:
 
 def describe_estimate(cost: Estimate) -> str:
     """Format an estimate as lines of text."""
-    gib = 2**30
+    unit, size = memory_unit(cost)
+    flops = f"{cost.flops / 1e15:9.3f} PFLOP" if cost.flops >= 1e12 else f"{cost.flops / 1e9:9.3f} GFLOP"
     lines = [f"{cost.placement}; {cost.tokens:,} tokens a video, {cost.trained:,} trainable parameters"]
-    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB" for name, count in cost.parts.items()]
-    lines += [f"  {'peak:':22}{cost.peak / gib:9.2f} GiB on each GPU"]
-    lines += [f"  {name + ':':22}{count / gib:9.2f} GiB in the host's memory" for name, count in cost.host.items()]
-    lines += [f"  {'FLOPs:':22}{cost.flops / 1e15:9.3f} PFLOP a micro-batch on each GPU"]
+    lines += [f"  {name + ':':22}{count / size:9.2f} {unit}" for name, count in cost.parts.items()]
+    lines += [f"  {'peak:':22}{cost.peak / size:9.2f} {unit} on each GPU"]
+    lines += [f"  {name + ':':22}{count / size:9.2f} {unit} in the host's memory" for name, count in cost.host.items()]
+    lines += [f"  {'FLOPs:':22}{flops} a micro-batch on each GPU"]
     lines += [
-        f"  {'sent, ' + name + ':':22}{count / gib:9.2f} GiB a step by each GPU" for name, count in cost.sent.items()
+        f"  {'sent, ' + name + ':':22}{count / size:9.2f} {unit} a step by each GPU"
+        for name, count in cost.sent.items()
     ]
     return "\n".join(lines)
+
+
+def memory_unit(cost: Estimate) -> tuple[str, int]:
+    """Name and bytes of the unit in which all parts of an estimate can be read: of tiny models, MiB."""
+    return ("GiB", 2**30) if cost.peak >= 2**30 / 4 else ("MiB", 2**20)
 
 
 def advise(workload: Workload, placement: Placement, gpu_memory: int | None) -> str:

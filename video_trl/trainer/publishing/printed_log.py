@@ -11,7 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from ..base_config import VideoConfig
 from ..step.metrics import Metrics
-from .progress import ClosingLine, ProgressReport
+from .progress import ClosingLine, ProgressReport, duration
 
 
 WIDTH = 100  # columns
@@ -51,7 +51,7 @@ class LogLine:
         shown = [key for name in order for key in known if known[key] == name]
         if not shown:
             return None
-        left = [f"{_minutes(logs['minutes_left'])} left"] if "minutes_left" in logs else []
+        left = [f"{duration(60 * logs['minutes_left'])} left"] if "minutes_left" in logs else []
         parts = [f"step {state.global_step}/{state.max_steps}"]
         texts = [f"{_printed_name(key, known[key])} {_short(logs[key])}" for key in shown]
         while len("  ".join([*parts, *texts, *left])) > WIDTH:
@@ -70,10 +70,6 @@ def _printed_name(key: str, recorded: str | None) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _minutes(minutes: float) -> str:
-    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 class _ProgressBar(ProgressCallback):

@@ -66,7 +66,7 @@ class ProgressReport(TrainerCallback):
         self._step_start = time.perf_counter()
 
     def on_step_end(self, args: VideoConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.device.type != "cpu" and _is_waited_for(state):
+        if args.device.type != "cpu" and _is_waited_for(args, state):
             torch.accelerator.synchronize()  # what this step and those before it have queued counts as theirs
         seconds = time.perf_counter() - self._step_start
         self._in_steps += seconds
@@ -95,8 +95,8 @@ class ProgressReport(TrainerCallback):
         steps = state.global_step - self._first_step
         speed = steps * _rows_of_a_step(args) / max(self._in_all_steps, 1e-9)
         self.summary = (
-            f"{steps} steps in {(time.perf_counter() - self._start) / 60:.1f} minutes, {speed:.3g} rows a second, "
-            f"peak memory {self._peak_memory(args.device):.3g} GiB."
+            f"{steps} step{'s' * (steps != 1)} in {duration(time.perf_counter() - self._start)}, {speed:.3g} rows a "
+            f"second, peak memory {self._peak_memory(args.device):.3g} GiB."
         )
 
     def _peak_memory(self, device: torch.device) -> float:
@@ -131,6 +131,13 @@ class ClosingLine(TrainerCallback):
         return f"{self._progress.summary} {where_everything_is(Path(args.output_dir), state)}"
 
 
+def duration(seconds: float) -> str:
+    """In words, such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def where_everything_is(directory: Path, state: TrainerState) -> str:
     """
     Describe in one line what is in the directory of a run.
@@ -156,8 +163,10 @@ def where_everything_is(directory: Path, state: TrainerState) -> str:
     return f"In {directory}: {', '.join(contents)}."
 
 
-def _is_waited_for(state: TrainerState) -> bool:
+def _is_waited_for(args: VideoConfig, state: TrainerState) -> bool:
     """Whether a log, an evaluation, a checkpoint or the end follows the step: the host waits for the device anyway."""
+    if args.logging_first_step and state.global_step == 1:
+        return True
     intervals = (state.logging_steps, state.eval_steps, state.save_steps, state.max_steps)
     return any(every and state.global_step % every == 0 for every in intervals)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from ...models import ModelFamily
 from ...teachers import TeacherTokens, VideoTeacher
 from ..base_config import VideoConfig
 from ..setup.rows import IndexedDataset, encoded_cache_dir
+from ..step.denoising import Denoising
+from ..step.passes import Beside
 from .alignment import (
     AlignedTokens,
     AlignmentHead,
@@ -273,6 +276,10 @@ class TeacherAlignment:
         with torch.no_grad():
             return self.teacher(video.to(self._args.device).permute(0, 1, 4, 2, 3).float() / 255)
 
+    def of_groups(self, denoising: Denoising, inputs: dict[str, Tensor]) -> "GroupAlignment":
+        """What aligns the first video of each group of a batch in the forwards that give its error."""
+        return GroupAlignment(self, self.look(inputs), denoising)
+
     @contextmanager
     def tap(
         self, model: nn.Module, latents_shape: Sequence[int], seen: TeacherTokens, *, every: int = 1
@@ -318,6 +325,52 @@ class TeacherAlignment:
                 chunk, pairs = self.options.row_chunk, _one_by_one(tokens.hidden, teacher)
                 parts["trd/raw"] = torch.stack([trd_loss(*pair, margin=0.0, row_chunk=chunk)[0] for pair in pairs])
         return losses, {**parts, "loss/alignment": losses}
+
+
+class GroupAlignment:
+    """
+    The alignment of the first video of each group, from the very forwards that give their errors.
+
+    Args:
+        alignment ([`TeacherAlignment`]): Of the trainer.
+        seen (`TeacherTokens`): What the teacher saw in the first videos.
+        denoising ([`~video_trl.trainer.step.denoising.Denoising`]): All videos of the groups.
+
+    Attributes:
+        beside ([`~video_trl.trainer.step.passes.Beside`]): For the passes of the policy.
+    """
+
+    def __init__(self, alignment: TeacherAlignment, seen: TeacherTokens, denoising: Denoising) -> None:
+        self.beside = Beside(self._around)
+        self._alignment, self._seen, self._denoising = alignment, seen, denoising
+        self._metrics: dict[int, dict[str, Tensor]] = {}  # of groups, by the first one
+
+    @contextmanager
+    def _around(self, model: nn.Module, groups: slice) -> Iterator[Callable[[], Tensor]]:
+        part, first = replace(self._seen, tokens=self._seen.tokens[groups]), groups.start or 0
+
+        def losses() -> Tensor:
+            assert tap.tokens is not None
+            is_first_pass = first not in self._metrics
+            values, found = self._alignment.losses(tap.tokens, part, raw=is_first_pass)
+            if is_first_pass:
+                self._metrics[first] = found
+            return values
+
+        shape, every = self._denoising.target.shape, self._denoising.group_size
+        with self._alignment.tap(model, shape, part, every=every) as tap:
+            yield losses
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Alignment losses `(B,)`, once the policy has run; none where the reference alone is wanted."""
+        return self.beside.values
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """By name, `(B,)`; see [`TeacherAlignment.losses`]."""
+        found = [self._metrics[first] for first in sorted(self._metrics)]
+        return {name: torch.cat([each[name] for each in found]) for name in found[0]} if found else {}
 
 
 def _one_by_one(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:

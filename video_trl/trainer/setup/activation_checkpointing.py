@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..step.dropout import with_same_dropout
+
 
 POLICIES = ("full", "attention", "offload")
 _ATTENTION = (
@@ -58,7 +60,7 @@ def enable_recompute(
 
 
 def _block(block: nn.Module, *args: Any) -> Any:
-    return checkpoint(block, *args, use_reentrant=False)
+    return checkpoint(with_same_dropout(block), *args, use_reentrant=False)
 
 
 def _block_with_inputs_on_host(host: Callable[[], AbstractContextManager[Any]], block: nn.Module, *args: Any) -> Any:
@@ -69,7 +71,7 @@ def _block_with_inputs_on_host(host: Callable[[], AbstractContextManager[Any]], 
 
 def _block_but_self_attention(block: nn.Module, *args: Any) -> Any:
     contexts = partial(create_selective_checkpoint_contexts, _keep_self_attention)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(with_same_dropout(block), *args, use_reentrant=False, context_fn=contexts)
 
 
 def _keep_self_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

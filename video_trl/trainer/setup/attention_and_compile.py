@@ -136,7 +136,8 @@ def compile_blocks(blocks: Sequence[nn.Module], *, enabled: bool) -> None:
     forward pass, by hooks that come later, is not compiled.
     """
     if enabled:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_FORMS)
+        # `recompile_limit` since torch 2.7, where the older name stands for it.
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _COMPILED_FORMS)
     for block in blocks:
         if is_compiled(block):
             del block.forward

@@ -53,6 +53,7 @@ def idle_in_run(passed: Passed, *, encoded: bool) -> dict[str, str]:
             _OF_ADAPTER,
             "the adapter is that of `peft_config`, or the one that the transformer has",
         ),
+        (passed.peft_config is not None, ("lora_dropout",), "that of `peft_config` counts"),
         (passed.optimizer is not None, _OF_OPTIMIZER, "the optimizer is that of `optimizers`"),
         (passed.schedule is not None, _OF_SCHEDULE, "the schedule is that of `optimizers`"),
         (not passed.continues, ("reference_is_base",), "no adapter is continued, so that the base is the reference"),

@@ -145,14 +145,16 @@ def describe_order(rows: IndexedDataset, args: VideoConfig) -> dict[str, Any]:
 def _log_steps(sampler: BucketBatchSampler) -> None:
     """Report how the rows make up steps; warn of shapes with fewer rows than a step has."""
     counts, size = Counter(sampler.shapes), sampler.rows_per_step
-    steps = [divmod(count, size) for count in counts.values()]
+    full = sum(count // size for count in counts.values())
+    smaller = sum(count % size > 0 for count in counts.values())
     logger.info(
-        "%d rows of %d shape(s) make %d full steps of %d rows and %d smaller ones an epoch; every row counts once.",
+        "Rows: %d%s. Steps of an epoch: %d of %d row%s%s. Every row counts once.",
         len(sampler.shapes),
-        len(counts),
-        sum(full for full, _ in steps),
+        f", of {len(counts)} shapes" if len(counts) > 1 else "",
+        full,
         size,
-        sum(rest > 0 for _, rest in steps),
+        "s" * (size != 1),
+        f", and {smaller} smaller" if smaller else "",
     )
     scarce = {shape: count for shape, count in counts.items() if count < size}
     if len(counts) > 1 and scarce:

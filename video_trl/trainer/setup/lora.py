@@ -9,16 +9,17 @@ from collections.abc import Collection, Sequence
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...hub import check_lora_config
-from ...hub.lora import acting_alpha
+from ...hub.lora import acting_alpha, adapter_weights
 from ...models import ModelFamily, lora_targets
 from ..base_config import VideoConfig
+from ..step.dropout import set_dropout
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def check_adapters(
         )
     for config in (*existing.values(), *([peft_config] if peft_config is not None else [])):
         check_lora_config(config)
+    if peft_config is not None:
+        args.check_dropout(peft_config.__dict__["lora_dropout"])
     for name in existing:
         _check_state(transformer, name)
     _check_projections(transformer)
@@ -94,6 +97,7 @@ def attach_lora(
     alpha: int,
     use_rslora: bool = False,
     use_dora: bool = False,
+    dropout: float = 0.0,
 ) -> str:
     """
     Freeze a transformer and make one LoRA adapter on it trainable, in float32 also on a base in half precision.
@@ -107,6 +111,7 @@ def attach_lora(
         peft_config (`PeftConfig`, *optional*): Adapter to add instead of the default one.
         targets (`Sequence[str]`), rank (`int`), alpha (`int`): Target modules, rank and scale of the default adapter.
         use_rslora (`bool`), use_dora (`bool`): Of the default adapter, as `peft.LoraConfig` has them.
+        dropout (`float`): Of the default adapter, or of the one that is continued. A `peft_config` says its own.
 
     Returns:
         `str`: Name of the adapter that is trained.
@@ -118,7 +123,8 @@ def attach_lora(
             r=rank, lora_alpha=alpha, target_modules=list(targets), use_rslora=use_rslora, use_dora=use_dora
         )
         transformer.add_adapter(copy.deepcopy(config), adapter_name=name)  # PEFT writes into the configuration
-    adapter_configs(transformer)[name].lora_dropout = 0.0  # see `disable_dropout`; copies and files have none either
+    adapter_configs(transformer)[name].lora_dropout = 0.0  # see `set_dropout`; copies and files have none either
+    set_dropout(transformer, name, dropout if peft_config is None else peft_config.__dict__["lora_dropout"])
     transformer.requires_grad_(False)
     transformer.set_adapter(name)
     _cast_adapters(transformer)
@@ -131,7 +137,7 @@ def copy_adapter(transformer: ModelMixin, source: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second one is meant
         transformer.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
-    state = get_peft_model_state_dict(transformer, adapter_name=source)
+    state = adapter_weights(transformer, source, transformer.state_dict())
     set_peft_model_state_dict(transformer, state, adapter_name=REFERENCE_ADAPTER)
     _cast_adapters(transformer)
     transformer.set_adapter(source)  # adding an adapter activates it
@@ -149,14 +155,18 @@ def train_all_weights(transformer: ModelMixin, idle: Collection[str]) -> None:
 
 def disable_dropout(transformer: nn.Module) -> None:
     """
-    Set every dropout probability to 0, with a warning if one was not.
+    Set every dropout probability of torch's own layers to 0, with a warning if one was not.
 
-    Dropout draws from a global generator, which would break exact resuming and equal results for every batch split,
-    and it makes the policy differ from its reference before the first update.
+    They draw from a global generator, which would break exact resuming, equal results for every batch split, and
+    gradients of one video at a time; adapters have [`AdapterDropout`] instead.
     """
     active = [module for module in transformer.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     if active:
-        logger.warning("Dropout is switched off in %d layers: noise comes from per-sample streams only.", len(active))
+        logger.warning(
+            "Dropout that came with the model is switched off, in %d layers. The adapter that is trained drops its "
+            "inputs with `lora_dropout`.",
+            len(active),
+        )
     for module in active:
         module.p = 0.0
 

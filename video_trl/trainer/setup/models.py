@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 
 from ...hub.attach import find_adapter, load_adapter
-from ...load import DTYPE_OPTION, SANDBOX, load_pipeline
+from ...load import DTYPE_OPTION, SANDBOX, load_pipeline, refuse_file
 from ...models import Expert, ModelFamily, experts_of, family_for, pipeline_index, supported_pipelines
 from ..base_config import VideoConfig
 from .quantization import quantization_config
@@ -244,6 +244,7 @@ def _load_pipeline(name: str, args: VideoConfig) -> DiffusionPipeline:
         return load_pipeline(name)
     assert not isinstance(args.model_init_kwargs, str), "TrainingArguments parses JSON strings"
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
+    refuse_file(name)
     index = _read_index(name, kwargs)
     expert = _check_index(name, index, args.expert, local=Path(name).is_dir())
     left_out = [each.component for each in experts_of(index) if each != expert]

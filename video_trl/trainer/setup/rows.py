@@ -18,6 +18,7 @@ from ...data.columns import MapDataset
 from ...data.encoding.store import check_conditions
 from ...models import ModelFamily
 from ..base_config import VideoConfig
+from ..parallel.mesh import check_context_parallelism
 from .encoded_rows import check_encoded_rows
 
 
@@ -90,6 +91,16 @@ def prepare_rows(
                 "pipeline as `model`, or a dataset encoded by `video_trl.data.encode_dataset`."
             )
         fits = partial(_check_video, family=family, transformer=transformer, vae=pipeline.components.get("vae"))
+        shapes: set[tuple[int, ...]] = set()
+
+        def look(video: np.ndarray) -> None:
+            shapes.update(fits(video.shape[:3]))
+            # Both refuse sizes, and do so again when all datasets are encoded.
+            check_context_parallelism(transformer, family, shapes, args)
+            resolve_timestep_shift(args, pipeline, family, transformer, shapes)
+            if before_encoding is not None:
+                before_encoding(video)
+
         for height, width in _sizes(args):
             if args.num_frames is not None:
                 fits((args.num_frames, height, width))
@@ -109,11 +120,11 @@ def prepare_rows(
             batch_size=args.encode_batch_size,
             on_bad_video=args.on_bad_video,
             device=args.device,
-            before_encoding=lambda video: _show(video, fits, before_encoding),
+            before_encoding=look,
             latents_dtype=torch.bfloat16 if args.latents_dtype == "bfloat16" else torch.float32,
         )
     check_conditions(dataset, family)
-    shapes = check_encoded_rows(
+    of_rows = check_encoded_rows(
         dataset,
         row_type,
         transformer,
@@ -121,7 +132,7 @@ def prepare_rows(
         max_sequence_length=max_sequence_length,
         cache_dir=Path(encoded_cache_dir(args)),
     )
-    return IndexedDataset(dataset, shapes)
+    return IndexedDataset(dataset, of_rows)
 
 
 def _sizes(args: VideoConfig) -> list[tuple[int, int]]:
@@ -131,28 +142,25 @@ def _sizes(args: VideoConfig) -> list[tuple[int, int]]:
     return [(bucket.height, bucket.width) for bucket in args.buckets()]
 
 
-def _show(
-    video: np.ndarray, fits: Callable[[tuple[int, ...]], None], before_encoding: Callable[[np.ndarray], None] | None
-) -> None:
-    fits(video.shape[:3])
-    if before_encoding is not None:
-        before_encoding(video)
-
-
 def _check_video(
     shape: tuple[int, ...], *, family: ModelFamily, transformer: ModelMixin, vae: ModelMixin | None
-) -> None:
-    """Raise a `ValueError` unless VAE and transformer take videos `(T, H, W)`: encoding them may take hours."""
+) -> list[tuple[int, ...]]:
+    """
+    Shape of the latents of videos `(T, H, W)`, in a list. A `ValueError` unless VAE and transformer take them, because
+    encoding them may take hours.
+    """
     if vae is None:  # which is refused where it is needed
-        return
+        return []
     family.check_video(vae, shape)
     frames, height, width = shape
     joined, side = family.compression(vae)
     channels = transformer.config.out_channels or transformer.config.in_channels
+    latents = (channels, (frames - 1) // joined + 1, height // side, width // side)
     try:
-        family.check_latents(transformer, (channels, (frames - 1) // joined + 1, height // side, width // side))
+        family.check_latents(transformer, latents)
     except ValueError as error:
         raise ValueError(f"Videos of {frames} frames of {height}x{width} (height x width): {error}") from error
+    return [latents]
 
 
 def resolve_max_sequence_length(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...diffusion import LossWeighting, TimestepSampling, bell_weights, loss_weights
 from ...models import ModelFamily
+from .dropout import Stream
 from .timestep_draws import RowsOfStep, TimestepDraw, draw_together
 
 
@@ -112,6 +113,7 @@ class Denoising:
         group_size (`int`): How many of them a loss compares with each other, the chosen one first.
         weights (`torch.Tensor` of shape `(N, 1, F, H, W)`, *optional*): Weights of the elements in the errors; H and W
             may be 1.
+        streams (`tuple`, *optional*): Of each video, by which an adapter drops its inputs; none: it does not.
     """
 
     noisy_latents: Tensor
@@ -120,13 +122,15 @@ class Denoising:
     target: Tensor
     group_size: int = 1
     weights: Tensor | None = None
+    streams: tuple[Stream, ...] | None = None
 
     def __getitem__(self, videos: slice) -> "Denoising":
         """Some of its videos."""
         conditions = {name: values[videos] for name, values in self.conditions.items()}
         noisy_latents, timesteps, target = self.noisy_latents[videos], self.timesteps[videos], self.target[videos]
         weights = None if self.weights is None else self.weights[videos]
-        return Denoising(noisy_latents, timesteps, conditions, target, self.group_size, weights)
+        streams = None if self.streams is None else self.streams[videos]
+        return Denoising(noisy_latents, timesteps, conditions, target, self.group_size, weights, streams)
 
     def one_by_one(self) -> list["Denoising"]:
         """Its videos, each by itself."""
@@ -148,6 +152,7 @@ class DenoisingStep:
         logit_std (`float`): Its standard deviation.
         timestep_range (`(float, float)`, *optional*): Lowest and highest timestep, on the model's scale.
         timestep_draw (`str`): Whether the rows of a training step draw each for itself; see [`draw_together`].
+        drops (`bool`): Whether an adapter drops its inputs in training.
 
     Attributes:
         noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
@@ -167,7 +172,10 @@ class DenoisingStep:
         logit_std: float = 1.0,
         timestep_range: Sequence[float] | None = None,
         timestep_draw: TimestepDraw = "independent",
+        drops: bool = False,
     ) -> None:
+        self.drops = drops
+        self._drawn: tuple[Stream, ...] | None = None  # of the samples of the last draw, in a step with dropout
         self.timestep_draw: TimestepDraw = timestep_draw
         self._rows: RowsOfStep | None = None
         self.family, self.seed, self.device, self.now = family, seed, device, now
@@ -209,7 +217,9 @@ class DenoisingStep:
         steps = self.noise_steps(numbers)
         drawn = draw_noise(self.seed, steps, numbers, latents_shape, num_noises=num_noises, num_choices=num_choices)
         u, now = drawn.u, self.now()
-        if now != EVALUATION_STEP:
+        is_training = now != EVALUATION_STEP
+        self._drawn = tuple((self.seed, now, number) for number in numbers) if self.drops and is_training else None
+        if is_training and self.timestep_draw != "independent":
             rows = self._rows or RowsOfStep(0, len(numbers))
             u = draw_together(self.timestep_draw, u, rows, now, partial(sample_generator, self.seed))
         return NoiseDraw(u, *to_device(self.device, drawn.choice, drawn.noise))
@@ -253,10 +263,13 @@ class DenoisingStep:
     ) -> Denoising:
         """
         Videos `(N, C, F, H, W)` with noise of that shape added as timesteps `(N,)` say, and their velocity; groups of
-        `group_size` side by side, the chosen video first; `weights` of groups `(N / group_size, 1, F, H, W)`.
+        `group_size` side by side, the chosen video first; `weights` of groups `(N / group_size, 1, F, H, W)`. The
+        groups are those of the samples of the last `draw`.
         """
         process = self.family.noise_process
         noisy_latents = process.add_noise(latents, noise, timesteps)
         target = process.velocity(latents, noise, timesteps)
         weights = None if weights is None else weights.repeat_interleave(group_size, dim=0)  # the same for all
-        return Denoising(noisy_latents, timesteps, conditions, target, group_size, weights)
+        streams = None if self._drawn is None else tuple(each for each in self._drawn for _ in range(group_size))
+        assert streams is None or len(streams) == len(latents), "videos of other samples than were drawn for"
+        return Denoising(noisy_latents, timesteps, conditions, target, group_size, weights, streams)

@@ -25,6 +25,7 @@ from ...losses.preference import velocity_error
 from ...models import ModelFamily
 from ..parallel.engines import engine_of, prepare_reference
 from .denoising import Denoising
+from .dropout import dropout_of
 from .group import GroupParallel
 from .safeguard import OutputSafeguard, ParameterSafeguard
 
@@ -176,7 +177,8 @@ def forward_errors(
     Velocity errors `(N,)` of a transformer, from one forward, without the latent frames that are given: it predicts
     nothing there. Up to a factor, their gradient by the prediction is appended to `residuals`, float32.
     """
-    prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
+    with dropout_of(denoising.streams):
+        prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
     given = family.given_frames
     prediction, target = prediction[:, :, given:], denoising.target[:, :, given:]
     weights = None if denoising.weights is None else denoising.weights[:, :, given:]
@@ -424,7 +426,8 @@ class SamePathCheck:
         if not self._must_agree:
             logger.warning(
                 "Policy and reference differ before the first step, their errors on a video being %s. That is right "
-                "for a `ref_model` that is another model than the one that is trained, and a mistake otherwise.",
+                "for a `ref_model` that is another model than the one that is trained, and for `lora_dropout` on an "
+                "adapter that goes on, and a mistake otherwise.",
                 numbers,
             )
             return

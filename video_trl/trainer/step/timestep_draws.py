@@ -37,7 +37,7 @@ class RowsOfStep:
 
 
 def draw_together(
-    how: TimestepDraw,
+    how: Literal["stratified", "antithetic"],
     u: Tensor,
     rows: RowsOfStep,
     step: int,
@@ -47,7 +47,7 @@ def draw_together(
     Uniform numbers of the rows of a batch that depend on those of the other rows of the step.
 
     Args:
-        how (`str`): `"independent"`: `u` as it is. `"stratified"`: each row in another n-th of (0, 1), in an order
+        how (`str`): `"stratified"`: each row in another n-th of (0, 1), in an order
             drawn anew; a step of fewer than 8 rows has some of at least 8 parts, the steps after it have the others.
             `"antithetic"`: one number for two rows, for the second its complement; the odd row of a step is paired
             with that of the next step.
@@ -59,8 +59,6 @@ def draw_together(
     Returns:
         `torch.Tensor` of shape `(B,)`: Uniform on (0, 1), float64.
     """
-    if how == "independent":
-        return u
     num_steps = math.ceil(_LEAST_STRATA / rows.total) if how == "stratified" else 1 + rows.total % 2
     places = (step % num_steps) * rows.total + rows.first + torch.arange(len(u))
     window = step // num_steps
