@@ -44,12 +44,7 @@ from .parallel.engines import (
     offloads_weights,
     whole_weights,
 )
-from .parallel.mesh import (
-    check_context_parallel_method,
-    check_context_parallelism,
-    enable_context_parallelism,
-    make_mesh,
-)
+from .parallel.mesh import check_context_parallel_method, enable_context_parallelism, make_mesh
 from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .publishing.evaluator import Evaluator, EvaluatorCalls
@@ -76,15 +71,15 @@ from .setup.rows import (
     for_each,
     prepare_rows,
     resolve_max_sequence_length,
-    resolve_timestep_shift,
+    shift_for_sizes,
 )
 from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.dropout import has_dropout
 from .step.metrics import Metrics
+from .step.micro_batch import micro_batch
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
-from .step.training_mode import training_mode_kept
 
 
 logger = logging.getLogger(__name__)
@@ -214,8 +209,7 @@ class VideoTrainer(Trainer):
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         rows = datasets_in(prepared_train, prepared_eval)
         shapes = {shape for each in rows for shape in each.shapes}
-        check_context_parallelism(transformer, self.family, shapes, args)
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, transformer, shapes)
+        self.timestep_shift = shift_for_sizes(args, self.pipeline, self.family, transformer, shapes)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, reference, peft_config, order)
@@ -533,7 +527,7 @@ class VideoTrainer(Trainer):
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        with self.step.batch_of(weight.rows), training_mode_kept(model, self.model):
+        with micro_batch(self.step, weight.rows, model, self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)

@@ -148,7 +148,7 @@ def encoded(directory, raw):
 def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
     raw = tiny_group_dataset(3, 2)
     twin = {**raw[0], "rejected": [raw[0]["rejected"][0], raw[0]["chosen"]]}
-    made = encoded(tmp_path, [*raw, twin])
+    made = encoded(tmp_path, [*raw, twin, raw[0]])
     tensor, read = EncodedDataset._tensor, []
 
     def noting(dataset, number):
@@ -162,7 +162,8 @@ def test_what_the_index_holds_is_not_read_again(tmp_path, monkeypatch, caplog):
         shapes = check_encoded_rows(
             made, "group", tiny_transformer(), WanFamily(), max_sequence_length=MAX_SEQUENCE_LENGTH, cache_dir=tmp_path
         )
-    assert shapes == [LATENTS_SHAPE] * 4
+    assert shapes == [LATENTS_SHAPE] * 5
+    assert shapes[0] is shapes[4]  # one object for all rows of a form, were they a million
     videos = {key for key in read if key.startswith("videos/")}
     assert len(videos) <= 3  # of the first row, whose columns are listed
     assert "the first is row 3" in caplog.text

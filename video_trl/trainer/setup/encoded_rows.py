@@ -98,7 +98,8 @@ def check_encoded_rows(
             len(found.twins),
             found.twins[0],
         )
-    return [tuple(found.forms[form]["latents"][0]) for form in found.form_of]
+    of_forms = [tuple(form["latents"][0]) for form in found.forms]  # one object a form, however many rows have it
+    return [of_forms[form] for form in found.form_of]
 
 
 def _check_form(

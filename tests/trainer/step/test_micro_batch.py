@@ -1,12 +1,15 @@
 """What a step does not do to the modules of a model: set the mode that they have, and look for frozen gradients."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from tests.support.trainer.runs import config, trained_weights, trainer
 from video_trl.trainer.base_trainer import VideoTrainer
-from video_trl.trainer.step.training_mode import training_mode_kept
+from video_trl.trainer.step.micro_batch import micro_batch
+from video_trl.trainer.step.timestep_draws import RowsOfStep
 
 
 class Evaluating(TrainerCallback):
@@ -39,12 +42,12 @@ def test_modules_are_put_into_training_mode_only_where_they_are_not(tmp_path, mo
 
 def test_the_method_of_the_class_is_back_afterwards():
     model = nn.Linear(1, 1)
-    wrapper = nn.Sequential(model)
-    with training_mode_kept(wrapper, model):
-        assert wrapper.train() is wrapper
+    wrapper, step, rows = nn.Sequential(model), SimpleNamespace(), RowsOfStep(2, 8)
+    with micro_batch(step, rows, wrapper, model):
+        assert wrapper.train() is wrapper and step.rows == rows
     wrapper.eval()
-    assert not model.training
-    with training_mode_kept(wrapper, model):
+    assert not model.training and step.rows is None
+    with micro_batch(step, rows, wrapper, model):
         assert wrapper.train().training and model.training
 
 
