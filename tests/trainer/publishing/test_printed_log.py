@@ -14,7 +14,7 @@ from video_trl.trainer.step.metrics import Metrics
 
 
 EVERY = {"eval_strategy": "steps", "eval_steps": 1}
-LINE = re.compile(r"step (\d)/2  loss [\d.e-]+  lr [\d.e-]+  win_gap [\d.e-]+  accuracy [\d.e-]+  0\.\d min left")
+LINE = re.compile(r"step (\d)/2  loss [\d.e-]+  lr [\d.e-]+  win_gap [\d.e-]+  accuracy [\d.e-]+  \d+ s left")
 
 
 def judged(pipeline, *, output_dir, step):
