@@ -6,7 +6,6 @@ from transformers import Trainer, TrainerCallback
 
 from tests.support.trainer.runs import config, trained_weights, trainer
 from video_trl.trainer.base_trainer import VideoTrainer
-from video_trl.trainer.step.training_mode import training_mode_kept
 
 
 class Evaluating(TrainerCallback):
@@ -34,18 +33,8 @@ def test_modules_are_put_into_training_mode_only_where_they_are_not(tmp_path, mo
     monkeypatch.setattr(made, "compute_loss", compute_loss)
     made.train()
     assert seen == [True] * 4
+    assert "train" not in vars(made.model)
     assert calls.count(1) == calls.count(3) == 0 and calls.count(2) == len(list(made.model.modules()))
-
-
-def test_the_method_of_the_class_is_back_afterwards():
-    model = nn.Linear(1, 1)
-    wrapper = nn.Sequential(model)
-    with training_mode_kept(wrapper, model):
-        assert wrapper.train() is wrapper
-    wrapper.eval()
-    assert not model.training
-    with training_mode_kept(wrapper, model):
-        assert wrapper.train().training and model.training
 
 
 def test_clipping_is_that_of_transformers_to_the_last_bit(tmp_path, monkeypatch):
