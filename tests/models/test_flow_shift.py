@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_wan_pipeline
 from video_trl import VideoSFTConfig
 from video_trl.diffusion import noise_levels
 from video_trl.models import WanFamily
-from video_trl.trainer.setup.rows import resolve_timestep_shift
+from video_trl.trainer.setup.rows import shift_for_sizes
 
 
 FAMILY = WanFamily()  # as every family reads it, by default
@@ -43,9 +43,9 @@ def test_a_dynamic_shift_of_several_sizes_is_refused(tmp_path, tiny_dynamic_pipe
     args = VideoSFTConfig(output_dir=str(tmp_path), timestep_sampling="shifted", use_cpu=True)
     large, small = (4, 4, 64, 64), (4, 1, 32, 32)  # 4096 and 256 tokens
     models = (tiny_dynamic_pipeline, FAMILY, tiny_dynamic_pipeline.transformer)
-    assert resolve_timestep_shift(args, *models, {large}) == pytest.approx(math.exp(1.15))
+    assert shift_for_sizes(args, *models, {large}) == pytest.approx(math.exp(1.15))
     with pytest.raises(ValueError, match=r"the videos have \[256, 4096\].*Set `timestep_shift`"):
-        resolve_timestep_shift(args, *models, {large, small})
+        shift_for_sizes(args, *models, {large, small})
 
 
 @pytest.fixture

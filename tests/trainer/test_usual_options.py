@@ -245,7 +245,8 @@ def test_names_of_other_trainers_are_answered_with_ours(given, message):
 def test_optimizers_that_transformers_lacks_are_answered_with_their_class(words):
     with pytest.raises(UsageError, match=r"this one is --optim_class prodigyopt\.Prodigy"):
         check((DataArguments, VideoSFTConfig), words)
-    assert check((DataArguments, VideoSFTConfig), ["--optim", "adafactor"]) == ["--optim", "adafactor"]
+    for fine in ([], ["--optim"], ["--optim", "adafactor"]):
+        assert check((DataArguments, VideoSFTConfig), fine) == fine
 
 
 def test_every_answer_is_an_option():

@@ -303,10 +303,11 @@ def _steps(rows: int | None, args: Any, processes: int) -> str:
     """As transformers.Trainer counts them: an epoch ends with a smaller step where batches do not divide it."""
     each = args.per_device_train_batch_size * max(processes // args.processes_per_row, 1)
     launched = f"{processes} process{'' if processes == 1 else 'es'}"
+    batch = each * args.gradient_accumulation_steps
+    rows_of_step = f"{batch} row{'' if batch == 1 else 's'}"
     if rows is None:
         total = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        return f"{total} of {each * args.gradient_accumulation_steps} rows ({launched})"
+        return f"{total} of {rows_of_step} ({launched})"
     epoch = math.ceil(math.ceil(rows / each) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
-    batch = each * args.gradient_accumulation_steps
-    return f"{total} of {batch} rows, {total / epoch:.2f} epochs ({launched})"
+    return f"{total} of {rows_of_step}, {total / epoch:.2f} epochs ({launched})"

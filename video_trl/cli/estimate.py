@@ -13,6 +13,7 @@ cheapest way found that does. Nothing of the model's size is allocated and no we
 files of the pipeline are read. The file of --config is that of `video-trl train`.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -28,6 +29,9 @@ from .train import launched
 
 if TYPE_CHECKING:
     from ..trainer.planning.estimate import Placement, Workload
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,6 +112,7 @@ def run(argv: Sequence[str]) -> int:
     fits = cost.peak <= HEADROOM * gpu_memory
     say(f"{'Fits' if fits else 'Does not fit'} {args.gpu_gib:g} GiB, a tenth of it left free for the allocator.")
     if not fits:
+        logger.info("Looking for the cheapest way that fits, which takes up to a minute.")
         say(describe_recommendation(work, gpu_memory, args.num_gpus))
     say(f"Before training: {before(args, models, size)}.\nNot counted: sample videos; CUDA itself (about 0.5 GiB).")
     return 0

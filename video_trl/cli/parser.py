@@ -239,7 +239,7 @@ def _check_options(argv: Sequence[str], options: dict[str, Field[Any]]) -> None:
     known = {"config", "help", "help_all", *options}
     known |= {f"no_{name}" for name, field in options.items() if field.default is True}
     known |= {alias.lstrip("-") for field in options.values() for alias in field.metadata.get("aliases", ())}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         name, _, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if word.startswith("--") and name not in known:

@@ -19,7 +19,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput, TrainOutput
 
@@ -36,13 +35,22 @@ from .checkpoints.settings import ARGUMENTS_NAME, METHOD, check_optimizer_state,
 from .checkpoints.signals import StopOnSignal
 from .checkpoints.weight_average import WeightAverage
 from .checkpoints.weights import describe_run, named_checkpoint, trained_weights
-from .parallel import engines, mesh
+from .parallel.engines import (
+    SHARDED,
+    DeepSpeedSteps,
+    check_set_up,
+    configure_fsdp,
+    is_deepspeed,
+    offloads_weights,
+    whole_weights,
+)
+from .parallel.mesh import check_context_parallel_method, enable_context_parallelism, make_mesh
 from .parallel.processes import leave_at_exit
 from .planning.estimate import Placement, ReferencePass, Workload, accelerator_memory, advise
 from .publishing.evaluator import Evaluator, EvaluatorCalls
 from .publishing.printed_log import LogLine, with_progress
 from .publishing.run_card import ModelCardCallback, RunFacts, TrainingData, base_model_name
-from .publishing.sampling import Sampler, SamplingCallback
+from .publishing.sampling import Sampler, SamplingCallback, tensorboard_writer
 from .publishing.uploader import Uploader
 from .repa.head import HEAD, add_to_optimizer, attach_head, describe_head, give_own_learning_rate
 from .setup.adapt import adapt_for_trainer
@@ -63,12 +71,13 @@ from .setup.rows import (
     for_each,
     prepare_rows,
     resolve_max_sequence_length,
-    resolve_timestep_shift,
+    shift_for_sizes,
 )
 from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.dropout import has_dropout
 from .step.metrics import Metrics
+from .step.micro_batch import micro_batch
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
 
@@ -174,7 +183,7 @@ class VideoTrainer(Trainer):
         data = TrainingData(datasets[0])  # for the card, before the rows are encoded
 
         # Everything that can be refused is refused here; the transformer is not touched before the data are ready.
-        with engines.whole_weights():
+        with whole_weights():
             self.pipeline, transformer, self.expert = load_model(model, args)
         self.family = find_family(self.pipeline, transformer, args.embedded_guidance)
         self.max_sequence_length = resolve_max_sequence_length(args, self.pipeline, self.family, transformer)
@@ -183,7 +192,7 @@ class VideoTrainer(Trainer):
         check_generators(self.pipeline, evaluator, callbacks)
         check_adapters(transformer, self.family, peft_config, args)
         check_given_optimizer(transformer, optimizers[0], use_peft=args.use_peft)
-        mesh.check_context_parallel_method(transformer, self.family, args)
+        check_context_parallel_method(transformer, self.family, args)
         check_acceleration(
             transformer,
             args.device,
@@ -196,12 +205,11 @@ class VideoTrainer(Trainer):
         passed = Passed(bool(adapter_configs(transformer)), peft_config, reference, *optimizers)
         tell_idle_options(args, self.idle_options(datasets, passed))
         prepare = partial(self.prepare_dataset, transformer=transformer)
-        with engines.whole_weights():
+        with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)
         rows = datasets_in(prepared_train, prepared_eval)
         shapes = {shape for each in rows for shape in each.shapes}
-        mesh.check_context_parallelism(transformer, self.family, shapes, args)
-        self.timestep_shift = resolve_timestep_shift(args, self.pipeline, self.family, transformer, shapes)
+        self.timestep_shift = shift_for_sizes(args, self.pipeline, self.family, transformer, shapes)
 
         order = None if prepared_train is None else describe_order(prepared_train, args)
         description = self._prepare_transformer(transformer, reference, peft_config, order)
@@ -216,7 +224,7 @@ class VideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        engines.check_set_up(self.engine, self.accelerator)
+        check_set_up(self.engine, self.accelerator)
         if self.trained_head is not None and self.optimizer is not None:
             add_to_optimizer(self.optimizer, self.trained_head, self.head_learning_rate())
         if self.reference is not None:
@@ -264,7 +272,7 @@ class VideoTrainer(Trainer):
             description[HEAD] = describe_head(self.trained_head)
         if args.world_size > 1:
             leave_at_exit(self)
-        self.mesh = mesh.make_mesh(args)
+        self.mesh = make_mesh(args)
         for module in filter(None, (transformer, separate)):
             keep_weights_quantised(module)
             # Compiled first, so that the hooks by which tokens are shared stay outside; kernels are chosen last,
@@ -272,7 +280,7 @@ class VideoTrainer(Trainer):
             compile_blocks(list(family.blocks(module)), enabled=args.compile_blocks)
             if args.context_parallel_size > 1:
                 assert self.mesh is not None
-                mesh.enable_context_parallelism(module, family, self.mesh)
+                enable_context_parallelism(module, family, self.mesh)
             if args.attention_backend is not None:
                 set_attention_backend(module, args.attention_backend)
             if args.offload_weights:
@@ -324,10 +332,7 @@ class VideoTrainer(Trainer):
             max_sequence_length=self.max_sequence_length,
             fps=args.fps,
             averaged=self.average.shown,
-            tensorboard=lambda: next(
-                (each.tb_writer for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)),
-                None,
-            ),
+            tensorboard=lambda: tensorboard_writer(self.callback_handler.callbacks),
         )
         self._signals = StopOnSignal(args.world_size)
         self._measure = EvaluatorCalls(evaluator, self.sampler, args.output_dir)
@@ -419,7 +424,7 @@ class VideoTrainer(Trainer):
         given, optimizer, rate = self.optimizer, super().create_optimizer(model), self.head_learning_rate()
         if given is None and self.trained_head is not None and rate is not None:
             give_own_learning_rate(optimizer, self.trained_head, rate)
-        if not engines.is_deepspeed(optimizer):  # which keeps flat copies of the weights
+        if not is_deepspeed(optimizer):  # which keeps flat copies of the weights
             check_optimizer(self.model if model is None else model, optimizer)
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         return optimizer
@@ -492,7 +497,7 @@ class VideoTrainer(Trainer):
         """Where and how it is trained, as the planner describes it."""
         return Placement(
             num_gpus=self.args.world_size,
-            engine="zero3-offload" if engines.offloads_weights(self.accelerator) else self.engine,
+            engine="zero3-offload" if offloads_weights(self.accelerator) else self.engine,
             context_parallel=self.args.context_parallel_size,
             checkpointing_policy=self.args.checkpointing_policy if self.args.gradient_checkpointing else None,
             offload_weights=self.args.offload_weights,
@@ -517,19 +522,13 @@ class VideoTrainer(Trainer):
     ) -> Tensor:
         weight = inputs.pop(BATCH_WEIGHT)
         self.metrics.counted = weight.counted
-        if not weight.counted and not self.accelerator.sync_gradients and self.engine not in engines.SHARDED:
+        if not weight.counted and not self.accelerator.sync_gradients and self.engine not in SHARDED:
             return torch.zeros((), device=self.args.device)  # no other process waits for this one
         # Trainer divides the loss by this number, which it takes for that of equal micro-batches.
         self.current_gradient_accumulation_steps = weight.divisor
         self._guard.watch_samples(inputs["index"])
-        if model.training and self.model.training:
-            # Trainer sets the mode of every module anew, which takes longer than the loss of a small step.
-            model.__dict__["train"] = lambda mode=True: model  # of this object alone, before its class's
-        try:
-            with self.step.batch_of(weight.rows):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            model.__dict__.pop("train", None)
+        with micro_batch(self.step, weight.rows, model, self.model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # there it was looked at before the update
             self._guard.watch_loss(loss)
         with self.compute_loss_context_manager():
@@ -632,10 +631,10 @@ class VideoTrainer(Trainer):
         if self.engine == "ddp":
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.engine == "fsdp2":
-            engines.configure_fsdp(self.accelerator, self.model)
+            configure_fsdp(self.accelerator, self.model)
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.engine != "fsdp2":
-            self.accelerator.deepspeed_engine_wrapped = engines.DeepSpeedSteps(
+            self.accelerator.deepspeed_engine_wrapped = DeepSpeedSteps(
                 model, self._guard, lambda: self._guard.check_losses(self.args, self.state)
             )
         if resume_from_checkpoint is not None:

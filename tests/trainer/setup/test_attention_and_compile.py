@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import is_torch_version
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +13,7 @@ from tests.support import rounding
 from tests.support.tiny import tiny_encoded_group, tiny_latents_shape, tiny_pipeline
 from tests.support.trainer.runs import SMOOTH_ADAM, disturb_adapter, losses
 from video_trl import VideoDPOConfig, VideoDPOTrainer, VideoREPAConfig
+from video_trl.trainer.setup import attention_and_compile
 from video_trl.trainer.setup.attention_and_compile import (
     attention_backends,
     check_compile,
@@ -172,6 +174,10 @@ def test_looked_up_errors_need_no_equal_bits(tmp_path):
 # ---- compiled blocks ------------------------------------------------------------------------------------------------
 
 
+compiles = pytest.mark.skipif(is_torch_version("<", "2.13"), reason="refused with this torch")
+
+
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True, "step_mode": "sequential"}])
 def test_compiled_blocks_train_alike_and_start_at_log_2(tmp_path, monkeypatch, changes):
@@ -186,6 +192,7 @@ def test_compiled_blocks_train_alike_and_start_at_log_2(tmp_path, monkeypatch, c
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@compiles
 def test_blocks_are_compiled_of_policy_and_reference_and_not_of_a_later_trainer(tmp_path):
     made = dpo(tmp_path, compile_blocks=True, use_peft=False)
     for transformer in (made.model, made.reference.transformer):
@@ -206,6 +213,14 @@ def test_what_does_not_go_with_compiled_blocks_is_refused(tmp_path, monkeypatch)
         config(tmp_path, compile_blocks=True, checkpointing_policy="attention")
     with pytest.raises(ValueError, match="looks into a block"):
         VideoREPAConfig(output_dir=str(tmp_path), use_cpu=True, compile_blocks=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_and_compile, "is_torch_version", lambda *_: True)
+        with pytest.raises(
+            ValueError, match="`compile_blocks` needs torch 2.13 or newer, this is .* were wrong with 2.6"
+        ):
+            check_compile(torch.device("cpu"))
+    if is_torch_version("<", "2.13"):
+        return
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="Install g\\+\\+"):
         check_compile(torch.device("cpu"))

@@ -3,7 +3,7 @@
 import inspect
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from ...data.columns import as_tensor
 from ...data.encoding.store import encoded_origin
@@ -20,6 +21,11 @@ from ...models import ModelFamily, rules_of
 from ...models.base import FRAME_RATE
 from ...models.mixed_precision import inputs_cast_for_vae
 from ..setup.rows import IndexedDataset
+
+
+def tensorboard_writer(callbacks: Iterable[TrainerCallback]) -> Any:
+    """The writer of TensorBoard among the callbacks of a trainer; None where the run has none."""
+    return next((each.tb_writer for each in callbacks if isinstance(each, TensorBoardCallback)), None)
 
 
 class Sampler:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import FunctionType
 
 import torch
+from accelerate.utils import is_torch_version
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -21,6 +22,7 @@ from ...models.attention.joint import JointAttentionProcessor
 # Attention kernels that quantise their inputs are made for sampling and have no backward pass.
 _WITHOUT_BACKWARD = ("sage",)
 # A block is compiled once for each form of its inputs: batch sizes, shapes, with and without gradients or adapter.
+_COMPILES_RIGHT = "2.13"  # with which it was compared
 _COMPILED_FORMS = 64
 
 
@@ -120,7 +122,12 @@ def check_acceleration(
 
 
 def check_compile(device: torch.device) -> None:
-    """Raise a `ValueError` if blocks cannot be compiled for a device."""
+    """Raise a `ValueError` if blocks cannot be compiled for a device, or might not compute what they do uncompiled."""
+    if is_torch_version("<", _COMPILES_RIGHT):
+        raise ValueError(
+            f"`compile_blocks` needs torch {_COMPILES_RIGHT} or newer, this is {torch.__version__}: gradients of "
+            "compiled blocks were wrong with 2.6, and versions between were not tried. Update torch, or leave it off."
+        )
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError(
             "`compile_blocks` needs a C++ compiler on the CPU, and none is found. Install g++, or leave it off."

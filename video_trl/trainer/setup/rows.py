@@ -95,9 +95,7 @@ def prepare_rows(
 
         def look(video: np.ndarray) -> None:
             shapes.update(fits(video.shape[:3]))
-            # Both refuse sizes, and do so again when all datasets are encoded.
-            check_context_parallelism(transformer, family, shapes, args)
-            resolve_timestep_shift(args, pipeline, family, transformer, shapes)
+            shift_for_sizes(args, pipeline, family, transformer, shapes)  # refuses sizes; again with all datasets
             if before_encoding is not None:
                 before_encoding(video)
 
@@ -220,7 +218,7 @@ def check_timesteps(
     )
 
 
-def resolve_timestep_shift(
+def shift_for_sizes(
     args: VideoConfig,
     pipeline: DiffusionPipeline | None,
     family: ModelFamily,
@@ -231,9 +229,10 @@ def resolve_timestep_shift(
     Shift of `timestep_sampling="shifted"`: as configured, or that of the pipeline's scheduler; else 1.
 
     Raises:
-        ValueError: If the scheduler shifts by the number of tokens, and videos with latents of these shapes differ in
-            it.
+        ValueError: If context parallelism cannot divide videos with latents of these shapes, or they differ in the
+            number of tokens, by which the scheduler shifts.
     """
+    check_context_parallelism(transformer, family, shapes, args)
     if args.timestep_shift is not None or args.timestep_sampling != "shifted":
         return args.timestep_shift or 1.0
     assert pipeline is not None, "check_timesteps comes first"

@@ -8,8 +8,7 @@ global generator changes them. That is what makes runs comparable and resumable 
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -155,6 +154,7 @@ class DenoisingStep:
         drops (`bool`): Whether an adapter drops its inputs in training.
 
     Attributes:
+        rows ([`RowsOfStep`], *optional*): Which rows of the step the micro-batch at hand has; none: it is the whole.
         noise_steps (`Callable`): Sample indices to the step under which each draws: `now()` for all, unless it is
             replaced.
     """
@@ -177,20 +177,11 @@ class DenoisingStep:
         self.drops = drops
         self._drawn: tuple[Stream, ...] | None = None  # of the samples of the last draw, in a step with dropout
         self.timestep_draw: TimestepDraw = timestep_draw
-        self._rows: RowsOfStep | None = None
+        self.rows: RowsOfStep | None = None
         self.family, self.seed, self.device, self.now = family, seed, device, now
         self.sampling, self.shift, self.logit_mean, self.logit_std = sampling, shift, logit_mean, logit_std
         self.timestep_range, self._condition_columns = timestep_range, family.condition_columns
         self.noise_steps: Callable[[Sequence[int]], list[int]] = lambda indices: [now()] * len(indices)
-
-    @contextmanager
-    def batch_of(self, rows: RowsOfStep) -> Iterator[None]:
-        """Inside, draws are for these rows of the step; elsewhere a batch is taken for the whole step."""
-        self._rows = rows
-        try:
-            yield
-        finally:
-            self._rows = None
 
     def draw(
         self,
@@ -220,7 +211,7 @@ class DenoisingStep:
         is_training = now != EVALUATION_STEP
         self._drawn = tuple((self.seed, now, number) for number in numbers) if self.drops and is_training else None
         if is_training and self.timestep_draw != "independent":
-            rows = self._rows or RowsOfStep(0, len(numbers))
+            rows = self.rows or RowsOfStep(0, len(numbers))
             u = draw_together(self.timestep_draw, u, rows, now, partial(sample_generator, self.seed))
         return NoiseDraw(u, *to_device(self.device, drawn.choice, drawn.noise))
 

@@ -177,7 +177,7 @@ def forward_errors(
     Velocity errors `(N,)` of a transformer, from one forward, without the latent frames that are given: it predicts
     nothing there. Up to a factor, their gradient by the prediction is appended to `residuals`, float32.
     """
-    with dropout_of(denoising.streams):
+    with nullcontext() if denoising.streams is None else dropout_of(denoising.streams):
         prediction = family.predict(model, denoising.noisy_latents, denoising.timesteps, denoising.conditions)
     given = family.given_frames
     prediction, target = prediction[:, :, given:], denoising.target[:, :, given:]

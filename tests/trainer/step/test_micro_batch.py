@@ -1,11 +1,15 @@
 """What a step does not do to the modules of a model: set the mode that they have, and look for frozen gradients."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from tests.support.trainer.runs import config, trained_weights, trainer
 from video_trl.trainer.base_trainer import VideoTrainer
+from video_trl.trainer.step.micro_batch import micro_batch
+from video_trl.trainer.step.timestep_draws import RowsOfStep
 
 
 class Evaluating(TrainerCallback):
@@ -33,8 +37,18 @@ def test_modules_are_put_into_training_mode_only_where_they_are_not(tmp_path, mo
     monkeypatch.setattr(made, "compute_loss", compute_loss)
     made.train()
     assert seen == [True] * 4
-    assert "train" not in vars(made.model)
     assert calls.count(1) == calls.count(3) == 0 and calls.count(2) == len(list(made.model.modules()))
+
+
+def test_the_method_of_the_class_is_back_afterwards():
+    model = nn.Linear(1, 1)
+    wrapper, step, rows = nn.Sequential(model), SimpleNamespace(), RowsOfStep(2, 8)
+    with micro_batch(step, rows, wrapper, model):
+        assert wrapper.train() is wrapper and step.rows == rows
+    wrapper.eval()
+    assert not model.training and step.rows is None
+    with micro_batch(step, rows, wrapper, model):
+        assert wrapper.train().training and model.training
 
 
 def test_clipping_is_that_of_transformers_to_the_last_bit(tmp_path, monkeypatch):
