@@ -15,7 +15,7 @@ from video_trl.files import partial_path
 
 SMALL = {"model": "sandbox", "judge": "sandbox", "height": 64, "width": 64, "fps": 8.0, "num_frames": 13}
 RUNS = {
-    "gt-pair": lambda clips, out: run_gt_pair(GTPairConfig(sources=[clips], output_dir=out)),
+    "gt-pair": lambda clips, out: run_gt_pair(GTPairConfig(sources=[clips], output_dir=out, fps=8.0, num_frames=13)),
     "phyaug": lambda clips, out: run_phyaug(config(Path(out)), [clips]),
     "self-pairs": lambda clips, out: run_self_pairs(SelfPairsConfig(output_dir=out, **SMALL)),
 }

@@ -351,5 +351,5 @@ def test_no_vote_is_no_result(runs, tmp_path):
     VoteFile(tmp_path / "votes.jsonl", open_study(runs)).close()
     with pytest.raises(ValueError, match="holds no vote yet"):
         vote_results(tmp_path / "votes.jsonl")
-    with pytest.raises(ValueError, match="gone.jsonl cannot be read"):
+    with pytest.raises(ValueError, match="There are no votes yet: expected the file .*gone.jsonl"):
         vote_results(tmp_path / "gone.jsonl")

@@ -93,7 +93,7 @@ def test_a_folder_in_another_layout_is_refused(saved, tmp_path):
 
 def test_a_file_as_a_model_is_told_where_it_belongs(tmp_path):
     (tmp_path / "wan.safetensors").touch()
-    with pytest.raises(ValueError, match="got the file .*wan.safetensors.*are `transformer_file`"):
+    with pytest.raises(ValueError, match="wan.safetensors is a file; expected a folder.*file as `transformer_file`"):
         trainer(config(tmp_path), model=str(tmp_path / "wan.safetensors"))
 
 
