@@ -184,8 +184,13 @@ def _bad_line(path: Path) -> str | None:
 def _beside(path: Path) -> str:
     """`"; did you mean 'x'?"`, or nothing where the folder of a path that is not there holds no name like it."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+    near = _nearest(path.name, names)
+    return f"; did you mean {str(path.parent / near)!r}?" if near else ""
+
+
+def _nearest(name: str, names: Collection[str]) -> str | None:
+    """The one of the names that a name was probably meant for."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def _from_csv(path: Path, texts: Collection[str]) -> "datasets.Dataset":
@@ -277,8 +282,8 @@ def _mapping(columns: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
         if not all(column.partition("=")):
             raise ValueError(f"--column: expected OURS=THEIRS, such as chosen=winner, got {column!r}.")
         ours = column.partition("=")[0]
-        if ours not in _OURS and (near := difflib.get_close_matches(ours, _OURS, n=1)):
-            raise ValueError(f"--column {column}: no trainer reads a column {ours!r}; did you mean {near[0]!r}?")
+        if ours not in _OURS and (near := _nearest(ours, _OURS)):
+            raise ValueError(f"--column {column}: no trainer reads a column {ours!r}; did you mean {near!r}?")
     return {ours: theirs for ours, _, theirs in (column.partition("=") for column in columns)}
 
 
@@ -291,10 +296,10 @@ def _tell_prompts(name: str, column: str) -> None:
 def _renamed(dataset: "datasets.Dataset", columns: Mapping[str, str], name: str) -> "datasets.Dataset":
     for ours, theirs in columns.items():
         if theirs not in dataset.column_names:
-            near = difflib.get_close_matches(theirs, dataset.column_names, n=1)
+            near = _nearest(theirs, dataset.column_names)
             raise ValueError(
                 f"--column {ours}={theirs}: {name} has no column {theirs!r}"
-                f"{f'; did you mean {near[0]!r}?' if near else '.'} It has {dataset.column_names}."
+                f"{f'; did you mean {near!r}?' if near else '.'} It has {dataset.column_names}."
             )
         if ours in dataset.column_names and ours != theirs:
             dataset = dataset.remove_columns(ours)

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-)  # the last of its client, httpx or httpx2
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of its client, httpx or httpx2
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import PARTIAL_PATTERN

@@ -27,8 +27,8 @@ _STREAMS: ContextVar[tuple[Stream, ...] | None] = ContextVar("streams of the vid
 
 
 @contextmanager
-def dropout_of(streams: tuple[Stream, ...] | None) -> Iterator[None]:
-    """Inside, adapters drop inputs of the N videos of a forward by the streams of these; with none, nothing."""
+def dropout_of(streams: tuple[Stream, ...]) -> Iterator[None]:
+    """Inside, adapters drop inputs of the N videos of a forward by the streams of these; outside, nothing."""
     token = _STREAMS.set(streams)
     try:
         yield
