@@ -118,6 +118,7 @@ def test_every_round_is_trained_as_the_first_one_is(tmp_path):
     tiny_wan_pipeline().save_pretrained(tmp_path / "model")
     training = {"use_cpu": True, "max_steps": 1, "lora_rank": 2, "fps": 8, "save_strategy": "no", "learning_rate": 0.1}
     training |= {"model_init_kwargs": {"local_files_only": True}, "cache_dir": str(tmp_path / "cache")}
+    training |= {"lora_target_modules": "all-linear"}
     given = {"model": str(tmp_path / "model"), "dataset_name": "d", "eval_prompts": "p"}
     groups, adapters = tiny_group_dataset(1, 1, num_frames=5), [None]
     for number, rate in enumerate((0.1, 0.0), 1):

@@ -298,6 +298,8 @@ class _Rounds:
             ours["reference_is_base"] = start is not None and self.config.reference == "base"
         if taken := set(options) & {"output_dir", "seed", "init_adapter", "reference_is_base"}:
             raise ValueError(f"`training` leaves {', '.join(sorted(taken))} to the rounds.")
+        if start is not None:
+            options.pop("lora_target_modules", None)  # of the adapter to make: the first round made it
         revision = self.config.options("generation").get("revision")
         if revision is not None:  # what is trained is what makes the videos
             options.setdefault("model_init_kwargs", {"revision": revision})
