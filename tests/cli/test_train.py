@@ -15,7 +15,7 @@ from tests.support.curation.phyaug_runs import settings as phyaug_settings
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_wan_a14b_pipeline
 from video_trl.cli import main
-from video_trl.cli.methods import DataArguments, make_trainer
+from video_trl.cli.methods import DataArguments, check_training, make_trainer
 from video_trl.cli.train import split_launcher
 from video_trl.data import write_video
 from video_trl.hub import LORA_FILE_NAME
@@ -55,6 +55,32 @@ def test_every_method_trains_and_leaves_an_adapter(name, groups, cache, tmp_path
     line = rf"1 step in \d+ s, .* peak memory \S+ GiB\. In {tmp_path}: {LORA_FILE_NAME} \(adapter\), README\.md \("
     assert re.match(line, told.out.splitlines()[-1])
     assert "peak memory" not in told.err and told.out.count("peak memory") == 1  # it is the only one
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("sft", {"on_collapse": "stop"}, "`on_collapse='stop'`: the method logs no gaps, which it watches"),
+        ("sft", {"num_groups": 3}, "`num_groups=3`: a row of the method is one video"),
+        ("gdpo", {"num_clips": 3}, "`num_clips=3`: a row of the method has several videos"),
+        ("gdpo", {"dataset_split": "test"}, "`dataset_split='test'`: the rows are the sandbox's"),
+        ("gdpo", {"dataset_name": "groups", "num_groups": 3}, "`num_groups=3`: `dataset_name` names the rows"),
+        ("gdpo", {"evaluator_num_prompts": 3}, "`evaluator_num_prompts=3`: `evaluator_judge` is not given"),
+        ("gdpo", {"sample_prompts": "p.txt"}, "`sample_prompts='p.txt'`: `sample_every` is not given"),
+        ("gdpo", {"on_collapse": "stop", "num_groups": 3}, None),
+        ("sft", {"num_clips": 3}, None),
+    ],
+)
+def test_options_beside_the_configuration_that_have_no_effect_are_told(
+    name, given, expected, groups, tmp_path, caplog
+):
+    trainer_class = METHODS[name].load()
+    if "dataset_name" in given:
+        given = given | {"dataset_name": str(groups)}
+    args = trainer_class.config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    check_training(trainer_class, DataArguments(**given), args)
+    told = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert [expected in line for line in told] == ([True] if expected else []), told
 
 
 @pytest.mark.slow

@@ -212,7 +212,27 @@ def check_training(trainer_class: type[Any], data: DataArguments, args: Any) -> 
         trainer_class.check_rows(dataset, args)
         encoded = is_encoded(dataset, trainer_class.row_type)
     if data.dry_run:  # otherwise the trainer says so, and knows more
-        tell_idle_options(args, idle_in_run(Passed(args.init_adapter is not None), encoded=encoded))
+        idle = idle_in_run(Passed(args.init_adapter is not None), encoded=encoded)
+        tell_idle_options(args, args.options_without_effect() | idle)
+    tell_idle_options(data, _idle_beside(data, args, trainer_class.row_type))
+
+
+def _idle_beside(data: DataArguments, args: Any, row_type: str) -> dict[str, str]:
+    """Options beside the configuration that have no effect, and why."""
+    causes = (
+        (row_type == "video", ("num_groups", "num_rejected"), "a row of the method is one video"),
+        (row_type != "video", ("num_clips",), "a row of the method has several videos"),
+        (data.dataset_name is not None, ("num_groups", "num_rejected", "num_clips"), "`dataset_name` names the rows"),
+        (data.dataset_name is None, ("dataset_split", "column"), "the rows are the sandbox's"),
+        (not args.logs_gaps, ("on_collapse",), "the method logs no gaps, which it watches"),
+        (data.sample_every is None, ("sample_prompts",), "`sample_every` is not given"),
+        (
+            data.evaluator_judge is None,
+            ("evaluator_options", "evaluator_prompts", "evaluator_num_prompts", "evaluator_benchmark"),
+            "`evaluator_judge` is not given",
+        ),
+    )
+    return {name: why for holds, names, why in causes if holds for name in names}
 
 
 def make_trainer(trainer_class: type[Any], data: DataArguments, args: Any) -> Any:

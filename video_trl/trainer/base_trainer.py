@@ -203,7 +203,7 @@ class VideoTrainer(Trainer):
         reference = reference_transformer(ref_model, self.expert)
         check_ref_model(transformer, reference, use_peft=args.use_peft)
         passed = Passed(bool(adapter_configs(transformer)), peft_config, reference, *optimizers)
-        tell_idle_options(args, self.idle_options(datasets, passed))
+        tell_idle_options(args, args.options_without_effect() | self.idle_options(datasets, passed))
         prepare = partial(self.prepare_dataset, transformer=transformer)
         with whole_weights():
             prepared_train, prepared_eval = for_each(prepare, train_dataset), for_each(prepare, eval_dataset)

@@ -58,9 +58,23 @@ def test_all_columns_are_read(tmp_path):
         "prompt,generation_prompt,groups,image,source\na,a long one,hard; activity,a.png,x\nb,,,,y\n"
     )
     assert load_prompts(tmp_path / "p.csv") == (
-        EvaluationPrompt("a", "a long one", "", ("hard", "activity"), "a.png"),
+        EvaluationPrompt("a", "a long one", "", ("hard", "activity"), str(tmp_path / "a.png")),
         EvaluationPrompt("b"),
     )
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.json", "p.jsonl"])
+def test_paths_of_images_start_at_the_file(tmp_path, monkeypatch, name):
+    entries = [{"prompt": "a", "image": "first/a.png"}, {"prompt": "b", "image": str(tmp_path / "b.png")}]
+    texts = {
+        "p.csv": "prompt,image\n" + "".join(f"{entry['prompt']},{entry['image']}\n" for entry in entries),
+        "p.json": json.dumps(entries),
+        "p.jsonl": "".join(f"{json.dumps(entry)}\n" for entry in entries),
+    }
+    (tmp_path / name).write_text(texts[name])
+    monkeypatch.chdir(tmp_path.parent)
+    found = load_prompts(f"{tmp_path.name}/{name}")  # a relative path itself
+    assert [prompt.image for prompt in found] == [str(tmp_path / "first" / "a.png"), str(tmp_path / "b.png")]
 
 
 @pytest.mark.parametrize(

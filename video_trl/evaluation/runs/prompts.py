@@ -82,7 +82,7 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
     - `.json`, `.jsonl`: a list of strings or of objects with these keys, or one of them on each line; `groups` may be
       a list.
 
-    Blanks around a prompt are no part of it.
+    Blanks around a prompt are no part of it. A relative path of an image starts at the folder of the file.
 
     Args:
         path (path): The file, in UTF-8.
@@ -99,7 +99,7 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[EvaluationPrompt, ...]:
         raise ValueError(f"Expected a file of prompts ending in {', '.join(readers)}; got {path}.")
     rows = readers[path.suffix.lower()](path)
     try:
-        return check_prompts([_prompt(row) for row in rows])
+        return check_prompts([_prompt(row, path.absolute().parent) for row in rows])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -127,7 +127,7 @@ def _read_csv(path: Path) -> list[Any]:
     return [{**row, "groups": row.get("groups", "").split(";")} for row in read_csv(path)]
 
 
-def _prompt(row: Any) -> EvaluationPrompt:
+def _prompt(row: Any, folder: Path) -> EvaluationPrompt:
     if isinstance(row, str):
         return EvaluationPrompt(row.strip())
     text = next((row[name] for name in _TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
@@ -148,5 +148,5 @@ def _prompt(row: Any) -> EvaluationPrompt:
         generation_text=str(row.get("generation_prompt") or "").strip() or None,
         category=row.get("category") or "",
         groups=tuple(group.strip() for group in groups if group.strip()),
-        image=row.get("image") or None,
+        image=str(folder / row["image"]) if row.get("image") else None,
     )

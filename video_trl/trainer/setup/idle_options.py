@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from ..base_config import VideoConfig
-
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +60,20 @@ def idle_in_run(passed: Passed, *, encoded: bool) -> dict[str, str]:
     return {name: why for holds, names, why in causes if holds for name in names}
 
 
-def tell_idle_options(args: VideoConfig, idle: Mapping[str, str]) -> None:
+def tell_idle_options(args: Any, idle: Mapping[str, str]) -> None:
     """
     Warn, once, of the options that are given and have no effect.
 
     Args:
-        args (`VideoConfig`): The configuration; options that differ from their default count as given.
-        idle (`Mapping[str, str]`): Options without effect in this run, beside those that the configuration itself
-            knows of, and why.
+        args (dataclass): Options; those that differ from their default count as given.
+        idle (`Mapping[str, str]`): Options without effect in this run, and why.
     """
     given = {
         item.name
         for item in fields(args)
         if args.__dict__[item.name] != (item.default if item.default_factory is MISSING else item.default_factory())
     }
-    found = {name: why for name, why in (args.options_without_effect() | dict(idle)).items() if name in given}
+    found = {name: why for name, why in idle.items() if name in given}
     if found:
         listed = "; ".join(f"`{name}={args.__dict__[name]!r}`: {why}" for name, why in sorted(found.items()))
         logger.warning(
