@@ -106,6 +106,9 @@ def test_every_verb_has_examples():
         (["train", "dpo", "--beta", "-1"], 1, "`beta` must be positive"),
         (["train", "dpo", "--evaluator_judge", "sandbox"], 2, "add --eval_strategy steps"),
         (["train", "dpo", "--early_stopping_patience", "2"], 2, "needs a metric to watch"),
+        (["train", "sft", "--snr_gamma", "5"], 2, "(here it is 'loss_weighting')"),
+        (["train", "gdpo", "--snr_gamma", "5"], 2, "--snr_gamma: a preference weighs all noise levels alike"),
+        (["train", "gdpo", "--ref_model", "x"], 2, "--ref_model: the reference is the model with its adapter"),
         (["train", "sft", "--num_processes", "2", "--config_file", "x.yaml", "--max_step", "1"], 2, "'max_steps'"),
         (
             ["train", "sft", "--model_name_or_path", "a/b", "--dataset_name", "c", "--sample_every", "9"],

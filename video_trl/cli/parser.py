@@ -83,9 +83,10 @@ _ELSEWHERE = {
     "video_length": "num_frames", "max_num_frames": "num_frames", "frames": "num_frames",
     "resolution": "resolution_buckets", "enable_bucket": "resolution_buckets", "height_buckets": "resolution_buckets",
     "caption_column": "column", "video_column": "column", "image_column": "column",
-    "save_every_n_epochs": "save_strategy",
+    "save_every_n_epochs": "save_strategy", "allow_tf32": "tf32", "seed_everything": "seed",
+    "enable_xformers_memory_efficient_attention": "attention_backend", "guidance_scale": "embedded_guidance",
 }  # fmt: skip
-# Options that are missing for a reason.
+# Options that are missing for a reason, or from some methods.
 _WITHOUT = {
     "streaming": "videos are encoded once, before training; --dataset_name takes tars and repositories",
     **dict.fromkeys(
@@ -96,6 +97,13 @@ _WITHOUT = {
     ),
     **dict.fromkeys(("text_encoder_lr", "train_text_encoder"), "text encoders are not trained"),
     "network_module": "adapters are LoRA, in the layout of diffusers",
+    **dict.fromkeys(
+        ("ref_model", "reference_model", "ref_adapter_name"),
+        "the reference is the model with its adapter switched off; in Python a trainer takes another as `ref_model`",
+    ),
+    **dict.fromkeys(
+        ("snr_gamma", "weighting_scheme"), "a preference weighs all noise levels alike; sft has loss_weighting"
+    ),
 }
 
 
@@ -105,10 +113,10 @@ _OPTIMIZERS = {"prodigy": "prodigyopt.Prodigy", "came": "came_pytorch.CAME", "mu
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
     """What to say of an option that does not exist: what it is called here, what is like it, or why it is missing."""
-    if name in _WITHOUT:
-        return f": {_WITHOUT[name]}"
     options = list(known)
-    return f" (here it is {_ELSEWHERE[name]!r})" if _ELSEWHERE.get(name) in options else nearest(name, options)
+    if _ELSEWHERE.get(name) in options:
+        return f" (here it is {_ELSEWHERE[name]!r})"
+    return f": {_WITHOUT[name]}" if name in _WITHOUT else nearest(name, options)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
