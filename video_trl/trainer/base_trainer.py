@@ -568,7 +568,8 @@ class VideoTrainer(Trainer):
         with self.average.shown():
             loop = super().evaluation_loop
             output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = self.metrics.eval.pop(self.accelerator) | self._measure(self.state.global_step)
+        metrics = self.metrics.eval.pop(self.accelerator)
+        metrics |= self._measure(self.state.global_step, taken=metrics)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 

@@ -104,6 +104,14 @@ def test_what_is_no_number_is_refused(result, message, tmp_path):
         made.evaluate()
 
 
+@pytest.mark.parametrize("name", ["loss", "win_gap", "runtime"])
+def test_a_name_that_the_trainer_has_itself_is_refused(name, tmp_path):
+    rows = tiny_encoded_group(1)
+    made = trainer(config(tmp_path), eval_dataset=rows, evaluator=lambda pipeline, *, output_dir, step: {name: 0.5})
+    with pytest.raises(ValueError, match=f"`evaluator` returned '{name}', which the trainer measures itself"):
+        made.evaluate()
+
+
 def test_an_error_of_the_evaluator_is_the_users_to_see(tmp_path):
     def broken(pipeline, *, output_dir, step):
         raise ConnectionError("the judge's server does not answer")

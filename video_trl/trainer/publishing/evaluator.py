@@ -1,6 +1,6 @@
 """Call the user's evaluator during a run, with a pipeline that generates videos."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -9,6 +9,10 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 
 from .sampling import Sampler
+
+
+# Names that Trainer gives to what it measures itself.
+_TRAINERS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
 
 
 class Evaluator(Protocol):
@@ -41,12 +45,13 @@ class EvaluatorCalls:
         finally:
             self._is_paused = False
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, taken: Collection[str] = ()) -> dict[str, float]:
         """
         Call the evaluator on the main process, and tell the others what came out.
 
         Args:
             step (`int`): Optimizer steps done so far.
+            taken (collection of `str`): Names of metrics that the trainer has measured in this evaluation.
 
         Returns:
             `dict[str, float]`: Its metrics, by the names that it gave them, the same on every process.
@@ -54,7 +59,7 @@ class EvaluatorCalls:
         Raises:
             RuntimeError: On the other processes, if the evaluator failed. The main process raises its own error;
                 without this the others would wait for it until they time out.
-            ValueError: If what it returned is not a mapping of names to numbers.
+            ValueError: If what it returned is not a mapping of names to numbers, or a name is the trainer's.
         """
         if self._evaluator is None or self._is_paused:
             return {}
@@ -63,7 +68,8 @@ class EvaluatorCalls:
         if PartialState().is_main_process:
             try:
                 with self._sampler.generation() as pipeline:
-                    outcome[0] = _numbers(self._evaluator(pipeline, output_dir=self._output_dir, step=step))
+                    found = self._evaluator(pipeline, output_dir=self._output_dir, step=step)
+                outcome[0] = _numbers(found, _TRAINERS.union(taken))
             except Exception as error:
                 failure, outcome[1] = error, f"{type(error).__name__}: {error}"
         metrics, message = broadcast_object_list(outcome)
@@ -74,10 +80,15 @@ class EvaluatorCalls:
         return metrics
 
 
-def _numbers(metrics: Any) -> dict[str, float]:
+def _numbers(metrics: Any, taken: Collection[str]) -> dict[str, float]:
     if not isinstance(metrics, Mapping):
         raise ValueError(
             f"Expected `evaluator` to return a dict of metrics, such as {{'pc': 0.5}}, got {type(metrics).__name__}."
+        )
+    if clash := sorted({str(name) for name in metrics} & set(taken)):
+        raise ValueError(
+            f"`evaluator` returned {', '.join(map(repr, clash))}, which the trainer measures itself under that name: "
+            f"one of the two would be lost. Return it as 'my_{clash[0]}'."
         )
     try:
         return {str(name): float(value) for name, value in metrics.items()}
