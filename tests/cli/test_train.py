@@ -259,7 +259,8 @@ def test_launch_passes_everything_on_and_gives_the_exit_code_back(groups, cache,
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f" GiB. In {tmp_path}: {LORA_FILE_NAME} (adapter)") == 1  # of two processes
     assert (done.stdout + done.stderr).count("peak memory") == 1
-    done = subprocess.run([*command, "--dataset_name", "nowhere"], capture_output=True, text=True, env=environment)
+    command += ["--output_dir", str(tmp_path / "other"), "--dataset_name", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "--dataset_name: expected a dataset" in done.stderr
 
 
