@@ -261,7 +261,7 @@ def test_launch_passes_everything_on_and_gives_the_exit_code_back(groups, cache,
     assert (done.stdout + done.stderr).count("peak memory") == 1
     command += ["--output_dir", str(tmp_path / "other"), "--dataset_name", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "--dataset_name: expected a dataset" in done.stderr
+    assert done.returncode == 1 and "--dataset_name: expected a table" in done.stderr
 
 
 def test_sample_videos_and_early_stopping_without_rows_to_evaluate(groups, cache, tmp_path):

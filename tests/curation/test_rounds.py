@@ -1,13 +1,14 @@
 """Rounds: options, allocation, when they end, and three real rounds that are stopped and go on."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 from safetensors.torch import load_file
 
 import video_trl.curation.rounds as rounds_module
-from tests.support.adapters import IN_FOLDER
+from tests.support.adapters import IN_FOLDER, adapter
 from tests.support.tiny import tiny_group_dataset, tiny_wan_pipeline
 from tests.support.trainer.runs import assert_equal_weights, config, first_batch, trainer
 from video_trl.cli import main
@@ -87,6 +88,25 @@ def test_a_folder_of_other_rounds_is_refused_and_more_rounds_are_not(tmp_path):
     check(max_rounds=5)
     with pytest.raises(ValueError, match="holds rounds of .*Pass another folder"):
         check(budget=3)
+
+
+def test_the_adapter_that_rounds_begin_with_is_known_by_its_weights(tmp_path):
+    def check(**changes):
+        maker = _Rounds(RoundsConfig(output_dir=str(tmp_path / "rounds"), **changes))
+        maker.rows = [{"prompt": "p", "chosen": "0.mp4"}]
+        maker.check()
+
+    with pytest.raises(ValueError, match="No adapter in"):
+        check(init_adapter=str(tmp_path))
+    assert not (tmp_path / "rounds").exists()
+    _, file = adapter("wan-t2v", tmp_path / "first")
+    check(init_adapter=str(file))
+    check(init_adapter=str(shutil.copytree(file.parent, tmp_path / "copy")))
+    with pytest.raises(ValueError, match="holds rounds of"):
+        check()
+    _, file = adapter("wan-t2v", tmp_path / "other", r=2)
+    with pytest.raises(ValueError, match="holds rounds of"):
+        check(init_adapter=str(file))
 
 
 def test_a_folder_that_was_moved_is_gone_on_with(tmp_path):
@@ -202,7 +222,11 @@ def test_rounds_end_when_the_interval_covers_zero(monkeypatch, tmp_path):
     assert starts == [None, "a1", "a2"] and result.best == "a2" and len(result.rounds) == 3
     assert "the best adapter is a2" in str(result) and "+0.040 [-0.010, +0.090]" in str(result)
     monkeypatch.setattr(_Rounds, "round", lambda self, number, start: replace(fake(self, 3, start), number=number))
-    assert "no round is better than the base model" in str(run_rounds(RoundsConfig(output_dir=str(tmp_path))))
+    assert "no round is better than what it began" in str(run_rounds(RoundsConfig(output_dir=str(tmp_path))))
+    assert starts[-1] is None
+    _, file = adapter("wan-t2v", tmp_path / "first")
+    run_rounds(RoundsConfig(output_dir=str(tmp_path / "more"), init_adapter=str(file.parent)))
+    assert starts[-1] == str(file)
 
 
 @pytest.mark.parametrize("is_base", [True, False])

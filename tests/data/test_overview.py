@@ -44,7 +44,6 @@ def test_everything_that_looks_wrong_is_named(pairs):
         "the same prompt again": ["row 2 as row 0"],
         "the prompt is cut after 2 tokens": ["row 1: 3"],
     }
-    assert overview.row_types["preference"] is None and "missing: ['video']" in overview.row_types["video"]
 
 
 def test_a_good_dataset_has_no_problem(pairs):
@@ -67,7 +66,7 @@ def test_the_command_says_which_trainers_it_feeds(pairs, capsys):
     ]
     assert main(words) == 1  # a file is broken
     text = capsys.readouterr().out
-    assert "train dpo: yes" in text and "train gdpo: yes" in text and "train sft: " in text
+    assert "train dpo: yes" in text and "train gdpo: no. " in text and "train sft: yes" in text
     assert "4 rows, 7 videos that can be read" in text and "a video cannot be read (1): row 3, rejected[0]" in text
     page = sheet.read_text()
     assert page.count("<section>") == 4 and "&lt;b&gt;four&lt;/b&gt;" in page and "<b>four</b>" not in page

@@ -140,7 +140,7 @@ def _check(argv: Sequence[str]) -> int:
         lines.append("tokens of prompts were not counted: --tokenizer MODEL")
     fed = []
     for method in known_methods():
-        reason = overview.row_types[method.load().row_type]
+        reason = _lacks(dataset, method.load())
         lines.append(f"train {method.name}: {'yes' if reason is None else f'no. {reason}'}")
         fed += [method.name] if reason is None else []
     if args.html is not None:
@@ -148,6 +148,16 @@ def _check(argv: Sequence[str]) -> int:
         lines.append(f"frames of the videos: {args.html}")
     say("\n".join(lines))
     return 0 if fed and "a video cannot be read" not in overview.problems else 1
+
+
+def _lacks(dataset: Any, trainer_class: type[Any]) -> str | None:
+    """Why a trainer with its default options does not take a dataset; `None` if it does."""
+    args = trainer_class.config_class("unused", use_cpu=True, bf16=False, report_to="none")
+    try:
+        trainer_class.check_rows(dataset, args)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass

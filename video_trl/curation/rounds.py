@@ -62,6 +62,13 @@ class RoundsConfig:
         default="outputs/rounds", metadata={"help": "Folder of all rounds. Stopped, they go on where they were."}
     )
     model: str = field(default=SANDBOX, metadata={"help": "Pipeline in diffusers layout, or 'sandbox'."})
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter that the first round begins with, such as a fine-tuned one: a folder, a file, or a "
+            "repository id. Unset: the model as it is."
+        },
+    )
     generation: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "How it makes videos: fps, call_kwargs, dtype, device, revision, as a mapping or JSON."},
@@ -141,7 +148,7 @@ class Round:
         number (`int`): From 1.
         adapter (`str`): Folder of its adapter.
         adapter_hash (`str`): Hash of the adapter's file.
-        start (`str` or `None`): Folder of the adapter that it began with; `None`: the base model.
+        start (`str` or `None`): Folder or file of the adapter that it began with; `None`: the base model.
         scores (`dict[str, float]`): Mean of `sa` and `pc` of the model's videos before the round, by category.
         allocation (`dict[str, int]`): Clips that it was trained on, by category.
         value (`float`): Mean of the metric on held-out prompts after the round.
@@ -173,7 +180,8 @@ class RoundsResult:
 
     Attributes:
         rounds (`list[Round]`): In their order; the last one ends them.
-        best (`str` or `None`): Folder of the adapter of the last round with a gain; `None`: no round had one.
+        best (`str` or `None`): Folder of the adapter of the last round with a gain; `None`: no round had one, and
+            what the first one began with stays the best.
         metric (`str`): What gains are measured in.
     """
 
@@ -188,7 +196,9 @@ class RoundsResult:
             f"[{each.low:+.3f}, {each.high:+.3f}]"
             for each in self.rounds
         ]
-        ending = "no round is better than the base model" if self.best is None else f"the best adapter is {self.best}"
+        ending = "no round is better than what it began with"
+        if self.best is not None:
+            ending = f"the best adapter is {self.best}"
         return "\n".join([header, *lines, ending])
 
 
@@ -216,7 +226,7 @@ def run_rounds(config: RoundsConfig) -> RoundsResult:
     rounds: list[Round] = []
     best: str | None = None
     for number in range(1, config.max_rounds + 1):
-        done = maker.round(number, best)
+        done = maker.round(number, best or maker.start)
         rounds.append(done)
         logger.info("Round %d: %s %.3f, %+.3f [%+.3f, %+.3f].", number, config.metric, *_numbers(done))
         if not done.is_better:
@@ -279,7 +289,7 @@ class _Rounds:
 
     def check(self) -> None:
         """Refuse what cannot work before anything is made, and claim the folder."""
-        self._check_training(self.arguments(self.root, None))
+        self._check_training(self.arguments(self.root, self.start))
         if unknown := set(self.config.options("generation")) - {*_GENERATION}:
             raise ValueError(f"`generation` has no {', '.join(sorted(unknown))}; it takes {', '.join(_GENERATION)}.")
         check_judge(self.config.judge, **self.config.options("judge_options"))
@@ -294,6 +304,10 @@ class _Rounds:
         settings = asdict(self.config)
         for name in ("max_rounds", "output_dir"):  # it may be raised; the folder may be called or lie otherwise
             settings.pop(name)
+        if self.start is None:
+            settings.pop("init_adapter")  # folders that were begun without the option are finished as they are
+        else:
+            settings["init_adapter"] = fingerprint(Path(self.start))  # it may lie elsewhere, too
         found, settings = recorded(self.root / _SETTINGS, settings)
         if found != settings:
             raise ValueError(f"{self.root} holds rounds of {found}, expected {settings}. Pass another folder.")
@@ -310,8 +324,8 @@ class _Rounds:
             )
         if not args.use_peft or args.transformer_file is not None:
             raise ValueError(
-                "Rounds hand adapters of `model` on: `training` must leave out `use_peft=False` and `transformer_file`, "
-                f"got use_peft={args.use_peft} and transformer_file={args.transformer_file!r}."
+                "Rounds hand adapters of `model` on: expected `training` without `use_peft=False` and "
+                f"`transformer_file`, got use_peft={args.use_peft} and transformer_file={args.transformer_file!r}."
             )
         check_run_options(args, evaluates=False)
         scores = [{"sa": 0.0, "pc": 0.0}] * self.config.num_rejected
@@ -338,12 +352,20 @@ class _Rounds:
         revision, loading = self.config.options("generation").get("revision"), args.model_init_kwargs or {}
         if loading.get("revision", revision) != revision:
             raise ValueError(
-                f"`training` trains revision {loading['revision']!r}, and `generation` makes videos with {revision!r}: "
-                "expected the same one. Set it in `generation` alone."
+                f"`training` trains revision {loading['revision']!r}, and `generation` makes videos with "
+                f"{revision!r}: expected the same one. Set it in `generation` alone."
             )
         if revision is not None:  # what is trained is what makes the videos
             args.model_init_kwargs = {**loading, "revision": revision}
         return args
+
+    @cached_property
+    def start(self) -> str | None:
+        """File of the adapter that the first round begins with."""
+        from ..hub.attach import find_adapter
+
+        file = find_adapter(self.config.init_adapter)
+        return None if file is None else str(file.absolute())
 
     # ---- A round ----
 

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ..files import check_page, write_atomically
-from .columns import ROW_TYPES, MapDataset, as_videos, check_columns, column_names, undecoded
+from .columns import MapDataset, as_videos, column_names, undecoded
 from .video_io import VideoDecodeError, probe_video, read_video, source_name, video_hash
 
 
@@ -31,7 +31,6 @@ class Overview:
 
     Attributes:
         rows (`int`): Number of rows.
-        row_types (`dict[str, str | None]`): Row type -> None if the dataset has it, else why not.
         videos (`int`): Number of videos that can be read; a file named twice counts twice.
         sizes (`Counter`): `"1280x720"` (width x height, as displayed) -> number of videos.
         rates (`Counter`): Frames per second, rounded to 0.01 -> number of videos.
@@ -41,7 +40,6 @@ class Overview:
     """
 
     rows: int
-    row_types: dict[str, str | None]
     videos: int = 0
     sizes: Counter[str] = field(default_factory=Counter)
     rates: Counter[float] = field(default_factory=Counter)
@@ -84,7 +82,7 @@ def look_through(
         chosen and rejected videos, a prompt that is empty or repeated or longer than `max_tokens`.
     """
     dataset = undecoded(dataset)
-    overview = Overview(len(dataset), {kind: _lacks(dataset, kind) for kind in ROW_TYPES})
+    overview = Overview(len(dataset))
     columns = [name for name in ("video", "chosen", "rejected") if name in column_names(dataset)]
     first_rows: dict[tuple[str, str], int] = {}
     prompts: dict[str, int] = {}
@@ -102,14 +100,6 @@ def look_through(
             overview.rejected[len(hashes["rejected"])] += 1
         _look_at_prompt(overview, index, row.get("prompt"), prompts, count_tokens, max_tokens)
     return overview
-
-
-def _lacks(dataset: MapDataset, row_type: str) -> str | None:
-    try:
-        check_columns(dataset, row_type)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _look_at_videos(overview: Overview, index: int, column: str, cell: Any) -> Iterator[str]:
