@@ -80,13 +80,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _refuse_idle(args: RunArguments, source: SourceArguments) -> None:
     """Nobody who names a dataset wants videos of prompts, nor the other way round."""
-    if source.source == "chosen":
-        given, usual, names = asdict(args), asdict(RunArguments()), _OF_PROMPTS
-    else:
-        given, usual = asdict(source), asdict(SourceArguments())
-        names = tuple(given)
-    if idle := [f"--{name}" for name in names if given[name] != usual[name]]:
-        other = "prompts" if source.source == "chosen" else "chosen"
+    is_chosen = source.source == "chosen"
+    given, usual = map(asdict, (args, RunArguments()) if is_chosen else (source, SourceArguments()))
+    if idle := [f"--{name}" for name in (_OF_PROMPTS if is_chosen else given) if given[name] != usual[name]]:
+        other = "prompts" if is_chosen else "chosen"
         raise UsageError(f"{', '.join(idle)}: read with --from {other}, got --from {source.source}.")
 
 

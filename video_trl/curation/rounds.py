@@ -329,9 +329,9 @@ class _Rounds:
             )
         check_run_options(args, evaluates=False)
         scores = [{"sa": 0.0, "pc": 0.0}] * self.config.num_rejected
-        group = dict.fromkeys(group_features(*_ABOUT_GROUPS), "")
-        group |= {"rejected": [""] * self.config.num_rejected, "rejected_scores": scores}
-        trainer_class.check_rows([group], args)
+        group: dict[str, Any] = dict.fromkeys(group_features(*_ABOUT_GROUPS), "")
+        rejected = {"rejected": [""] * self.config.num_rejected, "rejected_scores": scores}
+        trainer_class.check_rows([group | rejected], args)
 
     def arguments(self, folder: Path, start: str | None) -> Any:
         """The configuration of a round's trainer."""
@@ -349,7 +349,8 @@ class _Rounds:
             args = trainer_class.config_class(**options, **ours)
         except TypeError as error:
             raise ValueError(f"`training`: {error}.") from error
-        revision, loading = self.config.options("generation").get("revision"), args.model_init_kwargs or {}
+        revision = self.config.options("generation").get("revision")
+        loading: Any = args.model_init_kwargs or {}
         if loading.get("revision", revision) != revision:
             raise ValueError(
                 f"`training` trains revision {loading['revision']!r}, and `generation` makes videos with "
