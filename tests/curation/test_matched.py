@@ -64,6 +64,9 @@ def test_a_text_encoder_that_sees_the_first_frame_is_shown_it():
     assert set(one) == set(maker.family.condition_columns)
     assert not torch.allclose(one["prompt_embeds"], two["prompt_embeds"], atol=1e-4)
     assert (maker.family.guidance, maker.guidance) == (2.0, 1.0)  # it is told
+    other = _Maker(maker.pipeline, MatchedLosers(**HOW | {"guidance_scale": 3.0}))
+    names = {each.identity("A ball falls.", tiny_video(0), "w") for each in (maker, other)}
+    assert len(names) == 2  # or the videos of the first one would be taken for the other's
     assert _Maker(maker.pipeline, MatchedLosers()).family.guidance == 6.0  # and not its call's default of 1
     assert maker._negative().keys() == set(maker.family.condition_columns) - {"first_frame_latents"}
 
@@ -142,6 +145,10 @@ def test_the_command_makes_pairs_of_a_table(tmp_path, monkeypatch, capsys):
     assert row["chosen"] == str(tmp_path / "clip.mp4") and Path(row["rejected"][0]).is_file()
     assert main([*argv[:3], "--output_dir", "matched"]) == 2
     assert "dataset_name" in capsys.readouterr().err
+    assert main([argv[0], *argv[3:]]) == 2  # without `--from chosen` it would make the sandbox's own videos
+    assert "--dataset_name, --round_trip: read with --from chosen, got --from prompts" in capsys.readouterr().err
+    assert main([*argv, "--batch_size", "4", "--prompts", "p.txt"]) == 2
+    assert "--prompts, --batch_size: read with --from prompts" in capsys.readouterr().err
 
 
 def test_the_adapter_acts_as_strongly_as_it_is_told_to(tmp_path, monkeypatch):

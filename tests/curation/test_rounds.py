@@ -60,6 +60,12 @@ def test_bad_options_are_refused(changes, message):
         ({"training": {"seed": 3}}, "`training` leaves seed to the rounds"),
         ({"training": {"init_adapter": "mine"}}, "`training` leaves init_adapter to the rounds"),
         ({"training": {"betta": 3}}, "`training`: .*betta"),
+        ({"training": {"use_peft": False}}, "Rounds hand adapters .*use_peft=False"),
+        ({"training": {"transformer_file": __file__}}, "transformer_file"),
+        ({"training": {"eval_strategy": "epoch"}}, "needs an `eval_dataset`"),
+        ({"training": {"pair_weights": True}, "method": "dpo"}, "needs the column 'weight'"),
+        ({"method": "sft"}, "`method='sft'` trains on single videos, but rounds make rejected videos"),
+        ({"training": {"model_init_kwargs": {"revision": "a"}}}, "trains revision 'a', .*videos with None"),
         ({"generation": '{"steps": 3}'}, "`generation` has no steps; it takes call_kwargs, device"),
         ({"judge": "nobody"}, "No judge 'nobody'"),
         ({"num_eval_prompts": 1}, "needs two held-out prompts, got 1"),
@@ -140,6 +146,8 @@ def test_every_round_is_trained_as_the_first_one_is(tmp_path):
     training |= {"model_init_kwargs": {"local_files_only": True}, "cache_dir": str(tmp_path / "cache")}
     training |= {"lora_target_modules": "all-linear"}
     given = {"model": str(tmp_path / "model"), "dataset_name": "d", "eval_prompts": "p"}
+    (tmp_path / "round-1" / "adapter").mkdir(parents=True)  # as a kill before `trained.json` leaves it
+    (tmp_path / "round-1" / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"of the killed training")
     groups, adapters = tiny_group_dataset(1, 1, num_frames=5), [None]
     for number, rate in enumerate((0.1, 0.0), 1):
         maker = _Rounds(RoundsConfig(training=training | {"learning_rate": rate}, **given))
@@ -147,8 +155,23 @@ def test_every_round_is_trained_as_the_first_one_is(tmp_path):
     first, second = (load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in adapters[1:])
     assert_equal_weights(first, second)
     assert any(weight.abs().max() > 0.05 for name, weight in first.items() if "lora_B" in name)
-    maker = _Rounds(RoundsConfig(training={"use_cpu": True}, generation={"revision": "abc"}, **given))
-    assert maker.arguments(tmp_path, None).model_init_kwargs == {"revision": "abc"}
+    maker = _Rounds(RoundsConfig(training=training, generation={"revision": "abc"}, **given))
+    assert maker.arguments(tmp_path, None).model_init_kwargs == {"revision": "abc", "local_files_only": True}
+
+
+def test_with_a_moving_average_it_is_the_average_that_is_handed_on(tmp_path):
+    training = {"use_cpu": True, "max_steps": 2, "lora_rank": 2, "save_strategy": "no", "ema_decay": 0.9, "fps": 8}
+    maker = _Rounds(RoundsConfig(training=training))
+    maker.config.model = tiny_wan_pipeline()
+    adapter = maker.train(tmp_path, tiny_group_dataset(1, 1, num_frames=5), None)
+    assert adapter == tmp_path / "adapter" / "ema" and (adapter / "pytorch_lora_weights.safetensors").is_file()
+    assert maker.train(tmp_path, [], None) == adapter
+    (tmp_path / "round-1").mkdir()
+    tmp_path.joinpath("adapter").rename(tmp_path / "round-1" / "adapter")
+    done = asdict(Round(1, "elsewhere", "h", None, {}, {}, 0.5, 0.1, 0.0, 0.2))
+    (tmp_path / "round-1" / "round.json").write_text(json.dumps(done))
+    maker.root = tmp_path
+    assert maker.round(1, None).adapter == str(tmp_path / "round-1" / "adapter" / "ema")
 
 
 def test_several_processes_are_refused(monkeypatch):

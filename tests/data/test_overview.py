@@ -8,6 +8,7 @@ import pytest
 from video_trl.cli import main
 from video_trl.data.overview import look_through, write_contact_sheet
 from video_trl.data.video_io import write_video
+from video_trl.evaluation.data_doctor import diagnose
 
 
 @pytest.fixture
@@ -87,3 +88,11 @@ def test_a_contact_sheet_of_the_first_rows(pairs, tmp_path):
     (tmp_path / "mine.html").write_text("years of work")
     with pytest.raises(ValueError, match=r"mine\.html is no page of video_trl and stays"):
         write_contact_sheet(_rows(pairs), tmp_path / "mine.html")
+
+
+def test_encoded_rows_are_not_told_that_their_prompts_are_missing():
+    """And the doctor, which looks at videos, says what it needs."""
+    row = {"chosen_latents": [[0.0]], "rejected_latents": [[[0.0]]], "prompt_embeds": [[0.0]]}
+    assert look_through([row, row]).problems == {}
+    with pytest.raises(ValueError, match="the rows hold latents"):
+        diagnose([row, row])

@@ -288,3 +288,11 @@ def test_a_folder_of_several_configurations_is_read_by_their_names(tmp_path):
 def test_a_mapping_that_is_none_is_refused():
     with pytest.raises(ValueError, match="expected OURS=THEIRS, such as chosen=winner, got 'chosen'"):
         load_rows("anything", "train", ["chosen"])
+
+
+def test_two_chosen_videos_of_one_name_are_refused_and_none_is_left_out(tmp_path):
+    for name in ("chosen/a.mp4", "chosen/a.webm", "rejected/a.mp4", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a ball")
+    with pytest.raises(ValueError, match="two chosen videos of one name: a.mp4 and a.webm"):
+        load_rows(str(tmp_path), "train")

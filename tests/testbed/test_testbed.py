@@ -95,6 +95,46 @@ def test_a_folder_has_one_game_and_one_entry_of_a_name(tmp_path):
         testbed.Testbed(tmp_path / "other", SMALL, regimes=["clear"])
 
 
+def test_units_of_a_method_whose_module_was_edited_are_not_taken_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "method_that_is_edited.py"
+    module.write_text("from video_trl import VideoSFTTrainer as Mine")
+    bed, mine = testbed.Testbed(tmp_path / "bed", SMALL), Entry("mine", Method("mine", f"{module.stem}:Mine"))
+    bed.enter(mine)
+    bed.enter(mine)
+    module.write_text("from video_trl import VideoSFTTrainer as Mine  # another")
+    with pytest.raises(ValueError, match="holds the entry .*hash of the method's module.*delete the folder"):
+        bed.enter(mine)
+    assert "code" not in entry().describe()
+    for name in ("data", "方法"):
+        with pytest.raises(ValueError, match="makes no folder of its own beside data, encoded, runs"):
+            bed.enter(Entry(name, mine.method))
+
+
+def test_others_that_cannot_be_ranked_are_told_before_anything_is_trained(tmp_path, capsys):
+    """And one of two entries of a name is not silently left out."""
+    other = tmp_path / "other.json"
+    for content, words in ((made("weak"), "have another game"), ({"a": 1}, "Expected the results.json of an entry")):
+        other.write_text(json.dumps(content))
+        assert main(["testbed", "gdpo", "--trial", "--output_dir", str(tmp_path / "bed"), "--others", str(other)]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "bed" / "data").exists()
+    same_name = made("weak") | {"entry": made("weak")["entry"] | {"options": {}}}
+    with pytest.raises(ValueError, match="Two entries are called 'weak'"):
+        testbed.page(made(), [made("weak"), same_name])
+    assert "weak" in testbed.page(made(), [made("weak"), made("weak")])
+
+
+def test_a_rerun_is_not_compared_with_itself(tmp_path, capsys):
+    made_before = tmp_path / "new" / "results.json"
+    made_before.parent.mkdir()
+    made_before.write_text(json.dumps(made()))
+    assert main(["testbed", "--rerun", str(made_before), "--output_dir", str(tmp_path)]) == 2
+    assert "pass another --output_dir" in capsys.readouterr().err
+    assert main(["testbed", "--rerun", str(made_before), "--seeds", "0", "--trial"]) == 2
+    assert "leave --seeds, --trial out" in capsys.readouterr().err
+
+
 def test_a_wrong_method_is_told_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="expected a class that extends `VideoTrainer`"):
         testbed.play(testbed.Testbed(tmp_path, SMALL), Entry("own", Method("own", "json:JSONDecoder")))

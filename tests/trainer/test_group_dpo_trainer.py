@@ -250,6 +250,8 @@ def test_metrics_are_means_over_everything_since_the_last_log(tmp_path):
     difference, scale = logged["rewards/chosen"] - logged["rewards/rejected"], abs(logged["rewards/chosen"])
     assert logged["rewards/margins"] == pytest.approx(difference, abs=rounding.LOGGED * (scale + abs(difference)))
     assert logged["rewards/chosen"] == pytest.approx(-250 * logged["win_gap"], rel=1e-4)
+    with pytest.raises(ValueError, match="given 'learning_rate', 'loss', which Trainer logs itself"):
+        original({"loss": torch.ones(2), "learning_rate": torch.ones(2), "mine": torch.ones(2)})
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

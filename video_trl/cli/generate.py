@@ -18,12 +18,18 @@ Under `accelerate launch -m video_trl generate ...` the videos are shared among 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from ..load import SANDBOX
 from .options import RunArguments
-from .parser import parse, required, say
+from .parser import UsageError, parse, required, say
+
+
+_OF_PROMPTS = (
+    "prompts", "num_prompts", "longer_prompts", "prompt_writer", "prompt_writer_options", "name", "training_seed",
+    "batch_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -59,6 +65,7 @@ class SourceArguments:
 
 def run(argv: Sequence[str]) -> int:
     args, source = parse("generate", __doc__, [RunArguments, SourceArguments], argv)
+    _refuse_idle(args, source)
     if source.source == "chosen":
         return _from_chosen(args, source)
     if args.model_name_or_path != SANDBOX:
@@ -69,6 +76,15 @@ def run(argv: Sequence[str]) -> int:
     result = args.generate(evaluation_prompts(args.prompts, args.num_prompts, longer=args.longer_prompts))
     say(f"{len(result.cases) - len(result.missing())} of {len(result.cases)} videos in {result.folder}")
     return 0
+
+
+def _refuse_idle(args: RunArguments, source: SourceArguments) -> None:
+    """Nobody who names a dataset wants videos of prompts, nor the other way round."""
+    is_chosen = source.source == "chosen"
+    given, usual = map(asdict, (args, RunArguments()) if is_chosen else (source, SourceArguments()))
+    if idle := [f"--{name}" for name in (_OF_PROMPTS if is_chosen else given) if given[name] != usual[name]]:
+        other = "prompts" if is_chosen else "chosen"
+        raise UsageError(f"{', '.join(idle)}: read with --from {other}, got --from {source.source}.")
 
 
 def _from_chosen(args: RunArguments, source: SourceArguments) -> int:

@@ -15,7 +15,7 @@ with the numbers in --output_dir.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _play(args: EntryArguments, entry: Any) -> int:
     from ..files import read_json, write_atomically
-    from ..testbed import GAME, TRIAL, Testbed, page, play
+    from ..testbed import GAME, TRIAL, Testbed, check_others, page, play, rules_of
 
     others = [read_json(Path(path)) for path in args.others]
     testbed = Testbed(Path(args.output_dir), TRIAL if args.trial else GAME, args.seeds, args.regimes)
+    testbed.enter(entry)
+    check_others(rules_of(testbed, entry), others)
     found = play(testbed, entry, tell=logger.info)
     text = page(found, others)
     write_atomically(testbed.folder / entry.slug / "page.md", text)
@@ -92,13 +94,19 @@ def _play(args: EntryArguments, entry: Any) -> int:
 def _rerun(args: EntryArguments) -> int:
     from ..files import read_json
     from ..methods import Method
-    from ..testbed import Entry, Game, Testbed, differences, play
+    from ..testbed import RESULTS, Entry, Game, Testbed, differences, play
 
+    usual = asdict(EntryArguments(args.output_dir, rerun=args.rerun))
+    if idle := [f"--{name}" for name, value in asdict(args).items() if value != usual[name]]:
+        raise UsageError(f"--rerun takes everything but --output_dir from the file; leave {', '.join(idle)} out.")
     look_for_modules_here()
     first = read_json(Path(str(args.rerun)))
     given = first["entry"]
     entry = Entry(given["name"], Method(given["name"], given["path"]), given["options"])
     testbed = Testbed(Path(args.output_dir), Game(**first["game"]), first["seeds"], first["regimes"])
+    made = testbed.folder / entry.slug / RESULTS
+    if made.is_file() and read_json(made) == first:
+        raise UsageError(f"{made} is what --rerun would be compared with: pass another --output_dir.")
     found = differences(first, play(testbed, entry, ratio=first["cost"]["time"], tell=logger.info))
     for line in found:
         say(f"differs: {line}")

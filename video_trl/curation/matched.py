@@ -169,8 +169,7 @@ class _Maker:
 
     def row(self, prompt: str, source: Any, root: Path, weights: str) -> dict[str, Any]:
         """The row of one chosen video, its files written."""
-        settings = [_VERSION, weights, self.how.kind, list(self.how.eta), self.how.pixels(), self.steps, self.guidance]
-        identity = fingerprint(settings, self.how.negative_prompt, prompt, video_hash(source))
+        identity = self.identity(prompt, source, weights)
         names = [f"videos/{identity}-{seed}.mp4" for seed in self.how.seeds]
         rate = self.how.fps or probe_video(source).fps
         video = read_video(source, **self.how.pixels())  # (T, H, W, 3)
@@ -203,6 +202,12 @@ class _Maker:
         masked = {} if mask is None else {"loss_weights": mask.float().tolist()}
         provenance = json.dumps({"kind": self.how.kind, "eta": etas, "round_trip": self.how.round_trip})
         return {"prompt": prompt, "chosen": chosen, "rejected": names, **masked, "provenance": provenance}
+
+    def identity(self, prompt: str, source: Any, weights: str) -> str:
+        """What the names of a row's files begin with: another one for all that makes other videos."""
+        guidance = self.guidance if self.family.guidance is None else self.family.guidance
+        settings = [_VERSION, weights, self.how.kind, list(self.how.eta), self.how.pixels(), self.steps, guidance]
+        return fingerprint(settings, self.how.negative_prompt, prompt, video_hash(source))
 
     @torch.no_grad()
     def _denoise(

@@ -36,6 +36,7 @@ ReferenceModel = Literal["base", "previous"]
 Metric = Literal["pc", "sa", "joint"]
 _ROUND, _SETTINGS, _GROUPS, _ADAPTER = "round.json", "rounds.json", "groups", "adapter"
 _WEIGHTS = "pytorch_lora_weights.safetensors"
+_ABOUT_GROUPS = ("category", "seeds", "generator", "provenance")
 _GENERATION = ("call_kwargs", "device", "dtype", "fps", "revision")
 _SEED_STEP = 1000  # between the noises of two rounds
 
@@ -238,6 +239,14 @@ def _numbers(done: Round) -> tuple[float, float, float, float]:
     return done.value, done.gain, done.low, done.high
 
 
+def _handed_on(folder: Path) -> Path:
+    """The adapter of a round: with `ema_decay` the averaged one, as in the evaluations of a training."""
+    from ..trainer.checkpoints.weights import AVERAGE_FOLDER
+
+    average = folder / _ADAPTER / AVERAGE_FOLDER
+    return average if average.is_dir() else folder / _ADAPTER
+
+
 @dataclass
 class _Rounds:
     config: RoundsConfig
@@ -280,7 +289,7 @@ class _Rounds:
 
     def check(self) -> None:
         """Refuse what cannot work before anything is made, and claim the folder."""
-        self.arguments(self.root, self.start)
+        self._check_training(self.arguments(self.root, self.start))
         if unknown := set(self.config.options("generation")) - {*_GENERATION}:
             raise ValueError(f"`generation` has no {', '.join(sorted(unknown))}; it takes {', '.join(_GENERATION)}.")
         check_judge(self.config.judge, **self.config.options("judge_options"))
@@ -303,24 +312,53 @@ class _Rounds:
         if found != settings:
             raise ValueError(f"{self.root} holds rounds of {found}, expected {settings}. Pass another folder.")
 
+    def _check_training(self, args: Any) -> None:
+        """Whether the method can train what rounds will give it: groups, and an adapter."""
+        from ..trainer.setup.run_options import check_run_options
+
+        trainer_class = self.method.load()
+        if trainer_class.row_type == "video":
+            raise ValueError(
+                f"`method={self.config.method!r}` trains on single videos, but rounds make rejected videos to compare "
+                "with: expected a method that compares, such as 'dpo', 'gdpo' or 'regdpo'."
+            )
+        if not args.use_peft or args.transformer_file is not None:
+            raise ValueError(
+                "Rounds hand adapters of `model` on: expected `training` without `use_peft=False` and "
+                f"`transformer_file`, got use_peft={args.use_peft} and transformer_file={args.transformer_file!r}."
+            )
+        check_run_options(args, evaluates=False)
+        scores = [{"sa": 0.0, "pc": 0.0}] * self.config.num_rejected
+        group: dict[str, Any] = dict.fromkeys(group_features(*_ABOUT_GROUPS), "")
+        rejected = {"rejected": [""] * self.config.num_rejected, "rejected_scores": scores}
+        trainer_class.check_rows([group | rejected], args)
+
     def arguments(self, folder: Path, start: str | None) -> Any:
         """The configuration of a round's trainer."""
         trainer_class = self.method.load()
         options = self.config.options("training")
         ours: dict[str, Any] = {"output_dir": str(folder), "seed": self.config.seed, "init_adapter": start}
+        ours["overwrite_output_dir"] = True  # a kill between the last two files of a training leaves weights there
         if trainer_class.uses_reference:
             ours["reference_is_base"] = start is not None and self.config.reference == "base"
-        if taken := set(options) & {"output_dir", "seed", "init_adapter", "reference_is_base"}:
+        if taken := set(options) & {*ours, "reference_is_base"}:
             raise ValueError(f"`training` leaves {', '.join(sorted(taken))} to the rounds.")
         if start is not None:
             options.pop("lora_target_modules", None)  # of the adapter to make: the first round made it
-        revision = self.config.options("generation").get("revision")
-        if revision is not None:  # what is trained is what makes the videos
-            options.setdefault("model_init_kwargs", {"revision": revision})
         try:
-            return trainer_class.config_class(**options, **ours)
+            args = trainer_class.config_class(**options, **ours)
         except TypeError as error:
             raise ValueError(f"`training`: {error}.") from error
+        revision = self.config.options("generation").get("revision")
+        loading: Any = args.model_init_kwargs or {}
+        if loading.get("revision", revision) != revision:
+            raise ValueError(
+                f"`training` trains revision {loading['revision']!r}, and `generation` makes videos with "
+                f"{revision!r}: expected the same one. Set it in `generation` alone."
+            )
+        if revision is not None:  # what is trained is what makes the videos
+            args.model_init_kwargs = {**loading, "revision": revision}
+        return args
 
     @cached_property
     def start(self) -> str | None:
@@ -337,7 +375,7 @@ class _Rounds:
         folder = self.root / f"round-{number}"
         path = folder / _ROUND
         if path.is_file():  # maybe the folder was elsewhere
-            return Round(**read_json(path) | {"adapter": str(folder / _ADAPTER), "start": start})
+            return Round(**read_json(path) | {"adapter": str(_handed_on(folder)), "start": start})
         scores, videos = self.losers(folder, number, start)
         groups, allocation = self.groups(folder, number, scores, videos)
         adapter = self.train(folder, groups, start)
@@ -421,7 +459,7 @@ class _Rounds:
                     "provenance": json.dumps(provenance),
                 }
             )
-        features = group_features("category", "seeds", "generator", "provenance")
+        features = group_features(*_ABOUT_GROUPS)
         groups = datasets.Dataset.from_list(made, features=features)
         write_table(groups.with_format("arrow")[:], folder / _GROUPS / "train.parquet")  # with the videos' paths
         return groups, {category: count for category, count in allocation.items() if count}
@@ -430,17 +468,15 @@ class _Rounds:
         """The adapter of the round; training that was stopped goes on from its last checkpoint."""
         adapter = folder / _ADAPTER
         if (adapter / "trained.json").is_file():
-            return adapter
+            return _handed_on(folder)
         from ..trainer.publishing.progress import ClosingLine
 
         trainer = self.method.load()(self.config.model, self.arguments(adapter, start), groups)
         trainer.remove_callback(ClosingLine)  # a line after each round says where everything is
         trainer.train(resume_from_checkpoint="auto")
         trainer.save_model()
-        if not (adapter / _WEIGHTS).is_file():
-            raise ValueError(f"Rounds hand adapters on; {type(trainer).__name__} left none. Set `use_peft` to True.")
         write_atomically(adapter / "trained.json", json.dumps({"updates": trainer.state.global_step}))
-        return adapter
+        return _handed_on(folder)
 
     def evaluate(self, run_dir: Path, adapter: str | None) -> "RunTable":
         """Held-out prompts; of the adapter that a round begins with it was made by the round before."""

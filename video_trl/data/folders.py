@@ -93,12 +93,18 @@ def pair_rows(root: Path) -> list[dict[str, Any]]:
     `rejected/clip/`, belong to `chosen/clip.mp4`. The caption lies beside either, or in `clip.txt` of `root`.
 
     Raises:
-        ValueError: If a chosen video has no rejected one or no caption, or a rejected one belongs to none.
+        ValueError: If a chosen video has no rejected one or no caption, a rejected one belongs to none, or two chosen
+            ones have one name and other endings.
     """
     files = files_below(root)
     captions, videos = captions_below(root, files), videos_in(files)
     rejected: dict[str, list[Path]] = {}
-    chosen = {stem_below(path, root / "chosen"): path for path in videos if root / "chosen" in path.parents}
+    chosen: dict[str, Path] = {}
+    for path in (path for path in videos if root / "chosen" in path.parents):
+        if (first := chosen.setdefault(stem_below(path, root / "chosen"), path)) != path:
+            raise ValueError(
+                f"{root}: two chosen videos of one name: {first.name} and {path.name}. Rename or drop one."
+            )
     for path in (path for path in videos if root / "rejected" in path.parents):
         key = stem_below(path, root / "rejected")
         rejected.setdefault(key if key in chosen else key.rpartition("/")[0], []).append(path)

@@ -82,8 +82,8 @@ def look_through(
         chosen and rejected videos, a prompt that is empty or repeated or longer than `max_tokens`.
     """
     dataset = undecoded(dataset)
-    overview = Overview(len(dataset))
-    columns = [name for name in ("video", "chosen", "rejected") if name in column_names(dataset)]
+    overview, names = Overview(len(dataset)), column_names(dataset)
+    columns = [name for name in ("video", "chosen", "rejected") if name in names]
     first_rows: dict[tuple[str, str], int] = {}
     prompts: dict[str, int] = {}
     for index in range(len(dataset)):
@@ -98,7 +98,8 @@ def look_through(
                     overview._note(f"the same {column} video again", f"row {index} as row {first}")
         if "rejected" in columns:
             overview.rejected[len(hashes["rejected"])] += 1
-        _look_at_prompt(overview, index, row.get("prompt"), prompts, count_tokens, max_tokens)
+        if "prompt" in names:
+            _look_at_prompt(overview, index, row.get("prompt"), prompts, count_tokens, max_tokens)
     return overview
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data.columns import MapDataset, as_scores, as_videos, check_columns, undecoded
+from ..data.columns import MapDataset, as_scores, as_videos, check_columns, is_encoded, undecoded
 from ..data.video_io import read_video
 from ..judges import VideoJudge
 from ..judges.base import score_each
@@ -118,6 +118,8 @@ def diagnose(
         ValueError: If the dataset has other columns, or fewer than two rows can be looked at.
     """
     check_columns(dataset, "group")
+    if is_encoded(dataset, "group"):
+        raise ValueError("The doctor looks at videos, and the rows hold latents. Pass the dataset as it was before.")
     if min(len(dataset), max_rows) < 2:
         raise ValueError(f"Expected at least two rows to compare, got {min(len(dataset), max_rows)}.")
     numbers = sorted({int(number) for number in np.linspace(0, len(dataset) - 1, min(max_rows, len(dataset)))})

@@ -6,19 +6,22 @@ many updates, and with fine-tuning of as much processor time. What is whole in a
 """
 
 from .game import GAME, REGIMES, SEEDS, TRIAL, Entry, Game, Testbed, sft_entry
-from .results import differences, page, play
+from .results import RESULTS, check_others, differences, page, play, rules_of
 
 
 __all__ = [
     "GAME",
     "REGIMES",
+    "RESULTS",
     "SEEDS",
     "TRIAL",
     "Entry",
     "Game",
     "Testbed",
+    "check_others",
     "differences",
     "page",
     "play",
+    "rules_of",
     "sft_entry",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ _UNIT, _ENTRY, _GAME = "unit.json", "entry.json", "game.json"
 _GAP_NOISES = 2  # of each held-out row
 _TIMED_STEPS, _UNTIMED_STEPS = 10, 3  # of a training whose time is taken; the first ones are slower
 _CONTROL = re.compile(r"sft(-[0-9.]+-x-updates)?")  # slugs of fine-tuning
+_NOT_ENTRIES = ("", "data", "encoded", "runs")  # slugs of no entry: what the folder holds beside entries
 _ADAPTER = "pytorch_lora_weights.safetensors"
 
 
@@ -124,8 +126,13 @@ class Entry:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
     def describe(self) -> dict[str, Any]:
-        """What makes it this entry and no other; goes into JSON."""
-        return {"name": self.name, "path": self.method.path, "options": dict(self.options), "updates": self.updates}
+        """What makes it this entry and no other, a hash of a foreign method's module with it; goes into JSON."""
+        found = {"name": self.name, "path": self.method.path, "options": dict(self.options), "updates": self.updates}
+        module = self.method.path.partition(":")[0]
+        if module.partition(".")[0] != __name__.partition(".")[0]:
+            spec = find_spec(module)
+            found |= {} if spec is None or spec.origin is None else {"code": fingerprint(Path(spec.origin))}
+        return found
 
 
 def sft_entry(updates: float = 1.0) -> Entry:
@@ -198,10 +205,17 @@ class Testbed:
         self.config(entry, 0, "unused")
         if _CONTROL.fullmatch(entry.slug) and entry.describe() != sft_entry(entry.updates).describe():
             raise ValueError(f"{entry.name!r} is the name of fine-tuning, which every method meets. Pass --name.")
+        if entry.slug in _NOT_ENTRIES:
+            raise ValueError(
+                f"{entry.name!r} makes no folder of its own beside {', '.join(_NOT_ENTRIES[1:])}. Pass --name."
+            )
         path = self.folder / entry.slug / _ENTRY
         described = json.loads(json.dumps(entry.describe()))
         if path.is_file() and read_json(path) != described:
-            raise ValueError(f"{path.parent} holds the entry {read_json(path)}, expected {described}. Pass --name.")
+            raise ValueError(
+                f"{path.parent} holds the entry {read_json(path)}, expected {described} (`code` is a hash of the "
+                "method's module). Pass --name, or delete the folder."
+            )
         if not path.is_file():
             write_atomically(path, json.dumps(described))
 

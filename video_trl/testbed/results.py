@@ -56,25 +56,54 @@ def play(
     return found
 
 
+def rules_of(testbed: Testbed, entry: Entry) -> dict[str, Any]:
+    """What results of an entry will say of their rules, for [`check_others`] before they are made."""
+    return {
+        "game": asdict(testbed.game),
+        "entry": json.loads(json.dumps(entry.describe())),
+        "seeds": list(testbed.seeds),
+        "regimes": list(testbed.regimes),
+        "sentences": [prompt.text for prompt in testbed.sentences],
+    }
+
+
+def check_others(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Whether results can stand in one table.
+
+    Raises:
+        ValueError: If one is no result, or was played by other rules, seeds or regimes; or if two entries have one
+            name, of which a table would show one.
+    """
+    entries = {found["entry"]["name"]: found["entry"]}
+    for other in others:
+        if not {*_SAME_PLAY, "entry", "units"} <= {*other}:
+            raise ValueError(f"Expected the {RESULTS} of an entry, got a file with {sorted(other)}.")
+        name = other["entry"]["name"]
+        different = [part for part in _SAME_PLAY if other[part] != found[part]]
+        if different:
+            raise ValueError(f"Results of {name!r} have another {', '.join(different)}: not compared.")
+        if entries.setdefault(name, other["entry"]) != other["entry"]:
+            raise ValueError(
+                f"Two entries are called {name!r}: {entries[name]} and {other['entry']}. Give one another --name."
+            )
+
+
 def _collect(testbed: Testbed, entry: Entry, cost: Mapping[str, float]) -> dict[str, Any]:
     import torch
 
     from .. import __version__
 
-    sentences = [prompt.text for prompt in testbed.sentences]
     entries = {each.name: each for each in (entry, sft_entry(), sft_entry(cost["time"]))}
+    rules = rules_of(testbed, entry)
     return {
-        "game": asdict(testbed.game),
-        "entry": entry.describe(),
+        **rules,
         "cost": dict(cost),
         "equal_time": sft_entry(cost["time"]).name,
-        "seeds": list(testbed.seeds),
-        "regimes": list(testbed.regimes),
-        "sentences": sentences,
         "video_trl": __version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "real_pc": real_clips_pc(sentences),
+        "real_pc": real_clips_pc(rules["sentences"]),
         BASE: [{name: float(score[name]) for name in ("pc", "sa")} for score in testbed.table(None).scores],
         "units": {name: _units(testbed, each) for name, each in entries.items()},
     }
@@ -101,14 +130,9 @@ def page(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> 
         others (list of `dict`, *optional*): Those of other entries, of this machine or another.
 
     Raises:
-        ValueError: If others were played by other rules, seeds or regimes.
+        ValueError: As in [`check_others`].
     """
-    for other in others:
-        different = [name for name in _SAME_PLAY if other[name] != found[name]]
-        if different:
-            raise ValueError(
-                f"Results of {other['entry']['name']!r} have another {', '.join(different)}: not compared."
-            )
+    check_others(found, others)
     note = []
     if found["game"] != asdict(GAME):
         note = ["**A trial:** it shows that the method runs. It is no result."]

@@ -190,8 +190,8 @@ class VideoConfig(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Delete the checkpoints and weights of another run in `output_dir` when a new run starts there, "
-            "which is refused otherwise."
+            "help": "Delete checkpoints, weights and samples of another run in `output_dir` when a new run starts "
+            "there, which is refused otherwise."
         },
     )
 

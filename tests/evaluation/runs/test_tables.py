@@ -138,6 +138,19 @@ def test_the_recorded_rule_counts_unless_another_is_asked_for(tmp_path):
         benchmark_named("videophy3")
 
 
+def test_a_judge_that_says_seed_or_prompt_does_not_change_whose_video_it_is(tmp_path):
+    class Talkative:
+        name = identity = "talkative"
+
+        def score(self, videos, prompts):
+            return [{"sa": 1.0, "pc": 0.5, "prompt": "asked of me", "seed": 7, "category": "mine"} for _ in prompts]
+
+    run = make_run(tmp_path, "n", [(0.5, 0.5)], seeds=[3], scored=False)
+    score_run(tmp_path, Talkative())
+    (row,) = tabulate(run, judge="talkative").rows()
+    assert (row["prompt"], row["seed"], row["category"], row["pc"]) == ("prompt 0", 3, "", 0.5)
+
+
 class Rater:
     """A judge of this identity, and what it says of three videos."""
 

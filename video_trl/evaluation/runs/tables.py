@@ -89,10 +89,10 @@ class RunTable:
         """Every video as JSON values: `prompt`, `category`, `seed`, the judge's `score`s, `joint`, path of `video`."""
         return [
             {
+                **score,  # first: a judge may have remarks of its own under these names
                 "prompt": case.prompt.text,
                 "category": case.prompt.category,
                 "seed": case.seed,
-                **score,
                 "joint": float(self.benchmark.passes["joint"](score)),
                 "video": str(self.run.video(case)),
             }

@@ -25,6 +25,7 @@ _LOCK_NAME = ".video_trl.lock"
 _SECONDS_FOR_LOCK = 10.0  # a process that was killed may have children that hold its lock for some seconds more
 _UNREADABLE = "?"  # stands for the run of a checkpoint that does not say
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_SAMPLES = re.compile(r"data|step_\d+")  # in `samples`: of the data, and what was made in a run
 
 
 class RunFolder:
@@ -200,6 +201,9 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what runs have left; nothing else in the folder."""
+        for path in self.directory.glob("samples/*"):  # a card would show them as this run's, and an upload take them
+            if _SAMPLES.fullmatch(path.name) and path.is_dir():
+                files.remove_folder(path)
         for path in self._left():
             if path.is_file():
                 path.unlink()

@@ -8,6 +8,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
+# What Trainer logs itself; of an evaluation's loss two kinds of values would be averaged.
+_TRAINERS = {
+    "loss", "grad_norm", "learning_rate", "epoch", "step", "runtime", "samples_per_second", "steps_per_second",
+}  # fmt: skip
+
+
+def check_names(metrics: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: If a method records something under the name of what Trainer logs.
+    """
+    if taken := sorted(_TRAINERS & metrics.keys()):
+        raise ValueError(
+            f"`record` was given {', '.join(map(repr, taken))}, which Trainer logs itself: one of the two would be "
+            f"lost. Record it as 'loss/{taken[0]}' or under another name."
+        )
+
+
 class MetricStore:
     """
     Running means of per-sample values. Nothing leaves the device, and no process talks to another, before `pop`.
