@@ -106,10 +106,10 @@ class Study:
         return folder
 
     def trainer(self, arm: str, folder: str) -> Any:
-        shared = {"output_dir": folder, "seed": self.seed, "overwrite_output_dir": True}
+        shared: dict[str, Any] = {"output_dir": folder, "seed": self.seed, "overwrite_output_dir": True}
         steps, tuned = self.args.max_steps, self.args.tuned_steps
         if arm in (LOG_RATIO, PHYGDPO):
-            own = {**PREFERENCE, **(OBJECTIVE if arm == LOG_RATIO else {}), "lora_target_modules": None}
+            own: dict[str, Any] = {**PREFERENCE, **(OBJECTIVE if arm == LOG_RATIO else {}), "lora_target_modules": None}
             start = str(self.adapter(TUNED))
             args = VideoGroupDPOConfig(**shared, **own, max_steps=steps, init_adapter=start)
             return VideoGroupDPOTrainer(SANDBOX, args, self.groups)
@@ -160,7 +160,7 @@ class Study:
         weights = None if arm == BASE else self.adapter(arm)
         seed = None if arm == BASE else self.seed
         prompts = sandbox_prompts(SENTENCES, seed=DRAW)
-        noises = NOISES
+        noises: tuple[int, ...] = NOISES
         if self.args.second_look:
             seen = {prompt.text for prompt in prompts}
             prompts = tuple(each for each in sandbox_prompts(ALL_SENTENCES, seed=DRAW) if each.text not in seen)
