@@ -188,7 +188,7 @@ def is_model_card(text: str) -> bool:
 def evaluation_section(evaluation: Sequence[Measurement | Mapping[str, Any]]) -> str:
     """The section between its marks; nothing but the marks for no numbers."""
     rows = [row.row() if isinstance(row, Measurement) else row for row in evaluation]
-    note = "Measured on held-out prompts, with the same seeds for every row."
+    note = "Measured on what was held out of training, with the same seeds for every row."
     content = f"\n## Evaluation\n\n{table(rows)}\n\n{note}\n" if rows else ""
     return f"<!-- evaluation -->{content}<!-- end of evaluation -->"
 

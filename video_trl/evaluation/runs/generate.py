@@ -199,11 +199,13 @@ def generate_run(
         [`EvaluationRun`]
 
     Raises:
-        ValueError: If the directory holds another run, another process is working on the same videos, the pipeline
-            gives values that are not finite, or the judge leaves a video without a score.
+        ValueError: If the pipeline needs first frames that prompts lack, or takes none, the directory holds another
+            run, another process is working on the same videos, the pipeline gives values that are not finite, or the
+            judge leaves a video without a score.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    _check_images(generator.pipeline, prompts)
     rules = rules_of(generator.pipeline)
     batch_size = 1 if rules is not None and rules.one_video_a_call else batch_size
     run = create_run(
@@ -263,6 +265,22 @@ def _generate(generator: VideoGenerator, cases: Sequence[Case]) -> np.ndarray:
                 "the adapter, and the dtype: float16 overflows in many video models."
             )
     return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _check_images(pipeline: DiffusionPipeline, prompts: Sequence[EvaluationPrompt | str]) -> None:
+    """Raise a `ValueError` where a pipeline would miss a first frame, or not know what to do with one."""
+    kind, takes = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters.values()
+    images = sum(isinstance(prompt, EvaluationPrompt) and prompt.image is not None for prompt in prompts)
+    if images and not any(each.name == "image" or each.kind is each.VAR_KEYWORD for each in takes):
+        raise ValueError(
+            f"{kind} makes videos of text alone, and {images} of {len(prompts)} prompts have an `image`. Use an "
+            "image-to-video model, or leave the images out."
+        )
+    if images < len(prompts) and "ImageToVideo" in kind:
+        raise ValueError(
+            f"{kind} makes videos of first frames, and {len(prompts) - images} of {len(prompts)} prompts have none. "
+            "Name one for each, in the column `image` of the file of prompts."
+        )
 
 
 def _images_hash(prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
