@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
@@ -99,6 +100,31 @@ def test_the_steps_depend_on_the_rows_per_step_alone(shapes):
         assert by_size.setdefault(batch_size * accumulation * num_processes, steps) == steps
         if num_processes * accumulation == 1:
             assert [sorted(batch.rows) for batch in made[0]] == steps
+
+
+def gathered(shapes, size, seed):
+    """The steps of the first epoch, row by row."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    order = range(len(shapes)) if seed is None else torch.randperm(len(shapes), generator=generator).tolist()
+    waiting, steps = {}, []
+    for row in order:
+        waiting.setdefault(shapes[row], []).append(row)
+        if len(waiting[shapes[row]]) == size:
+            steps.append(waiting[shapes[row]])
+            waiting[shapes[row]] = []
+    steps += filter(None, waiting.values())
+    if seed is None or len(waiting) == 1:
+        return steps
+    return [steps[number] for number in torch.randperm(len(steps), generator=generator).tolist()]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+@pytest.mark.parametrize("size", [1, 3, 4, 50])
+def test_the_steps_are_those_of_rows_gathered_one_by_one(size, seed):
+    for number in (1, 2, 13, 40):
+        for kinds in (1, 2, 5):
+            shapes = np.random.default_rng(number * kinds).integers(kinds, size=number).tolist()
+            assert list(BucketBatchSampler(shapes, batch_size=size, seed=seed).steps()) == gathered(shapes, size, seed)
 
 
 def test_rows_of_one_shape_are_shuffled_as_torch_does_it():

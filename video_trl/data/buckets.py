@@ -3,10 +3,10 @@
 import itertools
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -167,6 +167,9 @@ class BucketBatchSampler(Sampler[MicroBatch]):
         self.rows_per_step = batch_size * accumulation * num_processes
         self.accumulation, self.rank, self.num_processes, self.seed = accumulation, rank, num_processes, seed
         self.epoch = 0
+        seen: dict[Hashable, int] = {}
+        numbers = (seen.setdefault(shape, len(seen)) for shape in shapes)
+        self._codes = np.fromiter(numbers, np.int32, len(shapes))  # a number for each shape
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0 on, that the next iteration is."""
@@ -174,7 +177,7 @@ class BucketBatchSampler(Sampler[MicroBatch]):
 
     def __len__(self) -> int:
         """Micro-batches of each process in an epoch."""
-        return self.accumulation * sum(math.ceil(n / self.rows_per_step) for n in Counter(self.shapes).values())
+        return self.accumulation * int(np.sum(-(-np.bincount(self._codes) // self.rows_per_step)))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows in self.steps():
@@ -185,23 +188,35 @@ class BucketBatchSampler(Sampler[MicroBatch]):
                 first = firsts[number] if part else 0
                 yield MicroBatch(tuple(part or rows[:1]), len(rows), first, counted=bool(part))
 
-    def steps(self) -> list[list[int]]:
-        """The rows of every step of the epoch, those of all processes together."""
+    def steps(self) -> Iterator[list[int]]:
+        """The rows of every step of the epoch, those of all processes together. Some 30 bytes a row are held."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + self.epoch)
-        numbers = range(len(self.shapes))
-        order = numbers if generator is None else torch.randperm(len(numbers), generator=generator).tolist()
-        waiting: dict[Hashable, list[int]] = defaultdict(list)
-        steps = []
-        for row in order:
-            gathered = waiting[self.shapes[row]]
-            gathered.append(row)
-            if len(gathered) == self.rows_per_step:
-                steps.append(gathered)
-                waiting[self.shapes[row]] = []
-        steps += [rows for rows in waiting.values() if rows]
-        if generator is None or len(waiting) == 1:
-            return steps
-        return [steps[number] for number in torch.randperm(len(steps), generator=generator).tolist()]
+        number = len(self.shapes)
+        order = torch.arange(number) if generator is None else torch.randperm(number, generator=generator)
+        rows, starts, ends = self._cut(order.numpy())
+        if generator is not None and self._codes.any():  # several shapes
+            drawn = torch.randperm(len(starts), generator=generator).numpy()
+            starts, ends = starts[drawn], ends[drawn]
+        for start, end in zip(starts, ends, strict=True):
+            yield rows[start:end].tolist()
+
+    def _cut(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        The rows, those of a shape together and in their order, and where each step among them begins and ends. Steps
+        come as they fill up, and after them those that do not, as the first rows of their shapes come.
+        """
+        codes, size = self._codes[order], self.rows_per_step
+        places = np.argsort(codes, kind="stable")
+        counts = np.bincount(codes)
+        ends_of_shapes = np.cumsum(counts)
+        firsts = ends_of_shapes - counts
+        steps = -(-counts // size)
+        shapes = np.repeat(np.arange(len(counts)), steps)
+        starts = firsts[shapes] + size * (np.arange(len(shapes)) - np.repeat(np.cumsum(steps) - steps, steps))
+        ends = np.minimum(starts + size, ends_of_shapes[shapes])
+        full = ends - starts == size
+        in_turn = np.argsort(np.where(full, places[ends - 1], len(order) + places[firsts[shapes]]))
+        return order[places], starts[in_turn], ends[in_turn]
 
 
 def _split(rows: list[int], num_parts: int) -> list[list[int]]:

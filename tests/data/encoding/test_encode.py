@@ -23,7 +23,7 @@ from tests.support import rounding
 from tests.support.tiny import MAX_SEQUENCE_LENGTH, tiny_group_dataset, tiny_mp4, tiny_video, tiny_wan_pipeline
 from video_trl.data import EncodedDataset, VideoDecodeError, encode_dataset, read_video, write_video
 from video_trl.data.columns import column_names
-from video_trl.data.encoding import store
+from video_trl.data.encoding import index, store
 from video_trl.data.encoding.store import EncodedWriter
 from video_trl.files import unfinished_folders
 from video_trl.models import WanFamily
@@ -518,8 +518,10 @@ def test_a_damaged_index_and_one_of_another_version_are_refused(pipeline, tmp_pa
         (encoded.directory / name).write_bytes(whole)
 
 
-def test_rows_of_an_index_come_back_as_they_were_written(tmp_path):
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+def test_rows_of_an_index_come_back_as_they_were_written(tmp_path, monkeypatch, chunk):
     """Scores, weights, prompts that are no Unicode, conditions and several forms; what is asked of all at once."""
+    monkeypatch.setattr(index, "_CHUNK", chunk)
     shapes = [(4, 2, 2, 2), (4, 1, 2, 2)]
     with EncodedWriter(tmp_path / "group-x", "group", "x") as writer:
         for kind, shape in enumerate(shapes):
@@ -722,7 +724,9 @@ def test_prompts_that_are_cut_are_told(tmp_path, caplog):
         (None, False),
     ],
 )
-def test_scores_of_all_rows_are_looked_at_together(tmp_path, scores, whole):
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_scores_of_all_rows_are_looked_at_together(tmp_path, monkeypatch, scores, whole, chunk):
+    monkeypatch.setattr(index, "_CHUNK", chunk)
     with EncodedWriter(tmp_path / "group-x", "group", "x") as writer:
         writer.add("v", torch.ones(4, 1, 2, 2))
         row = {"prompt": "a", "chosen": "v", "rejected": ["v", "v"], "prompt_embeds": "v"}

@@ -93,31 +93,39 @@ class EncodedIndex:
             yield from chunk.to_pylist()
 
     def scores_are_whole(self) -> bool:
-        """Whether every rejected video has an `(sa, pc)` in [0, 1]; all rows are looked at together."""
+        """Whether every rejected video has an `(sa, pc)` in [0, 1]; many rows are looked at together."""
         if not {"rejected", "rejected_scores"} <= {*self._rows.column_names}:
             return False
-        scores = self._rows["rejected_scores"].combine_chunks()
-        pairs = pc.list_flatten(scores)
-        numbers = pc.list_flatten(pairs)
-        if scores.null_count or pairs.null_count or numbers.null_count:
-            return False
-        counts = pc.list_value_length(self._rows["rejected"].combine_chunks())
-        values = numbers.to_numpy()
-        return bool(
-            pc.list_value_length(scores).equals(counts)
-            and (pc.list_value_length(pairs).to_numpy() == 2).all()
-            and ((values >= 0) & (values <= 1)).all()
+        return all(
+            _are_whole(batch["rejected_scores"], pc.list_value_length(batch["rejected"]))
+            for batch in self._rows.select(["rejected", "rejected_scores"]).to_batches()
         )
 
     def twins(self) -> list[int]:
         """Rows in which a rejected video is the chosen one."""
         if "rejected" not in self.columns:
             return []
-        rejected, chosen = self._rows["rejected"].combine_chunks(), self._rows["chosen"].to_numpy()
-        parents = pc.list_parent_indices(rejected).to_numpy()
-        same = pc.list_flatten(rejected).to_numpy() == chosen[parents]
-        found: list[int] = np.unique(parents[same]).tolist()
+        found: list[int] = []
+        first = 0
+        for batch in self._rows.select(["chosen", "rejected"]).to_batches():
+            parents = pc.list_parent_indices(batch["rejected"]).to_numpy()
+            same = pc.list_flatten(batch["rejected"]).to_numpy() == batch["chosen"].to_numpy()[parents]
+            found += (first + np.unique(parents[same])).tolist()
+            first += len(batch)
         return found
+
+
+def _are_whole(scores: pa.Array, counts: pa.Array) -> bool:
+    pairs = pc.list_flatten(scores)
+    numbers = pc.list_flatten(pairs)
+    if scores.null_count or pairs.null_count or numbers.null_count:
+        return False
+    values = numbers.to_numpy()
+    return bool(
+        pc.list_value_length(scores).equals(counts)
+        and (pc.list_value_length(pairs).to_numpy() == 2).all()
+        and ((values >= 0) & (values <= 1)).all()
+    )
 
 
 def write_index(

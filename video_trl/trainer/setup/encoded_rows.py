@@ -75,7 +75,9 @@ def check_encoded_rows(
     """
     columns = [name for name in family.row_columns if name != FRAME_RATE or not isinstance(dataset, EncodedDataset)]
     found = _known_forms(dataset, row_type, columns, cache_dir)
-    number_of = {form: number for number, form in reversed(list(enumerate(found.form_of)))}
+    number_of: dict[int, int] = {}  # the first row of each form
+    for number, form in enumerate(found.form_of):
+        number_of.setdefault(form, number)
     first = found.forms[found.form_of[0]]
     beside: dict[Shape, dict[str, Any]] = {}
     for form, number in sorted(number_of.items(), key=lambda pair: pair[1]):
