@@ -80,12 +80,26 @@ def _refuse_idle(args: PushArguments, what: str, names: Sequence[str]) -> None:
 
 
 def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
-    """Put the results of a scored run, with their intervals, into the card of an adapter."""
+    """
+    Put the results of a scored run, with their intervals, into the card of an adapter.
+
+    Raises:
+        ValueError: If the run is of another adapter, or of none.
+    """
     from ..evaluation.runs.prompts import ALL
     from ..evaluation.runs.tables import tabulate
-    from ..hub import CARD_NAME, Measurement, add_evaluation
+    from ..files import fingerprint
+    from ..hub import CARD_NAME, LORA_FILE_NAME, Measurement, add_evaluation
 
     table = tabulate(run_dir, judge=judge)
+    file, made_by = folder / LORA_FILE_NAME, table.run.generation.get("adapter_hash", "")
+    in_training = str(table.run.provenance.get("model")).startswith("run in ")  # of weights that were in memory
+    if file.is_file() and made_by not in ("", fingerprint(file)) and not (made_by is None and in_training):
+        other = table.run.provenance.get("adapter") or "no adapter"
+        raise ValueError(
+            f"The videos of {run_dir} were made with {other}, not with {file}: the card would have another model's "
+            f"numbers. Evaluate this one: `video-trl eval --adapter {folder}`."
+        )
     description = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
     measurements = [
         Measurement(name, rate.value, rate.low, rate.high, rate.level, description, rate.n)
