@@ -90,15 +90,17 @@ def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
     from ..evaluation.runs.tables import tabulate
     from ..files import fingerprint
     from ..hub import CARD_NAME, LORA_FILE_NAME, Measurement, add_evaluation
+    from ..hub.lora import AVERAGE_FOLDER
 
     table = tabulate(run_dir, judge=judge)
-    file, made_by = folder / LORA_FILE_NAME, table.run.generation.get("adapter_hash", "")
+    made_by = table.run.generation.get("adapter_hash", "")
+    files = [file for place in (folder / AVERAGE_FOLDER, folder) if (file := place / LORA_FILE_NAME).is_file()]
     in_training = str(table.run.provenance.get("model")).startswith("run in ")  # of weights that were in memory
-    if file.is_file() and made_by not in ("", fingerprint(file)) and not (made_by is None and in_training):
+    if files and made_by not in ("", *map(fingerprint, files)) and not (made_by is None and in_training):
         other = table.run.provenance.get("adapter") or "no adapter"
         raise ValueError(
-            f"The videos of {run_dir} were made with {other}, not with {file}: the card would have another model's "
-            f"numbers. Evaluate this one: `video-trl eval --adapter {folder}`."
+            f"The videos of {run_dir} were made with {other}, not with {files[0]}: the card would have another "
+            f"model's numbers. Evaluate this one: `video-trl eval --adapter {files[0].parent}`."
         )
     description = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
     measurements = [

@@ -199,13 +199,11 @@ def generate_run(
         [`EvaluationRun`]
 
     Raises:
-        ValueError: If the pipeline needs first frames that prompts lack, or takes none, the directory holds another
-            run, another process is working on the same videos, the pipeline gives values that are not finite, or the
-            judge leaves a video without a score.
+        ValueError: If the directory holds another run or another process works there, first frames are missing or not
+            taken, the pipeline gives values that are not finite, or the judge leaves a video without a score.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    _check_images(generator.pipeline, prompts)
     rules = rules_of(generator.pipeline)
     batch_size = 1 if rules is not None and rules.one_video_a_call else batch_size
     run = create_run(
@@ -213,7 +211,7 @@ def generate_run(
         name=name,
         prompts=prompts,
         seeds=seeds,
-        source=generator.describe() | _images_hash(prompts),
+        source=_images(generator.pipeline, prompts) | generator.describe(),
         provenance={"model": generator.model, "adapter": generator.adapter},
         training_seed=training_seed,
         benchmark=benchmark,
@@ -283,8 +281,9 @@ def _check_images(pipeline: DiffusionPipeline, prompts: Sequence[EvaluationPromp
         )
 
 
-def _images_hash(prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
-    """What the first frames are, where prompts have them: paths alone would not tell."""
+def _images(pipeline: DiffusionPipeline, prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
+    """What the first frames are, where prompts have them and the pipeline takes them: paths alone would not tell."""
+    _check_images(pipeline, prompts)
     paths = [prompt.image for prompt in prompts if isinstance(prompt, EvaluationPrompt) and prompt.image is not None]
     try:
         return {"images_hash": fingerprint(*map(Path, paths))} if paths else {}
