@@ -76,7 +76,7 @@ from .setup.rows import (
 from .setup.startup_proof import GradientProof, check_given_optimizer, check_optimizer, check_trained
 from .step.denoising import EVALUATION_STEP, DenoisingStep
 from .step.dropout import has_dropout
-from .step.metrics import Metrics, check_names
+from .step.metrics import Metrics
 from .step.micro_batch import micro_batch
 from .step.nan_guard import FiniteLossGuard
 from .step.passes import ConcatPasses, ModuleReference, Passes, Reference
@@ -433,10 +433,6 @@ class VideoTrainer(Trainer):
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
         """Add per-sample values, of any shape with the batch first, to the metrics of these names in the next log."""
-        check_names(metrics)
-        self._record(metrics)
-
-    def _record(self, metrics: Mapping[str, Tensor]) -> None:
         store = self.metrics.train if self.model.training else self.metrics.eval
         store.record(metrics, counted=self.metrics.counted)
 
@@ -557,7 +553,7 @@ class VideoTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         # Trainer's own mean is over batches, which differ in size.
-        self._record({"loss": outputs["losses"]})
+        self.metrics.eval.add({"loss": outputs["losses"]}, counted=self.metrics.counted)
         return loss, None, None
 
     def evaluation_loop(

@@ -14,18 +14,6 @@ _TRAINERS = {
 }  # fmt: skip
 
 
-def check_names(metrics: Mapping[str, Tensor]) -> None:
-    """
-    Raises:
-        ValueError: If a method records something under the name of what Trainer logs.
-    """
-    if taken := sorted(_TRAINERS & metrics.keys()):
-        raise ValueError(
-            f"`record` was given {', '.join(map(repr, taken))}, which Trainer logs itself: one of the two would be "
-            f"lost. Record it as 'loss/{taken[0]}' or under another name."
-        )
-
-
 class MetricStore:
     """
     Running means of per-sample values. Nothing leaves the device, and no process talks to another, before `pop`.
@@ -40,7 +28,21 @@ class MetricStore:
         self._counts: dict[str, int] = {}  # known to the host: copying them to the device would make it wait
 
     def record(self, metrics: Mapping[str, Tensor], *, counted: bool = True) -> None:
-        """Add values of any shape and dtype to the means of these names; without `counted`, the names only."""
+        """
+        Add values of any shape and dtype to the means of these names; without `counted`, the names only.
+
+        Raises:
+            ValueError: If a name is that of what Trainer logs.
+        """
+        if taken := sorted(_TRAINERS & metrics.keys()):
+            raise ValueError(
+                f"`record` was given {', '.join(map(repr, taken))}, which Trainer logs itself: one of the two would "
+                f"be lost. Record it as 'loss/{taken[0]}' or under another name."
+            )
+        self.add(metrics, counted=counted)
+
+    def add(self, metrics: Mapping[str, Tensor], *, counted: bool = True) -> None:
+        """The same for any name, such as the loss of an evaluation."""
         self.names.update(metrics)
         for name, values in metrics.items():
             values = values if counted else values[:0]
