@@ -1,6 +1,7 @@
 """`push` and `export`, as from the shell, against a Hub on this machine."""
 
 import io
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from tests.support.trainer.runs import config, trainer
 from video_trl import hub
 from video_trl.cli import main
 from video_trl.curation.engine.manifest import write_table
+from video_trl.files import fingerprint, read_json
 
 
 @pytest.fixture
@@ -47,6 +49,19 @@ def test_an_adapter_is_pushed_with_the_numbers_of_a_run(server, capsys):
     assert metrics["sa"]["value"] == 0.75 and metrics["sa"]["args"]["videos"] == 4
     low, high = metrics["sa"]["args"]["interval"]
     assert 0.3 < low < 0.75 < high < 0.96
+    run, file = read_json(Path("runs/run.json")), Path("out/pytorch_lora_weights.safetensors")
+    for made_by, model, words in (
+        (None, "m", "made with no adapter, not with out/"),
+        ("0" * 32, "m", "made with theirs"),
+        (None, "run in out", None),
+        (fingerprint(file), "m", None),
+    ):
+        run["generation"]["adapter_hash"] = made_by
+        run["provenance"] = {"model": model, "adapter": "theirs" if made_by else None}
+        Path("runs/run.json").write_text(json.dumps(run))
+        code = main(["push", "out", f"{USER}/ours", "--evaluation", "runs"])
+        error = capsys.readouterr().err
+        assert (code, error.count("Traceback")) == ((0, 0) if words is None else (1, 0)) and (words or "") in error
 
 
 def test_datasets_are_pushed_as_they_are_saved(server, tmp_path):

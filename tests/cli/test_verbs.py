@@ -235,6 +235,11 @@ def test_vote_counts_and_exports(runs, here, capsys):
     assert len(table) == 8 and set(table["choice"]) == {"right", "same"}
     assert main(["vote", *reversed(runs), "--results"]) == 1
     assert "other videos" in capsys.readouterr().err
+    assert main(["report", *reversed(runs), "--votes", "votes.jsonl", "--output", "voted.html"]) == 0
+    capsys.readouterr()
+    assert main(["report", "base", "--votes", "votes.jsonl", "--output", "other.html"]) == 1
+    assert "votes about videos of base, dpo, which are not those" in capsys.readouterr().err
+    assert not (here / "other.html").exists()
 
 
 @pytest.mark.slow

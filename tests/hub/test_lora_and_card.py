@@ -238,6 +238,14 @@ def test_snippet_of_the_card_runs_as_it_stands(tmp_path, monkeypatch):
     exec(snippet, {})
     info = probe_video(tmp_path / "video.mp4")
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 32, 16)
+    (tmp_path / "adapter" / "ema").mkdir()
+    (tmp_path / "adapter" / hub.LORA_FILE_NAME).rename(tmp_path / "adapter" / "ema" / hub.LORA_FILE_NAME)
+    averaged = card(
+        base_model=str(tmp_path / "base"), repo_id=str(tmp_path / "adapter"), dtype="float32", call_kwargs=CALL,
+        averaged=True,
+    )  # fmt: skip
+    exec(averaged.split("```python\n")[1].split("```")[0], {})  # the weights that the card's numbers are of
+    assert "numbers of evaluations on this card are of the average" in averaged and "`ema`" not in text
 
 
 def test_push_to_an_impossible_id_promises_no_later_upload(tmp_path):

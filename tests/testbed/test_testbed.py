@@ -216,7 +216,7 @@ def test_a_game_is_played_stopped_and_played_again_with_the_same_bits(tmp_path, 
     bed, safe = testbed.Testbed(tmp_path / "one", SMALL, [0], regimes), entry(safeguard="output")
     lines = []
     found = testbed.play(bed, safe, ratio=1.5, tell=lines.append)
-    made = ["SFT, few, seed 0", "SFT, 1.5 x updates, few, seed 0", "gdpo, few, seed 0"]
+    made = ["[1/1] SFT, few, seed 0", "[1/1] SFT, 1.5 x updates, few, seed 0", "[1/1] gdpo, few, seed 0"]
     assert [line.split(":")[0] for line in lines] == made
     assert found["units"]["SFT, 1.5 x updates"][0]["updates"] == 3
     for each in found["units"].values():

@@ -80,12 +80,28 @@ def _refuse_idle(args: PushArguments, what: str, names: Sequence[str]) -> None:
 
 
 def add_run(folder: Path, run_dir: str, judge: str | None) -> None:
-    """Put the results of a scored run, with their intervals, into the card of an adapter."""
+    """
+    Put the results of a scored run, with their intervals, into the card of an adapter.
+
+    Raises:
+        ValueError: If the run is of another adapter, or of none.
+    """
     from ..evaluation.runs.prompts import ALL
     from ..evaluation.runs.tables import tabulate
-    from ..hub import CARD_NAME, Measurement, add_evaluation
+    from ..files import fingerprint
+    from ..hub import CARD_NAME, LORA_FILE_NAME, Measurement, add_evaluation
+    from ..hub.lora import AVERAGE_FOLDER
 
     table = tabulate(run_dir, judge=judge)
+    made_by = table.run.generation.get("adapter_hash", "")
+    files = [file for place in (folder / AVERAGE_FOLDER, folder) if (file := place / LORA_FILE_NAME).is_file()]
+    in_training = str(table.run.provenance.get("model")).startswith("run in ")  # of weights that were in memory
+    if files and made_by not in ("", *map(fingerprint, files)) and not (made_by is None and in_training):
+        other = table.run.provenance.get("adapter") or "no adapter"
+        raise ValueError(
+            f"The videos of {run_dir} were made with {other}, not with {files[0]}: the card would have another "
+            f"model's numbers. Evaluate this one: `video-trl eval --adapter {files[0].parent}`."
+        )
     description = f"prompts of {table.benchmark.name!r}, judged by {table.judge}"
     measurements = [
         Measurement(name, rate.value, rate.low, rate.high, rate.level, description, rate.n)

@@ -21,6 +21,7 @@ import datasets
 
 from ..data.columns import column_names, group_features, undecoded
 from ..files import fingerprint, read_json, recorded, write_atomically
+from ..hub.lora import AVERAGE_FOLDER
 from ..load import SANDBOX, ScriptArguments, check_judge, load_judge, load_training_rows
 from .engine.manifest import write_table
 from .phyaug.sampling import allocate, category_scores, draw
@@ -241,8 +242,6 @@ def _numbers(done: Round) -> tuple[float, float, float, float]:
 
 def _handed_on(folder: Path) -> Path:
     """The adapter of a round: with `ema_decay` the averaged one, as in the evaluations of a training."""
-    from ..trainer.checkpoints.weights import AVERAGE_FOLDER
-
     average = folder / _ADAPTER / AVERAGE_FOLDER
     return average if average.is_dir() else folder / _ADAPTER
 

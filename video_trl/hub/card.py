@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..files import unmarked, without_secrets, write_atomically
 from ..load import SANDBOX
-from .lora import LORA_FILE_NAME
+from .lora import AVERAGE_FOLDER, LORA_FILE_NAME
 
 
 CARD_NAME = "README.md"
@@ -82,6 +82,7 @@ def model_card(
     fps: float,
     pipeline_class: str = "WanPipeline",
     transformer_class: str | None = None,
+    averaged: bool = False,
     expert: tuple[str, str] | None = None,
     dtype: str = "bfloat16",
     revision: str | None = None,
@@ -108,6 +109,7 @@ def model_card(
         fps (`float`): Frames per second of the snippet's video.
         pipeline_class (`str`, defaults to `"WanPipeline"`): Class in diffusers of the base model's pipeline.
         transformer_class (`str`, *optional*): Class of a transformer that was trained whole; unset for an adapter.
+        averaged (`bool`, defaults to `False`): Whether numbers and samples are of the averaged weights in `ema`.
         expert (`tuple[str, str]`, *optional*): Name and component of one of several transformers.
         dtype (`str`), revision (`str`, *optional*), call_kwargs (`dict`, *optional*): Of the base model and its call.
         loss_parameters, hyperparameters (`dict`, *optional*): Settings of the method itself, and others.
@@ -133,25 +135,20 @@ def model_card(
         **_model_index(repo_id, [row for row in evaluation if isinstance(row, Measurement)], task),
     )
     call = {"prompt": prompt, **(call_kwargs or {})}
+    where = transformer_class, averaged, expert
     return render(
-        "model_card.md",
+        "model_card.md", title=Path(repo_id).name, adapter=transformer_class is None, averaged=averaged,
+        revision=revision, method_name=method_name, dataset=facts, videos=videos, citation=citation,
         front_matter=f"---\n{front_matter.to_yaml()}\n---",
-        title=Path(repo_id).name,
-        adapter=transformer_class is None,
         base_model_link=_link(base_model, expert),
-        revision=revision,
-        method_name=method_name,
-        dataset=facts,
-        snippet=_snippet(repo_id, base_model, pipeline_class, transformer_class, expert, dtype, revision, call, fps),
-        videos=videos,
+        snippet=_snippet(repo_id, base_model, pipeline_class, *where, dtype, revision, call, fps),
         evaluation=evaluation_section(evaluation),
         loss_parameters=settings_table(loss_parameters),
         hyperparameters=settings_table(hyperparameters),
         log=table(log),
         resources=settings_table(resources_used),
         versions=table([{"package": name, "version": _version(name)} for name in _PACKAGES]),
-        citation=citation,
-    )
+    )  # fmt: skip
 
 
 def add_evaluation(card: str | Path, measurements: Sequence[Measurement]) -> None:
@@ -188,7 +185,7 @@ def is_model_card(text: str) -> bool:
 def evaluation_section(evaluation: Sequence[Measurement | Mapping[str, Any]]) -> str:
     """The section between its marks; nothing but the marks for no numbers."""
     rows = [row.row() if isinstance(row, Measurement) else row for row in evaluation]
-    note = "Measured on held-out prompts, with the same seeds for every row."
+    note = "Measured on what was held out of training, with the same seeds for every row."
     content = f"\n## Evaluation\n\n{table(rows)}\n\n{note}\n" if rows else ""
     return f"<!-- evaluation -->{content}<!-- end of evaluation -->"
 
@@ -284,6 +281,7 @@ def _snippet(
     base_model: str,
     pipeline_class: str,
     transformer_class: str | None,
+    averaged: bool,
     expert: tuple[str, str] | None,
     dtype: str,
     revision: str | None,
@@ -310,9 +308,11 @@ def _snippet(
         load_adapter = "pipeline.load_lora_weights"
         if pipeline_class in WITHOUT_LORA_LOADER:
             load_adapter = "pipeline.transformer.load_lora_adapter"
-        use = f"{load_adapter}({repo_id!r}, weight_name={LORA_FILE_NAME!r}, adapter_name='default'{second})"
+        where = f"{repo_id!r}, subfolder={AVERAGE_FOLDER!r}" if averaged else repr(repo_id)
+        use = f"{load_adapter}({where}, weight_name={LORA_FILE_NAME!r}, adapter_name='default'{second})"
     else:
-        trained = f"{transformer_class}.from_pretrained({repo_id!r}, subfolder='transformer')"
+        subfolder = f"{AVERAGE_FOLDER}/transformer" if averaged else "transformer"
+        trained = f"{transformer_class}.from_pretrained({repo_id!r}, subfolder={subfolder!r})"
         use = f"pipeline.{component} = {trained}.to(pipeline.dtype)"
     return "\n".join(
         [

@@ -20,6 +20,7 @@ from ..files import tensor_checksum, write_atomically
 
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+AVERAGE_FOLDER = "ema"  # files of averaged weights, under the names of the others
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 CHECKSUM_KEY = "checksum"  # of all tensors with their names, and of the other metadata
 EXPERT_KEY = "video_trl_expert"  # the transformer that an adapter is for, where a pipeline has several

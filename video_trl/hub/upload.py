@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..files import PARTIAL_PATTERN
 from ..load import SANDBOX
 from .card import CARD_NAME, is_repo_id
-from .lora import LORA_FILE_NAME
+from .lora import AVERAGE_FOLDER, LORA_FILE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 # What leaves a machine, and nothing else: a run's folder also holds checkpoints, arguments, encoded data, and whatever
 # else its owner keeps there.
-PUBLISHED = (CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*")
+PUBLISHED = (
+    CARD_NAME, LORA_FILE_NAME, "transformer/*", "samples/*", "comfyui/*", "runs/*",
+    f"{AVERAGE_FOLDER}/{LORA_FILE_NAME}", f"{AVERAGE_FOLDER}/transformer/*",
+)  # fmt: skip
 CHECKPOINTS = ("last-checkpoint/*", "checkpoint-*")
 # Of the videos made during training, those of other steps than the ones that are uploaded.
 OUTDATED = "samples/step_*"

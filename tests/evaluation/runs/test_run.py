@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 
 from tests.support.evaluation.runs import make_run
-from tests.support.tiny import MAX_SEQUENCE_LENGTH, PROMPTS, TINY_FAMILIES, tiny_pipeline, tiny_wan_pipeline
+from tests.support.tiny import (
+    MAX_SEQUENCE_LENGTH,
+    PROMPTS,
+    TINY_FAMILIES,
+    tiny_pipeline,
+    tiny_wan_i2v_pipeline,
+    tiny_wan_pipeline,
+)
 from video_trl.data.video_io import read_video
 from video_trl.evaluation.runs.generate import VideoGenerator, generate_run, load_generator
 from video_trl.evaluation.runs.prompts import EvaluationPrompt
@@ -271,6 +278,21 @@ def test_a_vae_of_another_dtype_is_given_its_own(name, tmp_path):
     run = generate_run(tmp_path / "run", generator, [prompt])
     assert len(list((run.folder / "videos").rglob("*.mp4"))) == 1
     assert not {"encode", "decode"} & set(vars(generator.pipeline.vae))
+
+
+def test_first_frames_that_are_missing_or_not_taken_are_told_before_a_run_is_begun(tmp_path, generator):
+    of_images = VideoGenerator(tiny_wan_i2v_pipeline(), "tiny", fps=8, call_kwargs=CALL)
+    for made, prompts, words in (
+        (of_images, PROMPTS, "WanImageToVideoPipeline makes videos of first frames, and .* have none"),
+        (
+            generator,
+            [EvaluationPrompt("a", image="a.png")],
+            "WanPipeline makes videos of text alone, and 1 of 1 prompts",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate_run(tmp_path / "run", made, prompts)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_generator_of_no_family_needs_its_rate(tmp_path):

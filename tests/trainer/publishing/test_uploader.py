@@ -83,11 +83,12 @@ def test_checkpoints_are_sent_whole_and_resumed_on_another_machine(server, tmp_p
 
 
 def test_end_sends_when_the_model_is_saved(server, tmp_path):
-    made = trainer(pushing(tmp_path, hub_strategy="end"))
+    made = trainer(pushing(tmp_path, hub_strategy="end", ema_decay=0.5))
     made.train()
     assert len(server.model("run").commits) == 1
     made.save_model()
-    assert names(server.model("run").commits[-1]) == CARD_AND_ADAPTER
+    assert names(server.model("run").commits[-1]) == CARD_AND_ADAPTER | {f"ema/{LORA_FILE_NAME}"}
+    assert "subfolder='ema'" in server.model("run").files["README.md"].decode()  # what its numbers are of
     made.push_to_hub(dataset_name="somebody/groups", commit_message="The end")
     assert server.model("run").commits[-1][1] == "The end"
     assert "on somebody/groups" in server.model("run").files["README.md"].decode()

@@ -1,5 +1,6 @@
 """Compare evaluation runs: paired tests with corrected p-values, and one HTML page with videos, scores and tables."""
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ from ..runs.run import EvaluationRun, load_run
 from ..runs.tables import RunTable, tabulate
 from ..statistics import holm, paired_bootstrap, prompt_sign_test
 from ..votes.results import vote_results, votes_table
+from ..votes.study import Study, read_votes
 from .page import Column, Comparison, Curve, Sample, Table, write_report
 
 
@@ -96,8 +98,8 @@ def write_comparison(
         ValueError: As in [`compare_runs`], or if the votes are about other runs.
     """
     tables = [tabulate(load_run(folder), judge=judge, benchmark=benchmark, level=level) for folder in run_dirs]
-    votes = [] if votes_path is None else [votes_table(vote_results(votes_path, level=level))]
     comparisons = _compare(tables, baseline, level)
+    votes = [] if votes_path is None else [_votes_on(tables, votes_path, level)]
     return write_page(
         out_html,
         tables,
@@ -114,6 +116,23 @@ def write_comparison(
             "Training curves": _CURVES,
         },
     )
+
+
+def _votes_on(tables: Sequence[RunTable], votes_path: str | os.PathLike[str], level: float) -> Table:
+    """The votes, if they are about videos of these runs; a training seed may have had a name of its own for them."""
+    header, _ = read_votes(votes_path)
+    hashes = [(table.run.name, table.run.video_hashes()) for table in tables]
+    meant = [[each for name, each in hashes if name == voted] for voted in header["runs"]]
+    studies = (
+        Study((), header["questions"], dict(zip(header["runs"], videos, strict=True)))
+        for videos in itertools.product(*(named or [each for _, each in hashes] for named in meant))
+    )
+    if not any(study.identity == header["study"] for study in studies):
+        raise ValueError(
+            f"{votes_path} holds votes about videos of {', '.join(header['runs'])}, which are not those of the runs "
+            f"here ({', '.join(dict.fromkeys(name for name, _ in hashes))}). Pass the runs that were voted on."
+        )
+    return votes_table(vote_results(votes_path, level=level))
 
 
 def _what_came_out(tables: Sequence[RunTable], comparisons: Sequence[Comparison]) -> str:

@@ -199,8 +199,8 @@ def generate_run(
         [`EvaluationRun`]
 
     Raises:
-        ValueError: If the directory holds another run, another process is working on the same videos, the pipeline
-            gives values that are not finite, or the judge leaves a video without a score.
+        ValueError: If the directory holds another run or another process works there, first frames are missing or not
+            taken, the pipeline gives values that are not finite, or the judge leaves a video without a score.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -211,7 +211,7 @@ def generate_run(
         name=name,
         prompts=prompts,
         seeds=seeds,
-        source=generator.describe() | _images_hash(prompts),
+        source=_images(generator.pipeline, prompts) | generator.describe(),
         provenance={"model": generator.model, "adapter": generator.adapter},
         training_seed=training_seed,
         benchmark=benchmark,
@@ -265,8 +265,25 @@ def _generate(generator: VideoGenerator, cases: Sequence[Case]) -> np.ndarray:
     return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _images_hash(prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
-    """What the first frames are, where prompts have them: paths alone would not tell."""
+def _check_images(pipeline: DiffusionPipeline, prompts: Sequence[EvaluationPrompt | str]) -> None:
+    """Raise a `ValueError` where a pipeline would miss a first frame, or not know what to do with one."""
+    kind, takes = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters.values()
+    images = sum(isinstance(prompt, EvaluationPrompt) and prompt.image is not None for prompt in prompts)
+    if images and not any(each.name == "image" or each.kind is each.VAR_KEYWORD for each in takes):
+        raise ValueError(
+            f"{kind} makes videos of text alone, and {images} of {len(prompts)} prompts have an `image`. Use an "
+            "image-to-video model, or leave the images out."
+        )
+    if images < len(prompts) and "ImageToVideo" in kind:
+        raise ValueError(
+            f"{kind} makes videos of first frames, and {len(prompts) - images} of {len(prompts)} prompts have none. "
+            "Name one for each, in the column `image` of the file of prompts."
+        )
+
+
+def _images(pipeline: DiffusionPipeline, prompts: Sequence[EvaluationPrompt | str]) -> dict[str, str]:
+    """What the first frames are, where prompts have them and the pipeline takes them: paths alone would not tell."""
+    _check_images(pipeline, prompts)
     paths = [prompt.image for prompt in prompts if isinstance(prompt, EvaluationPrompt) and prompt.image is not None]
     try:
         return {"images_hash": fingerprint(*map(Path, paths))} if paths else {}

@@ -13,8 +13,8 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import files
-from ...hub import LORA_FILE_NAME
-from .weights import AVERAGE_FOLDER, DESCRIPTION_NAME, RUN_KEY, TRANSFORMER_FOLDER, remove_leftovers
+from ...hub.lora import AVERAGE_FOLDER, LORA_FILE_NAME
+from .weights import DESCRIPTION_NAME, RUN_KEY, TRANSFORMER_FOLDER, remove_leftovers
 
 
 logger = logging.getLogger(__name__)

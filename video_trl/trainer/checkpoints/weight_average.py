@@ -10,9 +10,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...hub.lora import AVERAGE_FOLDER
 from ..repa.head import HEAD
 from .checkpointer import Checkpointer
-from .weights import AVERAGE_FOLDER, load_weights
+from .weights import load_weights
 
 
 class WeightAverage(TrainerCallback):

@@ -42,7 +42,6 @@ DESCRIPTION_NAME = "video_trl_run.json"
 RUN_KEY = "run"  # in that file: the run that wrote it
 TRANSFORMER_FOLDER = "transformer"
 HEAD_NAME = "head.safetensors"
-AVERAGE_FOLDER = "ema"  # files of averaged weights, under the names of the others
 # Every process must know the name, so it is no random one; the underscore keeps it from being taken for a checkpoint.
 _PARTIAL_PREFIX = "_partial-"
 _ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")

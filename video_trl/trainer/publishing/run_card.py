@@ -193,6 +193,7 @@ class ModelCardCallback(TrainerCallback):
             fps=self._sampler.fps,
             pipeline_class=facts.pipeline_class,
             transformer_class=facts.transformer_class,
+            averaged=args.ema_decay > 0,
             expert=None if facts.expert is None else (facts.expert.name, facts.expert.component),
             call_kwargs=self._sampler.call_kwargs,
             loss_parameters=loss_parameters(args),

@@ -18,6 +18,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 
 from ...hub import CARD_NAME, LORA_FILE_NAME, HubUploadError
+from ...hub.lora import AVERAGE_FOLDER
 from ...hub.upload import again, bytes_below, explained, is_refusal, upload
 from ..base_config import VideoConfig
 from ..checkpoints.weights import TRANSFORMER_FOLDER
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 # The underscore keeps a snapshot from being taken for a checkpoint.
 _SNAPSHOT_PREFIX = "_upload-"
 _LAST_CHECKPOINT = "last-checkpoint"
-_WEIGHTS_AND_CARD = (LORA_FILE_NAME, CARD_NAME, TRANSFORMER_FOLDER)
+_WEIGHTS_AND_CARD = (LORA_FILE_NAME, CARD_NAME, TRANSFORMER_FOLDER, AVERAGE_FOLDER)
 _SHOWN = ("samples", "runs")
 
 
