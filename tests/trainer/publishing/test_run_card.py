@@ -223,3 +223,11 @@ def test_a_readme_of_somebody_else_stays(tmp_path, caplog):
     made.create_model_card()
     assert (tmp_path / "README.md").read_text() == "# My thesis\n\nNot a card.\n"
     assert "is not a card of video_trl" in caplog.text
+
+
+def test_a_card_does_not_tell_where_files_lie_on_this_machine(tmp_path):
+    shown = [
+        hyperparameters(config(tmp_path, init_adapter=source))["init_adapter"]
+        for source in ("/home/ann/secret/sft", "ann/sft")
+    ]
+    assert shown == ["sft", "ann/sft"]

@@ -46,6 +46,7 @@ _PRIVATE = re.compile(
     r"output_dir|.*_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|save_.*|eval_on_.*|"
     r"model_init_kwargs|resume_from_checkpoint|use_cpu|dataloader_.*|ddp_.*|local_rank|.*_token|remove_unused_columns"
 )
+_FILES = ("init_adapter", "transformer_file")  # or a repository, which a reader wants to know
 _SAMPLE_ROWS, _LOG_ROWS, _LOG_COLUMNS = 3, 10, 7
 _VIDEO_COLUMNS = ("video", "chosen", "rejected")
 _NOT_LOGGED = re.compile(r"step|epoch|total_flos|train_.*|.*_runtime|.*_per_second|learning_rate|grad_norm")
@@ -254,6 +255,8 @@ def hyperparameters(args: VideoConfig) -> dict[str, Any]:
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        if field.name in _FILES and value is not None and Path(value).is_absolute():
+            value = Path(value).name  # where it lies here is nobody's business
         known = field.name in settings or field.name in own or _PRIVATE.fullmatch(field.name) is not None
         # What is unset by default has been filled in by now, with a value for this machine.
         if not known and field.init and isinstance(value, str | int | float | list) and value != _shown(default):
