@@ -109,11 +109,8 @@ class Study:
         shared: dict[str, Any] = {"output_dir": folder, "seed": self.seed, "overwrite_output_dir": True}
         steps, tuned = self.args.max_steps, self.args.tuned_steps
         if arm in (LOG_RATIO, PHYGDPO):
-            own: dict[str, Any] = {
-                **PREFERENCE,
-                **(OBJECTIVE if arm == LOG_RATIO else {}),
-                "lora_target_modules": None,
-            }
+            own: dict[str, Any] = {**PREFERENCE, "lora_target_modules": None}
+            own |= OBJECTIVE if arm == LOG_RATIO else {}
             start = str(self.adapter(TUNED))
             args = VideoGroupDPOConfig(**shared, **own, max_steps=steps, init_adapter=start)
             return VideoGroupDPOTrainer(SANDBOX, args, self.groups)
