@@ -61,19 +61,16 @@ def test_another_run_is_refused_and_nothing_changes(copy):
 def test_another_run_is_deleted_by_option_and_nothing_else(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "checkpoint-best").mkdir()
-    for name in (
-        "samples/data",
-        "samples/step_7",
-        "samples/mine",
-    ):  # the first two would be published as the new run's
-        (copy / name).mkdir(parents=True)
+    (copy / "emissions.csv").write_text("run_id,energy_consumed\nold,5.0\n")  # the card would count it as this run's
+    for name in ("data", "step_7", "mine"):  # the first two would be published as the new run's
+        (copy / "samples" / name).mkdir(parents=True)
     (copy / "checkpoint-7").mkdir()  # a folder of that name that no run of this package has written
     made = run(copy, stop=2, overwrite_output_dir=True)
     assert {path.name for path in copy.glob("checkpoint-*")} == {
         "checkpoint-1", "checkpoint-2", "checkpoint-7", "checkpoint-best",
     }  # fmt: skip
     assert not (copy / "pytorch_lora_weights.safetensors").exists() and (copy / "notes.txt").read_text() == "mine"
-    assert made.state.global_step == 2
+    assert made.state.global_step == 2 and not (copy / "emissions.csv").exists()
     assert [path.name for path in (copy / "samples").iterdir()] == ["mine"]
 
 

@@ -204,6 +204,7 @@ class RunFolder:
         for path in self.directory.glob("samples/*"):  # a card would show them as this run's, and an upload take them
             if _SAMPLES.fullmatch(path.name) and path.is_dir():
                 files.remove_folder(path)
+        (self.directory / "emissions.csv").unlink(missing_ok=True)  # CodeCarbon's; the card would add its energy up
         for path in self._left():
             if path.is_file():
                 path.unlink()
