@@ -22,6 +22,7 @@ What is there is not made again.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +32,11 @@ from trl import TrlParser
 
 from video_trl import VideoGroupDPOConfig, VideoGroupDPOTrainer, VideoSFTConfig, VideoSFTTrainer
 from video_trl.curation import RoundsConfig, RoundsResult, run_rounds
-from video_trl.evaluation import holm, paired_bootstrap, prompt_sign_test, verdict
+from video_trl.evaluation import PairedDifference, holm, paired_bootstrap, prompt_sign_test, verdict
 from video_trl.evaluation.evaluate import sandbox_prompts
 from video_trl.evaluation.runs.tables import RunTable
 from video_trl.experiment import BASE, evaluate_trained, stored_table
+from video_trl.hub import LORA_FILE_NAME
 from video_trl.load import SANDBOX
 
 
@@ -91,7 +93,7 @@ class Study:
         if arm in (ROUNDS, LAST):
             return self.result.best if arm == ROUNDS else self.result.rounds[-1].adapter
         folder = self.folder / arm.replace(",", "").replace(" ", "-")
-        if not (folder / "pytorch_lora_weights.safetensors").is_file():
+        if not (folder / LORA_FILE_NAME).is_file():
             trainer = self.trainer(arm, str(folder))
             trainer.train()
             trainer.save_model()
@@ -121,14 +123,25 @@ class Study:
 def rows(scores: dict[str, list[float]], sentences: list[str], seeds: int, ours: str = ROUNDS) -> list[str]:
     """One arm against the base model and the controls, from the `pc` of each video, all seeds in one order."""
     others = (BASE, *CONTROLS)
-    p_values = holm([prompt_sign_test(scores[ours], scores[arm], sentences) for arm in others])
     lines = [f"| {ours} over | pc of it | difference | p (Holm) | verdict |", "|---|---|---|---|---|"]
-    for arm, p in zip(others, p_values, strict=True):
-        found = paired_bootstrap(scores[ours], scores[arm], clusters=sentences)
-        words = verdict(found, num_seeds=seeds, p_adjusted=p)
-        interval = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-        lines.append(f"| {arm} | {found.mean_b:.3f} | {interval} | {p:.2g} | {words} |")
-    return lines
+    found = compared(scores, [(ours, arm) for arm in others], sentences, seeds)
+    return lines + [
+        f"| {arm} | {difference.mean_b:.3f} | {cells} |"
+        for arm, (difference, cells) in zip(others, found, strict=True)
+    ]
+
+
+def compared(
+    scores: dict[str, list[float]], pairs: Sequence[tuple[str, str]], sentences: list[str], seeds: int
+) -> list[tuple[PairedDifference, str]]:
+    """Of each pair of arms the difference, and cells of a table: it with its interval, p after Holm, the verdict."""
+    p_values = holm([prompt_sign_test(scores[a], scores[b], sentences) for a, b in pairs])
+    found = []
+    for (a, b), p in zip(pairs, p_values, strict=True):
+        each = paired_bootstrap(scores[a], scores[b], clusters=sentences)
+        words = verdict(each, num_seeds=seeds, p_adjusted=p)
+        found.append((each, f"{each.difference:+.3f} [{each.low:+.3f}, {each.high:+.3f}] | {p:.2g} | {words}"))
+    return found
 
 
 def main(argv: list[str]) -> None:

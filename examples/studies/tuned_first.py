@@ -33,12 +33,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rounds import LONG, PREFERENCE, TRAINING
+from rounds import LONG, PREFERENCE, TRAINING, compared
 from trl import TrlParser
 
 from video_trl import VideoGroupDPOConfig, VideoGroupDPOTrainer, VideoSFTConfig, VideoSFTTrainer
 from video_trl.curation import RoundsConfig, run_rounds
-from video_trl.evaluation import holm, paired_bootstrap, prompt_sign_test, verdict
 from video_trl.evaluation.evaluate import sandbox_prompts
 from video_trl.evaluation.runs.tables import RunTable
 from video_trl.experiment import BASE, evaluate_trained, real_clips_pc, stored_table
@@ -177,14 +176,9 @@ def rows(scores: dict[str, list[float]], sentences: list[str], seeds: int) -> li
     """Each preference against each control, from the `pc` of each video, all seeds in one order."""
     pairs = [(ours, control) for ours in (LOG_RATIO, PHYGDPO) for control in (LONGER, AGAIN, WHOLE)]
     pairs = [pair for pair in pairs if scores.keys() >= {*pair}]
-    p_values = holm([prompt_sign_test(scores[ours], scores[control], sentences) for ours, control in pairs])
     lines = ["| comparison | pc | p (Holm) | verdict |", "|---|---|---|---|"]
-    for (ours, control), p in zip(pairs, p_values, strict=True):
-        found = paired_bootstrap(scores[ours], scores[control], clusters=sentences)
-        words = verdict(found, num_seeds=seeds, p_adjusted=p)
-        interval = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-        lines.append(f"| {ours} over {control} | {interval} | {p:.2g} | {words} |")
-    return lines
+    found = compared(scores, pairs, sentences, seeds)
+    return lines + [f"| {a} over {b} | {cells} |" for (a, b), (_, cells) in zip(pairs, found, strict=True)]
 
 
 def main(argv: list[str]) -> None:

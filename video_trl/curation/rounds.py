@@ -21,7 +21,7 @@ import datasets
 
 from ..data.columns import column_names, group_features, undecoded
 from ..files import fingerprint, read_json, recorded, write_atomically
-from ..hub.lora import AVERAGE_FOLDER
+from ..hub.lora import AVERAGE_FOLDER, LORA_FILE_NAME
 from ..load import SANDBOX, ScriptArguments, check_judge, load_judge, load_training_rows
 from .engine.manifest import write_table
 from .phyaug.sampling import allocate, category_scores, draw
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 ReferenceModel = Literal["base", "previous"]
 Metric = Literal["pc", "sa", "joint"]
 _ROUND, _SETTINGS, _GROUPS, _ADAPTER = "round.json", "rounds.json", "groups", "adapter"
-_WEIGHTS = "pytorch_lora_weights.safetensors"
 _ABOUT_GROUPS = ("category", "seeds", "generator", "provenance")
 _GENERATION = ("call_kwargs", "device", "dtype", "fps", "revision")
 _SEED_STEP = 1000  # between the noises of two rounds
@@ -384,7 +383,7 @@ class _Rounds:
         done = Round(
             number=number,
             adapter=str(adapter),
-            adapter_hash=fingerprint(adapter / _WEIGHTS),
+            adapter_hash=fingerprint(adapter / LORA_FILE_NAME),
             start=start,
             scores=scores,
             allocation=allocation,

@@ -8,11 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 
+from ..step.metrics import OF_EVALUATIONS
 from .sampling import Sampler
-
-
-# Names that Trainer gives to what it measures itself.
-_TRAINERS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
 
 
 class Evaluator(Protocol):
@@ -69,7 +66,7 @@ class EvaluatorCalls:
             try:
                 with self._sampler.generation() as pipeline:
                     found = self._evaluator(pipeline, output_dir=self._output_dir, step=step)
-                outcome[0] = _numbers(found, _TRAINERS.union(taken))
+                outcome[0] = _numbers(found, OF_EVALUATIONS.union(taken))
             except Exception as error:
                 failure, outcome[1] = error, f"{type(error).__name__}: {error}"
         metrics, message = broadcast_object_list(outcome)

@@ -8,10 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
-# What Trainer logs itself; of an evaluation's loss two kinds of values would be averaged.
-_TRAINERS = {
-    "loss", "grad_norm", "learning_rate", "epoch", "step", "runtime", "samples_per_second", "steps_per_second",
-}  # fmt: skip
+#: Names under which Trainer measures an evaluation itself.
+OF_EVALUATIONS = frozenset(
+    {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
+)
+# What it logs in training is beside them; of an evaluation's loss two kinds of values would be averaged.
+_TRAINERS = OF_EVALUATIONS | {"grad_norm", "learning_rate", "step"}
 
 
 class MetricStore:
